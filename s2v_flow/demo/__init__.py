@@ -1,0 +1,1 @@
+"""The demo: tiny models of the real architecture, a portrait and a spoken sentence."""

@@ -1,0 +1,114 @@
+"""What can go wrong, as data: places, diagnostics, and one exception per exit code.
+
+Every error a user can cause is an `S2VFlowError`; `cli.py` turns it into text and an exit code. No other module prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The exit codes of `s2vflow`; scripts may depend on them."""
+
+    OK = 0
+    FAILED = 1  # a node failed while running
+    USAGE = 2  # the command line itself is wrong
+    RECIPE = 3  # the recipe is wrong; nothing was run
+    MISSING = 4  # a model or an input is missing or unreadable
+    REFUSED = 5  # refused for safety (pickles, paths outside the allowed roots, limits)
+    DISK_FULL = 6
+    OUT_OF_MEMORY = 7
+    BAD_NUMBERS = 8  # NaN or infinity
+    INTERNAL = 9  # a defect of s2vflow
+    WORK_TO_DO = 10  # plan --detailed-exitcode
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A position in a file that a person wrote; line and column count from 1. `file` is as the user named it."""
+
+    file: str
+    line: int = 1
+    column: int = 1
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One mistake: where, what, and how to mend it.
+
+    `code` is stable ("R013"); `place` may be missing; a mistake on the command line has "--set" or the like as its file;
+    `excerpt` is the source line without its newline; `width` is how many characters the caret underlines; `inside`
+    names the value ("nodes.first.steps (kind: sample)"); `fix` says what to do.
+    """
+
+    code: str
+    message: str
+    place: Place | None = None
+    excerpt: str | None = None
+    width: int = 1
+    inside: str | None = None
+    fix: str | None = None
+    severity: str = "error"
+
+    def sort_key(self) -> tuple[str, int, int, str]:
+        """Order by file, line, column, code; what has no place comes last."""
+        if self.place is None:
+            return ("\uffff", 0, 0, self.code)
+        return (self.place.file, self.place.line, self.place.column, self.code)
+
+
+@dataclass(eq=False)
+class S2VFlowError(Exception):
+    """An error that a person can mend. `message` says what and why, `fix` what to do, `kept` what is not lost."""
+
+    message: str
+    fix: str | None = None
+    kept: str | None = None
+    exit_code: ExitCode = field(default=ExitCode.FAILED, kw_only=True)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(eq=False)
+class RecipeError(S2VFlowError):
+    """The recipe (or an override of it) is wrong; carries every mistake that was found."""
+
+    diagnostics: Sequence[Diagnostic] = ()
+    exit_code: ExitCode = field(default=ExitCode.RECIPE, kw_only=True)
+
+
+@dataclass(eq=False)
+class MissingError(S2VFlowError):
+    """A file that is needed is not there, or cannot be read."""
+
+    exit_code: ExitCode = field(default=ExitCode.MISSING, kw_only=True)
+
+
+@dataclass(eq=False)
+class CheckpointError(MissingError):
+    """A model file is there, but is damaged, of another family, or in a format that is not supported."""
+
+
+@dataclass(eq=False)
+class MediaError(MissingError):
+    """An image, sound or video file is there, but cannot be used."""
+
+
+@dataclass(eq=False)
+class RefusedError(S2VFlowError):
+    """Refused for safety: pickles, paths outside the allowed roots, limits."""
+
+    exit_code: ExitCode = field(default=ExitCode.REFUSED, kw_only=True)
+
+
+@dataclass(eq=False)
+class BadNumbersError(S2VFlowError):
+    """NaN or infinity where finite numbers must be."""
+
+    exit_code: ExitCode = field(default=ExitCode.BAD_NUMBERS, kw_only=True)
