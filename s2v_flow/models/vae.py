@@ -1,0 +1,236 @@
+"""The Wan 2.1 video VAE: causal in time, so that a video can be encoded and decoded as a stream.
+
+Shapes: B batch, F latent frames, H W latent rows and columns, T pixel frames, 8H 8W pixels, D width. Whatever the
+grouping of frames into calls, the result is the same; the state between calls is an argument and a result, never
+changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from s2v_flow.errors import CheckpointError
+from s2v_flow.models.latent_space import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE
+from s2v_flow.models.vae_layers import (
+    Carry,
+    Downsample,
+    FrameAttention,
+    ResidualBlock,
+    RMSNorm,
+    Upsample,
+    causal_conv,
+    run_activated,
+    run_causal,
+)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The sizes of a Wan 2.1 VAE. `width` is that of its widest pictures: 96 in the released model."""
+
+    width: int = 96
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> VAEConfig:
+        """Read the sizes off a checkpoint's keys and shapes.
+
+        Raises:
+            CheckpointError: The file is no Wan 2.1 VAE.
+        """
+        gain, latent = shapes.get("decoder.head.0.gamma"), shapes.get("conv2.weight")
+        if gain is None or latent is None or tuple(latent[:2]) != (LATENT_CHANNELS, LATENT_CHANNELS):
+            raise CheckpointError("this file is not a Wan 2.1 VAE", fix="use wan_2.1_vae.safetensors")
+        return cls(width=gain[0])
+
+
+@dataclass(frozen=True)
+class EncoderState:
+    """What the encoder remembers between calls: the last input frames of every causal layer, in the order they run."""
+
+    frames: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """What the decoder remembers between calls: the last input frames of every causal layer, in the order they run."""
+
+    frames: tuple[Tensor, ...]
+
+
+class Encoder(nn.Module):
+    """Pixels to twice the latent channels (mean, log variance), before the last 1x1x1 convolution.
+
+    Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py, Encoder3d.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.conv1 = causal_conv(3, D)
+        self.downsamples = nn.ModuleList(
+            [
+                *(ResidualBlock(D, D), ResidualBlock(D, D), Downsample(D, in_time=False)),
+                *(ResidualBlock(D, 2 * D), ResidualBlock(2 * D, 2 * D), Downsample(2 * D, in_time=True)),
+                *(ResidualBlock(2 * D, 4 * D), ResidualBlock(4 * D, 4 * D), Downsample(4 * D, in_time=True)),
+                *(ResidualBlock(4 * D, 4 * D), ResidualBlock(4 * D, 4 * D)),
+            ]
+        )
+        self.middle = _middle(4 * D)
+        self.head = nn.ModuleDict({"0": RMSNorm(4 * D), "2": causal_conv(4 * D, 2 * LATENT_CHANNELS)})
+
+    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+        """Map pixels [B, 3, T, 8H, 8W] to [B, 32, F, H, W]."""
+        x = run_causal(self.conv1, x, carry)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, carry)
+        return run_activated(self.head, "0", "2", x, carry)
+
+
+class Decoder(nn.Module):
+    """Latents, after the first 1x1x1 convolution, to pixels.
+
+    Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py, Decoder3d.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.conv1 = causal_conv(LATENT_CHANNELS, 4 * D)
+        self.middle = _middle(4 * D)
+        self.upsamples = nn.ModuleList(
+            [
+                *(*_three_blocks(4 * D, 4 * D), Upsample(4 * D, in_time=True)),
+                *(*_three_blocks(2 * D, 4 * D), Upsample(4 * D, in_time=True)),
+                *(*_three_blocks(2 * D, 2 * D), Upsample(2 * D, in_time=False)),
+                *_three_blocks(D, D),
+            ]
+        )
+        self.head = nn.ModuleDict({"0": RMSNorm(D), "2": causal_conv(D, 3)})
+
+    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+        """Map [B, 16, F, H, W] to pixels [B, 3, T, 8H, 8W]."""
+        x = run_causal(self.conv1, x, carry)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, carry)
+        return run_activated(self.head, "0", "2", x, carry)
+
+
+class WanVAE(nn.Module):
+    """The Wan 2.1 VAE. Inference only; computes in its weights' dtype (norms in float32), on its weights' device."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.conv1 = nn.Conv3d(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, 1)
+        self.conv2 = nn.Conv3d(LATENT_CHANNELS, LATENT_CHANNELS, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode a whole clip, four frames at a time, so that memory does not grow with its length.
+
+        Args:
+            pixels: [B, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1.
+
+        Returns:
+            The raw latent mean [B, 16, F, H, W], F = k + 1, in the weights' dtype. Nothing is sampled.
+
+        Raises:
+            ValueError: The shape is not as above.
+        """
+        _check_pixels(pixels, is_first=True)
+        latent, state = self.encode_next(pixels[:, :, :1], None)
+        latents = [latent]
+        for start in range(1, pixels.shape[2], TEMPORAL_STRIDE):
+            latent, state = self.encode_next(pixels[:, :, start : start + TEMPORAL_STRIDE], state)
+            latents.append(latent)
+        return torch.cat(latents, dim=2)  # [B, 16, F, H, W]
+
+    @torch.no_grad()
+    def encode_next(self, pixels: Tensor, state: EncoderState | None) -> tuple[Tensor, EncoderState]:
+        """Encode the next frames of a clip.
+
+        Args:
+            pixels: [B, 3, T, 8H, 8W] in [-1, 1]; T = 4f + 1 (f >= 0) in the first call, 4f (f >= 1) later.
+            state: What the call before returned; None in the first call.
+
+        Returns:
+            The raw latent mean [B, 16, f + 1 or f, H, W], and the state for the next call.
+
+        Raises:
+            ValueError: The shape is not as above, or is not that of the state.
+        """
+        _check_pixels(pixels, is_first=state is None)
+        _check_stream(pixels, state)
+        carry = Carry(state.frames if state else None)
+        x = self.encoder(pixels.to(self.conv1.weight.dtype), carry)  # [B, 32, F, H, W]
+        return self.conv1(x)[:, :LATENT_CHANNELS].contiguous(), EncoderState(carry.kept)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decode a whole latent at once; memory grows with its length (`decode_next` streams).
+
+        Args:
+            latent: [B, 16, F, H, W], raw.
+
+        Returns:
+            Pixels [B, 3, 4F - 3, 8H, 8W], about [-1, 1] but not clamped, in the weights' dtype.
+
+        Raises:
+            ValueError: The shape is not as above.
+        """
+        return self.decode_next(latent, None)[0]
+
+    @torch.no_grad()
+    def decode_next(self, latent: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        """Decode the next latent frames of a video; memory grows with how many are given at once.
+
+        Args:
+            latent: [B, 16, f, H, W], raw, f >= 1.
+            state: What the call before returned; None in the first call.
+
+        Returns:
+            Pixels [B, 3, 4f - 3 in the first call or 4f, 8H, 8W], about [-1, 1] but not clamped, in the weights' dtype,
+            and the state for the next call.
+
+        Raises:
+            ValueError: The shape is not as above, or is not that of the state.
+        """
+        if latent.dim() != 5 or latent.shape[1] != LATENT_CHANNELS or latent.shape[2] < 1:
+            raise ValueError(f"a latent is [B, {LATENT_CHANNELS}, F, H, W] with F >= 1, got {list(latent.shape)}")
+        _check_stream(latent, state)
+        carry = Carry(state.frames if state else None)
+        pixels: Tensor = self.decoder(self.conv2(latent.to(self.conv2.weight.dtype)), carry)
+        return pixels, DecoderState(carry.kept)
+
+
+def _middle(width: int) -> nn.ModuleList:
+    return nn.ModuleList([ResidualBlock(width, width), FrameAttention(width), ResidualBlock(width, width)])
+
+
+def _three_blocks(num_inputs: int, num_outputs: int) -> tuple[ResidualBlock, ResidualBlock, ResidualBlock]:
+    first = ResidualBlock(num_inputs, num_outputs)
+    return first, ResidualBlock(num_outputs, num_outputs), ResidualBlock(num_outputs, num_outputs)
+
+
+def _check_pixels(pixels: Tensor, is_first: bool) -> None:
+    if pixels.dim() != 5 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels are [B, 3, T, rows, columns], got {list(pixels.shape)}")
+    if not all(size > 0 and size % SPATIAL_STRIDE == 0 for size in pixels.shape[3:]):
+        raise ValueError(f"rows and columns must be multiples of {SPATIAL_STRIDE}, got {list(pixels.shape[3:])}")
+    num_frames = pixels.shape[2]
+    if num_frames < 1 or num_frames % TEMPORAL_STRIDE != int(is_first):
+        rule = f"starts with {TEMPORAL_STRIDE}k + 1" if is_first else f"goes on in multiples of {TEMPORAL_STRIDE}"
+        raise ValueError(f"a clip {rule} frames, got {num_frames}")
+
+
+def _check_stream(x: Tensor, state: EncoderState | DecoderState | None) -> None:
+    """Refuse a state of another video: the first causal layer has remembered frames of the input's own size."""
+    if state is None:
+        return
+    B, D, _, H, W = state.frames[0].shape
+    if (x.shape[0], x.shape[1], *x.shape[3:]) != (B, D, H, W):
+        raise ValueError(f"the state is of a stream of [{B}, {D}, *, {H}, {W}], got {list(x.shape)}")

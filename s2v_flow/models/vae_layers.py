@@ -1,0 +1,248 @@
+"""The layers of the Wan 2.1 VAE: convolutions that are causal in time and stream, norms, attention, resampling.
+
+Every causal convolution needs the last input frames of the call before it. A `Carry` hands them out in the order in
+which the layers run and collects the next ones; it lives for one call. Layers are inference only: activations are
+written in place.
+
+Attribute names and the numbers in the module dictionaries equal the checkpoint's keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CAUSAL_FRAMES = 2  # a kernel of 3 frames looks two frames back
+
+
+class Carry:
+    """One call's passage through the causal layers: what each one remembers, and what it is to remember.
+
+    Args:
+        past: The frames kept by the call before, in the order in which the layers run; None at the video's start.
+    """
+
+    def __init__(self, past: Sequence[Tensor] | None) -> None:
+        self.is_first = past is None
+        self._past = past or ()
+        self._kept: list[Tensor] = []
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """The frames to hand to the next call, once every layer has run."""
+        assert self.is_first or len(self._kept) == len(self._past), "a causal layer did not run"
+        return tuple(self._kept)
+
+    def window(self, x: Tensor, num_past: int = CAUSAL_FRAMES) -> tuple[Tensor, Tensor]:
+        """Allocate the input of a causal convolution over `x`: the past frames, then room for the present ones.
+
+        Args:
+            x: [B, D, T, H, W]; gives shape, dtype and device.
+            num_past: How many frames the layer remembers; zeros at the video's start.
+
+        Returns:
+            The window [B, D, num_past + T, H, W], and a view of its last T frames, for the caller to fill.
+        """
+        B, D, T, H, W = x.shape
+        window = x.new_empty(B, D, num_past + T, H, W)
+        if self.is_first:
+            window[:, :, :num_past].zero_()
+        else:
+            window[:, :, :num_past].copy_(self.past())
+        return window, window[:, :, num_past:]
+
+    def past(self) -> Tensor:
+        """Return the frames that the running layer kept in the call before."""
+        return self._past[len(self._kept)]
+
+    def keep(self, frames: Tensor) -> None:
+        """Remember `frames` for the running layer's next call, as a copy: a view would keep all activations alive."""
+        self._kept.append(frames.clone(memory_format=torch.contiguous_format))
+
+
+class RMSNorm(nn.Module):
+    """Scale every pixel's channel vector to length sqrt(D), times a gain per channel.
+
+    Lengths are measured in float32 at least, where the squares of 16-bit activations neither overflow nor vanish.
+
+    Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py, RMS_norm.
+
+    Args:
+        width: Number of channels D.
+        num_axes: How many axes of size 1 the stored gain has after its channels.
+    """
+
+    def __init__(self, width: int, num_axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width, *(1,) * num_axes))
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Normalise over channels.
+
+        Args:
+            x: [B, D, T, H, W].
+            out: Where to write; same shape and dtype, may be a view.
+
+        Returns:
+            [B, D, T, H, W] in x's dtype; `out` if given.
+        """
+        out = torch.empty_like(x) if out is None else out
+        precision = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=precision)  # [B, 1, T, H, W]
+        torch.mul(x, math.sqrt(x.shape[1]) / length.clamp_min_(1e-12), out=out)
+        return out.mul_(self.gamma.view(-1, 1, 1, 1))
+
+
+class FrameConv(nn.Conv2d):
+    """A convolution of single frames, run as a 3-D one so that [B, D, T, H, W] needs no transposed copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve every frame of x [B, D, T, H, W] by itself; [B, D', T, H', W'] comes out."""
+        assert isinstance(self.padding, tuple)
+        stride, padding = (1, *self.stride), (0, *self.padding)
+        return F.conv3d(x, self.weight.unsqueeze(2), self.bias, stride=stride, padding=padding)
+
+
+def causal_conv(num_inputs: int, num_outputs: int) -> nn.Conv3d:
+    """Make a 3x3x3 convolution to run over a `Carry.window`: padded in space, not in time."""
+    return nn.Conv3d(num_inputs, num_outputs, 3, padding=(0, 1, 1))
+
+
+def run_causal(conv: nn.Module, x: Tensor, carry: Carry) -> Tensor:
+    """Run a `causal_conv` over x [B, D, T, H, W] and its past; [B, D', T, H, W] comes out."""
+    window, present = carry.window(x)
+    present.copy_(x)
+    carry.keep(window[:, :, -CAUSAL_FRAMES:])
+    y: Tensor = conv(window)
+    return y
+
+
+def run_activated(layers: nn.ModuleDict, norm: str, conv: str, x: Tensor, carry: Carry) -> Tensor:
+    """Run norm, SiLU and causal convolution over x [B, D, T, H, W]; [B, D', T, H, W] comes out.
+
+    The activation is written straight into the convolution's window, which saves a copy.
+    """
+    window, present = carry.window(x)
+    layers[norm](x, out=present)
+    F.silu(present, inplace=True)
+    carry.keep(window[:, :, -CAUSAL_FRAMES:])
+    y: Tensor = layers[conv](window)
+    return y
+
+
+class ResidualBlock(nn.Module):
+    """Two activated causal convolutions beside a shortcut.
+
+    Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py, ResidualBlock.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(num_inputs),
+                "2": causal_conv(num_inputs, num_outputs),
+                "3": RMSNorm(num_outputs),
+                "6": causal_conv(num_outputs, num_outputs),
+            }
+        )
+        self.shortcut = None if num_inputs == num_outputs else nn.Conv3d(num_inputs, num_outputs, 1)
+
+    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+        """Map x [B, D, T, H, W] to [B, D', T, H, W]."""
+        y = run_activated(self.residual, "0", "2", x, carry)
+        y = run_activated(self.residual, "3", "6", y, carry)
+        return y.add_(x if self.shortcut is None else self.shortcut(x))
+
+
+class FrameAttention(nn.Module):
+    """Single-head self-attention among the pixels of each frame.
+
+    Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py, AttentionBlock.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, num_axes=2)
+        self.to_qkv = FrameConv(width, 3 * width, 1)
+        self.proj = FrameConv(width, width, 1)
+
+    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+        """Map x [B, D, T, H, W] to the same shape; frames do not see each other, so that nothing is carried."""
+        B, D, T, H, W = x.shape
+        qkv = self.to_qkv(self.norm(x))  # [B, 3D, T, H, W]
+        q, k, v = qkv.reshape(B, 3, D, T, H * W).permute(1, 0, 3, 4, 2).unbind(0)  # 3 x [B, T, H*W, D]
+        attended = F.scaled_dot_product_attention(q, k, v)  # [B, T, H*W, D]
+        y: Tensor = self.proj(attended.permute(0, 3, 1, 2).reshape(B, D, T, H, W))  # [B, D, T, H, W]
+        return y.add_(x)
+
+
+class Downsample(nn.Module):
+    """Halve rows and columns and, where `in_time`, the frames after the first.
+
+    Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py, Resample (downsample2d, downsample3d).
+    """
+
+    def __init__(self, width: int, in_time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": FrameConv(width, width, 3, stride=2)})
+        self.time_conv = nn.Conv3d(width, width, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+        """Map x [B, D, T, 2H, 2W] to [B, D, T', H, W].
+
+        T' = T, or where `in_time`: 1 + (T - 1) / 2 at the video's start, T / 2 later.
+        """
+        x = self.resample["1"](F.pad(x, (0, 1, 0, 1)))  # [B, D, T, H, W]
+        return x if self.time_conv is None else self._halve_frames(self.time_conv, x, carry)
+
+    def _halve_frames(self, time_conv: nn.Module, x: Tensor, carry: Carry) -> Tensor:
+        """Convolve frames 2j - 2, 2j - 1, 2j of the video to frame j >= 1; its first frame is not convolved."""
+        frames = x if carry.is_first else torch.cat([carry.past(), x], dim=2)  # [B, D, T or 1 + T, H, W]
+        carry.keep(x[:, :, -1:])
+        if frames.shape[2] == 1:
+            return x
+        y: Tensor = time_conv(frames)  # [B, D, T // 2, H, W]
+        return torch.cat([x[:, :, :1], y], dim=2) if carry.is_first else y
+
+
+class Upsample(nn.Module):
+    """Double rows and columns, halving the channels, and, where `in_time`, the frames after the first.
+
+    Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py, Resample (upsample2d, upsample3d).
+    """
+
+    def __init__(self, width: int, in_time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": FrameConv(width, width // 2, 3, padding=1)})
+        self.time_conv = nn.Conv3d(width, 2 * width, (3, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+        """Map x [B, D, T, H, W] to [B, D/2, T', 2H, 2W].
+
+        T' = T, or where `in_time`: 1 + 2 (T - 1) at the video's start, 2T later.
+        """
+        if self.time_conv is not None:
+            x = self._double_frames(self.time_conv, x, carry)
+        x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest-exact")  # [B, D, T', 2H, 2W]
+        y: Tensor = self.resample["1"](x)
+        return y
+
+    def _double_frames(self, time_conv: nn.Module, x: Tensor, carry: Carry) -> Tensor:
+        """Map x [B, D, T, H, W] to twice its frames; the video's first frame is not convolved and stays single."""
+        B, D, T, H, W = x.shape
+        single = int(carry.is_first)
+        window, present = carry.window(x[:, :, single:])
+        present.copy_(x[:, :, single:])
+        carry.keep(window[:, :, -CAUSAL_FRAMES:])
+        y = x.new_empty(B, D, single + 2 * (T - single), H, W)
+        y[:, :, :single].copy_(x[:, :, :single])
+        if single < T:
+            pairs = time_conv(window).reshape(B, 2, D, T - single, H, W)
+            y[:, :, single::2].copy_(pairs[:, 0])  # the earlier frame of each pair
+            y[:, :, single + 1 :: 2].copy_(pairs[:, 1])
+        return y
