@@ -1,0 +1,1 @@
+"""Schedules, solvers, noise and guidance: functions over one contract, `denoise(x, sigma) -> x0`."""

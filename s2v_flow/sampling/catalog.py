@@ -1,0 +1,46 @@
+"""The names of samplers and schedulers, and the rules about them that a recipe is checked against. No torch here.
+
+A new sampler is one name here, one function in `solver.py`, `unipc.py` or `flow.py`, and one row in `sampler.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, get_args
+
+SamplerName = Literal[
+    "uni_pc",
+    "uni_pc_bh2",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpmpp_2m",
+    "lcm",
+    "res_multistep",
+    "ddim",
+    "deis",
+    "ipndm",
+    "flow_unipc",
+    "flow_dpmpp",
+]
+SchedulerName = Literal["simple", "normal", "sgm_uniform", "beta", "linear_quadratic", "kl_optimal", "ddim_uniform"]
+
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
+
+OWN_SCHEDULE: tuple[SamplerName, ...] = ("flow_unipc", "flow_dpmpp")
+"""Samplers that bring their own noise levels: `scheduler` has no effect on them, `shift` does."""
+
+ONE_STEP_MORE: tuple[SamplerName, ...] = ("uni_pc", "uni_pc_bh2")
+"""Samplers that ask the scheduler for one step more than they take, and leave the last but one level out."""
+
+MINIMUM_STEPS: Mapping[SchedulerName, int] = MappingProxyType({"linear_quadratic": 2, "kl_optimal": 2})
+"""The fewest steps a scheduler can be asked for, where that is more than one."""
+
+
+def minimum_steps(sampler: SamplerName, scheduler: SchedulerName) -> int:
+    """Return the fewest steps that this sampler can take with this scheduler."""
+    if sampler in OWN_SCHEDULE:
+        return 1
+    return max(1, MINIMUM_STEPS.get(scheduler, 1) - (sampler in ONE_STEP_MORE))

@@ -1,0 +1,204 @@
+"""The one entry to sampling: from a sampler's name to something that starts, iterates, stops, resumes and ends.
+
+Example:
+    sampler = make_sampler("uni_pc", "simple", steps=20, shift=8.0, seed=20)
+    for state in sampler.iterate(denoise, sampler.start(initial_noise(shape, seed=20))):
+        ...  # progress, cancellation, state.to_tensors(): the caller's
+    latent = sampler.result(state)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2v_flow.sampling import flow, solver, unipc
+from s2v_flow.sampling.catalog import SamplerName, SchedulerName
+from s2v_flow.sampling.noise import check_seed, step_generator
+from s2v_flow.sampling.schedule import NUM_TRAIN_LEVELS, scheduled_sigmas
+from s2v_flow.sampling.state import Denoise, SolverState, Step
+
+
+def float32_timestep(sigma: float) -> float:
+    """Return the time the model is told: 1000 sigma, multiplied in float32 as ComfyUI does."""
+    return float(np.float32(sigma) * np.float32(NUM_TRAIN_LEVELS))
+
+
+def unscaled(x: Tensor) -> Tensor:
+    """Return x: most solvers end on the result itself."""
+    return x
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A row of the table of samplers: the step, and what a sampler does in its own way.
+
+    Attributes:
+        step: Takes one step.
+        sigmas: Scheduler, steps and shift to noise levels.
+        calls_per_step: Model calls of a step; a step to sigma = 0 is always one.
+        draws_noise: Whether steps add fresh noise.
+        is_start_scaled: Whether x starts as sigma_0 times the noise, rather than the noise.
+        timestep: Level to the time the model is told.
+        result: The last x to the sample.
+    """
+
+    step: Step
+    sigmas: Callable[[SchedulerName, int, float], tuple[float, ...]] = scheduled_sigmas
+    calls_per_step: int = 1
+    draws_noise: bool = False
+    is_start_scaled: bool = True
+    timestep: Callable[[float], float] = float32_timestep
+    result: Callable[[Tensor], Tensor] = unscaled
+
+
+SOLVERS: Mapping[SamplerName, Solver] = MappingProxyType(
+    {
+        "uni_pc": Solver(unipc.uni_pc, sigmas=unipc.comfy_sigmas, result=unipc.comfy_result),
+        "uni_pc_bh2": Solver(unipc.uni_pc_bh2, sigmas=unipc.comfy_sigmas, result=unipc.comfy_result),
+        "euler": Solver(solver.euler),
+        "euler_ancestral": Solver(solver.euler_ancestral, draws_noise=True),
+        "heun": Solver(solver.heun, calls_per_step=2),
+        "dpmpp_2m": Solver(solver.dpmpp_2m),
+        "lcm": Solver(solver.lcm, draws_noise=True),
+        "res_multistep": Solver(solver.res_multistep),
+        "ddim": Solver(solver.euler),
+        "deis": Solver(solver.deis),
+        "ipndm": Solver(solver.ipndm),
+        "flow_unipc": Solver(
+            flow.flow_unipc, sigmas=flow.unipc_sigmas, is_start_scaled=False, timestep=flow.whole_timestep
+        ),
+        "flow_dpmpp": Solver(
+            flow.flow_dpmpp, sigmas=flow.dpmpp_sigmas, is_start_scaled=False, timestep=flow.whole_timestep
+        ),
+    }
+)
+"""Every sampler. Names: `catalog.py`."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler with its noise levels, ready to run.
+
+    Attributes:
+        name: The sampler's name.
+        sigmas: The falling noise levels, one more than there are steps.
+        seed: The run's seed; what step noise is drawn from.
+        device: Where the sample lives.
+        solver: The table's row.
+    """
+
+    name: SamplerName
+    sigmas: tuple[float, ...]
+    seed: int
+    device: torch.device
+    solver: Solver
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps the run takes; a few schedulers give another number than was asked for."""
+        return len(self.sigmas) - 1
+
+    def num_calls(self, step: int) -> int:
+        """Return how many model calls step `step` (from 0) makes."""
+        return 1 if self.sigmas[step + 1] == 0 else self.solver.calls_per_step
+
+    def timestep(self, sigma: float) -> float:
+        """Return the time that the model is told at level `sigma`, on the scale 0 to 1000."""
+        return self.solver.timestep(sigma)
+
+    def start(self, noise: Tensor) -> SolverState:
+        """Return the state before the first step.
+
+        Args:
+            noise: Standard normal noise of the latent's shape, float32, on any device (`noise.initial_noise`).
+
+        Returns:
+            The state on the sampler's device.
+        """
+        x = noise.to(self.device, torch.float32)
+        return SolverState(step=0, x=x * self.sigmas[0] if self.solver.is_start_scaled else x)
+
+    def iterate(self, denoise: Denoise, state: SolverState) -> Iterator[SolverState]:
+        """Take the steps that are left, and yield the state after each one.
+
+        Stopping is to stop asking. Any state, before or after `SolverState.to_tensors`, can be given to another
+        `iterate` of an equal sampler, which goes on to the same bits.
+
+        Args:
+            denoise: `denoise(x, sigma) -> x0`; x is float32 on the sampler's device, sigma a Python float, and the
+                model's time is `self.timestep(sigma)`. Must return float32 of x's shape, and leave x as it is.
+            state: From `start`, an earlier `iterate`, or `SolverState.from_tensors`.
+
+        Yields:
+            The state after each step.
+        """
+        assert state.rng is not None or state.step == 0 or not self.solver.draws_noise, "another sampler's state"
+        state = _moved(state, self.device)
+        generator = step_generator(self.seed, self.device)
+        if state.rng is not None:
+            generator.set_state(state.rng)
+
+        def draw(x: Tensor) -> Tensor:
+            return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+        while state.step < self.num_steps:
+            state = self.solver.step(denoise, self.sigmas, state, draw)
+            if self.solver.draws_noise:
+                state = replace(state, rng=generator.get_state())
+            yield state
+
+    def result(self, state: SolverState) -> Tensor:
+        """Return the sample, float32, still normalised.
+
+        Raises:
+            ValueError: Steps are left.
+        """
+        if state.step != self.num_steps:
+            raise ValueError(f"the run is not over: {state.step} of {self.num_steps} steps are done")
+        return self.solver.result(state.x)
+
+
+def make_sampler(
+    name: SamplerName,
+    scheduler: SchedulerName,
+    steps: int,
+    shift: float,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Sampler:
+    """Make a sampler.
+
+    Args:
+        name: One of `catalog.SAMPLERS`.
+        scheduler: One of `catalog.SCHEDULERS`. Has no effect on the samplers in `catalog.OWN_SCHEDULE`, which bring
+            their own noise levels.
+        steps: How many steps, at least `catalog.minimum_steps(name, scheduler)`.
+        shift: The shift of the noise schedule, > 0.
+        seed: The run's seed, 0 to 2^64 - 1; only samplers that draw step noise use it here.
+        device: Where the sample lives, and step noise is drawn.
+
+    Returns:
+        The sampler.
+
+    Raises:
+        ValueError: An unknown name, or a value that is out of range.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SOLVERS)}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    row = SOLVERS[name]
+    return Sampler(name, row.sigmas(scheduler, steps, shift), check_seed(seed), torch.device(device), row)
+
+
+def _moved(state: SolverState, device: torch.device) -> SolverState:
+    """Return the state with its tensors on `device`; generator states live on the CPU."""
+    history = {name: tensor.to(device) for name, tensor in state.history.items()}
+    rng = None if state.rng is None else state.rng.cpu()
+    return replace(state, x=state.x.to(device), history=history, rng=rng)
