@@ -1,0 +1,182 @@
+"""Read images into arrays, and crop and resize them as the pipelines do."""
+
+from __future__ import annotations
+
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from s2v_flow.errors import MediaError, RefusedError
+from s2v_flow.media.limits import MAX_IMAGE_PIXELS
+from s2v_flow.media.source import open_source
+
+Background = Literal["white", "black", "grey", "ignore"]
+
+# No format that runs another program or holds several meanings: EPS, PDF, PSD and the like stay out.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_BACKGROUNDS = {"white": 1.0, "black": 0.0, "grey": 0.5}
+_EXIF_ORIENTATION = 0x0112
+_ORIENTATIONS = {  # EXIF orientation -> what sets the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PILLOW_ERRORS = (  # what Pillow raises for damaged files
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, AttributeError, ArithmeticError),
+    *(MemoryError, RuntimeError, struct.error),
+)
+
+
+def probe_image(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return an image's width and height, upright (EXIF orientation applied), from its header.
+
+    Raises:
+        MissingError, MediaError, RefusedError: as `read_image`, as far as the header shows it.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def read_image(path: str | os.PathLike[str], background: Background = "white") -> NDArray[np.float32]:
+    """Read png, jpeg, webp, bmp, gif, tiff or ppm as float32 [H, W, 3] in [0, 1], upright.
+
+    Of an animation the first frame is read. Transparent parts show `background`; "ignore" drops the transparency and
+    keeps whatever colour lies beneath, as ComfyUI does. Grey, palette, CMYK and 16-bit grey images become RGB.
+
+    Raises:
+        ValueError: `background` is none of the four.
+        MissingError: the file is not there, or may not be read.
+        MediaError: it is not an image of these formats, or is damaged or cut short.
+        RefusedError: it has more than 64 megapixels; nothing was decoded then.
+    """
+    if background != "ignore" and background not in _BACKGROUNDS:
+        raise ValueError(f"background must be white, black, grey or ignore, got {background!r}")
+    with _opened(path) as image:
+        orientation = _orientation(image)
+        image.load()
+        upright = image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
+        has_alpha = "A" in upright.getbands() or "a" in upright.getbands() or "transparency" in image.info
+        if upright.mode.startswith(("I", "F")):
+            return _deep_grey(upright, path)
+        if not has_alpha or background == "ignore":
+            return _unit_range(upright.convert("RGB"))
+        if "transparency" in image.info:
+            upright.info["transparency"] = image.info["transparency"]
+        rgba = _unit_range(upright.convert("RGBA"))
+        alpha = rgba[..., 3:]
+        composed: NDArray[np.float32] = rgba[..., :3] * alpha + np.float32(_BACKGROUNDS[background]) * (1 - alpha)
+        return composed
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open an image of an allowed format and size, undecoded; turn what Pillow raises within into a `MediaError`."""
+    too_large = RefusedError(
+        f"{path}: the image has more than {MAX_IMAGE_PIXELS // 2**20} megapixels",
+        "scale it down; 2 megapixels are plenty",
+    )
+    with open_source(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which does not concern the pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(file, formats=_FORMATS) as image:
+                if image.width * image.height > MAX_IMAGE_PIXELS:
+                    raise too_large
+                yield image
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise too_large from None
+        except UnidentifiedImageError:
+            raise MediaError(
+                f"{path}: not an image that can be read", "use png, jpeg, webp, bmp, gif, tiff or ppm"
+            ) from None
+        except _PILLOW_ERRORS as error:
+            raise MediaError(f"{path}: a damaged image ({error})", "export it again, as png or jpeg") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) to 8, that stands in the header; 1 if there is none."""
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1  # Pillow would decode the whole file to look behind the pixels
+    value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    return value if value in _ORIENTATIONS else 1
+
+
+def _unit_range(image: Image.Image) -> NDArray[np.float32]:
+    """Return 8-bit pixels [H, W, bands] divided by 255."""
+    pixels: NDArray[np.float32] = np.asarray(image, dtype=np.float32) / np.float32(255)
+    return pixels
+
+
+def _deep_grey(image: Image.Image, path: str | os.PathLike[str]) -> NDArray[np.float32]:
+    """Return 16-bit grey, or what older versions of Pillow read into 32-bit integers, as RGB in [0, 1]."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65_535:
+        raise MediaError(f"{path}: pixels in mode {image.mode} have no known range", "save it as 8 or 16-bit png")
+    grey = values.astype(np.float32) / np.float32(65_535)
+    return np.repeat(grey[..., None], 3, axis=2)  # [H, W, 3]
+
+
+def crop_resize(image: NDArray[np.float32], width: int, height: int, antialias: bool) -> NDArray[np.float32]:
+    """Cut an image about its centre to the aspect ratio of width to height, then scale it bilinearly.
+
+    Half-pixel centres. Without `antialias` the two nearest pixels on each axis are mixed whatever the scale, as ComfyUI
+    does; with it the filter widens as the image shrinks, as Pillow does (on floats, so nothing is rounded to 8 bits).
+
+    Args:
+        image: float32 [H, W, 3] in [0, 1].
+        width: of the result, in pixels.
+        height: of the result, in pixels.
+        antialias: widen the filter when shrinking.
+
+    Returns:
+        float32 [height, width, 3].
+
+    Raises:
+        ValueError: a size is not positive, or the image is too narrow to be cut to that shape.
+
+    Source: the project's spec, section 6; bilinear as torch.nn.functional.interpolate(align_corners=False).
+    """
+    if image.ndim != 3 or width < 1 or height < 1:
+        raise ValueError(f"cannot scale an image of shape {image.shape} to {width}x{height}")
+    rows, columns = image.shape[:2]
+    have, want = columns / rows, width / height
+    cut_x = round((columns - columns * (want / have)) / 2) if have > want else 0  # round half to even
+    cut_y = round((rows - rows * (have / want)) / 2) if have < want else 0
+    cropped = image[cut_y : rows - cut_y, cut_x : columns - cut_x]
+    if cropped.size == 0:
+        raise ValueError(
+            f"an image of {columns}x{rows} pixels is too narrow to be cut to the shape of {width}x{height}"
+        )
+    if antialias:
+        bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(cropped, 2, 0)]  # mode F each
+        scaled = [np.asarray(band.resize((width, height), Image.Resampling.BILINEAR)) for band in bands]
+        return np.stack(scaled, axis=2)
+    return _bilinear(_bilinear(cropped, width, axis=1), height, axis=0)
+
+
+def _bilinear(image: NDArray[np.float32], size: int, axis: int) -> NDArray[np.float32]:
+    """Scale one axis by mixing the two nearest pixels; positions in float32, as torch computes them."""
+    old = image.shape[axis]
+    scale = np.float32(old) / np.float32(size)
+    position = np.maximum(
+        (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), np.float32(0)
+    )
+    lower = np.minimum(position.astype(np.int64), old - 1)
+    upper = np.minimum(lower + 1, old - 1)
+    shape = [1, 1, 1]
+    shape[axis] = size
+    weight = (position - lower.astype(np.float32)).reshape(shape)
+    mixed: NDArray[np.float32] = image.take(lower, axis) * (1 - weight) + image.take(upper, axis) * weight
+    return mixed

@@ -1,0 +1,155 @@
+"""Open input files safely: regular files only, the format told by content, and nothing but that one file is ever read.
+
+FFmpeg's demuxers can open further files and addresses (playlists, concat scripts, HLS). They never get the chance: the
+format is decided here from the first bytes, forced on the demuxer, and PyAV is handed an open file instead of a name.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from fractions import Fraction
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import av
+
+from s2v_flow.errors import MediaError, MissingError
+
+AV_ERRORS = (av.error.FFmpegError, ValueError, OverflowError, MemoryError)
+"""What PyAV raises for a file that is damaged, or is not what it claims to be."""
+
+_ALLOWED_GAP_SECONDS = Fraction(1, 4)  # between the length that a header promises and the last packet
+_QUICKTIME_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<?xml", b"<smil", b"http:", b"https:")
+
+
+def open_source(path: str | os.PathLike[str]) -> FileIO:
+    """Open a regular file for reading, unbuffered, without ever waiting on a FIFO or a device.
+
+    Raises:
+        MissingError: nothing is there, or it may not be read.
+        MediaError: it is a directory, a FIFO, a socket or a device.
+    """
+    name = os.fspath(path)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    not_a_file = MediaError(f"{name}: not a regular file", "give a file, not a directory, a pipe or a device")
+    try:
+        descriptor = os.open(name, flags)
+    except FileNotFoundError:
+        raise MissingError(f"{name}: no such file", "paths are relative to the file that wrote them") from None
+    except IsADirectoryError:
+        raise not_a_file from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        if Path(name.replace("\0", "")).is_dir():
+            raise not_a_file from None
+        raise MissingError(f"{name}: cannot be read ({error})", "check the name and its permissions") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise not_a_file
+    return FileIO(descriptor, "rb")
+
+
+def sniff(file: FileIO, path: str | os.PathLike[str]) -> str:
+    """Tell a file's format by its first bytes, never by its suffix; the file is left at its start.
+
+    Returns:
+        "wav", "flac", "ogg", "mp3", "aac" (ADTS), "mov" (mp4, m4a, mov) or "matroska" (mkv, webm).
+
+    Raises:
+        MediaError: it is empty, a playlist, or none of these.
+    """
+    file.seek(0)
+    head = file.read(64)
+    try:
+        if not head:
+            raise MediaError(f"{path}: the file is empty", "give a file that has content")
+        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(_PLAYLISTS):
+            raise MediaError(f"{path}: a playlist or a script, not a recording", "give the media file itself")
+        file.seek(id3_end(head))
+        body = file.read(16)
+    finally:
+        file.seek(0)
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:12] == b"WAVE":
+        return "wav"
+    if head[4:8] in _QUICKTIME_ATOMS:
+        return "mov"
+    for magic, name in ((b"OggS", "ogg"), (b"\x1a\x45\xdf\xa3", "matroska")):
+        if head.startswith(magic):
+            return name
+    if body.startswith(b"fLaC"):
+        return "flac"
+    if len(body) >= 2 and body[0] == 0xFF and body[1] & 0xE0 == 0xE0:
+        return "aac" if body[1] & 0xF6 == 0xF0 else "mp3"  # layer bits 00: ADTS
+    if head.startswith(b"ID3"):
+        return "mp3"
+    raise MediaError(
+        f"{path}: not a recording that can be read (its first bytes are {head[:8].hex(' ')})",
+        "use wav, flac, ogg, mp3, m4a, aac, mp4, mov, mkv or webm; ffmpeg converts anything else",
+    )
+
+
+def id3_end(head: bytes) -> int:
+    """Return where the ID3v2 tag ends whose first ten bytes are given; 0 if there is none."""
+    if not head.startswith(b"ID3") or len(head) < 10:
+        return 0
+    return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+
+
+def open_container(file: FileIO, format_name: str, path: str | os.PathLike[str]) -> Any:
+    """Open a file as an `av.container.InputContainer`, with one named demuxer, that can open nothing else.
+
+    Raises:
+        MediaError: the file is not of that format, or damaged.
+    """
+    try:
+        return av.open(
+            file,
+            mode="r",
+            format=format_name,
+            container_options={"protocol_whitelist": "none"},
+            metadata_errors="replace",
+        )
+    except AV_ERRORS as error:
+        raise damaged(path, error) from error
+
+
+def whole_packets(container: Any, stream: Any, path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Yield one stream's packets, the flushing one included, and make sure that the file does not end too early.
+
+    Raises:
+        MediaError: the packets end before the length that the header promises, or cannot be read.
+    """
+    ends = {stream.index: Fraction(0)}
+    try:
+        for packet in container.demux():
+            if packet.pts is not None and packet.time_base is not None:
+                end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                ends[packet.stream_index] = max(ends.get(packet.stream_index, end), end)
+            if packet.stream is stream:  # the index of a flushing packet is not set
+                yield packet
+    except AV_ERRORS as error:
+        raise damaged(path, error) from error
+    if stream.duration is not None:
+        promised, reached = Fraction(stream.duration) * stream.time_base, ends[stream.index]
+        reached -= Fraction(stream.start_time or 0) * stream.time_base
+    else:
+        promised, reached = Fraction(container.duration or 0, av.time_base), max(ends.values())
+    if promised - reached > _ALLOWED_GAP_SECONDS:
+        raise truncated(path, f"{float(promised):.2f} s were promised, {float(reached):.2f} s are there")
+
+
+def damaged(path: str | os.PathLike[str], error: BaseException) -> MediaError:
+    """Return the error for a file that the decoder gave up on."""
+    return MediaError(
+        f"{path}: damaged, or not what it seems to be ({error})", "export it again, or convert it by ffmpeg"
+    )
+
+
+def truncated(path: str | os.PathLike[str], detail: str) -> MediaError:
+    """Return the error for a file whose end is missing."""
+    return MediaError(
+        f"{path}: the file is cut short ({detail})", "copy or download it again; or re-encode it by ffmpeg"
+    )

@@ -1,0 +1,199 @@
+"""Read videos: measure them, and take their frames at a constant rate, some at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from s2v_flow.errors import MediaError, RefusedError
+from s2v_flow.media.limits import MAX_IMAGE_PIXELS, MAX_VIDEO_FRAMES
+from s2v_flow.media.source import AV_ERRORS, damaged, open_container, open_source, sniff, whole_packets
+
+_TIMESTAMP_TOLERANCE_SECONDS = Fraction(2, 1000)  # Matroska rounds its times to milliseconds
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file shows; `width` and `height` are those of the upright picture."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: Fraction
+    duration_seconds: Fraction
+    has_audio: bool
+
+    def num_frames_at(self, fps: int | Fraction) -> int:
+        """Return how many frames at i / fps begin before the video ends; a rest under 2 ms is a rounded timestamp."""
+        return max(1, ceil((self.duration_seconds - _TIMESTAMP_TOLERANCE_SECONDS) * fps))
+
+
+def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
+    """Measure a video file by reading all its packets and decoding one frame.
+
+    Frames are counted as packets that show one, and the length is that from the first frame's time to the last one's
+    end: what is in the file, not what its header says. A codec with hidden frames (VP8) may count a few that are never
+    shown.
+
+    Raises:
+        MissingError: the file is not there, or may not be read.
+        MediaError: it is not an mp4, mov, mkv or webm file, has no video in it, is damaged or cut short.
+        RefusedError: it has more than 864000 frames, or frames of more than 64 megapixels.
+    """
+    with _opened(path) as (container, stream):
+        first: Any = None
+        start, end, num_frames = None, Fraction(0), 0
+        for packet in whole_packets(container, stream, path):
+            if first is None:
+                first = next(_decoded(packet, path), None)
+            if packet.pts is None or packet.is_discard:
+                continue
+            num_frames += 1
+            if num_frames > MAX_VIDEO_FRAMES:
+                raise RefusedError(f"{path}: the video has over {MAX_VIDEO_FRAMES} frames", "cut it to what is needed")
+            time = packet.pts * packet.time_base
+            start = time if start is None else min(start, time)
+            end = max(end, time + (packet.duration or 0) * packet.time_base)
+        if first is None or start is None:
+            raise MediaError(f"{path}: the video has no frames", "give a video that has some")
+        height, width = _upright_pixels(first, path).shape[:2]
+        fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
+        return VideoInfo(width, height, num_frames, fps, max(end - start, 1 / fps), bool(container.streams.audio))
+
+
+class VideoReader:
+    """A video's frames at a constant rate: frame i is the one shown nearest to i / fps seconds after the first.
+
+    Reads forwards from where it stands and begins again when asked for what lies behind, so it never holds more than
+    two decoded frames besides those that it returns. Rotation in the file's metadata is applied. Use it in a `with`
+    statement.
+
+    Raises:
+        MissingError, MediaError, RefusedError: as `probe_video`.
+        ValueError: `fps` is not positive.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fps: int | Fraction = 16) -> None:
+        if fps <= 0:
+            raise ValueError(f"fps must be positive, got {fps}")
+        self.info = probe_video(path)
+        self.fps = Fraction(fps)
+        self._path = path
+        self._stack = ExitStack()
+        self._timeline: Iterator[tuple[Fraction, Any]] = iter(())
+        self._before: tuple[Fraction, Any] | None = None  # the last frame before the wanted time
+        self._after: tuple[Fraction, Any] | None = None  # the first frame at or after it
+        self._position: int | None = None  # the index that was last asked for
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; a later `read` opens it again."""
+        self._position = self._before = self._after = None
+        self._timeline = iter(())
+        self._stack.close()
+
+    def __len__(self) -> int:
+        return self.info.num_frames_at(self.fps)
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        for index in range(len(self)):
+            yield self._frame(index)
+
+    def read(self, start: int, count: int) -> NDArray[np.uint8]:
+        """Return frames [start, start + count) as uint8 [n, H, W, 3]; fewer, or none, at the end of the video.
+
+        Raises:
+            ValueError: `start` or `count` is negative.
+            MediaError: the file is damaged.
+        """
+        if start < 0 or count < 0:
+            raise ValueError(f"start and count must not be negative, got {start} and {count}")
+        num_frames = max(0, min(start + count, len(self)) - start)
+        frames = np.empty((num_frames, self.info.height, self.info.width, 3), dtype=np.uint8)
+        for index in range(num_frames):
+            frames[index] = self._frame(start + index)
+        return frames
+
+    def _frame(self, index: int) -> NDArray[np.uint8]:
+        """Return the frame nearest to index / fps; of two equally near ones the earlier."""
+        if self._position is None or index < self._position:
+            self.close()
+            self._timeline = _timeline(*self._stack.enter_context(_opened(self._path)), self._path)
+            self._after = next(self._timeline, None)
+        self._position = index
+        wanted = index / self.fps
+        while self._after is not None and self._after[0] < wanted:
+            self._before, self._after = self._after, next(self._timeline, None)
+        candidates = [shown for shown in (self._before, self._after) if shown is not None]
+        if not candidates:
+            raise MediaError(f"{self._path}: the video has no frames", "give a video that has some")
+        nearest = min(candidates, key=lambda shown: abs(shown[0] - wanted))
+        pixels = _upright_pixels(nearest[1], self._path)
+        if pixels.shape != (self.info.height, self.info.width, 3):
+            raise MediaError(f"{self._path}: its frames change their size on the way", "re-encode it by ffmpeg")
+        return pixels
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
+    """Open a video file; give its container and its first video stream, of an allowed size."""
+    with open_source(path) as file:
+        name = sniff(file, path)
+        if name not in ("mov", "matroska"):
+            raise MediaError(f"{path}: not a video but a sound ({name})", "give an mp4, mov, mkv or webm file")
+        with open_container(file, name, path) as container:
+            if not container.streams.video:
+                raise MediaError(f"{path}: has no video in it", "give a file with a video track")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise MediaError(f"{path}: no decoder for its video is available", "convert it to H.264 by ffmpeg")
+            if stream.codec_context.width * stream.codec_context.height > MAX_IMAGE_PIXELS:
+                raise RefusedError(
+                    f"{path}: its frames have more than {MAX_IMAGE_PIXELS // 2**20} megapixels", "scale the video down"
+                )
+            yield container, stream
+
+
+def _timeline(container: Any, stream: Any, path: str | os.PathLike[str]) -> Iterator[tuple[Fraction, Any]]:
+    """Yield each decoded `av.VideoFrame` with its time in seconds after the first."""
+    first = None
+    for packet in whole_packets(container, stream, path):
+        for frame in _decoded(packet, path):
+            if frame.pts is None:
+                continue
+            time = frame.pts * Fraction(frame.time_base)
+            first = time if first is None else first
+            yield time - first, frame
+
+
+def _decoded(packet: Any, path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Yield the frames that a packet completes."""
+    try:
+        yield from packet.decode()
+    except AV_ERRORS as error:
+        raise damaged(path, error) from error
+
+
+def _upright_pixels(frame: Any, path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """Return an `av.VideoFrame` as uint8 [H, W, 3], turned as the file's metadata says, in quarters."""
+    try:
+        pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    except (*AV_ERRORS, OSError) as error:  # a colour space that FFmpeg cannot convert
+        raise damaged(path, error) from error
+    return np.rot90(pixels, k=round(frame.rotation / 90))  # both count counterclockwise

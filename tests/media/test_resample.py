@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import tracemalloc
+from math import gcd
+
+import numpy as np
+import pytest
+import soxr
+import torch
+from reference import load_golden, relative_error
+
+from s2v_flow.media.audio import Audio
+from s2v_flow.media.resample import resample, resample_windowed_sinc, speech_waveform
+
+
+@pytest.mark.parametrize("rate", [22_050, 44_100, 48_000])
+def test_windowed_sinc_gives_comfyui_s_numbers(rate: int) -> None:
+    inputs, outputs, _ = load_golden("components/audio_resample")
+    actual = resample_windowed_sinc(inputs["waveform"].numpy(), rate, 16_000)
+    assert actual.dtype == np.float32
+    assert relative_error(torch.from_numpy(actual), outputs[f"to16k_from{rate}"]) <= 2e-5  # measured: 2e-7
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "samples"), [(3, 2, 40), (8_000, 16_000, 33), (11_025, 16_000, 500), (44_101, 16_000, 999)]
+)
+def test_windowed_sinc_equals_the_formula_summed_directly(old: int, new: int, samples: int) -> None:
+    signal = np.random.default_rng(0).standard_normal((2, samples)).astype(np.float32)
+    common = gcd(old, new)
+    o, n = old // common, new // common
+    factor = 0.99 * min(o, n) / o
+    length = -(-samples * n // o)
+    u = np.arange(length)[:, None] * o / n - np.arange(samples)[None]
+    kernel = np.where(np.abs(u) <= 6 / factor, factor * np.sinc(factor * u) * np.cos(np.pi * u * factor / 12) ** 2, 0)
+    expected = torch.from_numpy(signal.astype(np.float64) @ kernel.T)
+    assert relative_error(torch.from_numpy(resample_windowed_sinc(signal, old, new)), expected) <= 2e-5
+
+
+def test_windowed_sinc_of_long_sound_is_the_same_across_blocks() -> None:
+    signal = np.random.default_rng(0).standard_normal((1, 80_000)).astype(np.float32)
+    whole = resample_windowed_sinc(signal, 8_000, 16_000)  # 160000 samples: more than two blocks
+    part = resample_windowed_sinc(signal[:, 30_000:70_000], 8_000, 16_000)
+    assert np.array_equal(whole[:, 60_100:139_900], part[:, 100:79_900])
+
+
+def test_windowed_sinc_needs_memory_for_a_block_not_for_a_matrix() -> None:
+    signal = np.zeros((1, 1_000_000), dtype=np.float32)
+    tracemalloc.start()
+    resample_windowed_sinc(signal, 44_100, 16_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6
+
+
+def test_soxr_resampling_has_an_exact_length_and_keeps_a_tone() -> None:
+    time = np.arange(44_100 * 2) / 44_100
+    audio = Audio(np.stack([np.sin(2 * np.pi * f * time) for f in (300, 900)]).astype(np.float32), 44_100)
+    result = resample(audio, 16_000)
+    assert result.waveform.shape == (2, 32_000)
+    assert result.waveform.dtype == np.float32
+    expected = np.sin(2 * np.pi * 300 * np.arange(32_000) / 16_000)
+    assert np.abs(result.waveform[0, 500:-500] - expected[500:-500]).max() < 1e-4
+    for samples in (1, 2, 7, 1_001):
+        short = Audio(np.ones((1, samples), np.float32), 44_100)
+        assert resample(short, 16_000).num_samples == -(-samples * 16_000 // 44_100)
+    assert resample(audio, 44_100) is audio
+    with pytest.raises(ValueError, match="sample_rate_hz"):
+        resample(audio, 0)
+
+
+def test_speech_is_resampled_then_averaged_for_comfyui_and_averaged_first_for_the_authors() -> None:
+    waveform = np.random.default_rng(0).standard_normal((2, 4_410)).astype(np.float32)
+    audio = Audio(waveform, 44_100)
+    comfyui, official = speech_waveform(audio, "comfyui"), speech_waveform(audio, "official")
+    assert comfyui.shape == official.shape == (1_600,)
+    assert comfyui.dtype == official.dtype == np.float32
+    assert np.array_equal(comfyui, resample_windowed_sinc(waveform, 44_100, 16_000).mean(axis=0))
+    assert np.array_equal(official, soxr.resample(waveform.mean(axis=0), 44_100, 16_000, quality="HQ"))
+    with pytest.raises(ValueError, match="conditioning"):
+        speech_waveform(audio, "other")  # type: ignore[arg-type]
+
+
+def test_speech_at_16_khz_is_only_averaged() -> None:
+    waveform = np.array([[0.5, 0.25, -1], [0, 0.25, 1]], dtype=np.float32)
+    for conditioning in ("comfyui", "official"):
+        assert speech_waveform(Audio(waveform, 16_000), conditioning).tolist() == [0.25, 0.25, 0.0]
+
+
+def test_resampling_refuses_wrong_rates_and_shapes() -> None:
+    for waveform, old, new in ((np.zeros((1, 5)), 0, 1), (np.zeros((1, 5)), 1, 0), (np.zeros(5), 1, 2)):
+        with pytest.raises(ValueError, match="cannot resample"):
+            resample_windowed_sinc(waveform.astype(np.float32), old, new)

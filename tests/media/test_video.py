@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from s2v_flow.errors import MediaError, MissingError, RefusedError
+from s2v_flow.media import video
+from s2v_flow.media.audio import Audio
+from s2v_flow.media.video import VideoReader, probe_video
+from s2v_flow.media.writer import VideoWriter
+
+WIDTH, HEIGHT = 48, 32
+
+
+def grey_frames(num_frames: int) -> NDArray[np.uint8]:
+    """Return frames that tell their index by their brightness, 4 levels apart, uint8 [N, H, W, 3]."""
+    levels = 20 + 4 * np.arange(num_frames, dtype=np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (num_frames, HEIGHT, WIDTH, 3))
+
+
+def indices(frames: NDArray[np.uint8]) -> list[int]:
+    """Return the index that each of `grey_frames` tells."""
+    return [round((float(frame.mean()) - 20) / 4) for frame in frames]
+
+
+def written(path: Path, num_frames: int, fps: int | Fraction, sound: bool = False) -> Path:
+    audio = Audio(np.zeros((1, int(num_frames * 16_000 / fps)), np.float32), 16_000) if sound else None
+    with VideoWriter(path, WIDTH, HEIGHT, fps=fps, crf=1, preset="ultrafast", audio=audio) as writer:
+        writer.write(grey_frames(num_frames))
+    return path
+
+
+def remuxed(source: Path, target: Path, **options: str) -> Path:
+    """Copy the packets of a video into another container."""
+    with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("fps", [16, 25, Fraction(30_000, 1001)])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
+def test_a_probe_tells_size_count_rate_and_length(tmp_path: Path, fps: int | Fraction, suffix: str) -> None:
+    path = written(tmp_path / "a.mp4", 30, fps, sound=suffix == "mp4")
+    if suffix != "mp4":
+        path = remuxed(path, tmp_path / f"b.{suffix}")
+    info = probe_video(path)
+    assert (info.width, info.height, info.num_frames, info.has_audio) == (WIDTH, HEIGHT, 30, suffix == "mp4")
+    assert abs(info.duration_seconds - 30 / Fraction(fps)) <= Fraction(1, 1000)
+    assert float(info.fps) == pytest.approx(float(fps), rel=1e-3)
+    assert info.num_frames_at(fps) == 30
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"),
+    [
+        (16, list(range(30))),
+        (32, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28]),
+        (8, [i // 2 for i in range(60)]),  # halfway between two frames the earlier one is shown
+        (25, [0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 16, 17, 19, 20, 22, 23, 25, 27, 28, 29]),
+    ],
+)
+def test_frames_are_those_nearest_in_time(tmp_path: Path, fps: int, expected: list[int]) -> None:
+    with VideoReader(written(tmp_path / "a.mp4", 30, fps), fps=16) as reader:
+        assert len(reader) == len(expected)
+        shown = indices(reader.read(0, 100))
+    assert shown == expected
+
+
+def test_chunks_in_any_order_equal_the_whole(tmp_path: Path) -> None:
+    with VideoReader(written(tmp_path / "a.mp4", 24, 24), fps=16) as reader:
+        whole = reader.read(0, 16)
+        assert whole.shape == (16, HEIGHT, WIDTH, 3)
+        for start, count in ((0, 4), (4, 4), (3, 6), (12, 9), (15, 1), (16, 5), (99, 1), (0, 0)):
+            assert np.array_equal(reader.read(start, count), whole[start : start + count])
+        assert np.array_equal(np.stack(list(reader)), whole)
+        with pytest.raises(ValueError, match="negative"):
+            reader.read(-1, 2)
+
+
+def test_reading_forwards_decodes_each_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "a.mp4", 32, 16)
+    opened = []
+    original = video._timeline
+    monkeypatch.setattr(video, "_timeline", lambda *args: opened.append(1) or original(*args))
+    with VideoReader(path) as reader:
+        for start in range(0, 32, 8):
+            reader.read(start, 8)
+        assert len(opened) == 1
+        reader.read(0, 1)
+        assert len(opened) == 2
+
+
+def test_colours_come_back_as_they_were_written(tmp_path: Path) -> None:
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40)]
+    frames = np.broadcast_to(np.array(colours, np.uint8)[:, None, None], (6, HEIGHT, WIDTH, 3))
+    with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, crf=1) as writer:
+        writer.write(frames)
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        assert np.abs(reader.read(0, 6).astype(int) - frames).max() <= 4
+
+
+def test_rotation_in_the_metadata_is_applied(tmp_path: Path) -> None:
+    """A display matrix that turns a quarter clockwise, as a telephone held upright writes it."""
+    frames = np.zeros((2, HEIGHT, WIDTH, 3), np.uint8)
+    frames[:, :8, :8] = 255  # a white corner, top left
+    with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, crf=1) as writer:
+        writer.write(frames)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = content.index(b"tkhd") + 44
+    content[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, HEIGHT << 16, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(bytes(content))
+    assert (probe_video(tmp_path / "a.mp4").width, probe_video(tmp_path / "a.mp4").height) == (HEIGHT, WIDTH)
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        frame = reader.read(0, 1)[0]
+    assert frame.shape == (WIDTH, HEIGHT, 3)
+    assert frame[4, -4].min() > 240  # the corner is now top right
+    assert frame[4, 4].max() < 15
+
+
+def test_what_is_not_a_video_is_refused(tmp_path: Path) -> None:
+    inputs = Path(__file__).parents[2] / "recipes" / "inputs"
+    with pytest.raises(MediaError, match="not a video but a sound"):
+        probe_video(inputs / "speech.mp3")
+    with pytest.raises(MissingError):
+        probe_video(tmp_path / "none.mp4")
+    (tmp_path / "a.mp4").write_bytes(b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")
+    with pytest.raises(MediaError, match="playlist"):
+        VideoReader(tmp_path / "a.mp4")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4_000), np.float32), "fltp", "mono")
+        frame.sample_rate = 16_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(MediaError, match="no video"):
+        probe_video(tmp_path / "sound.mp4")
+    with pytest.raises(ValueError, match="fps"):
+        VideoReader(tmp_path / "a.mp4", fps=0)
+
+
+def test_a_video_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    content = written(tmp_path / "a.mp4", 60, 16).read_bytes()
+    for keep in (0.5, 0.9):
+        (tmp_path / "cut.mp4").write_bytes(content[: int(keep * len(content))])
+        with pytest.raises(MediaError):
+            probe_video(tmp_path / "cut.mp4")
+
+
+def test_videos_beyond_the_limits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "a.mp4", 9, 16)
+    monkeypatch.setattr(video, "MAX_VIDEO_FRAMES", 8)
+    with pytest.raises(RefusedError, match="over 8 frames"):
+        probe_video(path)
+    monkeypatch.setattr(video, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1)
+    with pytest.raises(RefusedError, match="megapixels"):
+        probe_video(path)
+
+
+def test_a_mutated_video_gives_frames_or_a_typed_error(tmp_path: Path) -> None:
+    content = written(tmp_path / "a.mp4", 12, 16, sound=True).read_bytes()
+    random = np.random.default_rng(5)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(60):
+        mutant = bytearray(content)
+        for at in random.integers(0, len(mutant), 4):
+            mutant[at] = random.integers(256)
+        (tmp_path / "mutant.mp4").write_bytes(bytes(mutant))
+        try:
+            with VideoReader(tmp_path / "mutant.mp4") as reader:
+                reader.read(0, 4)
+        except (MediaError, RefusedError):
+            outcomes["refused"] += 1
+        else:
+            outcomes["read"] += 1
+    assert min(outcomes.values()) > 0
