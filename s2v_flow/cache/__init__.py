@@ -1,0 +1,1 @@
+"""Artifacts on disk. Knows bytes, digests and files; neither tensors nor nodes."""

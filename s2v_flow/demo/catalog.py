@@ -1,0 +1,28 @@
+"""The demo's model files, made on first use in the cache folder. Trained ones will stand there under a new number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+DEMO_VERSION = 1
+DEMO_FILES = (
+    "diffusion_models/tiny_s2v.safetensors",
+    "diffusion_models/tiny_s2v_fp8_scaled.safetensors",
+    "vae/tiny_vae.safetensors",
+    "text_encoders/tiny_umt5.safetensors",
+    "text_encoders/tiny_umt5_fp8_scaled.safetensors",
+    "audio_encoders/tiny_wav2vec2.safetensors",
+    "loras/tiny_lightning_lora.safetensors",
+    "loras/tiny_lightning_lora_peft.safetensors",
+)
+
+
+def demo_root(cache_dir: Path) -> Path:
+    """Return the models folder in which the demo's files stand, or will stand."""
+    return cache_dir / "demo-models" / str(DEMO_VERSION)
+
+
+def demo_paths(cache_dir: Path) -> Mapping[str, Path]:
+    """Return where each of the demo's files stands, or will stand, by file name."""
+    return {Path(file).name: demo_root(cache_dir) / file for file in DEMO_FILES}

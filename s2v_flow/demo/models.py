@@ -1,0 +1,197 @@
+"""The demo's models: complete, tiny, in ComfyUI's folders; the full models' structure with narrow layers.
+
+They make a video of noise, by the same code and in the same files as the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from s2v_flow.demo.weights import fill_all, uniform
+from s2v_flow.errors import RefusedError
+from s2v_flow.models.audio_encoder import build_wav2vec2
+from s2v_flow.models.dit import S2VConfig, WanS2V
+from s2v_flow.models.text_encoder import TOKENIZER_KEY, build_umt5, umt5_shapes
+from s2v_flow.models.vae import VAEConfig, WanVAE
+
+Weights = dict[str, Tensor]
+
+Shapes = dict[str, tuple[int, ...]]
+
+DIT = S2VConfig(dim=256, ffn_dim=512, num_layers=5, text_dim=64, audio_dim=64)
+VAE = VAEConfig(width=16)
+# The text and audio encoders are built from these shapes, which fix all others.
+UMT5_SIZES: Shapes = {
+    "shared.weight": (512, 64),
+    "encoder.block.0.layer.0.SelfAttention.q.weight": (64, 64),
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 4),
+    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": (128, 64),
+    "encoder.block.1.layer.0.layer_norm.weight": (64,),
+}
+WAV2VEC2_SIZES: Shapes = {
+    **{
+        f"feature_extractor.conv_layers.{i}.conv.weight": (512, channels, kernel)
+        for i, (channels, kernel) in enumerate([(1, 10), *[(512, 3)] * 4, *[(512, 2)] * 2])
+    },
+    "encoder.pos_conv_embed.conv.parametrizations.weight.original1": (64, 4, 128),
+    "encoder.layers.0.feed_forward.intermediate_dense.weight": (256, 64),
+    **{f"encoder.layers.{i}.layer_norm.weight": (64,) for i in range(24)},
+}
+LORA_RANK = 4
+LORA_BLOCKS = 7  # two more than the model has: their keys have no home
+FP8_MAX = 448.0
+_TOKENIZER = Path(__file__).with_name("tiny_spiece.model")
+
+
+def make_demo_models(root: Path, seed: int = 0) -> None:
+    """Write the demo's models below `root`, all of them or none.
+
+    Args:
+        root: The models folder; it must not exist, or be empty.
+        seed: Which set of weights.
+
+    Raises:
+        RefusedError: `root` has files in it.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise RefusedError(f"{root}: is not empty", fix="name a new folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))
+    try:
+        for name, content in _files(seed):
+            (beside / name).parent.mkdir(exist_ok=True)
+            weights = {key: value.contiguous() for key, value in content.weights.items()}
+            save_file(weights, beside / name, metadata=content.metadata or None)
+            (beside / name).chmod(0o644)  # safetensors makes files private
+        beside.chmod(0o755)
+        if root.exists():
+            root.rmdir()
+        os.replace(beside, root)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Content:
+    weights: Weights
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def _files(seed: int) -> Iterator[tuple[str, _Content]]:
+    """Make each file's path below the models folder and its content."""
+    with torch.device("meta"):
+        dit_shapes, vae_shapes = _shapes(WanS2V(DIT)), _shapes(WanVAE(VAE))
+    dit = fill_all(dit_shapes, seed)
+    yield "diffusion_models/tiny_s2v.safetensors", _Content(dit)
+    yield "diffusion_models/tiny_s2v_fp8_scaled.safetensors", _fp8_old(dit, _is_dit_fp8, seed, marker_size=2)
+    yield "diffusion_models/tiny_s2v_fp8_metadata.safetensors", _fp8_with_metadata(dit, _is_dit_fp8)
+    yield "vae/tiny_vae.safetensors", _Content(fill_all(vae_shapes, seed))
+
+    text = fill_all(umt5_shapes(build_umt5(UMT5_SIZES)), seed)
+    text[TOKENIZER_KEY] = _as_bytes(_TOKENIZER.read_bytes())
+    yield "text_encoders/tiny_umt5.safetensors", _Content(text)
+    yield "text_encoders/tiny_umt5_fp8_scaled.safetensors", _fp8_old(text, _is_umt5_fp8, seed, marker_size=0)
+    yield "text_encoders/tiny_umt5_fp8_tagged.safetensors", _fp8_with_tags(text, _is_umt5_fp8)
+    audio = fill_all(_shapes(build_wav2vec2(WAV2VEC2_SIZES)), seed)
+    yield "audio_encoders/tiny_wav2vec2.safetensors", _Content(audio)
+
+    lora = _lora(seed)
+    yield "loras/tiny_lightning_lora.safetensors", _Content(lora)
+    yield "loras/tiny_lightning_lora_peft.safetensors", _Content(_as_peft(lora))
+
+
+def _shapes(module: nn.Module) -> Shapes:
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
+
+def _as_bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _is_dit_fp8(key: str) -> bool:
+    return key.startswith(("blocks.", "audio_injector."))
+
+
+def _is_umt5_fp8(key: str) -> bool:
+    return ("SelfAttention" in key and "relative" not in key) or "DenseReluDense" in key
+
+
+def _quantize(weights: Weights, is_fp8: Callable[[str], bool]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Turn each chosen matrix into its layer's name, fp8 values, and the float32 scalar that scales them back."""
+    for key, value in weights.items():
+        if key.endswith(".weight") and value.ndim == 2 and is_fp8(key):
+            scale = value.abs().max() / FP8_MAX
+            yield key.removesuffix(".weight"), (value / scale).to(torch.float8_e4m3fn), scale
+
+
+def _fp8_old(weights: Weights, is_fp8: Callable[[str], bool], seed: int, *, marker_size: int) -> _Content:
+    """Store matrices in fp8 in the older layout: a marker, and `scale_weight` of shape [] or [1]."""
+    stored = dict(weights)
+    for layer, values, scale in _quantize(weights, is_fp8):
+        stored[f"{layer}.weight"] = values
+        stored[f"{layer}.scale_weight"] = scale.reshape(1) if seed % 2 else scale
+    stored["scaled_fp8"] = torch.zeros(marker_size, dtype=torch.float8_e4m3fn)
+    return _Content(stored)
+
+
+def _fp8_with_metadata(weights: Weights, is_fp8: Callable[[str], bool]) -> _Content:
+    """Store matrices in fp8 in the newer layout: `weight_scale`, and the formats in the file's metadata."""
+    stored, layers = dict(weights), {}
+    for layer, values, scale in _quantize(weights, is_fp8):
+        stored |= {f"{layer}.weight": values, f"{layer}.weight_scale": scale}
+        layers[layer] = {"format": "float8_e4m3fn"}
+    return _Content(stored, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})})
+
+
+def _fp8_with_tags(weights: Weights, is_fp8: Callable[[str], bool]) -> _Content:
+    """Store matrices in fp8 in the newer layout: `weight_scale`, and each layer's format in a tensor beside it."""
+    stored = dict(weights)
+    for layer, values, scale in _quantize(weights, is_fp8):
+        tag = _as_bytes(json.dumps({"format": "float8_e4m3fn"}).encode())
+        stored |= {f"{layer}.weight": values, f"{layer}.weight_scale": scale, f"{layer}.comfy_quant": tag}
+    return _Content(stored)
+
+
+def _lora(seed: int) -> Weights:
+    """Make a LoRA in the layout of the Lightning files; keys of two blocks and one layer have no home."""
+    dim, ffn_dim = DIT.dim, DIT.ffn_dim
+    square = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.v")
+    layers = {**dict.fromkeys(square, (dim, dim)), "ffn.0": (ffn_dim, dim), "ffn.2": (dim, ffn_dim)}
+    lora: Weights = {}
+    for block in range(LORA_BLOCKS):
+        prefix = f"diffusion_model.blocks.{block}"
+        for layer, (outputs, inputs) in layers.items():
+            path = f"{prefix}.{layer}"
+            lora[f"{path}.lora_down.weight"] = uniform(seed, path + "d", (LORA_RANK, inputs)) * 0.1
+            lora[f"{path}.lora_up.weight"] = uniform(seed, path + "u", (outputs, LORA_RANK)) * 0.5
+            lora[f"{path}.alpha"] = torch.tensor(2.0 if block % 2 else float(LORA_RANK))
+        lora[f"{prefix}.self_attn.q.diff_b"] = uniform(seed, f"db{block}", (dim,)) * 0.2
+        lora[f"{prefix}.norm3.diff"] = uniform(seed, f"d{block}", (dim,)) * 0.1
+    homeless = "diffusion_model.img_emb.proj.1"
+    lora[f"{homeless}.lora_down.weight"] = torch.zeros(LORA_RANK, 64)
+    lora[f"{homeless}.lora_up.weight"] = torch.zeros(64, LORA_RANK)
+    return lora
+
+
+def _as_peft(lora: Weights) -> Weights:
+    """Rename a LoRA's keys to PEFT's, with alpha / r folded into the first factor."""
+    peft: Weights = {}
+    for key, value in lora.items():
+        path = key.removesuffix(".lora_down.weight")
+        if path != key:
+            alpha = lora.get(f"{path}.alpha")
+            peft[f"{path}.lora_A.weight"] = value * (1.0 if alpha is None else float(alpha) / LORA_RANK)
+            peft[f"{path}.lora_B.weight"] = lora[f"{path}.lora_up.weight"]
+        elif key.endswith((".diff", ".diff_b")):
+            peft[key] = value
+    return peft

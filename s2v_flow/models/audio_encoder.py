@@ -1,0 +1,129 @@
+"""Wav2Vec2: a waveform's features in every layer, about 50 times a second."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from s2v_flow.errors import MediaError
+from s2v_flow.models.checkpoint import Shapes
+
+SAMPLE_RATE_HZ = 16_000
+STRIDES = (5, 2, 2, 2, 2, 2, 2)  # the feature extractor's; their product is one state
+SAMPLES_PER_STATE = 320
+RECEPTIVE_FIELD = 400  # samples that the first state sees
+WINDOW_STATES = 1500  # 30 s: bounds the memory of the first convolutions
+
+# Keys of the heads for recognition and pretraining, which some files carry and nothing here needs.
+UNUSED_PREFIXES = ("lm_head.", "quantizer.", "project_q.", "project_hid.")
+_WEIGHT_NORM = "encoder.pos_conv_embed.conv."
+OLD_KEYS = {
+    _WEIGHT_NORM + "weight_g": _WEIGHT_NORM + "parametrizations.weight.original0",
+    _WEIGHT_NORM + "weight_v": _WEIGHT_NORM + "parametrizations.weight.original1",
+}
+
+Conditioning = Literal["official", "comfyui"]
+
+
+class AudioEncoder:
+    """A Wav2Vec2 encoder. `module` holds the weights."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @torch.no_grad()
+    def encode(self, waveform: Tensor, conditioning: Conditioning, *, final_norm: bool = True) -> Tensor:
+        """Encode a clip.
+
+        Args:
+            waveform: [L] or [channels, L], 16 kHz; channels are averaged.
+            conditioning: Whose variance normalises the clip: "official" divides by the count, "comfyui" by one less.
+            final_norm: Whether the last state is normed, as in transformers 4, on which the model's authors are. In
+                transformers 5 the last hidden state is that before the norm.
+
+        Returns:
+            [A, T, E], float32, on the weights' device: the input of each layer, then the last layer's output, normed
+            (A = layers + 1; T = (L - 400) // 320 + 1).
+
+        Raises:
+            MediaError: The clip is shorter than one state, 400 samples.
+
+        Source: Baevski et al., "wav2vec 2.0", 2020; the layers are transformers' Wav2Vec2Model's.
+        """
+        mono = waveform.float().reshape(-1, waveform.shape[-1]).mean(0)  # [L]
+        if mono.shape[0] < RECEPTIVE_FIELD:
+            raise MediaError(
+                f"the sound has {mono.shape[0]} samples at 16 kHz; the audio encoder needs {RECEPTIVE_FIELD} (25 ms)"
+            )
+        model: Any = self.module
+        weight = model.feature_projection.projection.weight
+        mono = normalise(mono.to(weight.device), unbiased=conditioning == "comfyui").to(weight.dtype)
+        hidden = model.feature_projection(self._extract(mono))[0]  # [1, T, E]
+        hidden = hidden + model.encoder.pos_conv_embed(hidden)
+        states = []
+        for layer in model.encoder.layers:
+            states.append(hidden)
+            output = layer(hidden)
+            hidden = output[0] if isinstance(output, tuple) else output  # transformers 4 returns tuples
+        states.append(model.encoder.layer_norm(hidden) if final_norm else hidden)
+        return torch.cat(states).float()  # [A, T, E]
+
+    def _extract(self, mono: Tensor) -> Tensor:
+        """Run the convolutions over mono [L], in windows that join exactly (nothing is padded): [1, T, channels]."""
+        model: Any = self.module
+        num_states = (mono.shape[0] - RECEPTIVE_FIELD) // SAMPLES_PER_STATE + 1
+        windows = []
+        for first in range(0, num_states, WINDOW_STATES):
+            last = min(first + WINDOW_STATES, num_states) - 1
+            samples = mono[first * SAMPLES_PER_STATE : last * SAMPLES_PER_STATE + RECEPTIVE_FIELD]
+            windows.append(model.feature_extractor(samples[None]).transpose(1, 2))  # [1, t, channels]
+        return torch.cat(windows, dim=1)
+
+
+def normalise(mono: Tensor, *, unbiased: bool) -> Tensor:
+    """Give a mono clip [L] zero mean and unit variance, with 1e-7 under the root."""
+    return (mono - mono.mean()) / torch.sqrt(mono.var(correction=1 if unbiased else 0) + 1e-7)
+
+
+def build_wav2vec2(shapes: Shapes) -> nn.Module:
+    """Build a Wav2Vec2 encoder (layer norm in every convolution, norm before each block) on the meta device.
+
+    Args:
+        shapes: The checkpoint's keys and shapes; every size is read off them, except that heads are 64 wide, or four
+            in a model narrower than that allows.
+
+    Raises:
+        KeyError: A key that gives a size is missing.
+    """
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    convolutions = [shapes[f"feature_extractor.conv_layers.{i}.conv.weight"] for i in range(len(STRIDES))]
+    width, group_width, kernel = shapes[_WEIGHT_NORM + "parametrizations.weight.original1"]
+    config = Wav2Vec2Config(
+        hidden_size=width,
+        num_hidden_layers=_count_layers(shapes),
+        num_attention_heads=max(4, width // 64),
+        intermediate_size=shapes["encoder.layers.0.feed_forward.intermediate_dense.weight"][0],
+        conv_dim=[shape[0] for shape in convolutions],
+        conv_kernel=[shape[2] for shape in convolutions],
+        conv_stride=list(STRIDES),
+        conv_bias=True,
+        feat_extract_norm="layer",
+        feat_extract_activation="gelu",
+        hidden_act="gelu",
+        do_stable_layer_norm=True,
+        num_conv_pos_embeddings=kernel,
+        num_conv_pos_embedding_groups=width // group_width,
+        layer_norm_eps=1e-5,
+        mask_time_prob=0.05,  # keeps masked_spec_embed, which the files hold; masking is for training only
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        model: nn.Module = Wav2Vec2Model(config)
+    return model
+
+
+def _count_layers(shapes: Shapes) -> int:
+    return len({key.split(".")[2] for key in shapes if key.startswith("encoder.layers.")})

@@ -1,0 +1,177 @@
+"""Read a safetensors header, every bound checked, without torch: what a model file holds, before anything is loaded.
+
+Source: safetensors, README.md, "Format" (8 bytes of little-endian header length, JSON, one contiguous data section).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from s2v_flow.errors import CheckpointError, MissingError, RefusedError
+
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_HEADER_VALUES = 1_000_000  # 14B models need about 20,000; bounds the parser's memory
+MAX_RANK = 16
+
+ITEM_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".pt2")
+_FOREIGN_STARTS: Sequence[tuple[bytes, str]] = (
+    (b"GGUF", "a GGUF file, which is not supported"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
+    (b"<", "a web page or XML, not a model: the download went wrong"),
+)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the header: its dtype as safetensors spells it, its shape, and its bytes in the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: the tensors by name, in file order, and the free-form metadata."""
+
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file; the data section is not touched.
+
+    Args:
+        path: The file. Names and contents that promise a pickle are refused unread.
+
+    Returns:
+        The header; its tensors cover the data section without gap or overlap.
+
+    Raises:
+        MissingError: There is no such file, or it cannot be read.
+        RefusedError: The file is a pickle.
+        CheckpointError: The file is damaged, truncated or of another format.
+    """
+    if path.suffix.lower() in _PICKLE_SUFFIXES:
+        raise _pickle_refused(path)
+    try:
+        # O_NONBLOCK: opening a named pipe must not wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(descriptor, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: is not a regular file", fix="name a .safetensors file")
+            return _parse(path, file, status.st_size)
+    except FileNotFoundError as error:
+        raise MissingError(f"{path}: no such file") from error
+    except OSError as error:
+        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parse(path: Path, file: BinaryIO, file_bytes: int) -> Header:
+    start = file.read(512)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] != b"{" or length > file_bytes:
+        _explain_foreign(path, start)
+    if file_bytes < 8:
+        raise _damaged(path, f"it has {file_bytes} bytes; the header's length alone takes 8")
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
+    if 8 + length > file_bytes:
+        raise _damaged(path, f"its header needs {8 + length} bytes, but the file has {file_bytes}")
+    file.seek(8)
+    tree = _parse_json(path, file.read(length))
+    metadata = tree.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
+        raise _damaged(path, "its __metadata__ is not a map of texts")
+    entries = {name: _entry(path, name, value) for name, value in tree.items()}
+    _check_layout(path, entries, file_bytes - 8 - length)
+    return Header(entries, metadata)
+
+
+def _explain_foreign(path: Path, start: bytes) -> None:
+    is_zip, is_pickle = (
+        start.startswith(b"PK"),
+        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"),
+    )
+    if is_zip or is_pickle or start[257:262] == b"ustar":
+        raise _pickle_refused(path)
+    for prefix, what in _FOREIGN_STARTS:
+        if start.lstrip().startswith(prefix):
+            raise CheckpointError(f"{path}: is {what}", fix="download the .safetensors file again")
+
+
+def _pickle_refused(path: Path) -> RefusedError:
+    return RefusedError(
+        f"{path}: is a pickle (PyTorch's older format), which can run code when opened; it was not opened",
+        fix="convert it to safetensors first",
+    )
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged or not a safetensors file: {what}", fix="download or copy the file again")
+
+
+def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_HEADER_VALUES:
+        raise _damaged(path, f"its header holds more than {MAX_HEADER_VALUES} values")
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in tree:
+                raise _damaged(path, f"its header names {name!r} twice")
+            tree[name] = value
+        return tree
+
+    try:
+        tree = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
+    except RecursionError:
+        raise _damaged(path, "its header is nested too deeply") from None
+    except ValueError as error:
+        raise _damaged(path, f"its header is not JSON ({error})") from error
+    if not isinstance(tree, dict):
+        raise _damaged(path, "its header is not a map")
+    return tree
+
+
+def _entry(path: Path, name: str, value: object) -> TensorEntry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"{name!r} lacks dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{path}: {name!r} has the dtype {dtype!r}, which is not supported")
+    if not _is_counts(shape) or len(shape) > MAX_RANK or not _is_counts(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"{name!r} has the shape {shape!r} and data_offsets {offsets!r}")
+    begin, end = offsets
+    expected = math.prod(shape) * ITEM_BYTES[dtype]
+    if end - begin != expected:
+        raise _damaged(path, f"{name!r} ({dtype} {shape}) needs {expected} bytes, but its offsets give {end - begin}")
+    return TensorEntry(dtype, tuple(shape), begin, end)
+
+
+def _is_counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_layout(path: Path, entries: Mapping[str, TensorEntry], data_bytes: int) -> None:
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            raise _damaged(path, f"{name!r} starts at byte {entry.begin} of the data, expected {position}")
+        position = entry.end
+    if position != data_bytes:
+        raise _damaged(path, f"its tensors need {position} bytes of data, but the file has {data_bytes} (truncated?)")

@@ -1,0 +1,319 @@
+"""From a model file to a live module: built on the meta device, checked key by key, filled without a second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from s2v_flow.errors import CheckpointError
+from s2v_flow.models.audio_encoder import OLD_KEYS, UNUSED_PREFIXES, AudioEncoder, build_wav2vec2
+from s2v_flow.models.checkpoint import Checkpoint, Shapes, describe_mismatch
+from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
+from s2v_flow.models.quantization import Fp8Linear, Quantization, dequantize, read_quantization, read_scale
+from s2v_flow.models.text_encoder import (
+    EMBEDDING_COPY_KEY,
+    EMBEDDING_KEY,
+    TOKENIZER_KEY,
+    TextEncoder,
+    build_umt5,
+    read_tokenizer,
+    umt5_shapes,
+)
+
+if TYPE_CHECKING:
+    from s2v_flow.models.dit import WanS2V
+    from s2v_flow.models.vae import WanVAE
+
+_SHOWN = 5
+_FIX_FILE = "download the file again, or use another"
+_STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # all others are expanded to float32
+_Built = TypeVar("_Built", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded: the file, how many layers stay in fp8, and one report for each LoRA."""
+
+    path: Path
+    num_tensors: int
+    num_fp8_layers: int = 0
+    loras: tuple[LoraReport, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadedDit:
+    """A diffusion model and how it was loaded."""
+
+    module: WanS2V
+    report: LoadReport
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where weights go, in which dtype, and whether fp8 ones stay in fp8.
+
+    Parameters named in `wide` are never made narrower than the file has them: the module computes with them in float32.
+    Those named in `rounded` lose what fp8 cannot hold, unless the file has them in fp8 with a scale.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    quantized: bool = False
+    wide: frozenset[str] = frozenset()
+    rounded: frozenset[str] = frozenset()
+
+    def dtype_of(self, key: str, stored: str) -> torch.dtype:
+        if key not in self.wide:
+            return self.dtype
+        return torch.promote_types(self.dtype, _STORED_DTYPES.get(stored, torch.float32))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint as a module sees it: the module's key to the file's."""
+
+    checkpoint: Checkpoint
+    quantization: Quantization
+    keys: Mapping[str, str]
+    loras: LoraStack = field(default_factory=LoraStack)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: self.checkpoint.shapes[stored] for key, stored in self.keys.items()}
+
+
+def load_dit(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantized: bool,
+    loras: Sequence[LoraSpec] = (),
+    rounds_linears: bool = False,
+) -> LoadedDit:
+    """Load a Wan2.2-S2V diffusion model.
+
+    Args:
+        path: A .safetensors file, in full precision or fp8-scaled.
+        dtype: What is computed in; parameters outside linear layers are never made narrower
+            than the file has them.
+        device: Where the weights live.
+        quantized: Keep fp8 weights in fp8 and expand them for each use; otherwise they are expanded now.
+        loras: LoRAs, applied in this order: merged in float32, or beside weights that stay in fp8.
+        rounds_linears: If the file is fp8-scaled, round the biases and the linear weights that it keeps in 16 or 32
+            bit to fp8 too, without a scale, as ComfyUI (October 2025) does when it loads such a file.
+
+    Returns:
+        The module, in eval mode, and a report.
+
+    Raises:
+        MissingError, RefusedError, CheckpointError: A file is missing, a pickle, damaged, or not of this family.
+    """
+    from s2v_flow.models.dit import S2VConfig, WanS2V
+
+    checkpoint = Checkpoint.open(path)
+    source = _source(checkpoint)
+    with torch.device("meta"):
+        module = _build(
+            "wan s2v", checkpoint, lambda: WanS2V(S2VConfig.from_shapes(source.shapes), compute_dtype=dtype)
+        )
+    stack = open_loras(loras, _shapes_of(module))
+    source = _Source(checkpoint, source.quantization, source.keys, stack)
+    wide = _all_but_linear(module)
+    rounded = frozenset(module.state_dict()) - wide if rounds_linears and source.quantization.scales else frozenset()
+    target = _Target(dtype, torch.device(device), quantized, wide, rounded)
+    num_fp8 = _fill("wan s2v", module, _shapes_of(module), source, target)
+    report = LoadReport(checkpoint.path, len(source.keys), num_fp8, tuple(stack.reports))
+    return LoadedDit(module, report)
+
+
+def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
+    """Load the Wan 2.1 VAE, in eval mode.
+
+    Args:
+        path: A .safetensors file.
+        dtype: What is computed in.
+        device: Where the weights live.
+
+    Raises:
+        MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, or of another family.
+    """
+    from s2v_flow.models.vae import VAEConfig, WanVAE
+
+    checkpoint = Checkpoint.open(path)
+    source = _source(checkpoint)
+    with torch.device("meta"):
+        module = _build("wan vae", checkpoint, lambda: WanVAE(VAEConfig.from_shapes(source.shapes)))
+    _fill("wan vae", module, _shapes_of(module), source, _Target(dtype, torch.device(device)))
+    return module
+
+
+def load_text_encoder(
+    path: str | Path, *, dtype: torch.dtype, device: torch.device | str, quantized: bool
+) -> TextEncoder:
+    """Load a UMT5 encoder and the tokenizer inside its file.
+
+    Args:
+        path: A .safetensors file, in full precision or fp8-scaled.
+        dtype: What is computed in.
+        device: Where the weights live.
+        quantized: Keep fp8 weights in fp8 and expand them for each use; otherwise they are expanded now.
+
+    Raises:
+        MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, not of this family, or
+            has no tokenizer inside.
+    """
+    checkpoint = Checkpoint.open(path)
+    renames = {EMBEDDING_COPY_KEY: EMBEDDING_KEY} if EMBEDDING_KEY not in checkpoint.entries else {}
+    dropped = (TOKENIZER_KEY,) if renames else (TOKENIZER_KEY, EMBEDDING_COPY_KEY)
+    source = _source(checkpoint, renames, lambda key: key in dropped)
+    module = _build("umt5 encoder", checkpoint, lambda: build_umt5(source.shapes))
+    if TOKENIZER_KEY not in checkpoint.entries:
+        raise CheckpointError(
+            f"{checkpoint.path}: has no tokenizer inside ({TOKENIZER_KEY!r})",
+            fix="use ComfyUI's repackaged text encoder",
+        )
+    tokenizer = read_tokenizer(checkpoint.tensor(TOKENIZER_KEY).numpy().tobytes(), str(checkpoint.path))
+    _fill("umt5 encoder", module, umt5_shapes(module), source, _Target(dtype, torch.device(device), quantized))
+    return TextEncoder(module, tokenizer)
+
+
+def load_audio_encoder(path: str | Path, *, dtype: torch.dtype, device: torch.device | str) -> AudioEncoder:
+    """Load a Wav2Vec2 encoder; either spelling of its weight norm is read.
+
+    Args:
+        path: A .safetensors file.
+        dtype: What is computed in.
+        device: Where the weights live.
+
+    Raises:
+        MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, or of another family.
+    """
+    checkpoint = Checkpoint.open(path)
+    source = _source(checkpoint, OLD_KEYS, lambda key: key.startswith(UNUSED_PREFIXES))
+    module = _build("wav2vec2", checkpoint, lambda: build_wav2vec2(source.shapes))
+    _fill("wav2vec2", module, _shapes_of(module), source, _Target(dtype, torch.device(device)))
+    return AudioEncoder(module)
+
+
+def _source(
+    checkpoint: Checkpoint,
+    renames: Mapping[str, str] | None = None,
+    is_dropped: Callable[[str], bool] = lambda key: False,
+) -> _Source:
+    quantization = read_quantization(checkpoint)
+    keys = {
+        (renames or {}).get(key, key): key
+        for key in checkpoint.entries
+        if key not in quantization.bookkeeping and not is_dropped(key)
+    }
+    return _Source(checkpoint, quantization, keys)
+
+
+def _build(family: str, checkpoint: Checkpoint, build: Callable[[], _Built]) -> _Built:
+    """Build a module from a file's shapes; if that fails, say what the file is instead."""
+    mismatch = describe_mismatch(family, checkpoint.shapes)
+    if mismatch:
+        raise CheckpointError(f"{checkpoint.path}: {mismatch}", fix=f"use a {family} file")
+    try:
+        return build()
+    except (KeyError, IndexError, ValueError, ArithmeticError, RuntimeError) as error:
+        detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{checkpoint.path}: is no complete {family} file: {detail}", fix=_FIX_FILE) from error
+
+
+def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
+
+def _all_but_linear(module: nn.Module) -> frozenset[str]:
+    """Name the parameters outside linear layers."""
+    linear = {name for name, layer in module.named_modules() if type(layer) is nn.Linear}
+    return frozenset(key for key in module.state_dict() if key.rpartition(".")[0] not in linear)
+
+
+def _fill(family: str, module: nn.Module, expected: Shapes, source: _Source, target: _Target) -> int:
+    """Put a file's tensors into a module on the meta device; return how many layers stay in fp8."""
+    _check_keys(family, source, expected)
+    module.eval().requires_grad_(False)
+    fp8_layers = _fp8_layers(module, source) if target.quantized else {}
+    in_fp8 = {f"{name}.weight" for name in fp8_layers}
+    weights = {key: _weight(key, source, target) for key in expected if key not in in_fp8}
+    if EMBEDDING_COPY_KEY in module.state_dict():
+        weights[EMBEDDING_COPY_KEY] = weights[EMBEDDING_KEY]
+    outcome = module.load_state_dict(weights, strict=False, assign=True)
+    assert set(outcome.missing_keys) == in_fp8
+    assert not outcome.unexpected_keys
+    for name, layer in fp8_layers.items():
+        _replace(module, name, _fp8_linear(name, layer.bias, source, target))
+    left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
+    assert not left, f"not loaded: {left}"
+    return len(fp8_layers)
+
+
+def _check_keys(family: str, source: _Source, expected: Shapes) -> None:
+    found = source.shapes
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    misshapen = [
+        f"{key} is {list(found[key])}, expected {list(shape)}"
+        for key, shape in sorted(expected.items())
+        if key in found and found[key] != shape
+    ]
+    parts = [
+        f"{len(keys)} {name} ({', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''})"
+        for name, keys in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if keys
+    ]
+    if parts:
+        raise CheckpointError(
+            f"{source.checkpoint.path}: is no complete {family} file: {'; '.join(parts)}",
+            fix=_FIX_FILE,
+        )
+
+
+def _fp8_layers(module: nn.Module, source: _Source) -> dict[str, nn.Linear]:
+    """Return the linear layers that can stay in fp8; one whose weight a LoRA changes in full is expanded instead."""
+    stored = {key for key, file_key in source.keys.items() if file_key in source.quantization.scales}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if type(layer) is nn.Linear and f"{name}.weight" in stored and source.loras.is_low_rank(f"{name}.weight")
+    }
+
+
+def _fp8_linear(name: str, bias: Tensor | None, source: _Source, target: _Target) -> Fp8Linear:
+    key = f"{name}.weight"
+    stored = source.keys[key]
+    scale = read_scale(source.checkpoint, source.quantization, stored)
+    linear = Fp8Linear(source.checkpoint.tensor(stored).to(target.device), scale, bias)
+    branch = source.loras.side_branch(key, target.device, target.dtype)
+    if branch is not None:
+        linear.set_low_rank(*branch)
+    return linear
+
+
+def _weight(key: str, source: _Source, target: _Target) -> Tensor:
+    """Read one tensor, expanded from fp8 where it is, with its LoRA updates merged in float32, rounded once."""
+    stored = source.keys[key]
+    dtype = target.dtype_of(key, source.checkpoint.dtypes[stored])
+    value = source.checkpoint.tensor(stored).to(target.device)
+    is_changed = key in source.loras.updates
+    if stored in source.quantization.scales:
+        scale = read_scale(source.checkpoint, source.quantization, stored)
+        value = dequantize(value, scale, torch.float32 if is_changed else dtype)
+    elif key in target.rounded:
+        value = value.to(torch.float8_e4m3fn).to(value.dtype)
+    if is_changed:
+        value = source.loras.merge(key, value.float())
+    return value.to(dtype)
+
+
+def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, new)

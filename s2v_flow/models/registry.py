@@ -1,0 +1,161 @@
+"""The live models: one instance of each, loaded on first use, freed when the memory budget wants it."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from types import TracebackType
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import nn
+
+
+class HasModule(Protocol):
+    """A model whose weights are in its `module`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The weights."""
+        ...
+
+
+Model = TypeVar("Model", bound="nn.Module | HasModule")
+
+
+@dataclass(frozen=True)
+class ModelKey:
+    """What makes two models the same: the files' contents, LoRAs in order with their strengths, dtype, fp8, device.
+
+    `loras` holds (digest, strength) pairs; `dtype` and `device` are as torch prints them.
+    """
+
+    kind: str
+    digests: tuple[str, ...]
+    dtype: str
+    device: str
+    quantized: bool = False
+    loras: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass
+class _Live:
+    model: Any
+    num_bytes: int
+    num_users: int = 0
+
+
+class ModelRegistry:
+    """Holds live models by key. Use it as a context manager: leaving it frees everything.
+
+    Models that are in use are never freed, so the budget can be exceeded by what is in use at once. Calls from
+    several threads are safe; a model is loaded once, however many ask for it.
+
+    Args:
+        memory_budget_bytes: How many bytes of weights may stay live for reuse; None: no limit.
+    """
+
+    def __init__(self, memory_budget_bytes: int | None = None):
+        self.memory_budget_bytes = memory_budget_bytes
+        self.loads: Counter[ModelKey] = Counter()
+        self._live: OrderedDict[ModelKey, _Live] = OrderedDict()  # the least recently used first
+        self._lock = threading.RLock()
+
+    @property
+    def num_bytes(self) -> int:
+        """The live models' weights, in bytes."""
+        with self._lock:
+            return sum(live.num_bytes for live in self._live.values())
+
+    def acquire(self, key: ModelKey, load: Callable[[], Model], *, expected_bytes: int = 0) -> Model:
+        """Return the model `key`, loading it if it is not live, and mark it as in use.
+
+        Args:
+            key: The model's identity.
+            load: Loads it; called at most once while the model is live.
+            expected_bytes: About how large it will be: room is made before loading, not after.
+
+        Returns:
+            The model. Call `release` when done with it.
+        """
+        with self._lock:
+            live = self._live.get(key)
+            if live is None:
+                self._make_room(expected_bytes)
+                model = load()
+                self.loads[key] += 1
+                live = self._live[key] = _Live(model, weight_bytes(model))
+            live.num_users += 1
+            self._live.move_to_end(key)
+            self._make_room(0)
+            return cast("Model", live.model)
+
+    def release(self, key: ModelKey) -> None:
+        """Say that one user of the model `key` is done; it stays live while the budget allows.
+
+        Raises:
+            ValueError: The model is not in use.
+        """
+        with self._lock:
+            live = self._live.get(key)
+            if live is None or live.num_users == 0:
+                raise ValueError(f"{key.kind} is not in use")
+            live.num_users -= 1
+            self._make_room(0)
+
+    @contextmanager
+    def use(self, key: ModelKey, load: Callable[[], Model], *, expected_bytes: int = 0) -> Iterator[Model]:
+        """Acquire a model for the length of a `with` block."""
+        model = self.acquire(key, load, expected_bytes=expected_bytes)
+        try:
+            yield model
+        finally:
+            self.release(key)
+
+    def free_unused(self) -> int:
+        """Free every model that is not in use; return how many bytes of weights that gave back."""
+        with self._lock:
+            return self._free([key for key, live in self._live.items() if live.num_users == 0])
+
+    def _make_room(self, wanted_bytes: int) -> None:
+        """Free unused models, the least recently used first, until `wanted_bytes` more fit into the budget."""
+        if self.memory_budget_bytes is None:
+            return
+        surplus = self.num_bytes + wanted_bytes - self.memory_budget_bytes
+        chosen = []
+        for key, live in self._live.items():
+            if surplus <= 0:
+                break
+            if live.num_users == 0:
+                chosen.append(key)
+                surplus -= live.num_bytes
+        self._free(chosen)
+
+    def _free(self, keys: list[ModelKey]) -> int:
+        freed = sum(self._live.pop(key).num_bytes for key in keys)
+        if keys:
+            gc.collect()  # modules hold reference cycles
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return freed
+
+    def __enter__(self) -> ModelRegistry:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._free(list(self._live))
+
+
+def weight_bytes(model: nn.Module | HasModule) -> int:
+    """Count the bytes of a model's parameters and buffers, each storage once."""
+    module = model if isinstance(model, nn.Module) else model.module
+    tensors = {tensor.data_ptr(): tensor for tensor in chain(module.parameters(), module.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())

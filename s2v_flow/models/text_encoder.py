@@ -1,0 +1,140 @@
+"""UMT5: a prompt's tokens and their features.
+
+Only a prompt's own tokens are computed. Padding is masked in the encoder and zeroed after it, so leaving it out gives
+the same rows, for a fraction of the work.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from s2v_flow.errors import CheckpointError
+from s2v_flow.models.checkpoint import Shapes
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+MAX_TOKENS = 512
+EOS_ID = 1
+TOKENIZER_KEY = "spiece_model"
+EMBEDDING_KEY = "shared.weight"
+EMBEDDING_COPY_KEY = "encoder.embed_tokens.weight"  # the same table; some files carry it too, or instead
+
+
+class TextEncoder:
+    """A UMT5 encoder with its tokenizer. `module` holds the weights."""
+
+    def __init__(self, module: nn.Module, tokenizer: SentencePieceProcessor):
+        self.module = module
+        self._tokenizer = tokenizer
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return every token id of `text` and the end-of-text id, however many; brackets and escapes mean nothing."""
+        ids: list[int] = self._tokenizer.encode(text, out_type=int, add_bos=False, add_eos=False)
+        return [*ids, EOS_ID]
+
+    def encode(self, text: str) -> Tensor:
+        """Encode a prompt.
+
+        Args:
+            text: The prompt. Past 512 tokens it is cut, so that the end-of-text token is the last of 512.
+
+        Returns:
+            [1, S, D], the features of the prompt's own tokens, in the weights' dtype. A model that expects 512 rows
+            expects zeros in the rest.
+        """
+        ids = self.tokenize(text)
+        if len(ids) > MAX_TOKENS:
+            ids = [*ids[: MAX_TOKENS - 1], EOS_ID]
+        device = next(self.module.parameters()).device
+        input_ids = torch.tensor([ids], dtype=torch.int64, device=device)
+        return self.hidden(input_ids, torch.ones_like(input_ids))
+
+    @torch.no_grad()
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode tokens.
+
+        Args:
+            input_ids: [B, S], int64.
+            attention_mask: [B, S], 1 for a token, 0 for padding.
+
+        Returns:
+            [B, S, D], zero where the mask is.
+
+        Source: Raffel et al., "Exploring the Limits of Transfer Learning", 2020; transformers' UMT5EncoderModel.
+        """
+        output: Tensor = self.module(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return output * attention_mask[..., None].to(output.dtype)  # [B, S, D]
+
+
+def build_umt5(shapes: Shapes) -> nn.Module:
+    """Build a UMT5 encoder on the meta device.
+
+    Args:
+        shapes: The checkpoint's keys and shapes; every size is read off them.
+
+    Returns:
+        transformers' UMT5EncoderModel, whose token embedding is one module under two names.
+
+    Raises:
+        KeyError: A key that gives a size is missing.
+    """
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    attention = "encoder.block.0.layer.0.SelfAttention."
+    buckets, num_heads = shapes[attention + "relative_attention_bias.weight"]
+    inner, width = shapes[attention + "q.weight"]
+    config = UMT5Config(
+        vocab_size=shapes[EMBEDDING_KEY][0],
+        d_model=width,
+        d_kv=inner // num_heads,
+        d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        num_layers=_count_layers(shapes),
+        num_heads=num_heads,
+        relative_attention_num_buckets=buckets,
+        relative_attention_max_distance=128,
+        layer_norm_epsilon=1e-6,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        attn_implementation="eager",
+    )
+    with torch.device("meta"):
+        model: nn.Module = UMT5EncoderModel(config)
+    _as_any(model).set_input_embeddings(_as_any(model).shared)
+    return model
+
+
+def umt5_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the keys and shapes that a checkpoint of this encoder has: the embedding once, as `shared.weight`."""
+    return {key: tuple(value.shape) for key, value in module.state_dict().items() if key != EMBEDDING_COPY_KEY}
+
+
+def read_tokenizer(model: bytes, name: str) -> SentencePieceProcessor:
+    """Read a SentencePiece model.
+
+    Args:
+        model: Its serialised form, from the text encoder's file.
+        name: The file, for messages.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        raise CheckpointError(f"{name}: its tokenizer ({TOKENIZER_KEY}) is damaged: {error}") from error
+    return processor
+
+
+def _count_layers(shapes: Shapes) -> int:
+    return len({key.split(".")[2] for key in shapes if key.startswith("encoder.block.")})
+
+
+def _as_any(model: nn.Module) -> Any:
+    return model

@@ -1,0 +1,76 @@
+"""Wav2Vec2: the reference's 25 states, either normalisation, and windows that change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from reference import fill_module, load_golden, load_keys, relative_error
+
+from s2v_flow.errors import MediaError
+from s2v_flow.models import audio_encoder
+from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2, normalise
+from s2v_flow.models.load import load_audio_encoder
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_models: Path) -> AudioEncoder:
+    file = tiny_models / "audio_encoders" / "tiny_wav2vec2.safetensors"
+    return load_audio_encoder(file, dtype=torch.float32, device="cpu")
+
+
+def assert_states_equal(encoder: AudioEncoder, name: str) -> None:
+    inputs, outputs, _ = load_golden(f"components/{name}")
+    states = encoder.encode(inputs["waveform"][0], "comfyui")
+    assert states.shape[0] == 25
+    assert len(outputs) >= 5
+    for key, expected in outputs.items():
+        assert relative_error(states[int(key.removeprefix("layer"))], expected[0]) <= 3e-6, key
+
+
+def test_states_equal_the_reference(encoder: AudioEncoder) -> None:
+    assert_states_equal(encoder, "wav2vec2_tiny")
+
+
+@pytest.mark.parity
+def test_full_size_states_equal_the_reference() -> None:
+    assert_states_equal(AudioEncoder(fill_module(build_wav2vec2(load_keys("wav2vec2_large")))), "wav2vec2_large")
+
+
+def test_full_size_encoder_has_the_released_keys() -> None:
+    expected = load_keys("wav2vec2_large")
+    assert len(expected) == 422
+    module = build_wav2vec2(expected)
+    assert {key: tuple(value.shape) for key, value in module.state_dict().items()} == expected
+    assert module.config.num_attention_heads == 16
+
+
+def test_conditioning_chooses_the_variance() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    assert torch.allclose(normalise(x, unbiased=False).square().mean(), torch.tensor(1.0))
+    assert torch.allclose(normalise(x, unbiased=True).square().sum() / 3, torch.tensor(1.0))
+    assert not normalise(torch.zeros(9), unbiased=False).any()  # silence stays finite
+
+
+def test_the_two_conditionings_differ_and_mono_needs_no_channel_axis(encoder: AudioEncoder) -> None:
+    x = torch.randn(2, 800, generator=torch.Generator().manual_seed(0))
+    official, comfyui = encoder.encode(x, "official"), encoder.encode(x, "comfyui")
+    assert 0 < relative_error(official, comfyui) < 1e-2
+    assert torch.equal(encoder.encode(x.mean(0), "official"), official)
+
+
+def test_windows_of_the_first_convolutions_change_nothing(
+    encoder: AudioEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(400 + 320 * 20 + 11, generator=torch.Generator().manual_seed(0))
+    whole = encoder.encode(x, "official")
+    assert whole.shape == (25, 21, 64)
+    monkeypatch.setattr(audio_encoder, "WINDOW_STATES", 4)
+    assert relative_error(encoder.encode(x, "official"), whole) < 1e-6
+
+
+def test_one_state_needs_400_samples(encoder: AudioEncoder) -> None:
+    assert encoder.encode(torch.ones(400), "official").shape == (25, 1, 64)
+    with pytest.raises(MediaError, match="399 samples"):
+        encoder.encode(torch.ones(399), "official")

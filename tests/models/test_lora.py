@@ -1,0 +1,194 @@
+"""LoRA: every spelling gives the same update, and nothing goes missing unsaid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from reference import relative_error
+from safetensors.torch import save_file
+from torch import Tensor
+
+from s2v_flow.errors import CheckpointError, RefusedError
+from s2v_flow.models.lora import LoraSpec, LoraStack, open_loras
+
+SHAPES = {
+    "blocks.0.self_attn.q.weight": (6, 4),
+    "blocks.0.self_attn.q.bias": (6,),
+    "blocks.0.norm3.weight": (6,),
+    "blocks.0.modulation": (1, 6, 4),
+    "patch_embedding.weight": (6, 2, 1, 2, 2),
+}
+KEY = "blocks.0.self_attn.q.weight"
+Q = "blocks.0.self_attn.q"
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+DOWN, UP = draw(2, 4), draw(6, 2, seed=1)
+
+
+def open_one(tmp_path: Path, tensors: dict[str, Tensor], strength: float = 1.0, name: str = "lora") -> LoraStack:
+    file = tmp_path / f"{name}.safetensors"
+    save_file(tensors, file)
+    return open_loras([LoraSpec(file, strength)], SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("path", "down", "up"),
+    [
+        (f"diffusion_model.{Q}", "lora_down.weight", "lora_up.weight"),
+        (Q, "lora_down.weight", "lora_up.weight"),
+        (f"model.diffusion_model.{Q}", "lora_down.weight", "lora_up.weight"),
+        ("lora_unet_blocks_0_self_attn_q", "lora_down.weight", "lora_up.weight"),
+        (f"diffusion_model.{Q}", "lora_A.weight", "lora_B.weight"),
+        (Q, "lora_A.weight", "lora_B.weight"),
+    ],
+)
+def test_every_spelling_gives_the_same_update(tmp_path: Path, path: str, down: str, up: str) -> None:
+    stack = open_one(tmp_path, {f"{path}.{down}": DOWN, f"{path}.{up}": UP}, strength=0.5)
+    weight = draw(6, 4, seed=2)
+    assert relative_error(stack.merge(KEY, weight), weight + 0.5 * UP @ DOWN) < 1e-6
+    assert (stack.reports[0].matched, stack.reports[0].total, stack.reports[0].coverage) == (2, 2, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_alpha_over_rank_scales_the_update(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    tensors = {f"{Q}.lora_down.weight": DOWN, f"{Q}.lora_up.weight": UP, f"{Q}.alpha": torch.full(shape, 3.0)}
+    stack = open_one(tmp_path, tensors, strength=0.5)
+    weight = draw(6, 4, seed=2)
+    assert relative_error(stack.merge(KEY, weight), weight + 0.5 * 3 / 2 * UP @ DOWN) < 1e-6
+
+
+def test_half_precision_factors_are_multiplied_in_float32(tmp_path: Path) -> None:
+    stack = open_one(tmp_path, {f"{Q}.lora_A.weight": DOWN.half(), f"{Q}.lora_B.weight": UP.half()})
+    merged = stack.merge(KEY, torch.zeros(6, 4))
+    assert relative_error(merged, UP.half().float() @ DOWN.half().float()) < 1e-6
+
+
+def test_differences_go_to_weight_bias_and_parameters_of_their_own(tmp_path: Path) -> None:
+    tensors = {
+        f"diffusion_model.{Q}.diff_b": draw(6),
+        "diffusion_model.blocks.0.norm3.diff": draw(6, seed=1),
+        "diffusion_model.blocks.0.modulation.diff": draw(1, 6, 4, seed=2),
+        f"diffusion_model.{Q}.lora_down.weight": DOWN,
+        f"diffusion_model.{Q}.lora_up.weight": UP,
+        f"diffusion_model.{Q}.diff": draw(6, 4, seed=3),
+    }
+    stack = open_one(tmp_path, tensors, strength=2.0)
+    assert stack.reports[0].unmatched == ()
+    assert torch.equal(stack.merge(f"{Q}.bias", torch.ones(6)), 1 + 2 * draw(6))
+    assert torch.equal(stack.merge("blocks.0.norm3.weight", torch.ones(6)), 1 + 2 * draw(6, seed=1))
+    assert torch.equal(stack.merge("blocks.0.modulation", torch.zeros(1, 6, 4)), 2 * draw(1, 6, 4, seed=2))
+    assert relative_error(stack.merge(KEY, torch.zeros(6, 4)), 2 * (UP @ DOWN + draw(6, 4, seed=3))) < 1e-6
+    assert not stack.is_low_rank(KEY)
+
+
+def test_convolutions_take_low_rank_updates(tmp_path: Path) -> None:
+    down, up = draw(3, 2, 1, 2, 2), draw(6, 3, 1, 1, 1, seed=1)
+    stack = open_one(tmp_path, {"patch_embedding.lora_down.weight": down, "patch_embedding.lora_up.weight": up})
+    expected = torch.einsum("or,rcthw->octhw", up.flatten(1), down)
+    assert relative_error(stack.merge("patch_embedding.weight", torch.zeros(6, 2, 1, 2, 2)), expected) < 1e-6
+
+
+def test_several_loras_add_up_and_share_one_side_branch(tmp_path: Path) -> None:
+    specs = []
+    for index, strength in enumerate([1.0, -0.5]):
+        file = tmp_path / f"{index}.safetensors"
+        save_file({f"{Q}.lora_A.weight": draw(2 + index, 4), f"{Q}.lora_B.weight": draw(6, 2 + index, seed=1)}, file)
+        specs.append(LoraSpec(file, strength))
+    stack = open_loras(specs, SHAPES)
+    expected = draw(6, 2, seed=1) @ draw(2, 4) - 0.5 * draw(6, 3, seed=1) @ draw(3, 4)
+    assert relative_error(stack.merge(KEY, torch.zeros(6, 4)), expected) < 1e-6
+    branch = stack.side_branch(KEY, "cpu", torch.float32)
+    assert branch is not None
+    down, up = branch
+    assert (down.shape, up.shape) == ((5, 4), (6, 5))
+    assert relative_error(up @ down, expected) < 1e-6
+    assert [report.strength for report in stack.reports] == [1.0, -0.5]
+
+
+def test_parameters_without_an_update_stay_the_same_tensor(tmp_path: Path) -> None:
+    stack = open_one(tmp_path, {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP})
+    norm = torch.ones(6)
+    assert stack.merge("blocks.0.norm3.weight", norm) is norm
+    assert stack.side_branch("blocks.0.norm3.weight", "cpu", torch.float32) is None
+
+
+def test_keys_without_a_home_are_reported_sorted(tmp_path: Path) -> None:
+    tensors = {
+        f"diffusion_model.{Q}.lora_down.weight": DOWN,
+        f"diffusion_model.{Q}.lora_up.weight": UP,
+        "diffusion_model.img_emb.proj.1.lora_up.weight": UP.clone(),
+        "diffusion_model.img_emb.proj.1.lora_down.weight": DOWN.clone(),
+        "diffusion_model.blocks.0.diff_m": draw(6),
+        "diffusion_model.blocks.0.norm3.diff_b": draw(6, seed=4),
+    }
+    report = open_one(tmp_path, tensors).reports[0]
+    assert (report.matched, report.total) == (2, 6)
+    assert report.coverage == pytest.approx(1 / 3)
+    assert report.unmatched == (
+        "diffusion_model.blocks.0.diff_m",
+        "diffusion_model.blocks.0.norm3.diff_b",
+        "diffusion_model.img_emb.proj.1.lora_down.weight",
+        "diffusion_model.img_emb.proj.1.lora_up.weight",
+    )
+    assert report.misshapen == ()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {f"{Q}.lora_A.weight": draw(2, 5), f"{Q}.lora_B.weight": UP},
+            "up [6, 2] times down [2, 5] does not give [6, 4]",
+        ),
+        (
+            {f"{Q}.lora_A.weight": draw(3, 4), f"{Q}.lora_B.weight": UP},
+            "up [6, 2] times down [3, 4] does not give [6, 4]",
+        ),
+        (
+            {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP, f"{Q}.diff": draw(4, 6)},
+            "diff has the shape [4, 6], expected [6, 4]",
+        ),
+    ],
+)
+def test_updates_of_another_shape_are_reported_and_left_out(
+    tmp_path: Path, tensors: dict[str, Tensor], message: str
+) -> None:
+    stack = open_one(tmp_path, tensors)
+    assert stack.reports[0].misshapen == (f"{KEY}: {message}",)
+    assert stack.reports[0].matched == 0
+    assert set(stack.reports[0].unmatched) == set(tensors)
+    assert stack.updates == {}
+
+
+def test_half_a_pair_is_damage(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="but not both factors"):
+        open_one(tmp_path, {f"{Q}.lora_A.weight": DOWN})
+
+
+@pytest.mark.parametrize(
+    ("key", "method"),
+    [
+        ("hada_w1_a", "LoHa"),
+        ("lokr_w1", "LoKr"),
+        ("dora_scale", "DoRA"),
+        ("lora_mid.weight", "LoRA with a Tucker core"),
+        ("oft_blocks", "OFT"),
+    ],
+)
+def test_other_methods_are_refused_by_name(tmp_path: Path, key: str, method: str) -> None:
+    tensors = {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP, f"{Q}.{key}": draw(2)}
+    with pytest.raises(CheckpointError, match=f"is a {method} file"):
+        open_one(tmp_path, tensors)
+
+
+def test_a_file_that_is_no_lora_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors: this is a wan s2v checkpoint: it has no lora_down"):
+        open_one(tmp_path, {"casual_audio_encoder.encoder.final_linear.weight": draw(2)})
+    with pytest.raises(RefusedError):
+        open_loras([LoraSpec(tmp_path / "lora.pt")], SHAPES)
