@@ -1,0 +1,307 @@
+"""The store of artifacts: entries (what was computed, from what) that point at objects (bytes, named by their sha256).
+
+Everything is written beside its place, flushed and then put there whole; entries after their objects. What is read is
+checked against its digest; what does not match is moved to quarantine/ and counts as not there. Nothing here ever has
+to be repaired by hand: any file may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from s2v_flow.errors import ExitCode, S2VFlowError
+
+_BLOCK = 8 << 20
+_SCHEMA = 1
+_MAX_ENTRY_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One object: its sha256, its size in bytes and its file's suffix (".safetensors", ".mp4", ...)."""
+
+    sha256: str
+    size: int
+    suffix: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the store knows of one fingerprint: the pre-image, an object per output port, small facts for people."""
+
+    fingerprint: str
+    preimage: Mapping[str, Any]
+    outputs: Mapping[str, StoredObject]
+    facts: Mapping[str, Any]
+
+
+class DamagedObjectError(Exception):
+    """An object is gone or its bytes are not what they were; its node is to be computed again."""
+
+
+class Store:
+    """Artifacts in one folder, made on first writing."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def lookup(self, fingerprint: str) -> Entry | None:
+        """Return the entry of a fingerprint if it is sound and its objects are there with the right sizes."""
+        path = self._entry_path(fingerprint)
+        try:
+            with path.open("rb") as file:
+                text = file.read(_MAX_ENTRY_BYTES + 1)
+        except OSError:
+            return None
+        entry = _parse_entry(text, fingerprint)
+        if entry is None:
+            self._quarantine(path)
+            return None
+        return entry if all(self._has(item) for item in entry.outputs.values()) else None
+
+    def read(self, item: StoredObject) -> bytes:
+        """Return an object's bytes, verified.
+
+        Raises:
+            DamagedObjectError: It is gone or damaged.
+        """
+        path = self._object_path(item)
+        try:
+            payload = path.read_bytes()
+        except OSError as error:
+            raise DamagedObjectError(f"{path}: {error.strerror}") from error
+        if hashlib.sha256(payload).hexdigest() != item.sha256:
+            self._quarantine(path)
+            raise DamagedObjectError(f"{path}: its bytes have changed")
+        return payload
+
+    def copy_to(self, item: StoredObject, target: Path) -> bool:
+        """Put an object's bytes at `target`, whole or not at all; tell whether the file there had to change.
+
+        Raises:
+            DamagedObjectError: The object is gone or damaged; `target` is as it was.
+            S2VFlowError: `target` cannot be written.
+        """
+        if target.is_file() and target.stat().st_size == item.size and _file_digest(target) == item.sha256:
+            return False
+        with _writing(target), _temporary(target.parent, target.suffix) as (file, name):
+            try:
+                with self._object_path(item).open("rb") as source:
+                    digest = _copy_hashing(source, file)
+            except OSError as error:
+                raise DamagedObjectError(f"{self._object_path(item)}: {error.strerror}") from error
+            if digest != item.sha256:
+                self._quarantine(self._object_path(item))
+                raise DamagedObjectError(f"{self._object_path(item)}: its bytes have changed")
+            _flush(file)
+            os.replace(name, target)
+        return True
+
+    def publish(
+        self,
+        fingerprint: str,
+        preimage: Mapping[str, Any],
+        outputs: Mapping[str, bytes | Path],
+        facts: Mapping[str, Any],
+    ) -> Entry:
+        """Store a node's outputs and say so in an entry; where another process was first, its entry counts.
+
+        Args:
+            fingerprint: The node's identity.
+            preimage: What the fingerprint was made from, as JSON values.
+            outputs: Per port the bytes of a safetensors file, or a finished file inside `scratch()`, which is moved.
+            facts: Small JSON values for people; they are no part of the identity.
+
+        Raises:
+            S2VFlowError: The store cannot be written (disk full, read-only).
+        """
+        with _writing(self.root):
+            self._make_root()
+            stored = {port: self._put(payload) for port, payload in outputs.items()}
+            body = {
+                "schema": _SCHEMA,
+                "fingerprint": fingerprint,
+                "preimage": preimage,
+                "outputs": {port: vars(item) for port, item in stored.items()},
+                "facts": facts,
+            }
+            text = _entry_text(body)
+            path = self._entry_path(fingerprint)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _temporary(self.root / "tmp", ".json") as (file, name):
+                file.write(text)
+                _flush(file)
+                if self.lookup(fingerprint) is not None or not _link(name, path):
+                    winner = self.lookup(fingerprint)
+                    if winner is not None:
+                        return winner
+                    os.replace(name, path)
+            _flush_folder(path.parent)
+        return Entry(fingerprint, preimage, stored, facts)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Lend a folder in the store's filesystem, removed afterwards, for files that `publish` is to move.
+
+        Raises:
+            S2VFlowError: The store cannot be written.
+        """
+        with _writing(self.root):
+            self._make_root()
+            folder = Path(tempfile.mkdtemp(dir=self.root / "tmp"))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _put(self, payload: bytes | Path) -> StoredObject:
+        if isinstance(payload, Path):
+            item = StoredObject(_file_digest(payload), payload.stat().st_size, payload.suffix)
+            with payload.open("rb") as file:
+                os.fsync(file.fileno())
+            self._place(str(payload), item)
+            return item
+        item = StoredObject(hashlib.sha256(payload).hexdigest(), len(payload), ".safetensors")
+        if not self._has(item):
+            with _temporary(self.root / "tmp", item.suffix) as (file, name):
+                file.write(payload)
+                _flush(file)
+                self._place(name, item)
+        return item
+
+    def _place(self, name: str, item: StoredObject) -> None:
+        path = self._object_path(item)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.chmod(name, 0o444)
+        os.replace(name, path)
+        _flush_folder(path.parent)
+
+    def _make_root(self) -> None:
+        for folder in ("entries", "objects", "tmp"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        tag = self.root / "CACHEDIR.TAG"
+        if not tag.exists():
+            tag.write_text("Signature: 8a477f597d28d172789f06886806bc55\n# Artifacts of s2vflow; safe to delete.\n")
+
+    def _has(self, item: StoredObject) -> bool:
+        try:
+            return self._object_path(item).stat().st_size == item.size
+        except OSError:
+            return False
+
+    def _entry_path(self, fingerprint: str) -> Path:
+        return self.root / "entries" / fingerprint[:2] / f"{fingerprint}.json"
+
+    def _object_path(self, item: StoredObject) -> Path:
+        return self.root / "objects" / item.sha256[:2] / f"{item.sha256}{item.suffix}"
+
+    def _quarantine(self, path: Path) -> None:
+        folder = self.root / "quarantine"
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            os.replace(path, folder / path.name)
+
+
+def _parse_entry(text: bytes, fingerprint: str) -> Entry | None:
+    try:
+        record = json.loads(text)
+        body = record["entry"]
+        sound = record["sha256"] == hashlib.sha256(_canonical(body)).hexdigest()
+        if not sound or body["schema"] != _SCHEMA or body["fingerprint"] != fingerprint:
+            return None
+        outputs = {port: StoredObject(**item) for port, item in body["outputs"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return Entry(fingerprint, body["preimage"], outputs, body["facts"])
+
+
+def _entry_text(body: Mapping[str, Any]) -> bytes:
+    canonical = _canonical(body)
+    return b'{"sha256": "' + hashlib.sha256(canonical).hexdigest().encode() + b'",\n "entry": ' + canonical + b"}\n"
+
+
+def _canonical(body: object) -> bytes:
+    return json.dumps(body, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _link(name: str, path: Path) -> bool:
+    """Give a finished file its name if nobody has it yet; tell whether that worked."""
+    try:
+        os.link(name, path)
+    except OSError:
+        return False
+    return True
+
+
+def _copy_hashing(source: BinaryIO, target: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := source.read(_BLOCK):
+        digest.update(block)
+        target.write(block)
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _temporary(folder: Path, suffix: str) -> Iterator[tuple[BinaryIO, str]]:
+    """Open a new file in `folder`; whatever still has its temporary name afterwards is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".s2vflow-", suffix=suffix)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.chmod(name, 0o644)
+            yield file, name
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise S2VFlowError(
+                f"no space left while writing under {path}",
+                fix="free some space, or name another folder with --cache-dir or --output-dir",
+                kept="everything that was stored before stays usable",
+                exit_code=ExitCode.DISK_FULL,
+            ) from error
+        raise S2VFlowError(
+            f"cannot write under {path}: {error.strerror or error}",
+            fix="check the folder's permissions, or name another with --cache-dir or --output-dir",
+            kept="everything that was stored before stays usable",
+        ) from error

@@ -1,0 +1,70 @@
+"""What happens during a run, as data. Whoever runs a plan passes a callback; nothing here prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """A run begins; `nodes` are the plan nodes that will be computed, in order."""
+
+    nodes: tuple[str, ...]
+    total: int
+
+
+@dataclass(frozen=True)
+class NodeStarted:
+    """A plan node begins to compute."""
+
+    node: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """Step `step` of `total` is done (a denoising step, a decoded group of frames); `unit` says which."""
+
+    node: str
+    step: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class NodeFinished:
+    """A plan node is done. `seconds` of wall time; `peak_bytes` is the process's peak memory so far."""
+
+    node: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class NodeCached:
+    """A plan node turned out to be stored already."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something a person should know: LoRA coverage, a damaged artifact that is computed again, sound that is cut."""
+
+    node: str
+    text: str
+    is_warning: bool = False
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A result stands under its final name; `changed` tells whether the file had to be written."""
+
+    node: str
+    path: str
+    changed: bool
+
+
+Event = RunStarted | NodeStarted | StepDone | NodeFinished | NodeCached | Noted | Delivered
+Listener = Callable[[Event], None]

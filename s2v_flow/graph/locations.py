@@ -1,0 +1,84 @@
+"""Where files are looked for, and where results may be written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from s2v_flow.errors import RefusedError
+from s2v_flow.graph.node import FileField
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A file that is needed and was not found: its name, what it is, where it can be had, where it was looked for."""
+
+    file: str
+    kind: str
+    homes: tuple[str, ...] = ()
+    looked_in: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Locations:
+    """The folders of one run.
+
+    `models_dirs` have ComfyUI's layout; `input_dirs` are searched after the folder of the file that wrote a path;
+    relative outputs go to `output_dir` where it is given; `homes` knows where well-known model files can be had;
+    `made_models` maps names of models that this program makes itself on first use to where they will stand.
+    """
+
+    models_dirs: Sequence[Path] = ()
+    input_dirs: Sequence[Path] = ()
+    output_dir: Path | None = None
+    cache_dir: Path = Path("cache")
+    homes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    made_models: Mapping[str, Path] = field(default_factory=dict)
+
+    def find(self, mark: FileField, text: str, base_dir: Path) -> Path | Missing:
+        """Find a model or an input.
+
+        Args:
+            mark: What kind of file the field names.
+            text: What the recipe says.
+            base_dir: The folder of the file that says it.
+
+        Returns:
+            The file's path, or what is missing.
+        """
+        name = Path(text).expanduser()
+        if mark.role == "model":
+            candidates = [root / folder / name for root in self.models_dirs for folder in mark.folders]
+            if text in self.made_models:
+                candidates.append(self.made_models[text])
+        else:
+            candidates = [base_dir / name, *(root / name for root in self.input_dirs)]
+        for candidate in dict.fromkeys(candidates):
+            if candidate.is_file() or candidate == self.made_models.get(text):
+                return candidate
+        kind = mark.folders[0] if mark.role == "model" else mark.what
+        looked_in = tuple(dict.fromkeys(str(candidate.parent) for candidate in candidates))
+        return Missing(text, kind, tuple(self.homes.get(name.name, ())), looked_in)
+
+    def output(self, text: str, base_dir: Path, *, typed_by_user: bool) -> Path:
+        """Return where to write a result.
+
+        Args:
+            text: What the recipe says.
+            base_dir: The folder of the file that says it.
+            typed_by_user: Whether it was given on the command line, where any path is the user's own choice.
+
+        Raises:
+            RefusedError: The path leaves the folders in which a recipe may write.
+        """
+        root = self.output_dir if self.output_dir is not None else base_dir
+        target = Path(os.path.abspath(root / Path(text).expanduser())).resolve()
+        allowed = {Path(root).resolve(), *((self.output_dir.resolve(),) if self.output_dir else ())}
+        if typed_by_user or any(target.is_relative_to(folder) for folder in allowed):
+            return target
+        raise RefusedError(
+            f"the recipe wants to write outside its folder: {text} is {target}",
+            fix=f"use a path inside {root}, or say --output-dir {target.parent}",
+        )

@@ -1,0 +1,255 @@
+"""Executing a plan: each needed node once, in order; its result stored at once; what nobody needs any more freed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from s2v_flow.cache.store import DamagedObjectError, Entry, Store, StoredObject
+from s2v_flow.errors import MissingError
+from s2v_flow.graph.events import (
+    Delivered,
+    Event,
+    Listener,
+    NodeCached,
+    NodeFinished,
+    NodeStarted,
+    Noted,
+    RunStarted,
+    StepDone,
+)
+from s2v_flow.graph.fingerprint import fingerprint
+from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.plan import Plan, PlanNode, Source
+from s2v_flow.graph.status import NodeStatus, needed_nodes, output_digests, preimage
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """A live value that holds something: told when nobody needs it any more."""
+
+    def close(self) -> None:
+        """Let go."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A stored output. Its bytes are read, and verified, each time they are asked for, and not kept."""
+
+    digest: str
+    read: Callable[[], bytes]
+    copy_to: Callable[[Path], bool]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a node may use while it runs.
+
+    `device` is torch's name ("cpu", "cuda:0"); `models` gives the model registry, made on the first call (graph knows
+    no tensors, so it is untyped here); `files` and `digests` are the node's files by field path; `input_digests` are
+    its inputs' digests; `scratch` is a folder for files in the making.
+    """
+
+    node: PlanNode
+    device: str
+    numerics: Numerics
+    models: Callable[[], Any]
+    files: Mapping[tuple[str | int, ...], Path]
+    digests: Mapping[tuple[str | int, ...], str]
+    input_digests: Mapping[str, tuple[str, ...]]
+    scratch: Path
+    emit: Listener
+
+    def step(self, step: int, total: int, unit: str = "step") -> None:
+        """Report that `step` of `total` is done."""
+        self.emit(StepDone(self.node.name, step, total, unit))
+
+    def note(self, text: str, *, is_warning: bool = False) -> None:
+        """Report something a person should know."""
+        self.emit(Noted(self.node.name, text, is_warning))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did: the plan nodes computed and found stored, and the files that now hold the results."""
+
+    computed: tuple[str, ...]
+    cached: tuple[str, ...]
+    outputs: Mapping[str, tuple[Path, ...]]
+    entries: Mapping[str, Entry]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that `s2vflow run --json` prints."""
+        outputs = {name: [str(path) for path in paths] for name, paths in self.outputs.items()}
+        return {"outputs": outputs, "computed": list(self.computed), "stored": list(self.cached)}
+
+
+@dataclass
+class Run:
+    """One execution of one plan."""
+
+    plan: Plan
+    statuses: Mapping[str, NodeStatus]
+    store: Store
+    numerics: Numerics
+    device: str
+    models: Callable[[], Any]
+    file_digest: Callable[[Path], str]
+    emit: Listener
+    _entries: dict[str, Entry] = field(default_factory=dict)
+    _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _digests: dict[Source, str] = field(default_factory=dict)
+    _uses: dict[str, int] = field(default_factory=dict)
+    _computed: list[str] = field(default_factory=list)
+
+    def execute(self) -> RunResult:
+        """Run what is needed, then put the results where the recipe wants them.
+
+        Raises:
+            S2VFlowError: A node failed; everything finished before is stored.
+        """
+        for node in self.plan.nodes:
+            status = self.statuses[node.name]
+            if status.entry is not None:
+                self._remember(node, status.fingerprint or "", status.entry)
+        needed = needed_nodes(self.plan, set(self._entries))
+        for node in self.plan.nodes:
+            if node.name in needed:
+                for source in set(node.sources()):
+                    self._uses[source.node] = self._uses.get(source.node, 0) + 1
+        self.emit(
+            RunStarted(tuple(n.name for n in self.plan.nodes if n.name in needed and n.inputs), len(self.plan.nodes))
+        )
+        for node in self.plan.nodes:
+            if node.name in needed and node.node.is_stored:
+                self._obtain(node)
+        outputs = {node.name: self._deliver(node) for node in self.plan.nodes if node.node.is_sink}
+        cached = tuple(name for name in self._entries if name not in self._computed)
+        return RunResult(tuple(self._computed), cached, outputs, dict(self._entries))
+
+    def close(self) -> None:
+        """Let go of everything that is still live."""
+        for name in list(self._live):
+            self._drop(name)
+
+    def _obtain(self, node: PlanNode) -> None:
+        """Make sure a stored node's result is in the store: it may be there under a fingerprint only known now."""
+        key, image = self._identify(node)
+        entry = self.store.lookup(key)
+        if entry is None:
+            self._compute(node, key, image)
+        else:
+            self._remember(node, key, entry)
+            self.emit(NodeCached(node.name))
+        self._release_inputs(node)
+
+    def _identify(self, node: PlanNode) -> tuple[str, dict[str, Any]]:
+        for source in node.sources():
+            if source not in self._digests:
+                upstream = self.plan.node(source.node)
+                if upstream.node.is_stored:
+                    self._obtain(upstream)
+                else:
+                    key, _ = self._identify(upstream)
+                    self._digests.update(output_digests(upstream, key, None))
+        image = preimage(node, self.numerics, self.file_digest, self._digests.get)
+        if isinstance(image, str):
+            raise MissingError(f"{node.name}: {image}")
+        return fingerprint(image), image
+
+    def _compute(self, node: PlanNode, key: str, image: Mapping[str, Any]) -> Entry:
+        started = time.monotonic()
+        self.emit(NodeStarted(node.name, node.kind))
+        with self.store.scratch() as scratch:
+            outputs = self._run(node, scratch)
+            facts = {"seconds": round(time.monotonic() - started, 3), "node": node.name}
+            entry = self.store.publish(key, image, outputs, facts)
+        self._remember(node, key, entry)
+        self._computed.append(node.name)
+        self.emit(NodeFinished(node.name, time.monotonic() - started, peak_memory_bytes()))
+        return entry
+
+    def _run(self, node: PlanNode, scratch: Path) -> Mapping[str, Any]:
+        values: dict[str, Any] = {}
+        digests: dict[str, tuple[str, ...]] = {}
+        for name, given in node.inputs.items():
+            parts = (given,) if isinstance(given, Source) else given
+            items = [self._value(part) for part in parts]
+            values[name] = items[0] if isinstance(given, Source) else items
+            digests[name] = tuple(self._digests[part] for part in parts)
+        files = {path: f"sha256:{self.file_digest(file)}" for path, file in node.files.items() if file.is_file()}
+        context = RunContext(
+            node, self.device, self.numerics, self.models, node.files, files, digests, scratch, self.emit
+        )
+        return node.node.run(context, values)
+
+    def _value(self, source: Source) -> Any:
+        node = self.plan.node(source.node)
+        if node.node.is_stored:
+            return self._artifact(node, source.port)
+        if node.name not in self._live:
+            key, _ = self._identify(node)
+            self._digests.update(output_digests(node, key, None))
+            self._live[node.name] = self._run(node, Path())
+        return self._live[node.name][source.port]
+
+    def _artifact(self, node: PlanNode, port: str) -> Artifact:
+        def again() -> StoredObject:
+            self.emit(Noted(node.name, "its stored result is damaged or gone and is computed again", is_warning=True))
+            key, image = self._identify(node)
+            return self._compute(node, key, image).outputs[port]
+
+        def read() -> bytes:
+            try:
+                return self.store.read(self._entries[node.name].outputs[port])
+            except DamagedObjectError:
+                return self.store.read(again())
+
+        def copy_to(target: Path) -> bool:
+            try:
+                return self.store.copy_to(self._entries[node.name].outputs[port], target)
+            except DamagedObjectError:
+                return self.store.copy_to(again(), target)
+
+        return Artifact(self._digests[Source(node.name, port)], read, copy_to)
+
+    def _remember(self, node: PlanNode, key: str, entry: Entry) -> None:
+        self._entries[node.name] = entry
+        self._digests.update(output_digests(node, key, entry))
+
+    def _release_inputs(self, node: PlanNode) -> None:
+        for name in {source.node for source in node.sources()}:
+            self._uses[name] = self._uses.get(name, 1) - 1
+            if self._uses[name] == 0 and name in self._live:
+                self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        for value in self._live.pop(name).values():
+            if isinstance(value, Closable):
+                value.close()
+        self._release_inputs(self.plan.node(name))
+
+    def _deliver(self, node: PlanNode) -> tuple[Path, ...]:
+        artifacts = {port: self._artifact(node, port) for port in self._entries[node.name].outputs}
+        delivered = node.node.deliver(node.files, artifacts)
+        for path, changed in delivered:
+            self.emit(Delivered(node.name, str(path), changed))
+        return tuple(path for path, _ in delivered)
+
+
+def peak_memory_bytes() -> int:
+    """Return the process's peak resident memory in bytes; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def ignore(event: Event) -> None:
+    """Listen to nothing."""

@@ -1,0 +1,132 @@
+"""What a plan would do: which nodes are stored already, which must run, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from s2v_flow.cache.store import Entry, Store
+from s2v_flow.graph.fingerprint import fingerprint
+from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.plan import Plan, PlanNode, Source
+
+Status = Literal["HIT", "RUN", "LOAD", "SKIP"]
+FileDigest = Callable[[Path], "str | None"]
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """HIT: stored. RUN: will be computed. LOAD: a file that will be read. SKIP: nothing needs it. With the reason."""
+
+    status: Status
+    reason: str
+    fingerprint: str | None = None
+    entry: Entry | None = None
+
+
+def preimage(
+    node: PlanNode, numerics: Numerics, file_digest: FileDigest, input_digest: Callable[[Source], str | None]
+) -> dict[str, Any] | str:
+    """Collect what determines a plan node's result.
+
+    Args:
+        node: The plan node.
+        numerics: This run's numerics policy.
+        file_digest: sha256 of a file, or None where it is not known (yet).
+        input_digest: The digest of an input, or None where it is not known before that input is computed.
+
+    Returns:
+        The pre-image of the fingerprint; or text that says what is not known yet.
+    """
+    files: dict[tuple[str | int, ...], str] = {}
+    for path, mark, text in node.node.files():
+        if mark.role == "output":
+            continue
+        digest = file_digest(node.files[path]) if path in node.files else None
+        if digest is None:
+            return f"{text} is missing" if path not in node.files else f"{text} has not been read yet"
+        files[path] = f"sha256:{digest}"
+    inputs: dict[str, Any] = {}
+    for key, given in node.inputs.items():
+        parts = (given,) if isinstance(given, Source) else given
+        digests = [input_digest(part) for part in parts]
+        for part, digest in zip(parts, digests, strict=True):
+            if digest is None:
+                return f"waits for {part.node}"
+        inputs[key] = digests[0] if isinstance(given, Source) else digests
+    result: dict[str, Any] = {
+        "kind": type(node.node).kind,
+        "version": node.node.version,
+        "fields": node.node.identity(files, numerics.precision),
+        "inputs": inputs,
+    }
+    if node.node.has_numerics:
+        result["numerics"] = numerics.identity()
+    return result
+
+
+def output_digests(node: PlanNode, key: str, entry: Entry | None) -> dict[Source, str]:
+    """Return the digest of every output: an artifact's own sha256, or the fingerprint of what is not stored."""
+    if entry is not None:
+        return {Source(node.name, port): f"sha256:{item.sha256}" for port, item in entry.outputs.items()}
+    if node.node.is_stored:
+        return {}
+    return {Source(node.name, port): f"{key}.{port}" for port in node.node.outputs}
+
+
+def assess(plan: Plan, store: Store, numerics: Numerics, file_digest: FileDigest) -> dict[str, NodeStatus]:
+    """Find out what a run would do, without computing anything.
+
+    Args:
+        plan: The plan.
+        store: The artifacts that are there.
+        numerics: The run's numerics policy.
+        file_digest: sha256 of a file where it is known without much work, else None.
+
+    Returns:
+        The status of every plan node by name.
+    """
+    known: dict[Source, str] = {}
+    found: dict[str, NodeStatus] = {}
+    for node in plan.nodes:
+        image = preimage(node, numerics, file_digest, known.get)
+        if isinstance(image, str):
+            found[node.name] = NodeStatus("RUN", image)
+            continue
+        key = fingerprint(image)
+        entry = store.lookup(key) if node.node.is_stored else None
+        known.update(output_digests(node, key, entry))
+        if entry is not None:
+            found[node.name] = NodeStatus("HIT", "stored", key, entry)
+        else:
+            found[node.name] = NodeStatus("RUN", "never ran with these inputs and settings", key)
+    return _with_need(plan, found)
+
+
+def _with_need(plan: Plan, found: Mapping[str, NodeStatus]) -> dict[str, NodeStatus]:
+    """Mark what nothing needs, and tell reading a file from computing."""
+    needed = needed_nodes(plan, {name for name, status in found.items() if status.status == "HIT"})
+    result: dict[str, NodeStatus] = {}
+    for node in plan.nodes:
+        status = found[node.name]
+        if status.status == "RUN" and node.name not in needed:
+            status = NodeStatus("SKIP", "not needed: what follows is stored", status.fingerprint)
+        elif status.status == "RUN" and not node.inputs:
+            status = NodeStatus("LOAD", "read when it is needed", status.fingerprint)
+        elif status.status == "RUN" and not node.node.is_stored:
+            status = NodeStatus("RUN", "made as it is used, never stored", status.fingerprint)
+        result[node.name] = status
+    return result
+
+
+def needed_nodes(plan: Plan, stored: set[str]) -> set[str]:
+    """Return the plan nodes that have to run, given which ones are stored: targets that are not, and what they need."""
+    consumed = {source.node for node in plan.nodes for source in node.sources()}
+    targets = {node.name for node in plan.nodes if node.node.is_sink or node.name not in consumed}
+    needed: set[str] = targets - stored
+    for node in reversed(plan.nodes):
+        if node.name in needed:
+            needed.update(source.node for source in node.sources() if source.node not in stored)
+    return needed
