@@ -1,0 +1,126 @@
+"""Diagnostics as text: plain, without colour, and safe to print whatever a recipe holds.
+
+Whoever finds a mistake words it with the small functions here (`shown`, `listed`, `nearest`): all messages read alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from collections.abc import Iterable
+
+from s2v_flow.errors import Diagnostic
+
+_MAX_EXCERPT = 110  # characters of a source line that are shown
+_BEFORE_CARET = 60  # of which so many, at most, stand before the caret
+_MAX_SHOWN = 60  # characters of a value in a message
+_MAX_NAME = 80  # a longer name is no misspelling of anything
+_MAX_KNOWN = 300  # among more names a search takes longer than it helps
+
+
+def format_diagnostic(diagnostic: Diagnostic) -> str:
+    """Return the lines that are printed for one mistake, without a newline at the end.
+
+    The form is that of compilers, which editors make clickable: `file:line:column: error[R013]: message`, the source
+    line with carets under the faulty part, then `in:` and `fix:`. Control characters, escape sequences and characters
+    that change the direction of text come out escaped; a long source line is cut around the carets.
+    """
+    head = f"{diagnostic.severity}[{diagnostic.code}]: {diagnostic.message}"
+    place = diagnostic.place
+    lines = []
+    if place is None:
+        lines.append(visible(head))
+    else:
+        lines.append(visible(f"{place.file}:{place.line}:{place.column}: {head}"))
+        if diagnostic.excerpt is not None:
+            lines += _excerpt(diagnostic.excerpt, place.line, place.column, diagnostic.width)
+    if diagnostic.inside is not None:
+        lines.append(visible(f"  in:  {diagnostic.inside}"))
+    if diagnostic.fix is not None:
+        lines.append(visible(f"  fix: {diagnostic.fix}"))
+    return "\n".join(lines)
+
+
+def visible(text: str) -> str:
+    """Return the text with every character that a terminal would not show, or would obey, written as an escape.
+
+    A no-break space is one of them: in YAML it indents nothing, and looks as if it did.
+    """
+    if text.isprintable():
+        return text
+    return "".join(map(_visible_character, text))
+
+
+def shown(value: object) -> str:
+    """Return a value as it would be written in YAML, short: `0`, `true`, `null`, `'text'`, `a list`, `a map`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"'{shortened(value)}'"
+    if isinstance(value, (int, float)):
+        return str(value)
+    return "a map" if isinstance(value, dict) else "a list"
+
+
+def shortened(text: str, limit: int = _MAX_SHOWN) -> str:
+    """Return the text, cut where it is longer than a message should quote."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def listed(names: Iterable[str], limit: int = 20) -> str:
+    """Return names as `a, b, c`, the first ones only where there are many."""
+    names = list(names)
+    rest = "" if len(names) <= limit else f" and {len(names) - limit} more"
+    return ", ".join(shortened(name) for name in names[:limit]) + rest
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that `name` was most likely meant to be, or None."""
+    known = list(known)
+    if len(name) > _MAX_NAME or len(known) > _MAX_KNOWN:
+        return None
+    folded = {candidate.lower(): candidate for candidate in reversed(known)}
+    matches = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
+    return folded[matches[0]] if matches else None
+
+
+def did_you_mean(name: str, known: Iterable[str], what: str = "known") -> str | None:
+    """Return the usual advice on an unknown name: the nearest known one, and all of them."""
+    known = list(known)
+    if not known:
+        return None
+    match = nearest(name, known)
+    everything = f"{what}: {listed(known)}"
+    return everything if match is None else f"did you mean {match}? {everything}"
+
+
+def _visible_character(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def _display_width(text: str) -> int:
+    """Count terminal columns: Chinese and Japanese characters take two, combining marks none."""
+    return sum(
+        0 if unicodedata.combining(character) else 1 + (unicodedata.east_asian_width(character) in "WF")
+        for character in text
+    )
+
+
+def _excerpt(line: str, number: int, column: int, width: int) -> list[str]:
+    """Return the source line and the line of carets below it."""
+    start = min(max(column - 1, 0), len(line))
+    first = max(0, start - _BEFORE_CARET) if len(line) > _MAX_EXCERPT else 0
+    last = first + _MAX_EXCERPT
+    before, marked = visible(line[first:start]), visible(line[start : min(start + max(width, 1), last)])
+    after = visible(line[start + max(width, 1) : last])
+    before = f"...{before}" if first else before
+    margin = f"{number:>5} | "
+    carets = "^" * max(1, _display_width(marked))
+    return [
+        f"{margin}{before}{marked}{after}{'...' if last < len(line) else ''}".rstrip(),
+        " " * (len(margin) - 2) + "| " + " " * _display_width(before) + carets,
+    ]

@@ -1,0 +1,1 @@
+"""Recipes: from YAML text to a checked graph of nodes. No torch."""

@@ -1,0 +1,64 @@
+"""A recipe that is right: nodes with their validated fields, and where each value was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2v_flow.errors import Diagnostic, Place
+from s2v_flow.graph.node import Node
+from s2v_flow.recipe.tree import MapValue, Origin
+
+FieldPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """A node of a recipe. `origins` says where each field's value was written; `()` is the node's name itself."""
+
+    name: str
+    kind: str
+    node: Node
+    place: Place
+    origins: Mapping[FieldPath, Origin]
+
+    def origin(self, field: str | FieldPath) -> Origin:
+        """Return where a field's value was written, or the nearest thing around it: the node, for a default.
+
+        A value that came from a parameter was written where the parameter's value was: in a recipe, a profile, or on
+        the command line.
+        """
+        path = (field,) if isinstance(field, str) else field
+        while path not in self.origins:
+            path = path[:-1]
+        return self.origins[path]
+
+    def base_dir(self, field: str | FieldPath) -> Path:
+        """Return the absolute directory at which a relative path in this field starts."""
+        return self.origin(field).base_dir
+
+    def diagnostic(self, field: str | FieldPath, code: str, message: str, fix: str | None = None) -> Diagnostic:
+        """Return a mistake that was found later (in planning, say), marked at a field's value."""
+        path = (field,) if isinstance(field, str) else field
+        text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+        inside = f"nodes.{self.name}{text} (kind: {self.kind})"
+        return self.origin(path).diagnostic(code, message, inside=inside, fix=fix)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe with all its layers applied and all references to parameters resolved.
+
+    `params` holds the resolved parameters; `nodes` is in the order of the file; `files` are all files that were read,
+    the innermost base first; `document` is the merged text (`params` and `nodes`), `$params.x` still in it, with every
+    origin.
+    """
+
+    path: Path
+    description: str | None
+    params: Mapping[str, Any]
+    nodes: Mapping[str, NodeSpec]
+    files: tuple[Path, ...]
+    document: MapValue

@@ -1,0 +1,113 @@
+"""What a node's field takes, read off its annotation: to read `--set` by, and to say what was expected."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from s2v_flow.diagnostics import listed
+from s2v_flow.graph.node import Ref
+
+_WORDS: tuple[tuple[type, str], ...] = (
+    (bool, "true or false"),
+    (float, "a number"),
+    (int, "a whole number"),
+    (str, "text"),
+)
+_PLURALS: tuple[tuple[type, str], ...] = ((float, "numbers"), (int, "whole numbers"), (str, "texts"))
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """What a field takes: scalars of some types, literal words, a reference, a list, a map; any of them, or null."""
+
+    scalars: frozenset[type] = frozenset()
+    words: tuple[str, ...] = ()
+    is_input: bool = False
+    has_list: bool = False
+    item: Accepts | None = field(default=None)
+    model: type[BaseModel] | None = None
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether null is accepted."""
+        return type(None) in self.scalars
+
+    def takes(self, value: object) -> bool:
+        """Return whether a value has one of the accepted types, whatever its range."""
+        if isinstance(value, str):
+            return str in self.scalars or value in self.words
+        if isinstance(value, list):
+            return self.has_list
+        if isinstance(value, dict):
+            return self.model is not None
+        if isinstance(value, bool) or value is None:
+            return type(value) in self.scalars
+        return type(value) in self.scalars or (isinstance(value, int) and float in self.scalars)
+
+    def described(self) -> str:
+        """Return what is expected, in words: `auto or a whole number`."""
+        parts = [word for kind, word in _WORDS if kind in self.scalars]
+        if float in self.scalars:
+            parts = [part for part in parts if part != "a whole number"]
+        if self.words:
+            parts.insert(0, f"one of {listed(self.words)}" if len(self.words) > 1 and not parts else listed(self.words))
+        if self.is_input:
+            parts.append("a reference like $node")
+        if self.has_list:
+            kinds = self.item.scalars if self.item is not None else frozenset()
+            plural = next((words for kind, words in _PLURALS if kind in kinds), None)
+            parts.append(f"a list of {plural}" if plural else "a list")
+        if self.model is not None:
+            parts.append("a map")
+        return " or ".join(parts) or "null"
+
+
+def accepts(annotation: Any) -> Accepts:
+    """Return what an annotation takes. Constraints are pydantic's business and are left out."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return accepts(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return _union([accepts(argument) for argument in arguments])
+    if origin is typing.Literal:
+        return Accepts(words=tuple(argument for argument in arguments if isinstance(argument, str)))
+    if origin is list:
+        return Accepts(has_list=True, item=accepts(arguments[0]))
+    if annotation is Ref:
+        return Accepts(is_input=True)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return Accepts(model=annotation)
+    if annotation in (int, float, bool, str, type(None)):
+        return Accepts(scalars=frozenset({annotation}))
+    raise TypeError(f"no recipe can hold a field of type {annotation!r}")
+
+
+def field_at(model: type[BaseModel], path: tuple[str | int, ...]) -> Accepts | None:
+    """Return what the field at a path takes, or None where the model has no such field."""
+    current = Accepts(model=model)
+    for part in path:
+        if isinstance(part, int):
+            if current.item is None:
+                return None
+            current = current.item
+        else:
+            if current.model is None or part not in current.model.model_fields:
+                return None
+            current = accepts(current.model.model_fields[part].annotation)
+    return current
+
+
+def _union(parts: list[Accepts]) -> Accepts:
+    return Accepts(
+        scalars=frozenset().union(*(part.scalars for part in parts)),
+        words=tuple(word for part in parts for word in part.words),
+        is_input=any(part.is_input for part in parts),
+        has_list=any(part.has_list for part in parts),
+        item=next((part.item for part in parts if part.item is not None), None),
+        model=next((part.model for part in parts if part.model is not None), None),
+    )

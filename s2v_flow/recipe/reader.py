@@ -1,0 +1,385 @@
+"""Read YAML, with every limit checked on the parser's events, before anything is built or recursed into.
+
+PyYAML only supplies events here. Its own tree builders take minutes for a few hundred bytes of merge keys, overflow the
+stack on nested lists, let repeated keys win silently and read YAML 1.1; none of them is used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from s2v_flow.diagnostics import nearest, shortened
+from s2v_flow.errors import Place
+from s2v_flow.recipe.problems import Problems, StopReadingError
+from s2v_flow.recipe.scalars import read_scalar
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 32
+MAX_EVENTS = 20_000
+MAX_ALIASES = 16
+
+# libyaml's parser where PyYAML was built with it: 20 times faster, the same events
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what PyYAML counts as lines
+FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+_DIRECTIVE = re.compile(r"^%", re.MULTILINE)
+_CONFLICT = re.compile(r"^(?:<<<<<<<|>>>>>>>) ", re.MULTILINE)
+_ADVICE = (
+    ("mapping values are not allowed", "put text that has a colon in it in quotes, and begin each key on its own line"),
+    ("cannot start any token", "indent with spaces, not tabs; put text that begins with @, ` or % in quotes"),
+    ("unexpected end of stream", "close the quotes"),
+    ("find expected ':'", "write `name: value`"),
+    ("',' or ']'", "close the list with ]"),
+    ("',' or '}'", "close the map with }"),
+    ("escape", "in double quotes a backslash is written \\\\; single quotes take it as it is"),
+    ("'-' indicator", "check the indentation"),
+    ("block end", "check the indentation"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some YAML text: whose it is and where it begins (an override's value begins inside its argument)."""
+
+    file: str
+    base_dir: Path
+    lines: tuple[str, ...]
+    line: int = 1
+    column: int = 1
+
+    def origin(self, line: int, column: int, width: int = 1) -> Origin:
+        """Return the origin at a position in the text; `line` and `column` count from 0."""
+        if line >= len(self.lines) > 0:  # the end, after a last line without a line break
+            line, column = len(self.lines) - 1, len(self.lines[-1]) - (self.column - 1 if len(self.lines) == 1 else 0)
+        excerpt = self.lines[line] if self.lines else ""
+        place = Place(self.file, self.line + line, column + (self.column if line == 0 else 1))
+        return Origin(place, excerpt, self.base_dir, max(1, min(width, len(excerpt) - place.column + 1)))
+
+    def start(self) -> Origin:
+        """Return the origin of the text as a whole."""
+        return self.origin(0, 0)
+
+
+def read_file(path: Path, name: str, problems: Problems, named_at: Origin | None = None) -> Tree:
+    """Read a YAML file.
+
+    Args:
+        path: The file.
+        name: How messages call it: as the user did.
+        problems: Takes what is wrong.
+        named_at: What named the file, if not the command line.
+
+    Raises:
+        StopReadingError: The file cannot be read, or is no YAML within the limits; `problems` says why.
+    """
+    source = Source(name, absolute_dir(path), ())
+    try:
+        with open(path, "rb", opener=_open_regular) as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        where = named_at or Origin(Place(name), "", source.base_dir)
+        message = f"cannot read {shortened(name)}: {reason}"
+        raise problems.stop("R002", message, where, fix=_similar_file(path)) from error
+    return read_yaml(data, source, problems)
+
+
+def read_yaml(data: bytes, source: Source, problems: Problems) -> Tree:
+    """Read YAML text: 1.2 core, one document, within the limits of this module.
+
+    Repeated keys, keys that are no text, tags, merge keys and impossible numbers are collected, all else stops.
+
+    Raises:
+        StopReadingError: The text is no YAML within the limits; `problems` says why.
+    """
+    if len(data) > MAX_BYTES:
+        message = f"a recipe may have {MAX_BYTES} bytes, this is more"
+        raise problems.stop("R004", message, source.start())
+    text = _decode(data, source, problems)
+    if not source.lines:
+        source = Source(source.file, source.base_dir, tuple(_LINE_BREAK.split(text)), source.line, source.column)
+    _check_characters(text, source, problems)
+    events = _events(text, source, problems)
+    return _Builder(source, problems).build(events)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open without waiting on a pipe or touching a device."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is not a regular file")
+    return descriptor
+
+
+def _similar_file(path: Path) -> str | None:
+    try:
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
+    except (OSError, ValueError):
+        return None
+    match = nearest(path.name, siblings)
+    return None if match is None or match == path.name else f"did you mean {path.parent / match}?"
+
+
+def _decode(data: bytes, source: Source, problems: Problems) -> str:
+    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        fix = "save the file as UTF-8 without a byte order mark"
+        raise problems.stop("R003", "the file begins with a byte order mark", source.start(), fix=fix)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        lines = _LINE_BREAK.split(data[: error.start].decode("utf-8"))
+        source = Source(source.file, source.base_dir, (*lines[:-1], lines[-1] + "\ufffd"), source.line, source.column)
+        origin = source.origin(len(lines) - 1, len(lines[-1]))
+        message = f"byte 0x{data[error.start]:02x} is not UTF-8"
+        raise problems.stop("R003", message, origin, fix="save the file as UTF-8") from error
+
+
+def _check_characters(text: str, source: Source, problems: Problems) -> None:
+    """Refuse control characters and directives: libyaml takes seconds for a megabyte of directives."""
+    found = FORBIDDEN.search(text)
+    if found is not None:
+        message = f"the character U+{ord(found[0]):04X} may not stand in a recipe"
+        raise problems.stop("R003", message, _origin_at(text, found.start(), source))
+    found = _DIRECTIVE.search(text)
+    if found is not None:
+        message = "a line may not begin with %: recipes have no YAML directives"
+        raise problems.stop("R005", message, _origin_at(text, found.start(), source), fix="remove the line")
+
+
+def _origin_at(text: str, index: int, source: Source) -> Origin:
+    before = _LINE_BREAK.split(text[:index])
+    return source.origin(len(before) - 1, len(before[-1]))
+
+
+def _events(text: str, source: Source, problems: Problems) -> list[Any]:
+    """Return the events inside the one document; stop at the first limit, long before anything recurses."""
+    guard = _Guard()
+    events: list[Any] = []
+    try:
+        for event in yaml.parse(text.encode(), Loader=_LOADER):
+            refusal = guard.refusal(event)
+            if refusal is not None:
+                mark: Any = event.start_mark
+                raise problems.stop(*refusal, source.origin(mark.line, mark.column))
+            events.append(event)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # \UFFFFFFFF is a ValueError in PyYAML
+        raise _syntax(error, text, source, problems) from error
+    return events
+
+
+class _Guard:
+    """Counts what a document would grow to, event by event."""
+
+    def __init__(self) -> None:
+        self.events = self.documents = self.aliases = 0
+        self.size = 0  # values so far, aliases expanded
+        self.open: list[tuple[str | None, int]] = []  # of each open map or list: its anchor, and `size` at its start
+        self.heights = [0]  # levels inside each of them, aliases expanded
+        self.anchors: dict[str, tuple[int, int]] = {}  # size and height
+
+    def refusal(self, event: Any) -> tuple[str, str] | None:
+        """Return the code and the message of the limit that this event breaks, if any."""
+        self.events += 1
+        if self.events > MAX_EVENTS:
+            return "R004", f"a recipe may have {MAX_EVENTS} keys, values and brackets, here are more"
+        if type(event) is yaml.ScalarEvent:  # nearly all of them: nothing else can break a limit
+            self.size += 1
+            if event.anchor is not None:
+                self.anchors[event.anchor] = (1, 0)
+            return None
+        if isinstance(event, yaml.DocumentStartEvent):
+            self.documents += 1
+            return None if self.documents == 1 else ("R005", "a recipe is one document, here a second one begins")
+        if isinstance(event, yaml.CollectionEndEvent):
+            self._close()
+        elif isinstance(event, yaml.AliasEvent):
+            self.aliases += 1
+            self._add(*self.anchors.get(event.anchor or "", (1, 0)))
+        elif isinstance(event, yaml.CollectionStartEvent):
+            self.open.append((event.anchor, self.size))
+            self.heights.append(0)
+            self._add(1, 0)
+        return self._limit()
+
+    def _add(self, size: int, height: int) -> None:
+        self.size += size
+        self.heights[-1] = max(self.heights[-1], height)
+
+    def _close(self) -> None:
+        anchor, size = self.open.pop()
+        height = self.heights.pop() + 1
+        self.heights[-1] = max(self.heights[-1], height)
+        if anchor is not None:
+            self.anchors[anchor] = (self.size - size, height)
+
+    def _limit(self) -> tuple[str, str] | None:
+        if self.aliases > MAX_ALIASES:
+            return "R004", f"a recipe may have {MAX_ALIASES} aliases, here are more"
+        if len(self.open) + self.heights[-1] > MAX_DEPTH:
+            return "R004", f"maps and lists may nest {MAX_DEPTH} deep, here are more"
+        if self.size > MAX_EVENTS:
+            return "R004", f"a recipe may have {MAX_EVENTS} values, here aliases make more of them"
+        return None
+
+
+def _syntax(error: Exception, text: str, source: Source, problems: Problems) -> StopReadingError:
+    mark: Any = getattr(error, "problem_mark", None)
+    problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+    conflict = _CONFLICT.search(text)
+    if conflict is not None:
+        origin = _origin_at(text, conflict.start(), source)
+        return problems.stop("R001", "git left a merge conflict here", origin, fix="resolve it")
+    context = getattr(error, "context", None)
+    begun: Any = getattr(error, "context_mark", None)
+    if begun is not None and "end of stream" in problem:
+        mark = begun  # an unclosed quote is seen where it opens
+    elif context and begun is not None and begun.line < min(mark.line, len(source.lines) - 1):
+        problem += f", {context} that began on line {source.line + begun.line}"
+    fix = next((advice for symptom, advice in _ADVICE if symptom in problem), None)
+    origin = source.origin(mark.line, mark.column) if mark is not None else source.start()
+    return problems.stop("R001", f"this is not YAML: {problem}", origin, fix=fix)
+
+
+@dataclass
+class _Frame:
+    """A map or list that is still open."""
+
+    start: Any  # the event that began it
+    origin: Origin
+    is_map: bool
+    is_key: bool  # of the map around it, which is refused once it is closed
+    items: list[Tree] = field(default_factory=list)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    key: tuple[str | None, Origin] | None = None  # the key whose value comes next; None: a key that was refused
+
+
+class _Builder:
+    """Makes a tree of events, with a stack of its own instead of recursion."""
+
+    def __init__(self, source: Source, problems: Problems) -> None:
+        self.source = source
+        self.problems = problems
+        self.frames: list[_Frame] = []
+        self.anchors: dict[str, Tree] = {}
+        self.root: Tree | None = None
+
+    def build(self, events: list[Any]) -> Tree:
+        for event in events:
+            if isinstance(event, yaml.ScalarEvent):
+                self._scalar(event)
+            elif isinstance(event, yaml.AliasEvent):
+                self._alias(event)
+            elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+                self._begin(event)
+            elif isinstance(event, yaml.CollectionEndEvent):
+                self._end()
+        return self.root if self.root is not None else Scalar(None, self.source.start())
+
+    def _origin(self, event: Any) -> Origin:
+        start, end = event.start_mark, event.end_mark
+        width = end.column - start.column if start.line == end.line else MAX_BYTES  # to the end of the line
+        return self.source.origin(start.line, start.column, width)
+
+    def _check_tag(self, event: Any, origin: Origin) -> None:
+        if event.tag is not None:
+            message = f"tags like {shortened(event.tag)} are not used in recipes"
+            self.problems.add("R005", message, origin, fix="remove the tag; quotes make text of anything")
+
+    def _scalar(self, event: Any) -> None:
+        origin = self._origin(event)
+        self._check_tag(event, origin)
+        is_quoted = bool(event.style)  # None or empty, by which parser it is
+        value: Any = event.value
+        found = FORBIDDEN.search(value)  # an escape in quotes may have made what may not be written
+        if found is not None:
+            message = f"the character U+{ord(found[0]):04X} may not stand in a recipe, nor be written as an escape"
+            self.problems.add("R003", message, origin)
+            value = FORBIDDEN.sub("\ufffd", value)
+        if not is_quoted:
+            try:
+                value = read_scalar(value)
+            except ValueError as error:
+                self.problems.add("R008", str(error), origin, fix="put it in quotes if it is text")
+        scalar = Scalar(value, origin, is_quoted)
+        if self._expects_key():
+            self._key(scalar)
+        else:
+            self._attach(scalar, event.anchor)
+
+    def _alias(self, event: Any) -> None:
+        origin = self._origin(event)
+        if self._expects_key():
+            self._refuse_key(origin)
+            return
+        anchor = self.anchors.get(event.anchor)
+        if anchor is None:
+            is_open = any(frame.start.anchor == event.anchor for frame in self.frames)
+            name = f"*{shortened(event.anchor)}"
+            message = f"{name} stands inside what it names" if is_open else f"there is no &{name[1:]} before {name}"
+            raise self.problems.stop("R009", message, origin)
+        self._attach(anchor, None)
+
+    def _begin(self, event: Any) -> None:
+        origin = self.source.origin(event.start_mark.line, event.start_mark.column)
+        self._check_tag(event, origin)
+        is_key = self._expects_key()
+        self.frames.append(_Frame(event, origin, isinstance(event, yaml.MappingStartEvent), is_key))
+
+    def _end(self) -> None:
+        frame = self.frames.pop()
+        if frame.is_key:
+            self._refuse_key(frame.origin)
+            return
+        tree: Tree = (
+            MapValue(frame.entries, frame.origin) if frame.is_map else ListValue(tuple(frame.items), frame.origin)
+        )
+        self._attach(tree, frame.start.anchor)
+
+    def _expects_key(self) -> bool:
+        return bool(self.frames) and self.frames[-1].is_map and self.frames[-1].key is None
+
+    def _refuse_key(self, origin: Origin) -> None:
+        self.problems.add("R007", "a key must be text", origin, fix="write a name, or put the key in quotes")
+        self.frames[-1].key = (None, origin)
+
+    def _key(self, scalar: Scalar) -> None:
+        key, frame = scalar.value, self.frames[-1]
+        if not isinstance(key, str):
+            self._refuse_key(scalar.origin)
+        elif key == "<<":
+            fix = "write the fields out, or let a recipe extend another"
+            self.problems.add("R005", "merge keys (<<) are not used in recipes", scalar.origin, fix=fix)
+            frame.key = (None, scalar.origin)
+        elif key in frame.entries:
+            first = frame.entries[key].key_origin.place.line
+            message = f"{shortened(key)} is given twice, first on line {first}"
+            self.problems.add("R006", message, scalar.origin, fix="remove one of the two")
+            frame.key = (None, scalar.origin)
+        else:
+            frame.key = (key, scalar.origin)
+
+    def _attach(self, value: Tree, anchor: str | None) -> None:
+        """Put a finished value where it belongs: under its key, into its list, or at the top."""
+        if anchor is not None:
+            self.anchors[anchor] = value
+        if not self.frames:
+            self.root = value
+            return
+        frame = self.frames[-1]
+        if not frame.is_map:
+            frame.items.append(value)
+            return
+        assert frame.key is not None
+        key, origin = frame.key
+        frame.key = None
+        if key is not None:
+            frame.entries[key] = Entry(origin, value)

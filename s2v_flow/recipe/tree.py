@@ -1,0 +1,126 @@
+"""What a YAML file says, as frozen values that each know where they were written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from s2v_flow.errors import Diagnostic, Place
+
+ScalarValue = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written.
+
+    `excerpt` is the source line; `width` is how many of its characters the value takes; relative paths in the value
+    start at `base_dir`, the directory of the file (for `--set`: where the command was given).
+    """
+
+    place: Place
+    excerpt: str
+    base_dir: Path
+    width: int = 1
+
+    def diagnostic(self, code: str, message: str, *, inside: str | None = None, fix: str | None = None) -> Diagnostic:
+        """Return a mistake that is marked here."""
+        return Diagnostic(code, message, self.place, self.excerpt or None, self.width, inside, fix)
+
+    def around(self, part: str) -> Origin:
+        """Return the origin of a part of this text, or this one where the part does not stand on its first line."""
+        start = self.excerpt.find(part, self.place.column - 1, self.place.column - 1 + self.width)
+        if start < 0:
+            return self
+        return replace(self, place=replace(self.place, column=start + 1), width=len(part))
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A text, a number, true, false or null; `is_quoted` where it was written in quotes or as a block."""
+
+    value: ScalarValue
+    origin: Origin
+    is_quoted: bool = False
+
+
+@dataclass(frozen=True)
+class ListValue:
+    """A YAML sequence."""
+
+    items: tuple[Tree, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value of a map, with the place of its key."""
+
+    key_origin: Origin
+    value: Tree
+
+
+@dataclass(frozen=True)
+class MapValue:
+    """A YAML mapping with text keys, in the order of the file."""
+
+    entries: Mapping[str, Entry]
+    origin: Origin
+
+    def get(self, key: str) -> Tree | None:
+        """Return the value of a key, or None where there is no such key."""
+        entry = self.entries.get(key)
+        return None if entry is None else entry.value
+
+    def with_entry(self, key: str, entry: Entry) -> MapValue:
+        """Return this map with one entry added, or exchanged in its place."""
+        return replace(self, entries={**self.entries, key: entry})
+
+
+Tree = Scalar | ListValue | MapValue
+
+
+def plain(tree: Tree) -> Any:
+    """Return the tree as Python's own dicts, lists and scalars."""
+    if isinstance(tree, Scalar):
+        return tree.value
+    if isinstance(tree, ListValue):
+        return [plain(item) for item in tree.items]
+    return {key: plain(entry.value) for key, entry in tree.entries.items()}
+
+
+def origins_of(tree: Tree, path: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], Origin]:
+    """Return where each value inside the tree was written: path -> origin."""
+    origins = {path: tree.origin}
+    if isinstance(tree, ListValue):
+        for index, item in enumerate(tree.items):
+            origins.update(origins_of(item, (*path, index)))
+    elif isinstance(tree, MapValue):
+        for key, entry in tree.entries.items():
+            origins.update(origins_of(entry.value, (*path, key)))
+    return origins
+
+
+def path_text(tree: Tree | None, path: tuple[str | int, ...]) -> str:
+    """Return a path as a person writes it: `loras[lightning].strength`; items go by their id where they have one."""
+    text = ""
+    for part in path:
+        child: Tree | None = None
+        if isinstance(part, int):
+            child = tree.items[part] if isinstance(tree, ListValue) and part < len(tree.items) else None
+            name = child.get("id") if isinstance(child, MapValue) else None
+            is_named = isinstance(name, Scalar) and isinstance(name.value, str)
+            text += f"[{name.value if is_named and isinstance(name, Scalar) else part}]"
+        else:
+            child = tree.get(part) if isinstance(tree, MapValue) else None
+            text += f".{part}" if text else part
+        tree = child
+    return text
+
+
+def absolute_dir(path: Path) -> Path:
+    """Return the absolute directory of a file, symbolic links left as they are."""
+    return Path(os.path.abspath(path)).parent

@@ -1,0 +1,67 @@
+"""Every recipe in bad/ prints exactly the text stored beside it. A first line `# run: ...` holds its options."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import s2v_flow
+from s2v_flow.diagnostics import format_diagnostic
+from s2v_flow.errors import ExitCode, RecipeError
+from s2v_flow.graph.node import Node
+from s2v_flow.recipe.codes import CODES
+from s2v_flow.recipe.load import load_recipe
+
+BAD = Path(__file__).parent / "bad"
+NAMES = sorted(path.stem for path in BAD.glob("*.yaml"))
+
+
+def printed(name: str, kinds: Mapping[str, type[Node]]) -> str:
+    """Return what the mistakes of a bad recipe look like."""
+    path = Path(f"{name}.yaml")
+    first_line = path.read_bytes().partition(b"\n")[0].decode("utf-8", "replace")
+    words = shlex.split(first_line.removeprefix("# run:")) if first_line.startswith("# run:") else []
+    options = list(zip(words[::2], words[1::2], strict=True))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(
+            path,
+            kinds=kinds,
+            profiles=[value for option, value in options if option == "-p"],
+            override_files=[Path(value) for option, value in options if option == "-f"],
+            sets=[value for option, value in options if option == "--set"],
+        )
+    assert caught.value.exit_code is ExitCode.RECIPE
+    return "\n\n".join([*map(format_diagnostic, caught.value.diagnostics), caught.value.message]) + "\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_recipe_prints_the_text_stored_beside_it(
+    name: str, kinds: Mapping[str, type[Node]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All mistakes are shown at once, in order of place, each with its code, excerpt and advice."""
+    monkeypatch.chdir(BAD)
+    assert printed(name, kinds) == (BAD / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def test_every_code_is_shown_by_some_bad_recipe() -> None:
+    """No code of the table is without an example of its text."""
+    texts = "".join(path.read_text(encoding="utf-8") for path in BAD.glob("*.txt"))
+    assert set(re.findall(r"error\[(R\d+)\]", texts)) == set(CODES)
+
+
+def test_every_code_in_the_source_is_in_the_table() -> None:
+    """The reading layers use no code that the table does not explain."""
+    root = Path(s2v_flow.__file__).parent
+    sources = [*root.glob("recipe/*.py"), root / "graph" / "link.py"]
+    used = {code for path in sources for code in re.findall(r'"(R\d{3})"', path.read_text(encoding="utf-8"))}
+    assert used == set(CODES)
+
+
+def test_stored_texts_hold_no_escape_sequences() -> None:
+    """What a recipe holds reaches the terminal only in printable form."""
+    for path in BAD.glob("*.txt"):
+        assert all(character.isprintable() or character == "\n" for character in path.read_text(encoding="utf-8"))
