@@ -1,0 +1,273 @@
+"""What the command line does, for Python: check, plan and run recipes. Importing this never imports torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from s2v_flow.cache.digest import file_digest, known_digest
+from s2v_flow.cache.store import Store
+from s2v_flow.demo.catalog import demo_paths, demo_root
+from s2v_flow.device import device_class, resolve_device
+from s2v_flow.errors import ExitCode, MissingError
+from s2v_flow.graph.events import Listener, Noted
+from s2v_flow.graph.locations import Locations
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.plan import Plan, build_plan
+from s2v_flow.graph.run import Run, RunResult, ignore
+from s2v_flow.graph.status import NodeStatus, assess
+from s2v_flow.nodes.chunk import Chunk
+from s2v_flow.nodes.homes import HOMES
+from s2v_flow.nodes.table import NODE_KINDS
+from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.load import load_recipe
+
+KINDS: Mapping[str, type[Node]] = {kind.kind: kind for kind in NODE_KINDS}
+_HASHED_AT_ONCE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything beside the recipe that a command may be told; the fields are the command line's options."""
+
+    profiles: Sequence[str] = ()
+    override_files: Sequence[Path] = ()
+    sets: Sequence[str] = ()
+    models_dirs: Sequence[Path] = ()
+    input_dirs: Sequence[Path] = ()
+    output_dir: Path | None = None
+    cache_dir: Path | None = None
+    device: str = "auto"
+
+    @cached_property
+    def cache_root(self) -> Path:
+        """The cache folder: given, S2VFLOW_CACHE_DIR, or the user's."""
+        if self.cache_dir is not None:
+            return self.cache_dir
+        if os.environ.get("S2VFLOW_CACHE_DIR"):
+            return Path(os.environ["S2VFLOW_CACHE_DIR"])
+        from platformdirs import user_cache_path
+
+        return user_cache_path("s2vflow")
+
+    @cached_property
+    def locations(self) -> Locations:
+        """The folders of a run. Unless any are given, models are looked for in ./models and ~/ComfyUI/models."""
+        given = [
+            *self.models_dirs,
+            *map(Path, filter(None, os.environ.get("S2VFLOW_MODELS_DIR", "").split(os.pathsep))),
+        ]
+        return Locations(
+            models_dirs=given or [Path("models"), Path.home() / "ComfyUI" / "models"],
+            input_dirs=self.input_dirs,
+            output_dir=self.output_dir,
+            cache_dir=self.cache_root,
+            homes=HOMES,
+            made_models=demo_paths(self.cache_root),
+        )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with its statuses: what a run would do."""
+
+    recipe: Recipe
+    plan: Plan
+    statuses: Mapping[str, NodeStatus]
+    device: str
+
+    @property
+    def num_chunks(self) -> int | None:
+        """How many chunks are sampled; None where the voice's file is missing."""
+        if self._lengths("chunks") == [None]:
+            return None
+        return sum(isinstance(node.node, Chunk) for node in self.plan.nodes)
+
+    @property
+    def num_frames(self) -> int | None:
+        """How many frames the longest video has; None where there is none or its length is not known."""
+        return max((length for length in self._lengths("frames") if length is not None), default=None)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the longest video lasts; None where there is none or its length is not known."""
+        return max((length for length in self._lengths("seconds") if length is not None), default=None)
+
+    def _lengths(self, fact: str) -> list[Any]:
+        return list(dict.fromkeys(node.facts[fact] for node in self.plan.nodes if fact in node.facts))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that `s2vflow plan --json` prints."""
+        nodes = []
+        for node in self.plan.nodes:
+            status = self.statuses[node.name]
+            entry = {"name": node.name, "kind": node.kind, "status": status.status, "reason": status.reason}
+            nodes.append({**entry, "fingerprint": status.fingerprint, "facts": dict(node.facts)})
+        return {
+            "recipe": str(self.recipe.path),
+            "device": self.device,
+            "chunks": self.num_chunks,
+            "frames": self.num_frames,
+            "seconds": self.seconds,
+            "nodes": nodes,
+            "missing": [
+                {"file": item.file, "kind": item.kind, "homes": list(item.homes), "looked_in": list(item.looked_in)}
+                for item in self.plan.missing
+            ],
+            "notes": list(self.plan.notes),
+        }
+
+
+def check(path: Path, options: Options | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: The recipe file.
+        options: Profiles, override files and --set values count here.
+
+    Raises:
+        RecipeError: With every mistake that was found.
+        MissingError: The recipe file, or one that it names, is not there.
+    """
+    options = options or Options()
+    return load_recipe(
+        path,
+        kinds=KINDS,
+        profiles=options.profiles,
+        override_files=options.override_files,
+        sets=options.sets,
+        base_dir_for_sets=Path.cwd(),
+    )
+
+
+def plan(path: Path, options: Options | None = None) -> Planned:
+    """Find out what a run would do, without computing anything and without importing torch.
+
+    Raises:
+        RecipeError: With every mistake that was found.
+        S2VFlowError: A file that is there cannot be used, or the device is not there.
+    """
+    options = options or Options()
+    return _plan(check(path, options), options)
+
+
+def _plan(recipe: Recipe, options: Options) -> Planned:
+    device = resolve_device(options.device)
+    made = build_plan(recipe.nodes, _order(recipe), options.locations)
+    memory = _digest_memory(options)
+
+    def digest(file: Path) -> str | None:
+        if not file.is_file():
+            return None
+        if file.stat().st_size <= _HASHED_AT_ONCE_BYTES:
+            return file_digest(file, memory)
+        return known_digest(file, memory)
+
+    statuses = assess(made, Store(options.cache_root), Numerics(device_class(device)), digest)
+    return Planned(recipe, made, statuses, device)
+
+
+def _order(recipe: Recipe) -> list[str]:
+    """Sort the recipe's nodes so that each stands after what it refers to, else as in the file."""
+    import networkx as nx
+
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph.add_nodes_from(recipe.nodes)
+    for name, spec in recipe.nodes.items():
+        graph.add_edges_from((ref.node, name) for ref in spec.node.refs().values())
+    position = {name: index for index, name in enumerate(recipe.nodes)}
+    return list(nx.lexicographical_topological_sort(graph, key=position.__getitem__))
+
+
+def _digest_memory(options: Options) -> Path:
+    return options.cache_root / "digests.json"
+
+
+def run(path: Path, options: Options | None = None, on_event: Listener = ignore) -> RunResult:
+    """Run a recipe: compute what is not stored yet, and write the results.
+
+    Args:
+        path: The recipe file.
+        options: See `Options`.
+        on_event: Called with every event, in the calling thread.
+
+    Raises:
+        RecipeError: The recipe is wrong; nothing was run.
+        MissingError: A model or an input is missing; nothing was run.
+        S2VFlowError: A node failed; what was finished before is stored.
+    """
+    options = options or Options()
+    planned = plan(path, options)
+    return run_planned(planned, options, on_event)
+
+
+def run_planned(planned: Planned, options: Options, on_event: Listener = ignore) -> RunResult:
+    """Run a plan; see `run`."""
+    require_files(planned)
+    if _make_demo_models(planned, options, on_event):
+        planned = _plan(planned.recipe, options)
+    for node in planned.plan.nodes:
+        if planned.statuses[node.name].status == "LOAD":
+            node.node.check(node.files)
+    registry = _LazyRegistry()
+    execution = Run(
+        plan=planned.plan,
+        statuses=planned.statuses,
+        store=Store(options.cache_root),
+        numerics=Numerics(device_class(planned.device)),
+        device=planned.device,
+        models=registry,
+        file_digest=lambda file: file_digest(file, _digest_memory(options)),
+        emit=on_event,
+    )
+    try:
+        return execution.execute()
+    finally:
+        execution.close()
+
+
+def require_files(planned: Planned) -> None:
+    """Refuse to run without the files that are needed.
+
+    Raises:
+        MissingError: Naming each of them.
+    """
+    if planned.plan.missing:
+        names = ", ".join(item.file for item in planned.plan.missing)
+        raise MissingError(
+            f"{len(planned.plan.missing)} files are missing: {names}",
+            fix="put them where they are looked for, or name other folders with --models-dir or --input-dir",
+            exit_code=ExitCode.MISSING,
+        )
+
+
+def _make_demo_models(planned: Planned, options: Options, on_event: Listener) -> bool:
+    """Make the demo's models if the plan needs one that is not there yet."""
+    made = set(options.locations.made_models.values())
+    needed = [file for node in planned.plan.nodes for file in node.files.values() if file in made]
+    if all(file.is_file() for file in needed):
+        return False
+    on_event(Noted("", "making the demo's models, once: tiny, untrained, of the real architecture"))
+    from s2v_flow.demo.models import make_demo_models
+
+    make_demo_models(demo_root(options.cache_root))
+    return True
+
+
+class _LazyRegistry:
+    """The model registry, made on the first call: a run that computes nothing does not import torch."""
+
+    def __init__(self) -> None:
+        self._registry: Any = None
+
+    def __call__(self) -> Any:
+        if self._registry is None:
+            from s2v_flow.models.registry import ModelRegistry
+
+            self._registry = ModelRegistry(memory_budget_bytes=0)  # nothing stays live that no node needs any more
+        return self._registry

@@ -1,0 +1,1 @@
+"""Node kinds: one class per kind. The only layer where the graph meets tensors; torch is imported inside run()."""

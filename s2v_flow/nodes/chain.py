@@ -1,0 +1,200 @@
+"""How a video's chunks are planned: what later chunks inherit, where each one stands, how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.plan import PlanBuilder, Source, Value
+from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
+
+FRAMES_PER_LATENT = 4
+MOTION_LATENT_FRAMES = 19
+FRAME_RATE_HZ = 16
+FIRST_FRAMES_DROPPED = 3  # what the authors drop from the first chunk
+
+PlannedInputs = dict[str, "Value | Source | tuple[Source, ...] | None"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a chunk is sampled with: values of its inputs, and its plain fields. `extend` inherits it."""
+
+    inputs: Mapping[str, Value] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def updated(self, builder: PlanBuilder, node: Node, names: tuple[str, ...]) -> Settings:
+        """Return these settings with what `node` gives itself laid over them."""
+        refs = node.refs()
+        given = {key: builder.value(ref) for key, ref in refs.items() if key in INPUTS}
+        inputs = {**self.inputs, **{key: value for key, value in given.items() if value is not None}}
+        own = {name: getattr(node, name) for name in names if name in type(node).model_fields}
+        return Settings(inputs, {**self.fields, **{name: value for name, value in own.items() if value is not None}})
+
+
+INPUTS = ("model", "positive", "negative", "speech", "reference", "control_video", "motion_video", "vae")
+FIELDS = ("width", "height", "length", "steps", "cfg", "sampler", "scheduler", "shift", "conditioning", "motion")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One chunk of a video: its latent, its latent frames, and in pixel mode its decoded frames and their number."""
+
+    latent: Source
+    num_latent_frames: int
+    frames: Source | None = None
+    num_frames: int = 0
+
+
+@dataclass(frozen=True)
+class DecodedSources:
+    """In pixel mode, what a chunk's decoding leaves for the next: its motion latent and its last pixel frames."""
+
+    motion: Source
+    tail: Source
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A video at planning: its parts in order, the settings of the last one, the first chunk's seed.
+
+    `start` is the motion latent in front of the first chunk, where there is one; `pixels` what pixel mode hands on;
+    `is_open` tells that the number of chunks is not known, because the voice's file is missing.
+    """
+
+    parts: tuple[Part, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+    seed: int = 0
+    start: Source | None = None
+    is_open: bool = False
+    pixels: DecodedSources | None = None
+
+    @property
+    def num_latent_frames(self) -> int:
+        """Latent frames so far."""
+        return sum(part.num_latent_frames for part in self.parts)
+
+    def history(self) -> tuple[Source, ...]:
+        """Return the latents of the last parts that together hold the motion frames (or all there are)."""
+        wanted, count = MOTION_LATENT_FRAMES, len(self.parts)
+        while count > 0 and wanted > 0:
+            count -= 1
+            wanted -= self.parts[count].num_latent_frames
+        return tuple(part.latent for part in self.parts[count:])
+
+    def value(self, port: str = "latent") -> dict[str, Value]:
+        """Return this video as what a latent port means."""
+        return {port: Value("latent", tuple(part.latent for part in self.parts), {"chain": self})}
+
+
+def add_chunk(builder: PlanBuilder, name: str, recipe_node: str, chain: Chain, settings: Settings, seed: int) -> Chain:
+    """Plan one more chunk (in pixel mode also its decoding) and return the video that it continues.
+
+    Args:
+        builder: The plan in the making.
+        name: The plan node's name.
+        recipe_node: The recipe's node that asks for the chunk.
+        chain: The video so far; empty for the first chunk.
+        settings: What the chunk is sampled with.
+        seed: Its seed.
+    """
+    fields = settings.fields
+    num_latent_frames = (fields["length"] - 1) // FRAMES_PER_LATENT + 1
+    offset = FRAMES_PER_LATENT * chain.num_latent_frames
+    inputs: PlannedInputs = {key: settings.inputs.get(key) for key in ("model", "positive", "speech", "reference")}
+    if fields["cfg"] != 1:
+        inputs["negative"] = settings.inputs.get("negative")
+    if not chain.parts:
+        chain = replace(chain, start=_add_start(builder, f"{name}.motion", recipe_node, settings))
+        inputs["motion"] = chain.start
+    elif chain.pixels is not None:
+        inputs["motion"] = chain.pixels.motion
+    else:
+        inputs["history"] = chain.history()
+    if "control_video" in settings.inputs:
+        inputs["control"] = _add_control(builder, f"{name}.control", recipe_node, settings, offset, num_latent_frames)
+    chunk = Chunk(
+        num_latent_frames=num_latent_frames,
+        audio_offset=offset,
+        seed=seed,
+        **{
+            key: fields[key]
+            for key in ("width", "height", "steps", "cfg", "sampler", "scheduler", "shift", "conditioning")
+        },
+    )
+    facts = {"chunk": len(chain.parts) + 1, "seed": seed, "steps": fields["steps"], "latent_frames": num_latent_frames}
+    latent = builder.add(name, chunk, inputs, recipe_node=recipe_node, facts=facts)["latent"].source
+    if fields["motion"] == "latent":
+        return replace(chain, parts=(*chain.parts, Part(latent, num_latent_frames)), settings=settings)
+    part, pixels = _add_decoding(builder, f"{name}.pixels", recipe_node, chain, settings, latent, num_latent_frames)
+    return replace(chain, parts=(*chain.parts, part), settings=settings, pixels=pixels)
+
+
+def _add_start(builder: PlanBuilder, name: str, recipe_node: str, settings: Settings) -> Source | None:
+    """Plan the motion latent in front of the first chunk, where something asks for one."""
+    from_reference = bool(settings.fields.get("init_first_frame"))
+    if not from_reference and "motion_video" not in settings.inputs:
+        return None
+    inputs: PlannedInputs = {"vae": settings.inputs.get("vae")}
+    inputs |= {"reference": settings.inputs.get("reference")} if from_reference else {}
+    inputs |= {} if from_reference else {"motion_video": settings.inputs["motion_video"]}
+    node = EncodeMotion(**_size(settings), conditioning=settings.fields["conditioning"])
+    return builder.add(name, node, inputs, recipe_node=recipe_node)["motion"].source
+
+
+def _add_control(
+    builder: PlanBuilder, name: str, recipe_node: str, settings: Settings, offset: int, num_latent_frames: int
+) -> Source:
+    inputs: PlannedInputs = {"vae": settings.inputs.get("vae"), "control_video": settings.inputs["control_video"]}
+    node = EncodeControl(
+        **_size(settings),
+        offset=offset,
+        warmup_frames=warmup_frames(settings),
+        num_latent_frames=num_latent_frames,
+        conditioning=settings.fields["conditioning"],
+    )
+    return builder.add(name, node, inputs, recipe_node=recipe_node)["control"].source
+
+
+def warmup_frames(settings: Settings) -> int:
+    """Return how many frames of silence stand in front of the voice; 0 without a voice."""
+    speech = settings.inputs.get("speech")
+    return int(speech.facts.get("warmup_frames", 0)) if speech else 0
+
+
+def voice_frames(settings: Settings) -> int | None:
+    """Return how many frames the voice lasts, rounded up; None without one, or where its file is missing."""
+    speech = settings.inputs.get("speech")
+    frames = speech.facts.get("frames") if speech else None
+    return None if frames is None else int(frames)
+
+
+def _size(settings: Settings) -> dict[str, int]:
+    return {"width": settings.fields["width"], "height": settings.fields["height"]}
+
+
+def _add_decoding(
+    builder: PlanBuilder,
+    name: str,
+    recipe_node: str,
+    chain: Chain,
+    settings: Settings,
+    latent: Source,
+    num_latent_frames: int,
+) -> tuple[Part, DecodedSources]:
+    """Plan the decoding of one chunk behind what came before it, and the next chunk's motion from its pixels."""
+    begins = not chain.parts
+    inputs: PlannedInputs = {"vae": settings.inputs.get("vae"), "latent": latent}
+    if begins:
+        inputs |= {"before": chain.start or settings.inputs.get("reference")}
+        inputs |= {"reference": settings.inputs.get("reference")} if chain.start else {}
+    elif chain.pixels is not None:
+        inputs |= {"before": chain.pixels.motion, "tail": chain.pixels.tail}
+    dropped = FIRST_FRAMES_DROPPED if begins and chain.start is None else 0
+    node = DecodeChunk(num_latent_frames=num_latent_frames, drop_frames=dropped)
+    num_frames = FRAMES_PER_LATENT * num_latent_frames - dropped
+    values = builder.add(name, node, inputs, recipe_node=recipe_node, facts={"frames": num_frames})
+    part = Part(latent, num_latent_frames, values["frames"].source, num_frames)
+    return part, DecodedSources(values["motion"].source, values["tail"].source)

@@ -1,0 +1,177 @@
+"""The kind `decode`: from a video's chunks to its frames, as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain as chain_iterables
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from s2v_flow.graph.node import Neutral, Node
+from s2v_flow.graph.plan import PlanBuilder, Source, Value
+from s2v_flow.nodes.chain import (
+    FRAME_RATE_HZ,
+    FRAMES_PER_LATENT,
+    MOTION_LATENT_FRAMES,
+    Chain,
+    PlannedInputs,
+    voice_frames,
+    warmup_frames,
+)
+from s2v_flow.nodes.fields import LatentInput, VaeInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from s2v_flow.graph.run import RunContext
+
+Prefix = Literal["reference", "first", "none"]
+FramesPerCall = Annotated[int, Field(ge=1, le=64), Neutral()]
+_LEAD = 3  # frames that the very first latent frame lacks: it decodes to one frame, all others to four
+
+
+class Decode(Node):
+    """Decode a video's latents to frames, a few at a time: memory does not grow with the video's length."""
+
+    kind: ClassVar[str] = "decode"
+    outputs: ClassVar = {"frames": "frames"}
+
+    vae: VaeInput = Field(description="The VAE.")
+    latent: LatentInput = Field(description="The video: a sample, an extend or a load_latent node.")
+    prefix: Prefix = Field(
+        "reference",
+        description="What the decoder sees before the first latent frame: the portrait, as the authors do; the first "
+        "latent frame doubled, as ComfyUI's workflow does; or nothing.",
+    )
+    drop_frames: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="Decoded frames to drop at the start; auto drops the prefix and the warm-up, which keeps picture "
+        "and sound in time.",
+    )
+    trim: Literal["audio", "none"] = Field(
+        "audio", description="audio: the video is exactly as long as the voice; none: as long as its chunks."
+    )
+    frames_per_call: FramesPerCall = Field(
+        2, description="Latent frames decoded at once: more is faster and takes more memory."
+    )
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Resolve what is dropped and how long the video is."""
+        video, vae = builder.value(self.latent), builder.value(self.vae)
+        if video is None or vae is None:
+            return {}
+        chain: Chain = video.facts["chain"]
+        in_pixels = bool(chain.parts) and all(part.frames for part in chain.parts)
+        inputs: PlannedInputs = {"vae": vae, "latent": video}
+        if in_pixels:
+            inputs = {"parts": tuple(part.frames for part in chain.parts if part.frames)}
+            total, drop = self._pixel_frames(chain)
+        else:
+            before, num_before = self._before(chain)
+            inputs["before"] = before
+            total, drop = self._latent_frames(builder, name, chain, num_before)
+        frames = voice_frames(chain.settings)
+        available = max(total - drop, 0)
+        length = min(available, frames) if frames is not None and self.trim == "audio" else available
+        if frames is not None and length < frames:
+            builder.note(
+                name,
+                f"{name}: the chunks cover {length / FRAME_RATE_HZ:.2f} s of {frames / FRAME_RATE_HZ:.2f} s of sound; "
+                "the rest of the sound is cut (chunks: auto covers all of it)",
+            )
+        size = {key: chain.settings.fields.get(key) for key in ("width", "height")}
+        known = {"frames": None, "chunks": None} if chain.is_open else {"frames": length, "chunks": len(chain.parts)}
+        facts = {**size, **known}
+        node = DecodeFrames(
+            doubles_first=not in_pixels and inputs.get("before") is None and self.prefix != "none",
+            drop_frames=drop,
+            num_frames=length,
+            frames_per_call=self.frames_per_call,
+        )
+        (value,) = builder.add(name, node, inputs, recipe_node=name, facts=facts).values()
+        return {"frames": Value("frames", value.sources, facts)}
+
+    def _before(self, chain: Chain) -> tuple[Source | None, int]:
+        """Return what the decoder sees first and how many latent frames that is; a doubled frame has no source."""
+        if self.prefix == "none":
+            return None, 0
+        reference = chain.settings.inputs.get("reference")
+        if self.prefix == "first" or (reference is None and chain.start is None):
+            return None, 1
+        if chain.start is not None and chain.settings.fields.get("init_first_frame"):
+            return chain.start, MOTION_LATENT_FRAMES
+        return (reference.source, 1) if reference else (None, 1)
+
+    def _latent_frames(self, builder: PlanBuilder, name: str, chain: Chain, num_before: int) -> tuple[int, int]:
+        """Return how many frames the decoder gives out, and how many of them are to be dropped."""
+        total = FRAMES_PER_LATENT * (chain.num_latent_frames + num_before) - _LEAD
+        if self.drop_frames != "auto":
+            return total, self.drop_frames
+        warmup = warmup_frames(chain.settings)
+        if num_before:
+            return total, FRAMES_PER_LATENT * num_before - _LEAD + warmup
+        if "speech" in chain.settings.inputs and warmup < _LEAD:
+            message = f"prefix: none needs warmup_frames of at least {_LEAD} to keep picture and sound in time"
+            builder.problem(name, "prefix", "R070", f"{message}, got {warmup}", "set drop_frames, or another prefix")
+        return total, max(warmup - _LEAD, 0)
+
+    def _pixel_frames(self, chain: Chain) -> tuple[int, int]:
+        total = sum(part.num_frames for part in chain.parts)
+        if self.drop_frames != "auto":
+            return total, self.drop_frames
+        dropped = FRAMES_PER_LATENT * chain.num_latent_frames - total
+        return total, max(warmup_frames(chain.settings) - dropped, 0)
+
+
+class DecodeFrames(Node):
+    """The frames of a planned video, as a stream."""
+
+    kind: ClassVar[str] = "decode_frames"
+    outputs: ClassVar = {"frames": "frames"}
+    has_numerics: ClassVar[bool] = True
+
+    doubles_first: bool
+    drop_frames: int
+    num_frames: int
+    frames_per_call: FramesPerCall
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the stream; nothing is decoded before somebody iterates."""
+        import numpy as np
+
+        from s2v_flow.nodes.frames import Frames, window
+
+        def groups() -> Iterator[np.ndarray]:
+            source = self._stored(inputs) if "parts" in inputs else self._decode(context, inputs)
+            return window(source, self.drop_frames, self.num_frames)
+
+        def read(start: int, count: int) -> np.ndarray:
+            found = list(window(groups(), start, count))
+            return np.concatenate(found) if found else np.zeros((0, height, width, 3), np.uint8)
+
+        width, height = context.node.facts["width"], context.node.facts["height"]
+        return {"frames": Frames(width, height, self.num_frames, groups, read)}
+
+    def _stored(self, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
+        from s2v_flow.nodes.tensors import unpack
+
+        for part in inputs["parts"]:
+            yield unpack(part)["frames"].numpy()
+
+    def _decode(self, context: RunContext, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
+        from s2v_flow.nodes.chunk import decoded
+        from s2v_flow.nodes.tensors import to_frames, unpack
+
+        vae = inputs["vae"].get()
+        before: Tensor | None = None
+        if "before" in inputs:
+            tensors = unpack(inputs["before"])
+            before = tensors["samples" if "samples" in tensors else "latent"].to(context.device)
+        elif self.doubles_first:
+            before = unpack(inputs["latent"][0])["samples"][:, :, :1].to(context.device)
+        latents = (unpack(part)["samples"].to(context.device) for part in inputs["latent"])
+        given = latents if before is None else chain_iterables([before], latents)
+        for pixels in decoded(vae, given, before=None, group=self.frames_per_call):
+            yield to_frames(pixels).numpy()

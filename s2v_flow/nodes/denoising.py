@@ -1,0 +1,118 @@
+"""Where models and sampling meet: one chunk, from its inputs to its latent. Imports torch: used inside run()."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s2v_flow.models.conditioning import Branch, PreparedChunk, PreparedText
+from s2v_flow.models.latent_space import denormalise, normalise
+from s2v_flow.models.speech import SpeechTable, chunk_embed
+from s2v_flow.nodes.tensors import unpack
+from s2v_flow.sampling.guidance import denoised_from_velocity, guide
+from s2v_flow.sampling.noise import initial_noise
+from s2v_flow.sampling.sampler import make_sampler
+
+if TYPE_CHECKING:
+    from s2v_flow.graph.run import Artifact, RunContext
+    from s2v_flow.models.dit import WanS2V
+    from s2v_flow.nodes.chunk import Chunk
+
+LATENT_CHANNELS = 16
+MOTION_LATENT_FRAMES = 19
+TEXT_TOKENS = 512
+
+
+class Denoiser:
+    """One chunk's model calls: what is the same in every step is prepared once, here."""
+
+    def __init__(self, chunk: Chunk, context: RunContext, inputs: Mapping[str, Any]) -> None:
+        self._chunk = chunk
+        self._context = context
+        self._inputs = inputs
+        self._model: WanS2V = inputs["model"].get()
+        self._prepared = self._prepare_chunk()
+        self._branches = self._prepare_branches()
+
+    def sample(self) -> Tensor:
+        """Sample the chunk: its raw latent, float32 [1, 16, F, H, W], on the CPU."""
+        chunk = self._chunk
+        sampler = make_sampler(
+            chunk.sampler, chunk.scheduler, chunk.steps, chunk.shift, chunk.seed, device=self._context.device
+        )
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            timestep = torch.full((1,), sampler.timestep(sigma), device=x.device)  # filled there: nothing is copied
+            return denoised_from_velocity(x, self.velocity(x, timestep), sigma)
+
+        noise = initial_noise(self._prepared.latent_shape, chunk.seed)
+        begun = state = sampler.start(noise)
+        for state in sampler.iterate(denoise, begun):
+            self._context.step(state.step, sampler.num_steps)
+        return denormalise(sampler.result(state)).cpu()
+
+    def velocity(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """Return the guided velocity: of both branches, or of the one branch with cfg 1."""
+        velocities = self._model(x, timestep, self._prepared, self._branches)
+        return velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], self._chunk.cfg)
+
+    def _prepare_chunk(self) -> PreparedChunk:
+        chunk = self._chunk
+        reference, control = self._latent("reference", "latent"), self._latent("control", "samples")
+        return self._model.prepare_chunk(
+            num_latent_frames=chunk.num_latent_frames,
+            height=chunk.height // 8,
+            width=chunk.width // 8,
+            reference_latent=reference,
+            motion_latent=self._motion(),
+            control_latent=torch.zeros(1, LATENT_CHANNELS, 1, 2, 2) if control is None else control,
+            conditioning=chunk.conditioning,
+            device=self._context.device,
+        )
+
+    def _motion(self) -> Tensor | None:
+        """Return the last 19 latent frames of the video so far, normalised, or None before the first chunk."""
+        if "motion" in self._inputs:
+            return self._latent("motion", "samples")
+        if "history" not in self._inputs:
+            return None
+        parts = [unpack(part)["samples"] for part in self._inputs["history"]]
+        return normalise(torch.cat(parts, dim=2)[:, :, -MOTION_LATENT_FRAMES:])
+
+    def _latent(self, name: str, tensor: str) -> Tensor | None:
+        return normalise(unpack(self._inputs[name])[tensor]) if name in self._inputs else None
+
+    def _prepare_branches(self) -> list[Branch]:
+        chunk = self._chunk
+        embed = self._audio_embed()
+        branches = []
+        for name, factor in (("positive", 1.0), ("negative", 0.0)):
+            if name in self._inputs:
+                audio = None if embed is None else embed * factor
+                prepared = self._model.prepare_audio(
+                    audio, num_latent_frames=chunk.num_latent_frames, conditioning=chunk.conditioning
+                )
+                branches.append(Branch(self._prepare_text(name), prepared))
+        return branches
+
+    def _audio_embed(self) -> Tensor | None:
+        if "speech" not in self._inputs:
+            return None
+        tensors = unpack(self._inputs["speech"])
+        table = SpeechTable(tensors["rows"], int(tensors["num_features_30hz"]))
+        embed = chunk_embed(table, self._chunk.audio_offset, self._chunk.num_latent_frames)
+        return None if embed is None else embed.to(self._context.device)
+
+    def _prepare_text(self, name: str) -> PreparedText:
+        """Prepare a prompt, once for all chunks that use it."""
+        artifact: Artifact = self._inputs[name]
+        memo = self._inputs["model"].memo
+        if (artifact.digest,) not in memo:
+            context = unpack(artifact)["context"]  # [1, S, E]
+            padded = F.pad(context, (0, 0, 0, TEXT_TOKENS - context.shape[1]))  # [1, 512, E]
+            memo[artifact.digest,] = self._model.prepare_text(padded.to(self._context.device))
+        return cast(PreparedText, memo[artifact.digest,])

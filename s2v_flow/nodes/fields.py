@@ -1,0 +1,47 @@
+"""Field types that several kinds share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from s2v_flow.graph.node import FileField, Port, Ref
+
+ModelInput = Annotated[Ref, Port("diffusion_model")]
+TextEncoderInput = Annotated[Ref, Port("text_encoder")]
+AudioEncoderInput = Annotated[Ref, Port("audio_encoder")]
+VaeInput = Annotated[Ref, Port("vae")]
+ImageInput = Annotated[Ref, Port("image")]
+AudioInput = Annotated[Ref, Port("audio")]
+FramesInput = Annotated[Ref, Port("frames")]
+ConditioningInput = Annotated[Ref, Port("conditioning")]
+SpeechInput = Annotated[Ref, Port("speech")]
+ReferenceInput = Annotated[Ref, Port("reference")]
+LatentInput = Annotated[Ref, Port("latent")]
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Conditioning = Literal["official", "comfyui"]
+Motion = Literal["latent", "pixels"]
+Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
+
+
+def check_length(length: int) -> int:
+    """Refuse a length that is not 4n+1 pixel frames: the VAE takes no other.
+
+    Raises:
+        ValueError: With the two nearest lengths.
+    """
+    if length % 4 != 1:
+        lower = (length - 1) // 4 * 4 + 1
+        raise ValueError(f"must be 4n+1, like {max(lower, 1)} or {lower + 4}")
+    return length
+
+
+Length = Annotated[int, Field(ge=1, le=1001), AfterValidator(check_length)]
+Side = Annotated[int, Field(ge=32, le=4096, multiple_of=16)]
+
+
+def model_file(what: str, *folders: str) -> FileField:
+    """Mark a model file: its usual folder under the models root first, older names after it."""
+    return FileField("model", what, folders)

@@ -1,0 +1,353 @@
+"""Kinds that name a file: models, images, sound and video. Nothing is read before something needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from s2v_flow.errors import CheckpointError
+from s2v_flow.graph.node import FileField, Neutral, Node
+from s2v_flow.graph.plan import PlanBuilder, Value
+from s2v_flow.nodes.chain import FRAME_RATE_HZ, Chain, Part, Settings
+from s2v_flow.nodes.fields import Precision, model_file
+from s2v_flow.nodes.frames import Frames
+from s2v_flow.nodes.handle import open_handle
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from s2v_flow.graph.run import RunContext
+
+
+LATENT_KEY = "latent_tensor"
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A file's content, read when it is asked for."""
+
+    read: Callable[[], Any]
+
+
+class Lora(BaseModel):
+    """A LoRA file to put on a diffusion model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: Annotated[str, Neutral()] = Field(
+        description="A name of your choice, by which overrides address this LoRA: loras[lightning].strength.",
+        pattern=r"^[A-Za-z0-9_-]+$",
+    )
+    file: Annotated[str, model_file("LoRA", "loras")] = Field(description="File name under the models folder's loras/.")
+    strength: float = Field(1.0, ge=-10, le=10, description="Factor on the LoRA's update; 0 switches it off.")
+    allow_partial: Annotated[bool, Neutral()] = Field(
+        False,
+        description="Accept that some of the file's keys have no home in the model (Lightning LoRAs were trained for "
+        "T2V). What matched is reported either way.",
+    )
+
+
+class LoadDiffusionModel(Node):
+    """Load a Wan2.2-S2V diffusion model, with any number of LoRAs."""
+
+    kind: ClassVar[str] = "load_diffusion_model"
+    outputs: ClassVar = {"model": "diffusion_model"}
+
+    checkpoint: Annotated[str, model_file("diffusion model", "diffusion_models", "unet")] = Field(
+        description="File name under the models folder's diffusion_models/ (or unet/)."
+    )
+    precision: Precision = Field(
+        "auto",
+        description="What is computed in. auto: float32 on CPU, bfloat16 on a GPU. On a GPU, fp8-scaled files keep "
+        "their weights in fp8 and compute in this precision; on CPU they are expanded at loading.",
+    )
+    loras: list[Lora] = Field([], description="LoRAs, applied in this order.")
+    fp8_rounding: Literal["scaled", "comfyui"] = Field(
+        "scaled",
+        description="For fp8-scaled files. scaled: what the file keeps in 16 or 32 bit stays so. comfyui: biases and such "
+        "linear weights are rounded to fp8 as well, as ComfyUI (October 2025) does on loading; for its exact numbers.",
+    )
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Check the files' headers."""
+        values = builder.add_simple(name, self)
+        check_header(builder, name, "wan s2v")
+        for index in range(len(self.loras)):
+            check_header(builder, name, "lora", "loras", index, "file")
+        return values
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out a handle."""
+        paths = [context.files["loras", index, "file"] for index in range(len(self.loras))]
+        digests = (context.digests["loras", index, "file"] for index in range(len(self.loras)))
+        strengths = [lora.strength for lora in self.loras]
+
+        def load(path: Path, **options: Any) -> Any:
+            from s2v_flow.models.load import load_dit
+            from s2v_flow.models.lora import LoraSpec
+
+            specs = [LoraSpec(file, strength) for file, strength in zip(paths, strengths, strict=True)]
+            loaded = load_dit(path, loras=specs, rounds_linears=self.fp8_rounding == "comfyui", **options)
+            for lora, report in zip(self.loras, loaded.report.loras, strict=True):
+                report_lora(context, lora, report)
+            return loaded.module
+
+        loras = tuple(zip(digests, strengths, strict=True))
+        size = sum(path.stat().st_size for path in paths)
+        kind = f"dit, {self.fp8_rounding} fp8"
+        return {"model": open_handle(context, kind, self.precision, load, loras=loras, lora_bytes=size)}
+
+
+class LoadTextEncoder(Node):
+    """Load the UMT5 text encoder, with the tokenizer that is inside its file."""
+
+    kind: ClassVar[str] = "load_text_encoder"
+    outputs: ClassVar = {"text_encoder": "text_encoder"}
+
+    checkpoint: Annotated[str, model_file("text encoder", "text_encoders", "clip")] = Field(
+        description="File name under the models folder's text_encoders/ (or clip/)."
+    )
+    precision: Precision = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Check the file's header."""
+        values = builder.add_simple(name, self)
+        check_header(builder, name, "umt5 encoder")
+        return values
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out a handle."""
+
+        def load(path: Path, **options: Any) -> Any:
+            from s2v_flow.models.load import load_text_encoder
+
+            return load_text_encoder(path, **options)
+
+        return {"text_encoder": open_handle(context, "text_encoder", self.precision, load)}
+
+
+class LoadAudioEncoder(Node):
+    """Load the Wav2Vec2 audio encoder."""
+
+    kind: ClassVar[str] = "load_audio_encoder"
+    outputs: ClassVar = {"audio_encoder": "audio_encoder"}
+
+    checkpoint: Annotated[str, model_file("audio encoder", "audio_encoders")] = Field(
+        description="File name under the models folder's audio_encoders/."
+    )
+    precision: Precision = Field("auto", description="auto: float32.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Check the file's header."""
+        values = builder.add_simple(name, self)
+        check_header(builder, name, "wav2vec2")
+        return values
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out a handle."""
+
+        def load(path: Path, **options: Any) -> Any:
+            from s2v_flow.models.load import load_audio_encoder
+
+            return load_audio_encoder(path, dtype=options["dtype"], device=options["device"])
+
+        return {"audio_encoder": open_handle(context, "audio_encoder", self.precision, load)}
+
+
+class LoadVae(Node):
+    """Load the Wan video VAE."""
+
+    kind: ClassVar[str] = "load_vae"
+    outputs: ClassVar = {"vae": "vae"}
+
+    checkpoint: Annotated[str, model_file("VAE", "vae")] = Field(
+        description="File name under the models folder's vae/."
+    )
+    precision: Precision = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Check the file's header."""
+        values = builder.add_simple(name, self)
+        check_header(builder, name, "wan vae")
+        return values
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out a handle."""
+
+        def load(path: Path, **options: Any) -> Any:
+            from s2v_flow.models.load import load_vae
+
+            return load_vae(path, dtype=options["dtype"], device=options["device"])
+
+        return {"vae": open_handle(context, "vae", self.precision, load)}
+
+
+class LoadImage(Node):
+    """Read an image: the portrait. Orientation tags are obeyed; transparency is laid on a background."""
+
+    kind: ClassVar[str] = "load_image"
+    outputs: ClassVar = {"image": "image"}
+
+    file: Annotated[str, FileField("input", "image")] = Field(description="PNG, JPEG, WebP or another still image.")
+    background: Literal["white", "black", "grey", "ignore"] = Field(
+        "white", description="What shows through transparent parts; ignore takes the hidden colours, as ComfyUI does."
+    )
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the image, to be read when it is needed: float32 [H, W, 3] in [0, 1]."""
+        from s2v_flow.media.image import read_image
+
+        path = context.files["file",]
+        return {"image": Lazy(lambda: read_image(path, self.background))}
+
+    def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
+        """Read the image once before anything heavy starts."""
+        from s2v_flow.media.image import read_image
+
+        read_image(files["file",], self.background)
+
+
+class LoadAudio(Node):
+    """Read sound: the voice. wav, flac, ogg, mp3, m4a, or the sound of a video file."""
+
+    kind: ClassVar[str] = "load_audio"
+    outputs: ClassVar = {"audio": "audio"}
+
+    file: Annotated[str, FileField("input", "audio")] = Field(description="The sound file.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Count the samples: the voice's length decides how many chunks there are."""
+        values = builder.add_simple(name, self)
+        path = builder.file(name, "file")
+        if path is None:
+            return values
+        from s2v_flow.media.audio import probe_audio
+
+        info = probe_audio(path)
+        frames = -(-info.num_samples * FRAME_RATE_HZ // info.sample_rate_hz)
+        facts = {"frames": frames, "seconds": float(info.duration_seconds)}
+        return {port: Value(value.type, value.sources, facts) for port, value in values.items()}
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the sound, to be read when it is needed."""
+        from s2v_flow.media.audio import read_audio
+
+        path = context.files["file",]
+        return {"audio": Lazy(lambda: read_audio(path))}
+
+    def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
+        """Read the sound once before anything heavy starts."""
+        from s2v_flow.media.audio import read_audio
+
+        read_audio(files["file",])
+
+
+class LoadVideo(Node):
+    """Read a video's frames at 16 frames a second: a pose video, or a clip whose motion is to be continued."""
+
+    kind: ClassVar[str] = "load_video"
+    outputs: ClassVar = {"frames": "frames"}
+
+    file: Annotated[str, FileField("input", "video")] = Field(description="The video file.")
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the frames, read when they are needed."""
+        from s2v_flow.media.video import VideoReader, probe_video
+
+        path = context.files["file",]
+        info = probe_video(path)
+
+        def groups() -> Iterator[np.ndarray]:
+            with VideoReader(path, FRAME_RATE_HZ) as reader:
+                for frame in reader:
+                    yield frame[None]
+
+        def read(start: int, count: int) -> np.ndarray:
+            with VideoReader(path, FRAME_RATE_HZ) as reader:
+                return reader.read(start, count)
+
+        return {"frames": Frames(info.width, info.height, info.num_frames_at(FRAME_RATE_HZ), groups, read)}
+
+    def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
+        """Read the video's header once before anything heavy starts."""
+        from s2v_flow.media.video import probe_video
+
+        probe_video(files["file",])
+
+
+class LoadLatent(Node):
+    """Read a latent that `save_latent` (or ComfyUI's SaveLatent) wrote, as the first chunk of a video."""
+
+    kind: ClassVar[str] = "load_latent"
+    is_stored: ClassVar[bool] = True
+    outputs: ClassVar = {"latent": "latent"}
+
+    file: Annotated[str, FileField("input", "latent")] = Field(description="The file, safetensors inside.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Take the size off the file's header: the latent is a video of one part."""
+        values = builder.add_simple(name, self)
+        path = builder.file(name, "file")
+        shape = [1, 16, 1, 0, 0] if path is None else latent_shape(path)
+        settings = Settings(fields={"width": 8 * shape[4], "height": 8 * shape[3]})
+        return Chain((Part(values["latent"].source, shape[2]),), settings).value()
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Store the file's latent as the first chunk: {"latent": {samples: [1, 16, F, H, W]}}."""
+        from s2v_flow.models.checkpoint import Checkpoint
+        from s2v_flow.nodes.tensors import pack
+
+        latent = Checkpoint.open(context.files["file",]).tensor(LATENT_KEY).float()
+        return {"latent": pack({"samples": latent})}
+
+
+def latent_shape(path: Path) -> tuple[int, ...]:
+    """Return the shape [1, 16, F, H, W] of a saved latent, from the file's header.
+
+    Raises:
+        CheckpointError: It holds no such latent.
+    """
+    from s2v_flow.models.checkpoint import Checkpoint
+
+    shape = Checkpoint.open(path).shapes.get(LATENT_KEY, ())
+    if len(shape) != 5 or shape[:2] != (1, 16):
+        raise CheckpointError(
+            f"{path} holds no latent of a video: expected {LATENT_KEY} [1, 16, F, H, W], got {list(shape)}",
+            fix="use a file that save_latent or ComfyUI's SaveLatent wrote for a Wan video",
+        )
+    return shape
+
+
+def check_header(builder: PlanBuilder, name: str, family: str, *field_path: str | int) -> None:
+    """Look at a model file's header, where the file is there: is it sound, and is it what the recipe takes it for?
+
+    Raises:
+        CheckpointError, RefusedError: It is damaged, a pickle, or of another family.
+    """
+    path = builder.file(name, *(field_path or ("checkpoint",)))
+    if path is None or not path.is_file():
+        return
+    from s2v_flow.models.checkpoint import Checkpoint, describe_mismatch
+
+    mismatch = describe_mismatch(family, Checkpoint.open(path).shapes)
+    if mismatch is not None:
+        raise CheckpointError(f"{path}: {mismatch}", fix=f"name another file in node {name}")
+
+
+def report_lora(context: RunContext, lora: Lora, report: Any) -> None:
+    """Say how much of a LoRA found a home.
+
+    Raises:
+        CheckpointError: Not all of it did, and the recipe does not allow that.
+    """
+    text = f"LoRA {lora.id}: {report.matched} of {report.total} tensors applied ({report.coverage:.0%})"
+    if report.unmatched:
+        shown = ", ".join(report.unmatched[:5]) + (", ..." if len(report.unmatched) > 5 else "")
+        text += f"; {len(report.unmatched)} have no home in this model: {shown}"
+        if not lora.allow_partial:
+            raise CheckpointError(text, fix=f"set allow_partial: true for the LoRA {lora.id} if that is meant")
+    context.note(text)

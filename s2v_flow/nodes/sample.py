@@ -1,0 +1,214 @@
+"""The kinds `sample` and `extend`: a video's first chunk, and as many further chunks as it takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.plan import PlanBuilder, Value
+from s2v_flow.nodes.chain import (
+    FIELDS,
+    FRAMES_PER_LATENT,
+    Chain,
+    Settings,
+    add_chunk,
+    voice_frames,
+    warmup_frames,
+)
+from s2v_flow.nodes.fields import (
+    Conditioning,
+    ConditioningInput,
+    FramesInput,
+    LatentInput,
+    Length,
+    ModelInput,
+    Motion,
+    ReferenceInput,
+    Seed,
+    Side,
+    SpeechInput,
+    VaeInput,
+)
+from s2v_flow.sampling.catalog import SamplerName, SchedulerName, minimum_steps
+
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Cfg = Annotated[float, Field(ge=0, le=100)]
+Shift = Annotated[float, Field(gt=0, le=1000)]
+
+
+class Sample(Node):
+    """Sample a video's first chunk: 20 latent frames, 80 frames of sound at length 77."""
+
+    kind: ClassVar[str] = "sample"
+    outputs: ClassVar = {"latent": "latent"}
+
+    model: ModelInput = Field(description="The diffusion model.")
+    positive: ConditioningInput = Field(description="The encoded prompt.")
+    negative: ConditioningInput | None = Field(None, description="The encoded negative prompt; needed unless cfg is 1.")
+    speech: SpeechInput | None = Field(None, description="The encoded voice; without one nothing is said.")
+    reference: ReferenceInput | None = Field(None, description="The encoded portrait.")
+    control_video: FramesInput | None = Field(
+        None, description="A pose video; frame i steers the frame of sound i/16 s."
+    )
+    motion_video: FramesInput | None = Field(
+        None, description="A clip whose motion the video continues: its last 73 frames."
+    )
+    vae: VaeInput | None = Field(None, description="Needed for control_video, motion_video and motion: pixels.")
+    width: Side | None = Field(None, description="The video's width; taken from the reference where there is one.")
+    height: Side | None = Field(None, description="The video's height; taken from the reference where there is one.")
+    length: Length = Field(
+        77, description="Pixel frames of a chunk alone, 4n+1; a chunk is (length-1)/4+1 latent frames."
+    )
+    steps: Steps = Field(20, description="Denoising steps.")
+    cfg: Cfg = Field(6.0, description="Guidance scale. 1 runs one branch and needs no negative prompt.")
+    seed: Seed = Field(0, description="The first chunk's seed; the noise is the same on every device.")
+    sampler: SamplerName = Field("uni_pc", description="The solver.")
+    scheduler: SchedulerName = Field("simple", description="The noise schedule; the authors' solvers have their own.")
+    shift: Shift = Field(8.0, description="How far the schedule leans towards noise.")
+    conditioning: Conditioning = Field(
+        "official", description="How sound and motion meet the frames: as the model was trained, or ComfyUI's numbers."
+    )
+    motion: Motion = Field(
+        "latent",
+        description="What a chunk hands to the next: its latents, or decoded pixels (floats, never through a codec), "
+        "as the authors do.",
+    )
+    init_first_frame: bool = Field(
+        False, description="Begin with the portrait itself as the last frames before the video."
+    )
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Plan the first chunk."""
+        settings = Settings().updated(builder, self, (*FIELDS, "init_first_frame"))
+        settings = _with_size(settings)
+        if not check_settings(builder, name, self, settings):
+            return {}
+        return add_chunk(builder, name, name, Chain(seed=self.seed), settings, self.seed).value()
+
+
+class Extend(Node):
+    """Continue a video by further chunks, each from the last 19 latent frames of what is there."""
+
+    kind: ClassVar[str] = "extend"
+    outputs: ClassVar = {"latent": "latent"}
+
+    video: LatentInput = Field(description="The video so far: a sample, an extend or a load_latent node.")
+    chunks: Literal["auto"] | Annotated[int, Field(ge=0, le=10_000)] = Field(
+        "auto", description="How many chunks to add; auto adds the least number that covers the voice."
+    )
+    model: ModelInput | None = Field(None, description="Inherited from the video unless given.")
+    positive: ConditioningInput | None = Field(None, description="Inherited from the video unless given.")
+    negative: ConditioningInput | None = Field(None, description="Inherited from the video unless given.")
+    speech: SpeechInput | None = Field(None, description="Inherited from the video unless given.")
+    reference: ReferenceInput | None = Field(None, description="Inherited from the video unless given.")
+    control_video: FramesInput | None = Field(None, description="Inherited from the video unless given.")
+    vae: VaeInput | None = Field(None, description="Inherited from the video unless given.")
+    length: Length | None = Field(None, description="Inherited from the video unless given.")
+    steps: Steps | None = Field(None, description="Inherited from the video unless given.")
+    cfg: Cfg | None = Field(None, description="Inherited from the video unless given.")
+    seed: Seed | list[Seed] | None = Field(
+        None,
+        description="A number: the first added chunk's seed, one more for each further one. A list: one seed per "
+        "chunk. Unless given, the first chunk's seed plus the chunk's position in the video.",
+    )
+    sampler: SamplerName | None = Field(None, description="Inherited from the video unless given.")
+    scheduler: SchedulerName | None = Field(None, description="Inherited from the video unless given.")
+    shift: Shift | None = Field(None, description="Inherited from the video unless given.")
+    conditioning: Conditioning | None = Field(None, description="Inherited from the video unless given.")
+    motion: Motion | None = Field(None, description="Inherited from the video unless given.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Plan the further chunks; `auto` needs the voice's length, which its file tells."""
+        video = builder.value(self.video)
+        if video is None:
+            return {}
+        chain: Chain = video.facts["chain"]
+        settings = _with_size(chain.settings.updated(builder, self, FIELDS))
+        if not check_settings(builder, name, self, settings):
+            return {}
+        if chain.parts and chain.pixels is None and settings.fields["motion"] == "pixels":
+            builder.problem(name, "motion", "R060", "motion: pixels cannot follow chunks that hand over latents")
+            return {}
+        if chain.pixels is not None and settings.fields["length"] != chain.settings.fields["length"]:
+            builder.problem(name, "length", "R061", "length cannot change between chunks with motion: pixels")
+            return {}
+        count = self._num_chunks(builder, name, chain, settings)
+        if isinstance(self.seed, list) and self.chunks != "auto" and len(self.seed) != count:
+            builder.problem(name, "seed", "R062", f"seed: expected {count} seeds, one per chunk, got {len(self.seed)}")
+            return {}
+        is_open = self.chunks == "auto" and voice_frames(settings) is None
+        chain = replace(chain, is_open=chain.is_open or is_open)
+        first = len(chain.parts)
+        for position in range(count):
+            seed = self._seed(chain.seed + first, position)
+            chain = add_chunk(builder, f"{name}[{position + 1}]", name, chain, settings, seed)
+        return chain.value()
+
+    def _seed(self, inherited: int, position: int) -> int:
+        if isinstance(self.seed, list):
+            beyond = max(position - len(self.seed) + 1, 0)
+            return self.seed[min(position, len(self.seed) - 1)] + beyond if self.seed else inherited + position
+        return ((inherited if self.seed is None else self.seed) + position) % 2**64
+
+    def _num_chunks(self, builder: PlanBuilder, name: str, chain: Chain, settings: Settings) -> int:
+        if isinstance(self.chunks, int):
+            return self.chunks
+        frames = voice_frames(settings)
+        if frames is None:
+            if "speech" not in settings.inputs:
+                builder.problem(
+                    name, "chunks", "R063", "chunks: auto needs a voice", "give speech, or a number of chunks"
+                )
+            return 0
+        latent_frames = (settings.fields["length"] - 1) // FRAMES_PER_LATENT + 1
+        lacking = frames + warmup_frames(settings) - FRAMES_PER_LATENT * chain.num_latent_frames
+        return max(int(-(-lacking // (FRAMES_PER_LATENT * latent_frames))), 0)
+
+
+def _with_size(settings: Settings) -> Settings:
+    """Take the size from the reference where there is one."""
+    reference = settings.inputs.get("reference")
+    if reference is None:
+        return settings
+    size = {key: reference.facts[key] for key in ("width", "height")}
+    return Settings(settings.inputs, {**settings.fields, **size})
+
+
+def check_settings(builder: PlanBuilder, name: str, node: Node, settings: Settings) -> bool:
+    """Record what a chunk lacks or what does not go together; tell whether all is well."""
+    fields = settings.fields
+    # an input whose own node could not be planned is not lacking: what is wrong is said there
+    inputs = set(settings.inputs) | set(node.refs())
+    problems: list[tuple[str, str, str, str | None]] = []
+    key: str
+    for key in ("model", "positive"):
+        if key not in inputs:
+            problems.append((key, "R050", f"{key} is missing and cannot be inherited", f"add {key}: $..."))
+    for key in ("width", "height"):
+        if fields.get(key) is None:
+            problems.append((key, "R051", f"{key} is unknown", "give a reference, or width and height"))
+    if fields.get("cfg", 6.0) != 1 and "negative" not in inputs:
+        fix = "add negative: $... (an encode_text node), or set cfg: 1"
+        problems.append(("cfg", "R052", f"cfg {fields['cfg']:g} needs a negative prompt", fix))
+    needs_vae: list[str] = [key for key in ("control_video", "motion_video") if key in inputs]
+    needs_vae += ["motion"] if fields.get("motion") == "pixels" else []
+    needs_vae += ["init_first_frame"] if fields.get("init_first_frame") else []
+    if needs_vae and "vae" not in inputs:
+        problems.append((needs_vae[0], "R053", f"{needs_vae[0]} needs the VAE", "add vae: $... (a load_vae node)"))
+    if (fields.get("motion") == "pixels" or fields.get("init_first_frame")) and "reference" not in inputs:
+        key = "motion" if fields.get("motion") == "pixels" else "init_first_frame"
+        problems.append((key, "R054", f"{key} needs a reference", "add reference: $... (an encode_image node)"))
+    if fields.get("init_first_frame") and "motion_video" in inputs:
+        problems.append(("init_first_frame", "R055", "init_first_frame and motion_video exclude each other", None))
+    least = minimum_steps(fields["sampler"], fields["scheduler"]) if "sampler" in fields else 1
+    if fields.get("steps", least) < least:
+        message = f"steps: {fields['sampler']} with {fields['scheduler']} needs at least {least}, got {fields['steps']}"
+        problems.append(("steps", "R056", message, None))
+    missing = [key for key in FIELDS if key not in fields and key not in ("width", "height")]
+    problems += [(key, "R057", f"{key} is missing and cannot be inherited", f"add {key}: ...") for key in missing]
+    for problem in problems:
+        builder.problem(name, *problem)
+    return not problems and inputs <= {*settings.inputs, "video"}

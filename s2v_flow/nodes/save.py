@@ -1,0 +1,159 @@
+"""Kinds that write files: what a run is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from s2v_flow.errors import S2VFlowError
+from s2v_flow.graph.node import FileField, Neutral, Node
+from s2v_flow.graph.plan import PlanBuilder, Value
+from s2v_flow.nodes.fields import AudioInput, FramesInput, LatentInput
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from s2v_flow.graph.run import Artifact, RunContext
+
+Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
+Files = Mapping[tuple[str | int, ...], Path]
+
+
+class SaveVideo(Node):
+    """Write an mp4 (H.264, yuv420p) with sound (AAC), frame by frame; nothing half-written stands under the name."""
+
+    kind: ClassVar[str] = "save_video"
+    outputs: ClassVar = {}
+    is_sink: ClassVar[bool] = True
+    is_stored: ClassVar[bool] = True
+
+    frames: FramesInput = Field(description="The frames.")
+    audio: AudioInput | None = Field(None, description="The sound, from its start; without one the video is silent.")
+    file: Annotated[str, FileField("output", "video"), Neutral()] = Field(
+        description="Where to write, ending in .mp4.", pattern=r"\.mp4$"
+    )
+    fps: float = Field(16.0, gt=0, le=240, description="Frames a second. The model's own rate is 16.")
+    crf: int = Field(18, ge=0, le=51, description="Quality: lower is better and larger.")
+    preset: Preset = Field("medium", description="How hard the encoder tries.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Plan the file; its length is that of the frames."""
+        return plan_sink(builder, name, self, self.fps)
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the video into the scratch folder: {"file": path}."""
+        from s2v_flow.media.audio import Audio
+        from s2v_flow.media.writer import VideoWriter
+
+        frames = inputs["frames"]
+        require_frames(context, frames.num_frames)
+        audio = None
+        if "audio" in inputs:
+            audio = inputs["audio"].read()
+            num_samples = round(frames.num_frames * audio.sample_rate_hz / self.fps)
+            audio = Audio(audio.waveform[:, :num_samples], audio.sample_rate_hz)
+        path = context.scratch / "video.mp4"
+        options: dict[str, Any] = {
+            "fps": Fraction(str(self.fps)),
+            "crf": self.crf,
+            "preset": self.preset,
+            "audio": audio,
+        }
+        with VideoWriter(path, frames.width, frames.height, **options) as writer:
+            for group in reported(context, frames):
+                writer.write(group)
+        return {"file": path}
+
+    def deliver(self, files: Files, artifacts: Mapping[str, Artifact]) -> list[tuple[Path, bool]]:
+        """Copy the stored video to its place."""
+        return [(files["file",], artifacts["file"].copy_to(files["file",]))]
+
+
+class SaveImages(Node):
+    """Write every frame as a PNG file."""
+
+    kind: ClassVar[str] = "save_images"
+    outputs: ClassVar = {}
+    is_sink: ClassVar[bool] = True
+    is_stored: ClassVar[bool] = True
+
+    frames: FramesInput = Field(description="The frames.")
+    file: Annotated[str, FileField("output", "image"), Neutral()] = Field(
+        description="Where to write; _00001 and so on is put before .png.", pattern=r"\.png$"
+    )
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Plan the files."""
+        return plan_sink(builder, name, self, 16.0)
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the images into the scratch folder: a port for each, by its number."""
+        from s2v_flow.media.writer import write_images
+
+        frames = inputs["frames"]
+        require_frames(context, frames.num_frames)
+        images = (frame for group in reported(context, frames) for frame in group)
+        return {f"{index:05}": path for index, path in enumerate(write_images(context.scratch, "frame", images), 1)}
+
+    def deliver(self, files: Files, artifacts: Mapping[str, Artifact]) -> list[tuple[Path, bool]]:
+        """Copy the stored images to their places."""
+        pattern = files["file",]
+        targets = {number: pattern.with_name(f"{pattern.stem}_{number}{pattern.suffix}") for number in artifacts}
+        return [(target, artifacts[number].copy_to(target)) for number, target in targets.items()]
+
+
+class SaveLatent(Node):
+    """Write a video's latent as one safetensors file, as ComfyUI's SaveLatent does."""
+
+    kind: ClassVar[str] = "save_latent"
+    outputs: ClassVar = {}
+    is_sink: ClassVar[bool] = True
+    is_stored: ClassVar[bool] = True
+
+    latent: LatentInput = Field(description="The video: a sample, an extend or a load_latent node.")
+    file: Annotated[str, FileField("output", "latent"), Neutral()] = Field(description="Where to write.", min_length=1)
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Join the chunks: {"file": {latent_tensor: [1, 16, F, H, W], raw}}."""
+        import torch
+
+        from s2v_flow.nodes.tensors import pack, unpack
+
+        joined = torch.cat([unpack(part)["samples"] for part in inputs["latent"]], dim=2)
+        return {"file": pack({"latent_tensor": joined, "latent_format_version_0": torch.empty(0)})}
+
+    def deliver(self, files: Files, artifacts: Mapping[str, Artifact]) -> list[tuple[Path, bool]]:
+        """Copy the stored latent to its place."""
+        return [(files["file",], artifacts["file"].copy_to(files["file",]))]
+
+
+def plan_sink(builder: PlanBuilder, name: str, node: SaveVideo | SaveImages, fps: float) -> dict[str, Value]:
+    """Plan a node that writes frames, with how many there are and how long they last."""
+    frames = builder.value(node.frames)
+    inputs = {key: builder.value(ref) for key, ref in node.refs().items()}
+    count = frames.facts.get("frames") if frames else None
+    facts = {"frames": count, "seconds": None if count is None else count / fps}
+    return builder.add(name, node, inputs, recipe_node=name, facts=facts)
+
+
+def reported(context: RunContext, frames: Any) -> Iterator[np.ndarray]:
+    """Pass frames through in groups, reporting how many have passed."""
+    count = 0
+    for group in frames:
+        yield group
+        count += len(group)
+        context.step(count, frames.num_frames, "frame")
+
+
+def require_frames(context: RunContext, count: int) -> None:
+    """Refuse to write a video without frames.
+
+    Raises:
+        S2VFlowError: There are none.
+    """
+    if count < 1:
+        raise S2VFlowError(f"{context.node.name}: there are no frames to write", fix="drop fewer frames, or add chunks")

@@ -1,0 +1,204 @@
+"""Text for people and for programs: the only module that prints. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from s2v_flow.diagnostics import visible, format_diagnostic
+from s2v_flow.errors import RecipeError, S2VFlowError
+from s2v_flow.graph.events import (
+    Delivered,
+    Event,
+    NodeCached,
+    NodeFinished,
+    NodeStarted,
+    Noted,
+    RunStarted,
+    StepDone,
+)
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+    from s2v_flow.api import Planned
+
+_MAX_DIAGNOSTICS = 50
+_LINE_EVERY_SECONDS = 5.0
+
+
+def print_result(text: str) -> None:
+    """Print a result to stdout."""
+    print(text, file=sys.stdout, flush=True)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON object to stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+
+
+def print_message(text: str) -> None:
+    """Print a line for people to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_error(error: S2VFlowError) -> None:
+    """Print an error: every mistake of a recipe, or what, why, what is kept and what to do."""
+    if isinstance(error, RecipeError) and error.diagnostics:
+        shown = list(error.diagnostics)[:_MAX_DIAGNOSTICS]
+        print_message("\n\n".join(format_diagnostic(item) for item in shown))
+        count = len(error.diagnostics)
+        more = f" (the first {_MAX_DIAGNOSTICS} are shown)" if count > len(shown) else ""
+        print_message(f"\n{count} {'mistake' if count == 1 else 'mistakes'}{more}; nothing was run")
+        return
+    print_message(f"error: {visible(error.message)}")
+    if error.kept:
+        print_message(f"  kept: {visible(error.kept)}")
+    if error.fix:
+        print_message(f"  fix: {visible(error.fix)}")
+
+
+def print_plan(planned: Planned) -> None:
+    """Print a plan as a table for people, to stdout."""
+    nodes = planned.plan.nodes
+    width = max((len(node.name) for node in nodes), default=0)
+    kinds = max((len(node.kind) for node in nodes), default=0)
+    print_result(f"plan of {planned.recipe.path} on {planned.device}")
+    for node in nodes:
+        status = planned.statuses[node.name]
+        facts = ", ".join(_facts(node.facts))
+        reason = f"{status.reason}" + (f"  [{facts}]" if facts else "")
+        print_result(f"  {status.status:<4}  {node.name:<{width}}  {node.kind:<{kinds}}  {visible(reason)}")
+    counts = [status.status for status in planned.statuses.values()]
+    print_result(f"{counts.count('HIT')} stored, {counts.count('RUN')} to run; {_length(planned)}")
+    for note in planned.plan.notes:
+        print_result(f"note: {visible(note)}")
+    for item in planned.plan.missing:
+        print_result(f"missing: {visible(item.file)} ({item.kind}), looked for in {', '.join(item.looked_in)}")
+        for home in item.homes:
+            print_result(f"  can be had at {home}")
+
+
+def _length(planned: Planned) -> str:
+    chunks, frames, seconds = planned.num_chunks, planned.num_frames, planned.seconds
+    parts = ["chunks unknown" if chunks is None else f"{chunks} {'chunk' if chunks == 1 else 'chunks'}"]
+    parts += [] if frames is None else [f"{frames} frames"]
+    parts += [] if seconds is None else [f"{seconds:.2f} s"]
+    return ", ".join(parts)
+
+
+def _facts(facts: Mapping[str, Any]) -> list[str]:
+    shown = []
+    if facts.get("chunk") is not None:
+        shown.append(f"chunk {facts['chunk']}, seed {facts['seed']}, {facts['steps']} steps")
+    if facts.get("frames") is not None:
+        shown.append(f"{facts['frames']} frames")
+    if facts.get("seconds") is not None:
+        shown.append(f"{facts['seconds']:.2f} s")
+    return shown
+
+
+@dataclass
+class _Row:
+    kind: str
+    status: str = "running"
+    step: int = 0
+    total: int = 0
+    unit: str = ""
+    started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def per_step(self) -> float:
+        return (time.monotonic() - self.started) / self.step if self.step else 0.0
+
+    def text(self) -> str:
+        """Return "step 3/20, 1.20 s/step, 20 s left"."""
+        if self.status == "done":
+            return f"{self.seconds:.1f} s, peak {self.peak_bytes / 2**30:.2f} GB"
+        if not self.step:
+            return ""
+        pace = self.per_step()
+        speed = f"{pace:.2f} s/{self.unit}" if pace >= 0.1 else f"{1 / max(pace, 1e-9):.0f} {self.unit}s/s"
+        return f"{self.unit} {self.step}/{self.total}, {speed}, {pace * (self.total - self.step):.0f} s left"
+
+
+class Progress:
+    """Listens to a run: a live table in a terminal, else a line at every start, end and every few seconds."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._rows: dict[str, _Row] = {}
+        self._last_line = 0.0
+        self._to_run: tuple[str, ...] = ()
+        self._live: Live | None = None
+        if self._stream.isatty() and os.environ.get("TERM") != "dumb":
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(file=self._stream, no_color="NO_COLOR" in os.environ or None, highlight=False)
+            self._live = Live(console=console, get_renderable=self._table, refresh_per_second=4)
+            self._live.start()
+
+    def close(self) -> None:
+        """Leave the terminal as it was, with the table's last state."""
+        if self._live is not None:
+            self._live.refresh()
+            self._live.stop()
+            self._live = None
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        if isinstance(event, RunStarted):
+            self._to_run = event.nodes
+        elif isinstance(event, NodeStarted):
+            self._rows[event.node] = _Row(event.kind)
+            self._line(f"{event.node}: started ({event.kind})")
+        elif isinstance(event, StepDone):
+            self._step(event)
+        elif isinstance(event, NodeFinished):
+            row = self._rows[event.node]
+            row.status, row.seconds, row.peak_bytes = "done", event.seconds, event.peak_bytes
+            self._line(f"{event.node}: done, {row.text()}")
+        elif isinstance(event, NodeCached):
+            self._rows[event.node] = _Row("", status="stored")
+            self._line(f"{event.node}: stored already")
+        elif isinstance(event, Noted):
+            self._note(event)
+        elif isinstance(event, Delivered) and not event.changed:
+            self._line(f"{event.node}: {event.path} is up to date")
+
+    def _step(self, event: StepDone) -> None:
+        row = self._rows.setdefault(event.node, _Row(""))
+        row.step, row.total, row.unit = event.step, event.total, event.unit
+        if self._live is None and time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
+            self._line(f"{event.node}: {row.text()}")
+
+    def _note(self, event: Noted) -> None:
+        text = f"{event.node}: {event.text}" if event.node else event.text
+        text = visible(f"warning: {text}" if event.is_warning else text)
+        if self._live is not None:
+            self._live.console.print(text, markup=False)
+        else:
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        if self._live is None:
+            self._last_line = time.monotonic()
+            print(visible(text), file=self._stream, flush=True)
+
+    def _table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for name, row in list(self._rows.items())[-12:]:
+            table.add_row(visible(name), row.kind, row.status, row.text())
+        waiting = [name for name in self._to_run if name not in self._rows]
+        if waiting:
+            table.add_row(f"{len(waiting)} more", "", "waiting", "")
+        return table

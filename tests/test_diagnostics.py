@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+
+from s2v_flow.diagnostics import format_diagnostic, listed, nearest, shown, visible
+from s2v_flow.errors import Diagnostic, Place
+
+
+def test_a_diagnostic_has_the_form_of_the_design_page() -> None:
+    """Place, code, message; source line and caret; where in the recipe; what to do."""
+    diagnostic = Diagnostic(
+        code="R013",
+        message="steps: must be at least 1, got 0",
+        place=Place("recipes/talk.yaml", 14, 12),
+        excerpt="    steps: 0",
+        inside="nodes.first.steps (kind: sample)",
+        fix="...",
+    )
+    assert format_diagnostic(diagnostic) == (
+        "recipes/talk.yaml:14:12: error[R013]: steps: must be at least 1, got 0\n"
+        "   14 |     steps: 0\n"
+        "      |            ^\n"
+        "  in:  nodes.first.steps (kind: sample)\n"
+        "  fix: ..."
+    )
+
+
+def test_a_diagnostic_may_have_no_place_and_no_excerpt() -> None:
+    """What is not known is left out."""
+    assert format_diagnostic(Diagnostic("R001", "wrong", severity="warning")) == "warning[R001]: wrong"
+    assert format_diagnostic(Diagnostic("R001", "wrong", Place("a.yaml"))) == "a.yaml:1:1: error[R001]: wrong"
+
+
+def test_carets_stand_under_the_value_whatever_stands_before_it() -> None:
+    """Chinese characters take two columns, tabs and control characters are written out, accents take none."""
+    excerpt = "提示:\t\x1b[31mé e\u0301: xy # more"
+    column = excerpt.index("xy") + 1
+    lines = format_diagnostic(Diagnostic("R001", "m", Place("f", 7, column), excerpt, width=2)).splitlines()
+    assert lines[1] == "    7 | 提示:\\t\\x1b[31mé e\u0301: xy # more"
+    assert lines[2].index("^^") == lines[1].index("xy") + 2 - 1  # two wide characters more, one combining mark less
+
+
+@pytest.mark.parametrize("column", [1, 50, 61, 62, 1000, 199_999, 200_000, 300_000])
+def test_a_long_line_is_cut_around_the_carets(column: int) -> None:
+    """The carets stay under their value, and no line is longer than a terminal is wide."""
+    excerpt = ("abcdefghi " * 20_000)[:200_000]
+    lines = format_diagnostic(Diagnostic("R001", "m", Place("f", 123456, column), excerpt, width=3)).splitlines()
+    assert len(lines[1]) < 140
+    marked = lines[1][lines[2].index("^") : lines[2].rindex("^") + 1]
+    assert excerpt[column - 1 : column + 2].startswith(marked.rstrip())
+
+
+def test_nothing_that_a_terminal_obeys_is_printed() -> None:
+    """Escape sequences, line breaks and changes of direction are escaped in every part."""
+    evil = "\x1b]0;title\x07\n\r\u202e\u2066\u200b\x9b\ufeff\U000e0041"
+    text = format_diagnostic(Diagnostic("R001", evil, Place(evil, 1, 1), evil, 3, evil, evil))
+    assert all(character.isprintable() for character in text.replace("\n", ""))
+    assert text.count("\n") == 4
+    assert visible("Grüße, 你好 🎸") == "Grüße, 你好 🎸"
+    assert visible("\ud800 \xa0") == "\\ud800 \\xa0"
+
+
+def test_values_are_shown_as_yaml_writes_them() -> None:
+    """Short, whatever they are."""
+    values = [None, True, 0, 1e-4, "a", "x" * 100, [1], {"a": 1}]
+    expected = ["null", "true", "0", "0.0001", "'a'", f"'{'x' * 57}...'", "a list", "a map"]
+    assert list(map(shown, values)) == expected
+
+
+def test_the_nearest_name_is_found_or_none() -> None:
+    """Case does not matter; what is like nothing gets no advice; huge names are not compared."""
+    assert nearest("dtyp", ["width", "dtype"]) == "dtype"
+    assert nearest("Latent", ["latent", "pixels"]) == "latent"
+    assert nearest("zzz", ["width", "dtype"]) is None
+    assert nearest("x" * 1_000_000, ["x" * 1_000_000]) is None
+    assert listed([str(number) for number in range(30)], 3) == "0, 1, 2 and 27 more"
