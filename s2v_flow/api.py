@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from s2v_flow.cache.digest import file_digest, known_digest
 from s2v_flow.cache.store import Store
 from s2v_flow.demo.catalog import demo_paths, demo_root
 from s2v_flow.device import device_class, resolve_device
-from s2v_flow.errors import ExitCode, MissingError
+from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.extra_models import find_extra_models, read_extra_models
+from s2v_flow.graph.estimate import Estimate, estimate
 from s2v_flow.graph.events import Listener, Noted
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, build_plan
 from s2v_flow.graph.run import Run, RunResult, ignore
+from s2v_flow.graph.selection import Selection
 from s2v_flow.graph.status import NodeStatus, assess
+from s2v_flow.need import ModelNeed, known_needs, recipe_needs
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.homes import HOMES
 from s2v_flow.nodes.table import NODE_KINDS
@@ -29,6 +34,8 @@ from s2v_flow.recipe.load import load_recipe
 
 KINDS: Mapping[str, type[Node]] = {kind.kind: kind for kind in NODE_KINDS}
 _HASHED_AT_ONCE_BYTES = 64 << 20
+_EARLIER = 300  # stored results that an estimate looks at
+_FIX_CACHE = "free some space, or name another folder with --cache-dir"
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,12 @@ class Options:
     override_files: Sequence[Path] = ()
     sets: Sequence[str] = ()
     models_dirs: Sequence[Path] = ()
+    extra_model_paths: Sequence[Path] = ()
     input_dirs: Sequence[Path] = ()
     output_dir: Path | None = None
     cache_dir: Path | None = None
     device: str = "auto"
+    selection: Selection = field(default_factory=Selection)
 
     @cached_property
     def cache_root(self) -> Path:
@@ -57,19 +66,30 @@ class Options:
 
     @cached_property
     def locations(self) -> Locations:
-        """The folders of a run. Unless any are given, models are looked for in ./models and ~/ComfyUI/models."""
-        given = [
-            *self.models_dirs,
-            *map(Path, filter(None, os.environ.get("S2VFLOW_MODELS_DIR", "").split(os.pathsep))),
-        ]
+        """The folders of a run. Unless any are given, models are looked for in ./models and ~/ComfyUI/models.
+
+        ComfyUI's extra_model_paths.yaml is the one that is given, or stands beside a models folder.
+
+        Raises:
+            RecipeError: An extra_model_paths.yaml is wrong.
+        """
+        given = [*self.models_dirs, *_paths_in("S2VFLOW_MODELS_DIR")]
+        models_dirs = given or [Path("models"), Path.home() / "ComfyUI" / "models"]
+        extra = [*self.extra_model_paths, *_paths_in("S2VFLOW_EXTRA_MODEL_PATHS")]
         return Locations(
-            models_dirs=given or [Path("models"), Path.home() / "ComfyUI" / "models"],
+            models_dirs=models_dirs,
+            model_folders=read_extra_models(extra or find_extra_models(models_dirs)),
             input_dirs=self.input_dirs,
             output_dir=self.output_dir,
             cache_dir=self.cache_root,
             homes=HOMES,
             made_models=demo_paths(self.cache_root),
         )
+
+
+def _paths_in(variable: str) -> list[Path]:
+    """Return the paths that an environment variable lists."""
+    return [Path(text) for text in os.environ.get(variable, "").split(os.pathsep) if text]
 
 
 @dataclass(frozen=True)
@@ -80,6 +100,7 @@ class Planned:
     plan: Plan
     statuses: Mapping[str, NodeStatus]
     device: str
+    estimate: Estimate
 
     @property
     def num_chunks(self) -> int | None:
@@ -98,6 +119,18 @@ class Planned:
         """How long the longest video lasts; None where there is none or its length is not known."""
         return max((length for length in self._lengths("seconds") if length is not None), default=None)
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a run would compute anything."""
+        return any(status.status == "RUN" for status in self.statuses.values())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know before running."""
+        if any(node.node.is_sink for node in self.plan.nodes):
+            return self.plan.notes
+        return (*self.plan.notes, "the recipe writes no file: results stay in the cache (add a save_video node)")
+
     def _lengths(self, fact: str) -> list[Any]:
         return list(dict.fromkeys(node.facts[fact] for node in self.plan.nodes if fact in node.facts))
 
@@ -115,11 +148,17 @@ class Planned:
             "frames": self.num_frames,
             "seconds": self.seconds,
             "nodes": nodes,
+            "estimate": {
+                "seconds": self.estimate.seconds,
+                "never_ran": list(self.estimate.unknown),
+                "files_to_read": self.estimate.num_files,
+                "bytes_to_read": self.estimate.bytes_to_read,
+            },
             "missing": [
                 {"file": item.file, "kind": item.kind, "homes": list(item.homes), "looked_in": list(item.looked_in)}
                 for item in self.plan.missing
             ],
-            "notes": list(self.plan.notes),
+            "notes": list(self.notes),
         }
 
 
@@ -131,8 +170,7 @@ def check(path: Path, options: Options | None = None) -> Recipe:
         options: Profiles, override files and --set values count here.
 
     Raises:
-        RecipeError: With every mistake that was found.
-        MissingError: The recipe file, or one that it names, is not there.
+        RecipeError: With every mistake that was found; also where a recipe's file cannot be read.
     """
     options = options or Options()
     return load_recipe(
@@ -143,6 +181,18 @@ def check(path: Path, options: Options | None = None) -> Recipe:
         sets=options.sets,
         base_dir_for_sets=Path.cwd(),
     )
+
+
+def model_needs(path: Path | None, options: Options | None = None) -> list[ModelNeed]:
+    """List the model files that a recipe needs, or without one all that are known, and where they are.
+
+    Raises:
+        RecipeError: The recipe is wrong.
+    """
+    options = options or Options()
+    if path is None:
+        return known_needs(HOMES, options.locations)
+    return recipe_needs(check(path, options), options.locations)
 
 
 def plan(path: Path, options: Options | None = None) -> Planned:
@@ -158,7 +208,7 @@ def plan(path: Path, options: Options | None = None) -> Planned:
 
 def _plan(recipe: Recipe, options: Options) -> Planned:
     device = resolve_device(options.device)
-    made = build_plan(recipe.nodes, _order(recipe), options.locations)
+    made = options.selection.cut(build_plan(recipe.nodes, _order(recipe), options.locations))
     memory = _digest_memory(options)
 
     def digest(file: Path) -> str | None:
@@ -168,8 +218,10 @@ def _plan(recipe: Recipe, options: Options) -> Planned:
             return file_digest(file, memory)
         return known_digest(file, memory)
 
-    statuses = assess(made, Store(options.cache_root), Numerics(device_class(device)), digest)
-    return Planned(recipe, made, statuses, device)
+    forced = options.selection.forced(made)
+    store, numerics = Store(options.cache_root), Numerics(device_class(device))
+    statuses = assess(made, store, numerics, digest, forced)
+    return Planned(recipe, made, statuses, device, estimate(made, statuses, store.recent(_EARLIER), numerics))
 
 
 def _order(recipe: Recipe) -> list[str]:
@@ -209,6 +261,7 @@ def run(path: Path, options: Options | None = None, on_event: Listener = ignore)
 def run_planned(planned: Planned, options: Options, on_event: Listener = ignore) -> RunResult:
     """Run a plan; see `run`."""
     require_files(planned)
+    options.selection.check(planned.plan, planned.statuses)
     if _make_demo_models(planned, options, on_event):
         planned = _plan(planned.recipe, options)
     for node in planned.plan.nodes:
@@ -224,6 +277,7 @@ def run_planned(planned: Planned, options: Options, on_event: Listener = ignore)
         models=registry,
         file_digest=lambda file: file_digest(file, _digest_memory(options)),
         emit=on_event,
+        forced=options.selection.forced(planned.plan),
     )
     try:
         return execution.execute()
@@ -238,10 +292,13 @@ def require_files(planned: Planned) -> None:
         MissingError: Naming each of them.
     """
     if planned.plan.missing:
-        names = ", ".join(item.file for item in planned.plan.missing)
+        names = [item.file for item in planned.plan.missing]
+        fix = "put them where they are looked for, or name other folders with --models-dir or --input-dir"
+        if any(item.homes for item in planned.plan.missing):
+            fix += f"; or `s2vflow models {planned.recipe.path} --download`"
         raise MissingError(
-            f"{len(planned.plan.missing)} files are missing: {names}",
-            fix="put them where they are looked for, or name other folders with --models-dir or --input-dir",
+            f"{'a file is' if len(names) == 1 else f'{len(names)} files are'} missing: {', '.join(names)}",
+            fix=fix,
             exit_code=ExitCode.MISSING,
         )
 
@@ -255,7 +312,14 @@ def _make_demo_models(planned: Planned, options: Options, on_event: Listener) ->
     on_event(Noted("", "making the demo's models, once: tiny, untrained, of the real architecture"))
     from s2v_flow.demo.models import make_demo_models
 
-    make_demo_models(demo_root(options.cache_root))
+    root = demo_root(options.cache_root)
+    try:
+        if root.exists() and not all(file.is_file() for file in needed):  # it appears whole: a part was removed
+            shutil.rmtree(root)
+        make_demo_models(root)
+    except (OSError, RefusedError) as error:
+        if not all(file.is_file() for file in needed):  # else another process has just made them
+            raise S2VFlowError(f"{root}: the demo's models cannot be written: {error}", _FIX_CACHE) from error
     return True
 
 

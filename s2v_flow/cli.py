@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from s2v_flow import __version__
+from s2v_flow.completion import SHELLS, complete_kind, complete_profile, complete_set, completion_script
 from s2v_flow.errors import ExitCode, S2VFlowError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ EXIT_CODES = "\n".join(
         (7, "out of memory"),
         (8, "NaN or infinity in a result"),
         (9, "a defect of s2vflow"),
+        (10, "plan --detailed-exitcode: a run would compute something"),
         (130, "interrupted (Ctrl-C)"),
         (143, "terminated"),
     )
@@ -51,12 +53,30 @@ def cli() -> None:
 
 def recipe_options(command: _Command) -> _Command:
     """Add the recipe and the options that change it."""
+    return click.argument("recipe", type=_FILE)(change_options(command))
+
+
+def change_options(command: _Command) -> _Command:
+    """Add the options that change a recipe."""
     for decorate in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout."),
         click.option("-f", "override_files", type=_FILE, multiple=True, metavar="FILE", help="Lay a file over it."),
-        click.option("-p", "profiles", multiple=True, metavar="NAMES", help="Profiles of the recipe: -p quality,bf16."),
-        click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Set a value: steps=20."),
-        click.argument("recipe", type=_FILE),
+        click.option(
+            "-p",
+            "profiles",
+            multiple=True,
+            metavar="NAMES",
+            shell_complete=complete_profile,
+            help="Profiles of the recipe: -p quality,bf16.",
+        ),
+        click.option(
+            "--set",
+            "sets",
+            multiple=True,
+            metavar="PATH=VALUE",
+            shell_complete=complete_set,
+            help="Set a value: steps=20.",
+        ),
     ):
         command = decorate(command)
     return command
@@ -70,6 +90,13 @@ def folder_options(command: _Command) -> _Command:
         click.option("--output-dir", type=_FOLDER, help="Where relative outputs go."),
         click.option("--input-dir", "input_dirs", type=_FOLDER, multiple=True, help="Where inputs are looked for too."),
         click.option(
+            "--extra-model-paths",
+            type=_FILE,
+            multiple=True,
+            metavar="FILE",
+            help="ComfyUI's extra_model_paths.yaml.  [env: S2VFLOW_EXTRA_MODEL_PATHS]",
+        ),
+        click.option(
             "--models-dir",
             "models_dirs",
             type=_FOLDER,
@@ -81,9 +108,33 @@ def folder_options(command: _Command) -> _Command:
     return command
 
 
+def selection_options(command: _Command) -> _Command:
+    """Add the options that pick a part of the plan."""
+    for decorate in (
+        click.option("--cache-only", is_flag=True, help="Fail instead of computing anything."),
+        click.option("--no-cache", is_flag=True, help="Compute everything anew."),
+        click.option("--force", multiple=True, metavar="NODE[+]", help="Compute it anew; + and what follows it."),
+        click.option("--only", multiple=True, metavar="NODE", help="Run it alone, from stored inputs."),
+        click.option("--from", "start", metavar="NODE", help="Compute nothing before it."),
+        click.option("--until", multiple=True, metavar="NODE", help="Run nothing after it."),
+    ):
+        command = decorate(command)
+    return command
+
+
 def make_options(**given: Any) -> Options:
     """Make `Options` from the command line's values."""
     from s2v_flow.api import Options
+    from s2v_flow.graph.selection import Selection
+
+    given["selection"] = Selection(
+        until=given.pop("until", ()),
+        only=given.pop("only", ()),
+        start=given.pop("start", None),
+        force=given.pop("force", ()),
+        is_fresh=given.pop("no_cache", False),
+        is_cached_only=given.pop("cache_only", False),
+    )
 
     given["profiles"] = [name for names in given.get("profiles", ()) for name in names.split(",") if name]
     return Options(**given)
@@ -91,17 +142,21 @@ def make_options(**given: Any) -> Options:
 
 @cli.command()
 @recipe_options
+@selection_options
 @folder_options
 def run(recipe: Path, as_json: bool, **given: Any) -> None:
     """Run a recipe: compute what is not stored yet, and write the results."""
+    _run(recipe, make_options(**given), as_json=as_json)
+
+
+def _run(recipe: Path, options: Options, *, as_json: bool) -> None:
     from s2v_flow import api, report
 
-    options = make_options(**given)
     planned = api.plan(recipe, options)
     if planned.plan.missing:
         report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
     api.require_files(planned)
-    for note in planned.plan.notes:
+    for note in planned.notes:
         report.print_message(f"note: {note}")
     progress = report.Progress()
     try:
@@ -131,19 +186,38 @@ def check(recipe: Path, as_json: bool, **given: Any) -> None:
 
 @cli.command()
 @recipe_options
+@selection_options
 @folder_options
-def plan(recipe: Path, as_json: bool, **given: Any) -> None:
-    """Show what a run would do: the order, the chunks, what is stored and what is missing."""
+@click.option("--detailed-exitcode", is_flag=True, help="Leave with 10 if a run would compute something.")
+def plan(recipe: Path, as_json: bool, detailed_exitcode: bool, **given: Any) -> None:
+    """Show what a run would do: the order, the chunks, what is stored, what must run and why, what is missing."""
     from s2v_flow import api, report
 
     planned = api.plan(recipe, make_options(**given))
     report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
     if planned.plan.missing:
         sys.exit(ExitCode.MISSING)
+    if detailed_exitcode and planned.has_work:
+        sys.exit(ExitCode.WORK_TO_DO)
 
 
 @cli.command()
-@click.argument("kind", required=False)
+@recipe_options
+@selection_options
+@folder_options
+@click.option("--format", "form", type=click.Choice(["ascii", "mermaid", "dot"]), default="ascii")
+def graph(recipe: Path, as_json: bool, form: str, **given: Any) -> None:
+    """Draw the plan, with every node's status."""
+    from s2v_flow import api, report
+    from s2v_flow.graph.draw import DRAWERS
+
+    planned = api.plan(recipe, make_options(**given))
+    text = DRAWERS[form](planned.plan, planned.statuses)
+    report.print_json({"format": form, "graph": text}) if as_json else report.print_result(text)
+
+
+@cli.command()
+@click.argument("kind", required=False, shell_complete=complete_kind)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def nodes(kind: str | None, as_json: bool) -> None:
     """List the kinds of nodes; with KIND, its fields."""
@@ -166,7 +240,115 @@ def schema(output: Path | None) -> None:
     if output is None:
         report.print_result(text.rstrip("\n"))
     else:
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise S2VFlowError(f"{output}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
+
+
+def start_options(command: _Command) -> _Command:
+    """Add the options of commands that write a first recipe."""
+    for decorate in (
+        click.option("--force", is_flag=True, help="Overwrite the recipe that is there."),
+        click.option(
+            "--like",
+            type=click.Choice(["lightning", "quality", "bf16", "official", "demo"]),
+            default="lightning",
+            help="Which settings to begin with.",
+            show_default=True,
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+@cli.command()
+@click.argument("portrait", type=_FILE, required=False)
+@click.argument("voice", type=_FILE, required=False)
+@click.option("-o", "--output", type=_FILE, default="recipe.yaml", help="The recipe to write.", show_default=True)
+@click.option("--prompt", help="What the video shows.")
+@start_options
+def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | None, like: str, force: bool) -> None:
+    """Write a first recipe, for a portrait and a voice."""
+    from s2v_flow import report
+    from s2v_flow.start import DEFAULT_PROMPT, Start, recipe_text, write_recipe
+
+    start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, f"out/{output.stem}.mp4")
+    write_recipe(output, recipe_text(start, output.parent), force=force)
+    report.print_result(str(output))
+
+
+@cli.command()
+@click.argument("portrait", type=_FILE)
+@click.argument("voice", type=_FILE)
+@click.argument("prompt")
+@click.option("-o", "--output", type=_FILE, default="talk.mp4", help="The video to make.", show_default=True)
+@click.option("-p", "profiles", multiple=True, metavar="NAMES", help="Profiles of the new recipe: -p quality.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@start_options
+@folder_options
+def make(
+    portrait: Path, voice: Path, prompt: str, output: Path, as_json: bool, like: str, force: bool, **given: Any
+) -> None:
+    """Make a video without a recipe; one is left beside it, to change and to run again."""
+    from s2v_flow import report
+    from s2v_flow.start import Start, recipe_path, recipe_text, write_recipe
+
+    recipe = recipe_path(output)
+    start = Start(portrait, voice, prompt, like, output.name)
+    write_recipe(recipe, recipe_text(start, recipe.parent), force=force)
+    report.print_message(f"the recipe is {recipe}")
+    _run(recipe, make_options(**given), as_json=as_json)
+
+
+@cli.command()
+@click.argument("recipe", type=_FILE, required=False)
+@change_options
+@folder_options
+@click.option("--download", is_flag=True, help="Download what is missing, into the first models folder.")
+@click.option("--only", multiple=True, metavar="FILE", help="Only this one; repeatable.")
+def models(recipe: Path | None, as_json: bool, download: bool, only: tuple[str, ...], **given: Any) -> None:
+    """List the model files that a recipe needs (or all that are known), and download them on request."""
+    from s2v_flow import api, need, report
+
+    options = make_options(**given)
+    needs = need.choose(api.model_needs(recipe, options), only)
+    if download:
+        progress = report.DownloadProgress()
+        need.download(needs, options.locations.models_dirs[0], progress)
+        needs = need.choose(api.model_needs(recipe, options), only)
+    report.print_json(need.needs_json(needs)) if as_json else report.print_result(need.needs_text(needs))
+    if any(item.status == "missing" for item in needs):
+        sys.exit(ExitCode.MISSING)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@folder_options
+def doctor(as_json: bool, **given: Any) -> None:
+    """Look at this machine: Python, torch and devices, codecs, the cache, models, packages."""
+    from s2v_flow import report
+    from s2v_flow.doctor import examine, findings_json, findings_text
+
+    findings = examine(make_options(**given))
+    report.print_json(findings_json(findings)) if as_json else report.print_result(findings_text(findings))
+    if any(finding.status == "problem" for finding in findings):
+        sys.exit(ExitCode.FAILED)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print a shell's completion script, to be put where it reads such scripts.
+
+    \b
+      bash: s2vflow completion bash > ~/.local/share/bash-completion/completions/s2vflow
+      zsh:  s2vflow completion zsh > a folder of $fpath, as _s2vflow
+      fish: s2vflow completion fish > ~/.config/fish/completions/s2vflow.fish
+    """
+    from s2v_flow import report
+
+    report.print_result(completion_script(shell, cli, "s2vflow"))
 
 
 def main() -> NoReturn:
@@ -178,7 +360,9 @@ def main() -> NoReturn:
         error.show()
         sys.exit(ExitCode.USAGE)
     except (click.Abort, KeyboardInterrupt):
-        _leave("interrupted; what was finished is stored, and the same command goes on from there", ExitCode.INTERRUPTED)
+        _leave(
+            "interrupted; what was finished is stored, and the same command goes on from there", ExitCode.INTERRUPTED
+        )
     except _TerminatedError:
         _leave("terminated; what was finished is stored, and the same command goes on from there", ExitCode.TERMINATED)
     except S2VFlowError as error:
@@ -193,8 +377,8 @@ def main() -> NoReturn:
     sys.exit(ExitCode.OK)
 
 
-class _TerminatedError(Exception):
-    """SIGTERM came."""
+class _TerminatedError(BaseException):
+    """SIGTERM came. Like KeyboardInterrupt, it is nothing that code on the way should catch."""
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from s2v_flow.diagnostics import did_you_mean
@@ -39,7 +40,7 @@ def kinds_text(described: list[dict[str, Any]], *, in_full: bool) -> str:
         gives = ", ".join(f"{port} ({type_})" for port, type_ in item["outputs"].items()) or "a file"
         lines += [f"{item['kind']}: {item['summary']}", f"gives: {gives}", ""]
         for field in item["fields"]:
-            need = "required" if field["required"] else f"default {field['default']}"
+            need = "required" if field["required"] else f"default {json.dumps(field['default'])}"
             lines += [f"  {field['name']}: {field['type']}, {need}", f"      {field['description']}"]
     return "\n".join(lines)
 

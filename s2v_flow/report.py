@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from s2v_flow.diagnostics import visible, format_diagnostic
+from s2v_flow.diagnostics import format_diagnostic, visible
 from s2v_flow.errors import RecipeError, S2VFlowError
 from s2v_flow.graph.events import (
     Delivered,
@@ -38,8 +38,8 @@ def print_result(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON object to stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    """Print one JSON object to stdout, in ASCII: it is the same on every terminal."""
+    print(json.dumps(value, indent=2), flush=True)
 
 
 def print_message(text: str) -> None:
@@ -76,12 +76,23 @@ def print_plan(planned: Planned) -> None:
         print_result(f"  {status.status:<4}  {node.name:<{width}}  {node.kind:<{kinds}}  {visible(reason)}")
     counts = [status.status for status in planned.statuses.values()]
     print_result(f"{counts.count('HIT')} stored, {counts.count('RUN')} to run; {_length(planned)}")
-    for note in planned.plan.notes:
+    if planned.has_work:
+        print_result(_cost(planned))
+    for note in planned.notes:
         print_result(f"note: {visible(note)}")
     for item in planned.plan.missing:
         print_result(f"missing: {visible(item.file)} ({item.kind}), looked for in {', '.join(item.looked_in)}")
         for home in item.homes:
             print_result(f"  can be had at {home}")
+
+
+def _cost(planned: Planned) -> str:
+    cost = planned.estimate
+    size = f"{cost.bytes_to_read / 2**30:.1f} GB" if cost.bytes_to_read >= 2**30 else f"{cost.bytes_to_read >> 20} MB"
+    reads = f"{cost.num_files} files to read, {size}"
+    if cost.seconds is None:
+        return f"{reads}; no estimate of time: {', '.join(cost.unknown)} never ran here in this size"
+    return f"{reads}; about {cost.seconds:.0f} s, from past runs on this machine"
 
 
 def _length(planned: Planned) -> str:
@@ -95,7 +106,8 @@ def _length(planned: Planned) -> str:
 def _facts(facts: Mapping[str, Any]) -> list[str]:
     shown = []
     if facts.get("chunk") is not None:
-        shown.append(f"chunk {facts['chunk']}, seed {facts['seed']}, {facts['steps']} steps")
+        since = f", timeline from {facts['since']:g} s" if "since" in facts else ""
+        shown.append(f"chunk {facts['chunk']}, seed {facts['seed']}, {facts['steps']} steps{since}")
     if facts.get("frames") is not None:
         shown.append(f"{facts['frames']} frames")
     if facts.get("seconds") is not None:
@@ -141,7 +153,7 @@ class Progress:
             from rich.console import Console
             from rich.live import Live
 
-            console = Console(file=self._stream, no_color="NO_COLOR" in os.environ or None, highlight=False)
+            console = Console(file=self._stream, highlight=False)  # which obeys NO_COLOR
             self._live = Live(console=console, get_renderable=self._table, refresh_per_second=4)
             self._live.start()
 
@@ -202,3 +214,25 @@ class Progress:
         if waiting:
             table.add_row(f"{len(waiting)} more", "", "waiting", "")
         return table
+
+
+class DownloadProgress:
+    """Prints how far downloads are: a line at a file's start and end, and every few seconds."""
+
+    def __init__(self) -> None:
+        self._file = ""
+        self._last_line = 0.0
+        self._started = (0.0, 0)  # when this command's part began, and what was there then
+
+    def __call__(self, file: str, done: int, total: int) -> None:
+        """Show that `done` of a file's `total` bytes are there."""
+        now = time.monotonic()
+        if file != self._file:
+            self._file, self._started = file, (now, done)
+        elif done < total and now - self._last_line < _LINE_EVERY_SECONDS:
+            return
+        self._last_line = now
+        started, before = self._started
+        speed = (done - before) / max(now - started, 1e-3)
+        pace = f", {speed / 2**20:.0f} MB/s, {(total - done) / speed:.0f} s left" if speed and done < total else ""
+        print_message(f"{visible(file)}: {done / 2**20:.0f} of {total / 2**20:.0f} MB{pace}")

@@ -45,8 +45,14 @@ class Entry:
     facts: Mapping[str, Any]
 
 
-class DamagedObjectError(Exception):
+class DamagedObjectError(S2VFlowError):
     """An object is gone or its bytes are not what they were; its node is to be computed again."""
+
+    @classmethod
+    def at(cls, path: Path, reason: str) -> DamagedObjectError:
+        """Make the error of one object."""
+        fix = "run again: it is computed anew; if this comes back, check the disk and the memory"
+        return cls(f"a stored result is damaged: {path}: {reason}", fix=fix)
 
 
 class Store:
@@ -69,6 +75,19 @@ class Store:
             return None
         return entry if all(self._has(item) for item in entry.outputs.values()) else None
 
+    def recent(self, limit: int) -> list[Entry]:
+        """Return the sound entries that were written last, the newest first; their objects may be gone."""
+        found: list[tuple[int, Path]] = []
+        for path in (self.root / "entries").glob("??/*.json"):
+            with suppress(OSError):
+                found.append((path.stat().st_mtime_ns, path))
+        entries = []
+        for _, path in sorted(found, reverse=True)[:limit]:
+            with suppress(OSError):
+                entry = _parse_entry(path.read_bytes(), path.stem)
+                entries += [] if entry is None else [entry]
+        return entries
+
     def read(self, item: StoredObject) -> bytes:
         """Return an object's bytes, verified.
 
@@ -79,10 +98,11 @@ class Store:
         try:
             payload = path.read_bytes()
         except OSError as error:
-            raise DamagedObjectError(f"{path}: {error.strerror}") from error
+            self._quarantine(path)  # if it is there but cannot be read, it must not stand in the way of a new one
+            raise DamagedObjectError.at(path, error.strerror or str(error)) from error
         if hashlib.sha256(payload).hexdigest() != item.sha256:
             self._quarantine(path)
-            raise DamagedObjectError(f"{path}: its bytes have changed")
+            raise DamagedObjectError.at(path, "its bytes have changed")
         return payload
 
     def copy_to(self, item: StoredObject, target: Path) -> bool:
@@ -92,18 +112,17 @@ class Store:
             DamagedObjectError: The object is gone or damaged; `target` is as it was.
             S2VFlowError: `target` cannot be written.
         """
-        if target.is_file() and target.stat().st_size == item.size and _file_digest(target) == item.sha256:
+        if _holds(target, item):
             return False
         with _writing(target), _temporary(target.parent, target.suffix) as (file, name):
-            try:
-                with self._object_path(item).open("rb") as source:
-                    digest = _copy_hashing(source, file)
-            except OSError as error:
-                raise DamagedObjectError(f"{self._object_path(item)}: {error.strerror}") from error
-            if digest != item.sha256:
+            digest = hashlib.sha256()
+            for block in self._blocks(item):
+                digest.update(block)
+                file.write(block)
+            if digest.hexdigest() != item.sha256:
                 self._quarantine(self._object_path(item))
-                raise DamagedObjectError(f"{self._object_path(item)}: its bytes have changed")
-            _flush(file)
+                raise DamagedObjectError.at(self._object_path(item), "its bytes have changed")
+            _finish(file)
             os.replace(name, target)
         return True
 
@@ -113,6 +132,8 @@ class Store:
         preimage: Mapping[str, Any],
         outputs: Mapping[str, bytes | Path],
         facts: Mapping[str, Any],
+        *,
+        replaces: bool = False,
     ) -> Entry:
         """Store a node's outputs and say so in an entry; where another process was first, its entry counts.
 
@@ -121,6 +142,7 @@ class Store:
             preimage: What the fingerprint was made from, as JSON values.
             outputs: Per port the bytes of a safetensors file, or a finished file inside `scratch()`, which is moved.
             facts: Small JSON values for people; they are no part of the identity.
+            replaces: Put this entry in the place of one that is there.
 
         Raises:
             S2VFlowError: The store cannot be written (disk full, read-only).
@@ -140,8 +162,10 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _temporary(self.root / "tmp", ".json") as (file, name):
                 file.write(text)
-                _flush(file)
-                if self.lookup(fingerprint) is not None or not _link(name, path):
+                _finish(file)
+                if replaces:
+                    os.replace(name, path)
+                elif self.lookup(fingerprint) is not None or not _link(name, path):
                     winner = self.lookup(fingerprint)
                     if winner is not None:
                         return winner
@@ -167,15 +191,16 @@ class Store:
     def _put(self, payload: bytes | Path) -> StoredObject:
         if isinstance(payload, Path):
             item = StoredObject(_file_digest(payload), payload.stat().st_size, payload.suffix)
-            with payload.open("rb") as file:
-                os.fsync(file.fileno())
-            self._place(str(payload), item)
+            if not self._has(item):
+                with payload.open("r+b") as file:  # Windows flushes only what is open for writing
+                    os.fsync(file.fileno())
+                self._place(str(payload), item)
             return item
         item = StoredObject(hashlib.sha256(payload).hexdigest(), len(payload), ".safetensors")
         if not self._has(item):
             with _temporary(self.root / "tmp", item.suffix) as (file, name):
                 file.write(payload)
-                _flush(file)
+                _finish(file)
                 self._place(name, item)
         return item
 
@@ -198,6 +223,17 @@ class Store:
             return self._object_path(item).stat().st_size == item.size
         except OSError:
             return False
+
+    def _blocks(self, item: StoredObject) -> Iterator[bytes]:
+        """Yield an object's bytes; its own errors are told apart from those of whoever writes the bytes elsewhere."""
+        path = self._object_path(item)
+        try:
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    yield block
+        except OSError as error:
+            self._quarantine(path)
+            raise DamagedObjectError.at(path, error.strerror or str(error)) from error
 
     def _entry_path(self, fingerprint: str) -> Path:
         return self.root / "entries" / fingerprint[:2] / f"{fingerprint}.json"
@@ -243,12 +279,12 @@ def _link(name: str, path: Path) -> bool:
     return True
 
 
-def _copy_hashing(source: BinaryIO, target: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := source.read(_BLOCK):
-        digest.update(block)
-        target.write(block)
-    return digest.hexdigest()
+def _holds(path: Path, item: StoredObject) -> bool:
+    """Tell whether a file is there that has an object's bytes."""
+    try:
+        return path.is_file() and path.stat().st_size == item.size and _file_digest(path) == item.sha256
+    except OSError:
+        return False  # what cannot be read is to be replaced
 
 
 def _file_digest(path: Path) -> str:
@@ -259,9 +295,11 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(file: BinaryIO) -> None:
+def _finish(file: BinaryIO) -> None:
+    """Bring a file to the disk and close it: Windows renames no open files."""
     file.flush()
     os.fsync(file.fileno())
+    file.close()
 
 
 def _flush_folder(folder: Path) -> None:

@@ -22,15 +22,26 @@ class Missing:
 
 
 @dataclass(frozen=True)
+class ModelFolder:
+    """One more folder with models of a kind, "vae" or "loras"; `is_default`: searched before the models folders."""
+
+    kind: str
+    path: Path
+    is_default: bool = False
+
+
+@dataclass(frozen=True)
 class Locations:
     """The folders of one run.
 
-    `models_dirs` have ComfyUI's layout; `input_dirs` are searched after the folder of the file that wrote a path;
-    relative outputs go to `output_dir` where it is given; `homes` knows where well-known model files can be had;
-    `made_models` maps names of models that this program makes itself on first use to where they will stand.
+    `models_dirs` have ComfyUI's layout; `model_folders` are single folders beside them; `input_dirs` are searched after
+    the folder of the file that wrote a path; relative outputs go to `output_dir` where it is given; `homes` knows where
+    well-known model files can be had; `made_models` maps names of models that this program makes itself on first use to
+    where they will stand.
     """
 
     models_dirs: Sequence[Path] = ()
+    model_folders: Sequence[ModelFolder] = ()
     input_dirs: Sequence[Path] = ()
     output_dir: Path | None = None
     cache_dir: Path = Path("cache")
@@ -48,15 +59,19 @@ class Locations:
         Returns:
             The file's path, or what is missing.
         """
-        name = Path(text).expanduser()
+        name = Path(os.path.expanduser(text))
         if mark.role == "model":
-            candidates = [root / folder / name for root in self.models_dirs for folder in mark.folders]
+            folders = [folder for folder in self.model_folders if folder.kind in mark.folders]
+            candidates = [folder.path / name for folder in folders if folder.is_default]
+            candidates += [root / folder / name for root in self.models_dirs for folder in mark.folders]
+            candidates += [folder.path / name for folder in folders if not folder.is_default]
             if text in self.made_models:
                 candidates.append(self.made_models[text])
         else:
             candidates = [base_dir / name, *(root / name for root in self.input_dirs)]
         for candidate in dict.fromkeys(candidates):
-            if candidate.is_file() or candidate == self.made_models.get(text):
+            # isfile: what cannot even be looked at (a name too long, a forbidden folder) is not there
+            if os.path.isfile(candidate) or candidate == self.made_models.get(text):
                 return candidate
         kind = mark.folders[0] if mark.role == "model" else mark.what
         looked_in = tuple(dict.fromkeys(str(candidate.parent) for candidate in candidates))
@@ -74,9 +89,8 @@ class Locations:
             RefusedError: The path leaves the folders in which a recipe may write.
         """
         root = self.output_dir if self.output_dir is not None else base_dir
-        target = Path(os.path.abspath(root / Path(text).expanduser())).resolve()
-        allowed = {Path(root).resolve(), *((self.output_dir.resolve(),) if self.output_dir else ())}
-        if typed_by_user or any(target.is_relative_to(folder) for folder in allowed):
+        target = Path(os.path.realpath(os.path.abspath(root / os.path.expanduser(text))))
+        if typed_by_user or target.is_relative_to(os.path.realpath(root)):
             return target
         raise RefusedError(
             f"the recipe wants to write outside its folder: {text} is {target}",

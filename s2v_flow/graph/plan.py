@@ -77,8 +77,8 @@ Inputs = Mapping[str, Source | tuple[Source, ...]]
 class PlanNode:
     """One vertex of the plan.
 
-    `name` is unique ("talk[2]"), `recipe_node` and `kind` are the recipe's words for it, `node` is what runs, `files`
-    maps field paths to the files found for them, `facts` are for people (chunk, frames, seconds).
+    `name` is unique ("talk[2]", "talk[2].pixels"), `recipe_node` and `kind` are the recipe's words for it, `node` is
+    what runs, `files` maps field paths to the files found for them, `facts` are for people (chunk, frames, seconds).
     """
 
     name: str
@@ -147,7 +147,7 @@ class PlanBuilder:
                 sources[key] = given.sources if given.type == "latent" else given.source
             elif given is not None:
                 sources[key] = given
-        kind = self._specs[recipe_node].node.kind
+        kind = node.kind if name.startswith(f"{recipe_node}.") else self._specs[recipe_node].node.kind
         files = dict(self._find_files(name, recipe_node, node))
         self._nodes[name] = PlanNode(name, recipe_node, kind, node, sources, files, dict(facts or {}))
         return {port: Value(type_, (Source(name, port),)) for port, type_ in node.outputs.items()}
@@ -179,8 +179,7 @@ class PlanBuilder:
         for path, mark, text in node.files():
             if mark.role == "output":
                 origin = spec.origin(path)
-                typed = origin.place.file.startswith("--")  # --set: the user's own choice
-                yield path, self.locations.output(text, origin.base_dir, typed_by_user=typed)
+                yield path, self.locations.output(text, origin.base_dir, typed_by_user=_is_typed(origin))
                 continue
             found = self.locations.find(mark, text, spec.origin(path).base_dir)
             if isinstance(found, Missing):
@@ -202,17 +201,23 @@ class PlanBuilder:
             )
         graph: nx.DiGraph[str] = nx.DiGraph()
         for position, node in enumerate(self._nodes.values()):
-            graph.add_node(node.name, position=position)
+            graph.add_node(node.name, order=(node.node.stage, position))
             graph.add_edges_from((source.node, node.name) for source in node.sources())
         targets = [node.name for node in self._nodes.values() if node.node.is_sink]
         targets = targets or [name for name in self._nodes if graph.out_degree(name) == 0]
         needed = set(targets).union(*(nx.ancestors(graph, name) for name in targets))
         kept = graph.subgraph(needed)
-        ordered = nx.lexicographical_topological_sort(kept, key=lambda name: kept.nodes[name]["position"])
+        ordered = nx.lexicographical_topological_sort(kept, key=lambda name: kept.nodes[name]["order"])
         nodes = tuple(self._nodes[name] for name in ordered)
         missing = dict.fromkeys(item for node in nodes for item in self._missing.get(node.name, []))
         notes = dict.fromkeys(note for node in nodes for note in self._notes.get(node.recipe_node, []))
         return Plan(nodes, tuple(missing), tuple(notes))
+
+
+def _is_typed(origin: Origin) -> bool:
+    """Tell whether a value was given with --set or its like. A recipe may extend a file so named: then it was not."""
+    option = origin.place.file
+    return option in ("--set", "--set-json", "-m") and not (origin.base_dir / option).exists()
 
 
 def build_plan(specs: Mapping[str, Spec], order: Sequence[str], locations: Locations) -> Plan:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from s2v_flow.cache.store import DamagedObjectError, Entry, Store, StoredObject
+from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import MissingError
 from s2v_flow.graph.events import (
     Delivered,
@@ -63,6 +63,11 @@ class RunContext:
     input_digests: Mapping[str, tuple[str, ...]]
     scratch: Path
     emit: Listener
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def record(self, **facts: Any) -> None:
+        """Keep small JSON values with the node's result, for people; they are no part of its identity."""
+        self.facts.update(facts)
 
     def step(self, step: int, total: int, unit: str = "step") -> None:
         """Report that `step` of `total` is done."""
@@ -100,6 +105,7 @@ class Run:
     models: Callable[[], Any]
     file_digest: Callable[[Path], str]
     emit: Listener
+    forced: frozenset[str] = frozenset()
     _entries: dict[str, Entry] = field(default_factory=dict)
     _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _digests: dict[Source, str] = field(default_factory=dict)
@@ -117,29 +123,28 @@ class Run:
             if status.entry is not None:
                 self._remember(node, status.fingerprint or "", status.entry)
         needed = needed_nodes(self.plan, set(self._entries))
-        for node in self.plan.nodes:
-            if node.name in needed:
-                for source in set(node.sources()):
-                    self._uses[source.node] = self._uses.get(source.node, 0) + 1
-        self.emit(
-            RunStarted(tuple(n.name for n in self.plan.nodes if n.name in needed and n.inputs), len(self.plan.nodes))
-        )
+        to_obtain = [node for node in self.plan.nodes if node.name in needed and node.node.is_stored]
+        for node in to_obtain:
+            self._claim_inputs(node)
+        self.emit(RunStarted(tuple(node.name for node in to_obtain), len(self.plan.nodes)))
+        outputs: dict[str, tuple[Path, ...]] = {}
         for node in self.plan.nodes:
             if node.name in needed and node.node.is_stored:
                 self._obtain(node)
-        outputs = {node.name: self._deliver(node) for node in self.plan.nodes if node.node.is_sink}
+            if node.node.is_sink:
+                outputs[node.name] = self._deliver(node)
         cached = tuple(name for name in self._entries if name not in self._computed)
         return RunResult(tuple(self._computed), cached, outputs, dict(self._entries))
 
     def close(self) -> None:
         """Let go of everything that is still live."""
-        for name in list(self._live):
-            self._drop(name)
+        while self._live:
+            self._drop(next(reversed(self._live)))  # what uses something goes before what it uses
 
     def _obtain(self, node: PlanNode) -> None:
         """Make sure a stored node's result is in the store: it may be there under a fingerprint only known now."""
         key, image = self._identify(node)
-        entry = self.store.lookup(key)
+        entry = None if node.name in self.forced else self.store.lookup(key)
         if entry is None:
             self._compute(node, key, image)
         else:
@@ -151,11 +156,9 @@ class Run:
         for source in node.sources():
             if source not in self._digests:
                 upstream = self.plan.node(source.node)
-                if upstream.node.is_stored:
-                    self._obtain(upstream)
-                else:
-                    key, _ = self._identify(upstream)
-                    self._digests.update(output_digests(upstream, key, None))
+                assert not upstream.node.is_stored, f"{node.name} stands before {upstream.name}"
+                key, _ = self._identify(upstream)
+                self._digests.update(output_digests(upstream, key, None))
         image = preimage(node, self.numerics, self.file_digest, self._digests.get)
         if isinstance(image, str):
             raise MissingError(f"{node.name}: {image}")
@@ -165,15 +168,17 @@ class Run:
         started = time.monotonic()
         self.emit(NodeStarted(node.name, node.kind))
         with self.store.scratch() as scratch:
-            outputs = self._run(node, scratch)
-            facts = {"seconds": round(time.monotonic() - started, 3), "node": node.name}
-            entry = self.store.publish(key, image, outputs, facts)
+            facts: dict[str, Any] = {}
+            outputs = self._run(node, scratch, facts)
+            facts |= {"seconds": round(time.monotonic() - started, 3), "node": node.name}
+            facts |= {"peak_bytes": peak_memory_bytes()}
+            entry = self.store.publish(key, image, outputs, facts, replaces=node.name in self.forced)
         self._remember(node, key, entry)
         self._computed.append(node.name)
         self.emit(NodeFinished(node.name, time.monotonic() - started, peak_memory_bytes()))
         return entry
 
-    def _run(self, node: PlanNode, scratch: Path) -> Mapping[str, Any]:
+    def _run(self, node: PlanNode, scratch: Path, facts: dict[str, Any]) -> Mapping[str, Any]:
         values: dict[str, Any] = {}
         digests: dict[str, tuple[str, ...]] = {}
         for name, given in node.inputs.items():
@@ -181,9 +186,10 @@ class Run:
             items = [self._value(part) for part in parts]
             values[name] = items[0] if isinstance(given, Source) else items
             digests[name] = tuple(self._digests[part] for part in parts)
-        files = {path: f"sha256:{self.file_digest(file)}" for path, file in node.files.items() if file.is_file()}
+        read = {path for path, mark, _ in node.node.files() if mark.role != "output"}
+        files = {path: f"sha256:{self.file_digest(file)}" for path, file in node.files.items() if path in read}
         context = RunContext(
-            node, self.device, self.numerics, self.models, node.files, files, digests, scratch, self.emit
+            node, self.device, self.numerics, self.models, node.files, files, digests, scratch, self.emit, facts
         )
         return node.node.run(context, values)
 
@@ -194,44 +200,83 @@ class Run:
         if node.name not in self._live:
             key, _ = self._identify(node)
             self._digests.update(output_digests(node, key, None))
-            self._live[node.name] = self._run(node, Path())
+            self._live[node.name] = self._run(node, Path(), {})
         return self._live[node.name][source.port]
 
     def _artifact(self, node: PlanNode, port: str) -> Artifact:
-        def again() -> StoredObject:
-            self.emit(Noted(node.name, "its stored result is damaged or gone and is computed again", is_warning=True))
-            key, image = self._identify(node)
-            return self._compute(node, key, image).outputs[port]
-
         def read() -> bytes:
             try:
                 return self.store.read(self._entries[node.name].outputs[port])
             except DamagedObjectError:
-                return self.store.read(again())
+                self._mend(node)
+                return self.store.read(self._entries[node.name].outputs[port])
 
         def copy_to(target: Path) -> bool:
             try:
                 return self.store.copy_to(self._entries[node.name].outputs[port], target)
             except DamagedObjectError:
-                return self.store.copy_to(again(), target)
+                self._mend(node)
+                return self.store.copy_to(self._entries[node.name].outputs[port], target)
 
         return Artifact(self._digests[Source(node.name, port)], read, copy_to)
+
+    def _mend(self, node: PlanNode) -> None:
+        """Compute a damaged result again, and before it what it is made of where that is damaged too, however deep."""
+        damaged, seen, pending = {node.name}, {node.name}, [node]
+        while pending:
+            for upstream in self._upstream(pending.pop()):
+                if upstream.name in seen:
+                    continue
+                seen.add(upstream.name)
+                if not upstream.node.is_stored:
+                    pending.append(upstream)
+                elif self._is_damaged(upstream):
+                    damaged.add(upstream.name)
+                    pending.append(upstream)
+        for item in self.plan.nodes:
+            if item.name in damaged:
+                text = "its stored result is damaged or gone and is computed again"
+                self.emit(Noted(item.name, text, is_warning=True))
+                key, image = self._identify(item)
+                self._claim_inputs(item)
+                self._compute(item, key, image)
+                self._release_inputs(item)
+
+    def _is_damaged(self, node: PlanNode) -> bool:
+        try:
+            for item in self._entries[node.name].outputs.values():
+                self.store.read(item)
+        except DamagedObjectError:
+            return True
+        return False
+
+    def _upstream(self, node: PlanNode) -> Iterator[PlanNode]:
+        """Yield what gives a node its inputs, each once."""
+        yield from map(self.plan.node, dict.fromkeys(source.node for source in node.sources()))
 
     def _remember(self, node: PlanNode, key: str, entry: Entry) -> None:
         self._entries[node.name] = entry
         self._digests.update(output_digests(node, key, entry))
 
+    def _claim_inputs(self, node: PlanNode) -> None:
+        """Count a node among those that will use its inputs; a live value uses its own inputs as long as it is used."""
+        for upstream in self._upstream(node):
+            if not self._uses.get(upstream.name) and not upstream.node.is_stored:
+                self._claim_inputs(upstream)
+            self._uses[upstream.name] = self._uses.get(upstream.name, 0) + 1
+
     def _release_inputs(self, node: PlanNode) -> None:
-        for name in {source.node for source in node.sources()}:
-            self._uses[name] = self._uses.get(name, 1) - 1
-            if self._uses[name] == 0 and name in self._live:
-                self._drop(name)
+        for upstream in self._upstream(node):
+            self._uses[upstream.name] -= 1
+            if self._uses[upstream.name] == 0 and not upstream.node.is_stored:
+                self._drop(upstream.name)
+                self._release_inputs(upstream)
 
     def _drop(self, name: str) -> None:
-        for value in self._live.pop(name).values():
+        """Close a live value; it may never have come to be, where what uses it turned out to be stored."""
+        for value in self._live.pop(name, {}).values():
             if isinstance(value, Closable):
                 value.close()
-        self._release_inputs(self.plan.node(name))
 
     def _deliver(self, node: PlanNode) -> tuple[Path, ...]:
         artifacts = {port: self._artifact(node, port) for port in self._entries[node.name].outputs}

@@ -11,7 +11,9 @@ from s2v_flow.cache.store import Entry, Store
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode, Source
+from s2v_flow.graph.reasons import NEVER, explain
 
+_EARLIER = 300  # stored results among which the nearest one is looked for
 Status = Literal["HIT", "RUN", "LOAD", "SKIP"]
 FileDigest = Callable[[Path], "str | None"]
 
@@ -76,7 +78,9 @@ def output_digests(node: PlanNode, key: str, entry: Entry | None) -> dict[Source
     return {Source(node.name, port): f"{key}.{port}" for port in node.node.outputs}
 
 
-def assess(plan: Plan, store: Store, numerics: Numerics, file_digest: FileDigest) -> dict[str, NodeStatus]:
+def assess(
+    plan: Plan, store: Store, numerics: Numerics, file_digest: FileDigest, forced: frozenset[str] = frozenset()
+) -> dict[str, NodeStatus]:
     """Find out what a run would do, without computing anything.
 
     Args:
@@ -84,24 +88,32 @@ def assess(plan: Plan, store: Store, numerics: Numerics, file_digest: FileDigest
         store: The artifacts that are there.
         numerics: The run's numerics policy.
         file_digest: sha256 of a file where it is known without much work, else None.
+        forced: Plan nodes that are computed whatever is stored.
 
     Returns:
         The status of every plan node by name.
     """
     known: dict[Source, str] = {}
     found: dict[str, NodeStatus] = {}
+    earlier: list[Entry] | None = None
     for node in plan.nodes:
         image = preimage(node, numerics, file_digest, known.get)
         if isinstance(image, str):
             found[node.name] = NodeStatus("RUN", image)
             continue
         key = fingerprint(image)
+        if node.name in forced:
+            found[node.name] = NodeStatus("RUN", "forced", key)
+            continue
         entry = store.lookup(key) if node.node.is_stored else None
         known.update(output_digests(node, key, entry))
         if entry is not None:
             found[node.name] = NodeStatus("HIT", "stored", key, entry)
+        elif node.node.is_stored:
+            earlier = store.recent(_EARLIER) if earlier is None else earlier
+            found[node.name] = NodeStatus("RUN", explain(node.name, node.recipe_node, image, earlier), key)
         else:
-            found[node.name] = NodeStatus("RUN", "never ran with these inputs and settings", key)
+            found[node.name] = NodeStatus("RUN", NEVER, key)
     return _with_need(plan, found)
 
 
@@ -114,7 +126,8 @@ def _with_need(plan: Plan, found: Mapping[str, NodeStatus]) -> dict[str, NodeSta
         if status.status == "RUN" and node.name not in needed:
             status = NodeStatus("SKIP", "not needed: what follows is stored", status.fingerprint)
         elif status.status == "RUN" and not node.inputs:
-            status = NodeStatus("LOAD", "read when it is needed", status.fingerprint)
+            reason = status.reason if status.fingerprint is None else "read when it is needed"
+            status = NodeStatus("LOAD", reason, status.fingerprint)
         elif status.status == "RUN" and not node.node.is_stored:
             status = NodeStatus("RUN", "made as it is used, never stored", status.fingerprint)
         result[node.name] = status

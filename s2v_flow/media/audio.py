@@ -104,6 +104,28 @@ def read_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SECO
     return Audio(np.concatenate(blocks, axis=1), rate)
 
 
+def cut_audio(audio: Audio, first: int, last: int, *, num_fade_samples: int = 0) -> Audio:
+    """Take samples `first` to `last` (not included), faded in and out linearly.
+
+    Args:
+        audio: The sound.
+        first: At least 0.
+        last: At most the sound's length.
+        num_fade_samples: How long each fade is; at most half of what is taken.
+
+    Returns:
+        The part; a copy only where it is faded.
+    """
+    part = audio.waveform[:, first:last]
+    length = min(num_fade_samples, part.shape[1] // 2)
+    if length > 0:
+        ramp = np.arange(1, length + 1, dtype=np.float32) / np.float32(length + 1)
+        part = part.copy()
+        part[:, :length] *= ramp
+        part[:, -length:] *= ramp[::-1]
+    return Audio(part, audio.sample_rate_hz)
+
+
 def _checked_blocks(path: str | os.PathLike[str], max_seconds: float) -> Iterator[Block]:
     """Yield the decoded blocks: all within the limits, of one rate and channel count, one sample or more in all."""
     rate, num_channels, num_samples = 0, 0, 0

@@ -104,12 +104,32 @@ class FrameConv(nn.Conv2d):
         """Convolve every frame of x [B, D, T, H, W] by itself; [B, D', T, H', W'] comes out."""
         assert isinstance(self.padding, tuple)
         stride, padding = (1, *self.stride), (0, *self.padding)
-        return F.conv3d(x, self.weight.unsqueeze(2), self.bias, stride=stride, padding=padding)
+        return conv3d(x, self.weight.unsqueeze(2), self.bias, stride, padding)
+
+
+class VideoConv(nn.Conv3d):
+    """A 3-D convolution that is quick on small tensors too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x [B, D, T, H, W]; [B, D', T', H', W'] comes out."""
+        assert isinstance(self.padding, tuple)
+        return conv3d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Convolve in 3-D. On the CPU, torch takes a slow kernel for small single videos (B D T H up to 20480): not here.
+
+    Measured at 128x128 with the tiny VAE: decoding takes a tenth of the time.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        y: Tensor = torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
+        return y
+    return F.conv3d(x, weight, bias, tuple(stride), tuple(padding))
 
 
 def causal_conv(num_inputs: int, num_outputs: int) -> nn.Conv3d:
     """Make a 3x3x3 convolution to run over a `Carry.window`: padded in space, not in time."""
-    return nn.Conv3d(num_inputs, num_outputs, 3, padding=(0, 1, 1))
+    return VideoConv(num_inputs, num_outputs, 3, padding=(0, 1, 1))
 
 
 def run_causal(conv: nn.Module, x: Tensor, carry: Carry) -> Tensor:
@@ -150,7 +170,7 @@ class ResidualBlock(nn.Module):
                 "6": causal_conv(num_outputs, num_outputs),
             }
         )
-        self.shortcut = None if num_inputs == num_outputs else nn.Conv3d(num_inputs, num_outputs, 1)
+        self.shortcut = None if num_inputs == num_outputs else VideoConv(num_inputs, num_outputs, 1)
 
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
         """Map x [B, D, T, H, W] to [B, D', T, H, W]."""
@@ -190,7 +210,7 @@ class Downsample(nn.Module):
     def __init__(self, width: int, in_time: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": FrameConv(width, width, 3, stride=2)})
-        self.time_conv = nn.Conv3d(width, width, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
+        self.time_conv = VideoConv(width, width, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
         """Map x [B, D, T, 2H, 2W] to [B, D, T', H, W].
@@ -219,7 +239,7 @@ class Upsample(nn.Module):
     def __init__(self, width: int, in_time: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": FrameConv(width, width // 2, 3, padding=1)})
-        self.time_conv = nn.Conv3d(width, 2 * width, (3, 1, 1)) if in_time else None
+        self.time_conv = VideoConv(width, 2 * width, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
         """Map x [B, D, T, H, W] to [B, D/2, T', 2H, 2W].

@@ -61,7 +61,7 @@ class Chain:
     """A video at planning: its parts in order, the settings of the last one, the first chunk's seed.
 
     `start` is the motion latent in front of the first chunk, where there is one; `pixels` what pixel mode hands on;
-    `is_open` tells that the number of chunks is not known, because the voice's file is missing.
+    `is_open` tells that its length is not known, because the voice's or the latent's file is missing.
     """
 
     parts: tuple[Part, ...] = ()
@@ -89,7 +89,16 @@ class Chain:
         return {port: Value("latent", tuple(part.latent for part in self.parts), {"chain": self})}
 
 
-def add_chunk(builder: PlanBuilder, name: str, recipe_node: str, chain: Chain, settings: Settings, seed: int) -> Chain:
+def add_chunk(
+    builder: PlanBuilder,
+    name: str,
+    recipe_node: str,
+    chain: Chain,
+    settings: Settings,
+    seed: int,
+    *,
+    since: float | None = None,
+) -> Chain:
     """Plan one more chunk (in pixel mode also its decoding) and return the video that it continues.
 
     Args:
@@ -99,6 +108,7 @@ def add_chunk(builder: PlanBuilder, name: str, recipe_node: str, chain: Chain, s
         chain: The video so far; empty for the first chunk.
         settings: What the chunk is sampled with.
         seed: Its seed.
+        since: The time of the timeline's entry that it is sampled with.
     """
     fields = settings.fields
     num_latent_frames = (fields["length"] - 1) // FRAMES_PER_LATENT + 1
@@ -125,6 +135,7 @@ def add_chunk(builder: PlanBuilder, name: str, recipe_node: str, chain: Chain, s
         },
     )
     facts = {"chunk": len(chain.parts) + 1, "seed": seed, "steps": fields["steps"], "latent_frames": num_latent_frames}
+    facts |= {} if since is None else {"since": since}
     latent = builder.add(name, chunk, inputs, recipe_node=recipe_node, facts=facts)["latent"].source
     if fields["motion"] == "latent":
         return replace(chain, parts=(*chain.parts, Part(latent, num_latent_frames)), settings=settings)

@@ -23,6 +23,7 @@ class Chunk(Node):
     """One sampled window of the video."""
 
     kind: ClassVar[str] = "chunk"
+    stage: ClassVar[int] = 1
     outputs: ClassVar = {"latent": "latent"}
     is_stored: ClassVar[bool] = True
     has_numerics: ClassVar[bool] = True
@@ -45,6 +46,7 @@ class Chunk(Node):
         from s2v_flow.nodes.tensors import pack
 
         latent = Denoiser(self, context, inputs).sample()
+        context.record(**inputs["model"].facts)
         if not bool(latent.isfinite().all()):
             raise BadNumbersError(
                 f"{context.node.name}: the sampled latent has values that are not finite",
@@ -136,17 +138,18 @@ class EncodeControl(Node):
 
         start = self.offset - self.warmup_frames
         lead = min(max(-start, 0), count)
-        frames = video.read(max(start, 0), count - lead)
+        frames = video.read(max(start, 0), max(count - lead, 1))
         pixels = scaled_pixels(frames, self.width, self.height, self.conditioning)
         if lead == 0 or pixels.shape[2] == 0:
             return pixels
-        return torch.cat([pixels[:, :, :1].expand(-1, -1, lead, -1, -1), pixels], dim=2)
+        return torch.cat([pixels[:, :, :1].expand(-1, -1, lead, -1, -1), pixels], dim=2)[:, :, :count]
 
 
 class DecodeChunk(Node):
     """Decode one chunk behind what came before it; encode the next chunk's motion from its pixels, as floats."""
 
     kind: ClassVar[str] = "decode_chunk"
+    stage: ClassVar[int] = 1
     outputs: ClassVar = {"frames": "frames", "motion": "latent", "tail": "frames"}
     is_stored: ClassVar[bool] = True
     has_numerics: ClassVar[bool] = True

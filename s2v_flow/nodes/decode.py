@@ -67,7 +67,7 @@ class Decode(Node):
         inputs: PlannedInputs = {"vae": vae, "latent": video}
         if in_pixels:
             inputs = {"parts": tuple(part.frames for part in chain.parts if part.frames)}
-            total, drop = self._pixel_frames(chain)
+            total, drop = self._pixel_frames(builder, name, chain)
         else:
             before, num_before = self._before(chain)
             inputs["before"] = before
@@ -75,6 +75,9 @@ class Decode(Node):
         frames = voice_frames(chain.settings)
         available = max(total - drop, 0)
         length = min(available, frames) if frames is not None and self.trim == "audio" else available
+        if length == 0 and not chain.is_open:
+            message = f"drop_frames: no frame is left, {drop} of {total} are dropped"
+            builder.problem(name, "drop_frames", "R071", message, "drop fewer frames, or add chunks")
         if frames is not None and length < frames:
             builder.note(
                 name,
@@ -112,23 +115,32 @@ class Decode(Node):
         warmup = warmup_frames(chain.settings)
         if num_before:
             return total, FRAMES_PER_LATENT * num_before - _LEAD + warmup
-        if "speech" in chain.settings.inputs and warmup < _LEAD:
-            message = f"prefix: none needs warmup_frames of at least {_LEAD} to keep picture and sound in time"
-            builder.problem(name, "prefix", "R070", f"{message}, got {warmup}", "set drop_frames, or another prefix")
+        self._require_warmup(builder, name, "prefix", "prefix: none", chain, _LEAD)
         return total, max(warmup - _LEAD, 0)
 
-    def _pixel_frames(self, chain: Chain) -> tuple[int, int]:
+    def _pixel_frames(self, builder: PlanBuilder, name: str, chain: Chain) -> tuple[int, int]:
         total = sum(part.num_frames for part in chain.parts)
         if self.drop_frames != "auto":
             return total, self.drop_frames
         dropped = FRAMES_PER_LATENT * chain.num_latent_frames - total
+        self._require_warmup(builder, name, "latent", "motion: pixels", chain, dropped)
         return total, max(warmup_frames(chain.settings) - dropped, 0)
+
+    @staticmethod
+    def _require_warmup(builder: PlanBuilder, name: str, key: str, what: str, chain: Chain, lacking: int) -> None:
+        """Record a mistake where frames are lacking at the start that no warm-up stands for."""
+        warmup = warmup_frames(chain.settings)
+        if "speech" in chain.settings.inputs and warmup < lacking:
+            message = f"{what} needs warmup_frames of at least {lacking} to keep picture and sound in time"
+            fix = "set warmup_frames in the encode_audio node, or drop_frames here"
+            builder.problem(name, key, "R070", f"{message}, got {warmup}", fix)
 
 
 class DecodeFrames(Node):
     """The frames of a planned video, as a stream."""
 
     kind: ClassVar[str] = "decode_frames"
+    stage: ClassVar[int] = 2
     outputs: ClassVar = {"frames": "frames"}
     has_numerics: ClassVar[bool] = True
 

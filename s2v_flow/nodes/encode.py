@@ -37,6 +37,11 @@ class EncodeText(Node):
     text_encoder: TextEncoderInput = Field(description="The text encoder.")
     text: str = Field(description="The prompt, as it is: no weights, no escapes.", max_length=20_000)
 
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Pass on the encoder: a timeline's prompts need it."""
+        encoder = builder.value(self.text_encoder)
+        return builder.add_simple(name, self, {"text_encoder": encoder} if encoder else {})
+
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Encode the prompt: {"conditioning": {context: [1, S, D], the prompt's own tokens}}."""
         from s2v_flow.nodes.tensors import pack

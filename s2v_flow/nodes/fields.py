@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -23,6 +24,9 @@ LatentInput = Annotated[Ref, Port("latent")]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Conditioning = Literal["official", "comfyui"]
 Motion = Literal["latent", "pixels"]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Cfg = Annotated[float, Field(ge=0, le=100)]
+Shift = Annotated[float, Field(gt=0, le=1000)]
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
 
 
@@ -37,6 +41,27 @@ def check_length(length: int) -> int:
         raise ValueError(f"must be 4n+1, like {max(lower, 1)} or {lower + 4}")
     return length
 
+
+def read_seconds(value: float | str) -> float:
+    """Turn a time, seconds as a number or text like "12.5s", into seconds.
+
+    Raises:
+        ValueError: The text is no time, or the time is negative or longer than a day.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*s", value)
+        if match is None:
+            raise ValueError(f"must be seconds, like 12.5 or 12.5s, got {value!r}")
+        value = float(match[1])
+    if not 0 <= value <= 86_400:
+        raise ValueError(f"must be from 0 to 86400 seconds, got {value:g}")
+    return float(value)
+
+
+if TYPE_CHECKING:
+    Seconds = float  # what it is after validation
+else:
+    Seconds = Annotated[float | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*s$")], AfterValidator(read_seconds)]
 
 Length = Annotated[int, Field(ge=1, le=1001), AfterValidator(check_length)]
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=16)]

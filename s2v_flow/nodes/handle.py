@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ from s2v_flow.graph.run import RunContext
 class ModelHandle:
     """One user's claim on a model in the registry.
 
-    `memo` belongs to the handle: results that depend on the model and are wanted again, such as prepared prompts.
+    `facts` say how it was loaded, once it is. `memo` belongs to the handle: results that depend on the model and are wanted again, such as prepared prompts.
     """
 
-    def __init__(self, registry: Any, key: Any, load: Callable[[], Any], expected_bytes: int) -> None:
+    def __init__(
+        self, registry: Any, key: Any, load: Callable[[], Any], expected_bytes: int, facts: Mapping[str, Any]
+    ) -> None:
+        self.facts = facts
         self.memo: dict[tuple[str, ...], Any] = {}
         self._registry = registry
         self._key = key
@@ -45,6 +48,7 @@ def open_handle(
     *,
     loras: tuple[tuple[str, float], ...] = (),
     lora_bytes: int = 0,
+    facts: Mapping[str, Any] | None = None,
 ) -> ModelHandle:
     """Make the handle of a loader node.
 
@@ -55,6 +59,7 @@ def open_handle(
         load: Called with path, dtype, device and quantized.
         loras: Digest and strength of each LoRA, in order.
         lora_bytes: How much larger they may make the model.
+        facts: What `load` fills with how it was loaded.
     """
     from s2v_flow.models.registry import ModelKey
     from s2v_flow.nodes.tensors import torch_dtype
@@ -67,4 +72,6 @@ def open_handle(
     def load_now() -> Any:
         return load(path, dtype=dtype, device=context.device, quantized=quantized)
 
-    return ModelHandle(context.models(), key, load_now, path.stat().st_size + lora_bytes)
+    return ModelHandle(
+        context.models(), key, load_now, path.stat().st_size + lora_bytes, {} if facts is None else facts
+    )

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.graph.node import FileField, Neutral, Node
 from s2v_flow.graph.plan import PlanBuilder, Value
 from s2v_flow.nodes.chain import FRAME_RATE_HZ, Chain, Part, Settings
-from s2v_flow.nodes.fields import Precision, model_file
+from s2v_flow.nodes.fields import Precision, Seconds, model_file
 from s2v_flow.nodes.frames import Frames
 from s2v_flow.nodes.handle import open_handle
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from s2v_flow.graph.run import RunContext
+    from s2v_flow.media.audio import Audio
 
 
 LATENT_KEY = "latent_tensor"
@@ -68,23 +69,48 @@ class LoadDiffusionModel(Node):
     loras: list[Lora] = Field([], description="LoRAs, applied in this order.")
     fp8_rounding: Literal["scaled", "comfyui"] = Field(
         "scaled",
-        description="For fp8-scaled files. scaled: what the file keeps in 16 or 32 bit stays so. comfyui: biases and such "
-        "linear weights are rounded to fp8 as well, as ComfyUI (October 2025) does on loading; for its exact numbers.",
+        description="For fp8-scaled files. scaled: what the file keeps in 16 or 32 bit stays so. comfyui: biases and "
+        "such linear weights are rounded to fp8 as well, as ComfyUI (October 2025) does on loading; for its exact "
+        "numbers.",
     )
+
+    @field_validator("loras")
+    @classmethod
+    def check_ids(cls, loras: list[Lora]) -> list[Lora]:
+        """Refuse two LoRAs of one id: overrides would reach the first only."""
+        ids = [lora.id for lora in loras]
+        twice = next((name for index, name in enumerate(ids) if name in ids[:index]), None)
+        if twice is not None:
+            raise ValueError(f"the id {twice} is given to two LoRAs")
+        return loras
 
     def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
         """Check the files' headers."""
         values = builder.add_simple(name, self)
         check_header(builder, name, "wan s2v")
+        path = builder.file(name, "checkpoint")
+        if path is not None and path == builder.locations.made_models.get(self.checkpoint):
+            builder.note(name, f"{self.checkpoint} is the demo's model: it is untrained, so the picture is abstract")
         for index in range(len(self.loras)):
             check_header(builder, name, "lora", "loras", index, "file")
         return values
+
+    def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
+        """Match the LoRAs' headers with the model's before anything heavy starts."""
+        from s2v_flow.models.checkpoint import Checkpoint
+        from s2v_flow.models.lora import LoraSpec, open_loras
+
+        specs = [LoraSpec(files["loras", index, "file"], lora.strength) for index, lora in enumerate(self.loras)]
+        shapes = Checkpoint.open(files["checkpoint",]).shapes if specs else {}
+        for lora, report in zip(self.loras, open_loras(specs, shapes).reports, strict=True):
+            coverage_text(lora, report)
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out a handle."""
         paths = [context.files["loras", index, "file"] for index in range(len(self.loras))]
         digests = (context.digests["loras", index, "file"] for index in range(len(self.loras)))
         strengths = [lora.strength for lora in self.loras]
+        facts: dict[str, Any] = {}
 
         def load(path: Path, **options: Any) -> Any:
             from s2v_flow.models.load import load_dit
@@ -93,13 +119,15 @@ class LoadDiffusionModel(Node):
             specs = [LoraSpec(file, strength) for file, strength in zip(paths, strengths, strict=True)]
             loaded = load_dit(path, loras=specs, rounds_linears=self.fp8_rounding == "comfyui", **options)
             for lora, report in zip(self.loras, loaded.report.loras, strict=True):
-                report_lora(context, lora, report)
+                context.note(coverage_text(lora, report), is_warning=report.matched == 0)
+                coverage = {"id": lora.id, "matched": report.matched, "total": report.total}
+                facts.setdefault("loras", []).append(coverage)
             return loaded.module
 
         loras = tuple(zip(digests, strengths, strict=True))
         size = sum(path.stat().st_size for path in paths)
         kind = f"dit, {self.fp8_rounding} fp8"
-        return {"model": open_handle(context, kind, self.precision, load, loras=loras, lora_bytes=size)}
+        return {"model": open_handle(context, kind, self.precision, load, loras=loras, lora_bytes=size, facts=facts)}
 
 
 class LoadTextEncoder(Node):
@@ -212,12 +240,16 @@ class LoadImage(Node):
 
 
 class LoadAudio(Node):
-    """Read sound: the voice. wav, flac, ogg, mp3, m4a, or the sound of a video file."""
+    """Read sound: the voice. wav, flac, ogg, mp3, m4a, or the sound of a video file; all of it, or a part."""
 
     kind: ClassVar[str] = "load_audio"
     outputs: ClassVar = {"audio": "audio"}
 
     file: Annotated[str, FileField("input", "audio")] = Field(description="The sound file.")
+    start: Seconds = Field(0.0, description="Where to begin: seconds, or text like 12.5s.")
+    end: Seconds | None = Field(None, description="Where to end; unless given, at the file's end.")
+    max_duration: Seconds | None = Field(None, description="At most so long.")
+    fade: Seconds = Field(0.0, description="Fade in and out over so long.")
 
     def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
         """Count the samples: the voice's length decides how many chunks there are."""
@@ -228,22 +260,36 @@ class LoadAudio(Node):
         from s2v_flow.media.audio import probe_audio
 
         info = probe_audio(path)
-        frames = -(-info.num_samples * FRAME_RATE_HZ // info.sample_rate_hz)
-        facts = {"frames": frames, "seconds": float(info.duration_seconds)}
+        first, last = self._part(info.num_samples, info.sample_rate_hz)
+        if first >= last:
+            length = f"the file lasts {float(info.duration_seconds):.2f} s"
+            builder.problem(name, "start", "R090", f"nothing is left between start and end: {length}")
+            return {}
+        frames = -(-(last - first) * FRAME_RATE_HZ // info.sample_rate_hz)
+        facts = {"frames": frames, "seconds": (last - first) / info.sample_rate_hz}
         return {port: Value(value.type, value.sources, facts) for port, value in values.items()}
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the sound, to be read when it is needed."""
-        from s2v_flow.media.audio import read_audio
-
         path = context.files["file",]
-        return {"audio": Lazy(lambda: read_audio(path))}
+        return {"audio": Lazy(lambda: self._read(path))}
 
     def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
         """Read the sound once before anything heavy starts."""
-        from s2v_flow.media.audio import read_audio
+        self._read(files["file",])
 
-        read_audio(files["file",])
+    def _read(self, path: Path) -> Audio:
+        from s2v_flow.media.audio import cut_audio, read_audio
+
+        audio = read_audio(path)
+        first, last = self._part(audio.num_samples, audio.sample_rate_hz)
+        return cut_audio(audio, first, last, num_fade_samples=round(self.fade * audio.sample_rate_hz))
+
+    def _part(self, num_samples: int, rate: int) -> tuple[int, int]:
+        """Return the first sample to take and the one after the last."""
+        first = round(self.start * rate)
+        last = num_samples if self.end is None else min(round(self.end * rate), num_samples)
+        return first, last if self.max_duration is None else min(last, first + round(self.max_duration * rate))
 
 
 class LoadVideo(Node):
@@ -294,7 +340,7 @@ class LoadLatent(Node):
         path = builder.file(name, "file")
         shape = [1, 16, 1, 0, 0] if path is None else latent_shape(path)
         settings = Settings(fields={"width": 8 * shape[4], "height": 8 * shape[3]})
-        return Chain((Part(values["latent"].source, shape[2]),), settings).value()
+        return Chain((Part(values["latent"].source, shape[2]),), settings, is_open=path is None).value()
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Store the file's latent as the first chunk: {"latent": {samples: [1, 16, F, H, W]}}."""
@@ -338,7 +384,7 @@ def check_header(builder: PlanBuilder, name: str, family: str, *field_path: str 
         raise CheckpointError(f"{path}: {mismatch}", fix=f"name another file in node {name}")
 
 
-def report_lora(context: RunContext, lora: Lora, report: Any) -> None:
+def coverage_text(lora: Lora, report: Any) -> str:
     """Say how much of a LoRA found a home.
 
     Raises:
@@ -350,4 +396,4 @@ def report_lora(context: RunContext, lora: Lora, report: Any) -> None:
         text += f"; {len(report.unmatched)} have no home in this model: {shown}"
         if not lora.allow_partial:
             raise CheckpointError(text, fix=f"set allow_partial: true for the LoRA {lora.id} if that is meant")
-    context.note(text)
+    return text

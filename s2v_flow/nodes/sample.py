@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.plan import PlanBuilder, Value
@@ -19,6 +19,7 @@ from s2v_flow.nodes.chain import (
     warmup_frames,
 )
 from s2v_flow.nodes.fields import (
+    Cfg,
     Conditioning,
     ConditioningInput,
     FramesInput,
@@ -28,15 +29,14 @@ from s2v_flow.nodes.fields import (
     Motion,
     ReferenceInput,
     Seed,
+    Shift,
     Side,
     SpeechInput,
+    Steps,
     VaeInput,
 )
+from s2v_flow.nodes.timeline import Timeline, TimelineEntry, check_timeline
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName, minimum_steps
-
-Steps = Annotated[int, Field(ge=1, le=1000)]
-Cfg = Annotated[float, Field(ge=0, le=100)]
-Shift = Annotated[float, Field(gt=0, le=1000)]
 
 
 class Sample(Node):
@@ -82,8 +82,13 @@ class Sample(Node):
 
     def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
         """Plan the first chunk."""
-        settings = Settings().updated(builder, self, (*FIELDS, "init_first_frame"))
-        settings = _with_size(settings)
+        given = Settings().updated(builder, self, (*FIELDS, "init_first_frame"))
+        settings = _with_size(given)
+        for key in ("width", "height"):
+            if key in given.fields and given.fields[key] != settings.fields[key]:
+                message = f"{key}: the reference has {settings.fields[key]}, got {given.fields[key]}"
+                builder.problem(name, key, "R088", message, f"leave {key} out, or change it in the reference's node")
+                return {}
         if not check_settings(builder, name, self, settings):
             return {}
         return add_chunk(builder, name, name, Chain(seed=self.seed), settings, self.seed).value()
@@ -119,6 +124,9 @@ class Extend(Node):
     shift: Shift | None = Field(None, description="Inherited from the video unless given.")
     conditioning: Conditioning | None = Field(None, description="Inherited from the video unless given.")
     motion: Motion | None = Field(None, description="Inherited from the video unless given.")
+    timeline: Annotated[list[TimelineEntry], AfterValidator(check_timeline)] = Field(
+        [], description="What changes as the voice goes on: prompts, seeds and settings from given times on."
+    )
 
     def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
         """Plan the further chunks; `auto` needs the voice's length, which its file tells."""
@@ -128,6 +136,11 @@ class Extend(Node):
         chain: Chain = video.facts["chain"]
         settings = _with_size(chain.settings.updated(builder, self, FIELDS))
         if not check_settings(builder, name, self, settings):
+            return {}
+        old, new = ([made.fields.get(key) for key in ("width", "height")] for made in (chain.settings, settings))
+        if old != new and not chain.is_open:
+            message = f"reference: {new[0]}x{new[1]} cannot follow a video of {old[0]}x{old[1]}"
+            builder.problem(name, "reference", "R064", message, "encode the portrait at the video's size")
             return {}
         if chain.parts and chain.pixels is None and settings.fields["motion"] == "pixels":
             builder.problem(name, "motion", "R060", "motion: pixels cannot follow chunks that hand over latents")
@@ -141,17 +154,26 @@ class Extend(Node):
             return {}
         is_open = self.chunks == "auto" and voice_frames(settings) is None
         chain = replace(chain, is_open=chain.is_open or is_open)
-        first = len(chain.parts)
+        return self._add_chunks(builder, name, chain, settings, count).value()
+
+    def _add_chunks(self, builder: PlanBuilder, name: str, chain: Chain, settings: Settings, count: int) -> Chain:
+        timeline = Timeline(builder, name, self.timeline, settings)
+        num_frames = FRAMES_PER_LATENT * ((settings.fields["length"] - 1) // FRAMES_PER_LATENT + 1)
+        inherited = chain.seed + len(chain.parts)
         for position in range(count):
-            seed = self._seed(chain.seed + first, position)
-            chain = add_chunk(builder, f"{name}[{position + 1}]", name, chain, settings, seed)
-        return chain.value()
+            cue = timeline.cue(FRAMES_PER_LATENT * chain.num_latent_frames - warmup_frames(settings), num_frames)
+            if not check_settings(builder, name, self, cue.settings):
+                return chain
+            seed = self._seed(inherited, position) if cue.seed is None else cue.seed
+            chain = add_chunk(builder, f"{name}[{position + 1}]", name, chain, cue.settings, seed, since=cue.since)
+        timeline.close()
+        return replace(chain, settings=settings)
 
     def _seed(self, inherited: int, position: int) -> int:
-        if isinstance(self.seed, list):
-            beyond = max(position - len(self.seed) + 1, 0)
-            return self.seed[min(position, len(self.seed) - 1)] + beyond if self.seed else inherited + position
-        return ((inherited if self.seed is None else self.seed) + position) % 2**64
+        """Return the seed of an added chunk; where `auto` needs more than a list has, it counts on from the last."""
+        given = self.seed if isinstance(self.seed, list) else [inherited if self.seed is None else self.seed]
+        last = min(position, len(given) - 1)
+        return (given[last] + position - last if given else inherited + position) % 2**64
 
     def _num_chunks(self, builder: PlanBuilder, name: str, chain: Chain, settings: Settings) -> int:
         if isinstance(self.chunks, int):
@@ -186,29 +208,29 @@ def check_settings(builder: PlanBuilder, name: str, node: Node, settings: Settin
     key: str
     for key in ("model", "positive"):
         if key not in inputs:
-            problems.append((key, "R050", f"{key} is missing and cannot be inherited", f"add {key}: $..."))
+            problems.append((key, "R080", f"{key} is missing and cannot be inherited", f"add {key}: $..."))
     for key in ("width", "height"):
         if fields.get(key) is None:
-            problems.append((key, "R051", f"{key} is unknown", "give a reference, or width and height"))
-    if fields.get("cfg", 6.0) != 1 and "negative" not in inputs:
+            problems.append((key, "R081", f"{key} is unknown", "give a reference, or width and height"))
+    if fields.get("cfg", 1) != 1 and "negative" not in inputs:
         fix = "add negative: $... (an encode_text node), or set cfg: 1"
-        problems.append(("cfg", "R052", f"cfg {fields['cfg']:g} needs a negative prompt", fix))
+        problems.append(("cfg", "R082", f"cfg {fields['cfg']:g} needs a negative prompt", fix))
     needs_vae: list[str] = [key for key in ("control_video", "motion_video") if key in inputs]
     needs_vae += ["motion"] if fields.get("motion") == "pixels" else []
     needs_vae += ["init_first_frame"] if fields.get("init_first_frame") else []
     if needs_vae and "vae" not in inputs:
-        problems.append((needs_vae[0], "R053", f"{needs_vae[0]} needs the VAE", "add vae: $... (a load_vae node)"))
+        problems.append((needs_vae[0], "R083", f"{needs_vae[0]} needs the VAE", "add vae: $... (a load_vae node)"))
     if (fields.get("motion") == "pixels" or fields.get("init_first_frame")) and "reference" not in inputs:
         key = "motion" if fields.get("motion") == "pixels" else "init_first_frame"
-        problems.append((key, "R054", f"{key} needs a reference", "add reference: $... (an encode_image node)"))
+        problems.append((key, "R084", f"{key} needs a reference", "add reference: $... (an encode_image node)"))
     if fields.get("init_first_frame") and "motion_video" in inputs:
-        problems.append(("init_first_frame", "R055", "init_first_frame and motion_video exclude each other", None))
+        problems.append(("init_first_frame", "R085", "init_first_frame and motion_video exclude each other", None))
     least = minimum_steps(fields["sampler"], fields["scheduler"]) if "sampler" in fields else 1
     if fields.get("steps", least) < least:
         message = f"steps: {fields['sampler']} with {fields['scheduler']} needs at least {least}, got {fields['steps']}"
-        problems.append(("steps", "R056", message, None))
+        problems.append(("steps", "R086", message, None))
     missing = [key for key in FIELDS if key not in fields and key not in ("width", "height")]
-    problems += [(key, "R057", f"{key} is missing and cannot be inherited", f"add {key}: ...") for key in missing]
+    problems += [(key, "R087", f"{key} is missing and cannot be inherited", f"add {key}: ...") for key in missing]
     for problem in problems:
         builder.problem(name, *problem)
     return not problems and inputs <= {*settings.inputs, "video"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +28,7 @@ class SaveVideo(Node):
     """Write an mp4 (H.264, yuv420p) with sound (AAC), frame by frame; nothing half-written stands under the name."""
 
     kind: ClassVar[str] = "save_video"
+    stage: ClassVar[int] = 2
     outputs: ClassVar = {}
     is_sink: ClassVar[bool] = True
     is_stored: ClassVar[bool] = True
@@ -57,6 +59,7 @@ class SaveVideo(Node):
             num_samples = round(frames.num_frames * audio.sample_rate_hz / self.fps)
             audio = Audio(audio.waveform[:, :num_samples], audio.sample_rate_hz)
         path = context.scratch / "video.mp4"
+        digest = hashlib.sha256()  # of the frames as they are before encoding: what `reproduce` compares
         options: dict[str, Any] = {
             "fps": Fraction(str(self.fps)),
             "crf": self.crf,
@@ -65,7 +68,9 @@ class SaveVideo(Node):
         }
         with VideoWriter(path, frames.width, frames.height, **options) as writer:
             for group in reported(context, frames):
+                digest.update(group.tobytes())
                 writer.write(group)
+        context.record(frames_sha256=digest.hexdigest(), frames=frames.num_frames)
         return {"file": path}
 
     def deliver(self, files: Files, artifacts: Mapping[str, Artifact]) -> list[tuple[Path, bool]]:
@@ -77,6 +82,7 @@ class SaveImages(Node):
     """Write every frame as a PNG file."""
 
     kind: ClassVar[str] = "save_images"
+    stage: ClassVar[int] = 2
     outputs: ClassVar = {}
     is_sink: ClassVar[bool] = True
     is_stored: ClassVar[bool] = True
@@ -110,6 +116,7 @@ class SaveLatent(Node):
     """Write a video's latent as one safetensors file, as ComfyUI's SaveLatent does."""
 
     kind: ClassVar[str] = "save_latent"
+    stage: ClassVar[int] = 2
     outputs: ClassVar = {}
     is_sink: ClassVar[bool] = True
     is_stored: ClassVar[bool] = True

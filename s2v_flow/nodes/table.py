@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.decode import Decode
+from s2v_flow.nodes.edit import FramesFromImage, FramesSlice, ImageFromFrames, LatentConcat, LatentCut
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage, EncodeText
 from s2v_flow.nodes.load import (
     LoadAudio,
@@ -17,6 +18,7 @@ from s2v_flow.nodes.load import (
 )
 from s2v_flow.nodes.sample import Extend, Sample
 from s2v_flow.nodes.save import SaveImages, SaveLatent, SaveVideo
+from s2v_flow.nodes.scale import FramesScale, ImageScale
 
 NODE_KINDS: tuple[type[Node], ...] = (
     LoadDiffusionModel,
@@ -33,6 +35,13 @@ NODE_KINDS: tuple[type[Node], ...] = (
     Sample,
     Extend,
     Decode,
+    LatentConcat,
+    LatentCut,
+    FramesSlice,
+    FramesScale,
+    FramesFromImage,
+    ImageScale,
+    ImageFromFrames,
     SaveVideo,
     SaveImages,
     SaveLatent,

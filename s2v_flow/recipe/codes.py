@@ -48,5 +48,12 @@ CODES: Mapping[str, str] = MappingProxyType(
         "R050": "an override is not written as PATH=VALUE",
         "R051": "an override names something that does not exist",
         "R052": "an override's value cannot be read as what its place takes",
+        "R053": "an override removes what is required",
+        # the matrix
+        "R060": "an axis of the matrix is no list of values, or include or exclude no list of maps",
+        "R061": "a matrix has more cells than it may have, or none",
+        "R062": "an exclude of the matrix names what does not vary",
+        "R063": "an axis of the matrix, or one of its values, is given twice",
+        "R064": "an override sets what the matrix varies",
     }
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from s2v_flow.errors import Diagnostic, Place
 from s2v_flow.graph.node import Node
+from s2v_flow.recipe.matrix import Matrix
 from s2v_flow.recipe.tree import MapValue, Origin
 
 FieldPath = tuple[str | int, ...]
@@ -52,8 +53,9 @@ class Recipe:
     """A recipe with all its layers applied and all references to parameters resolved.
 
     `params` holds the resolved parameters; `nodes` is in the order of the file; `files` are all files that were read,
-    the innermost base first; `document` is the merged text (`params` and `nodes`), `$params.x` still in it, with every
-    origin.
+    the innermost base first, then what --set-file named; `document` is the merged text (`params` and `nodes`), with
+    `$params.x` still in it and every origin; `profile_places` says which profile a value at a place belongs to;
+    `matrix` is what the recipe varies, `matrix_text` the same as it is written.
     """
 
     path: Path
@@ -62,3 +64,6 @@ class Recipe:
     nodes: Mapping[str, NodeSpec]
     files: tuple[Path, ...]
     document: MapValue
+    profile_places: Mapping[Place, str] = field(default_factory=dict)
+    matrix: Matrix = field(default_factory=Matrix)
+    matrix_text: MapValue | None = None

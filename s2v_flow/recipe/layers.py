@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from s2v_flow.diagnostics import did_you_mean, shortened
@@ -16,19 +16,26 @@ from s2v_flow.errors import Place
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.sections import Body, Layer, read_layer
-from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree
+from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, origins_of
 
 MAX_CHAIN = 8
 
 
 @dataclass(frozen=True)
 class Merged:
-    """All layers as one, before `--set`: the bodies merged, and which files were read."""
+    """All layers as one, before `--set`: the bodies merged, and which files were read.
+
+    `recipe_params` are the parameters without profiles and override files; `profile_places` says which of the chosen
+    profiles a value at a place belongs to.
+    """
 
     body: Body
+    recipe_params: MapValue
+    matrix: MapValue
     profiles: Mapping[str, Body]
     description: str | None
     files: tuple[str, ...]
+    profile_places: Mapping[Place, str]
 
 
 def merge_layers(
@@ -49,13 +56,25 @@ def merge_layers(
         for name, body in layer.profiles.items():
             known[name] = merge_bodies(known[name], body) if name in known else body
     chosen = _chosen(profiles, known, base_dir, problems)
-    bodies = [*(layer.body for layer in chain), *chosen, *(layer.body for layer in overrides)]
-    body = bodies[0]
-    for over in bodies[1:]:
+    body = chain[0].body
+    for layer in chain[1:]:
+        body = merge_bodies(body, layer.body)
+    recipe_params = body.params
+    for over in (*(profile for _, profile in chosen), *(layer.body for layer in overrides)):
         body = merge_bodies(body, over)
+    matrix = MapValue({}, body.nodes.origin)
+    for layer in (*chain, *overrides):
+        if layer.matrix is not None:
+            matrix = replace(_merge_maps(matrix, layer.matrix), origin=layer.matrix.origin)
     descriptions = [layer.description for layer in chain if layer.description is not None]
     files = tuple(dict.fromkeys(layer.file for layer in (*chain, *overrides)))
-    return Merged(body, known, descriptions[-1] if descriptions else None, files)
+    places = {
+        origin.place: name
+        for name, profile in chosen
+        for section in (profile.params, profile.nodes)
+        for origin in origins_of(section).values()
+    }
+    return Merged(body, recipe_params, matrix, known, descriptions[-1] if descriptions else None, files, places)
 
 
 def merge_bodies(base: Body, over: Body) -> Body:
@@ -105,14 +124,16 @@ def _base_name(extends: Scalar, name: str, problems: Problems) -> str:
     return posixpath.normpath(posixpath.join(Path(name).parent.as_posix(), text))
 
 
-def _chosen(names: Sequence[str], known: Mapping[str, Body], base_dir: Path, problems: Problems) -> list[Body]:
+def _chosen(
+    names: Sequence[str], known: Mapping[str, Body], base_dir: Path, problems: Problems
+) -> list[tuple[str, Body]]:
     """Return the profiles of these names."""
     for number, name in enumerate(names, start=1):
         if name not in known:
             origin = Origin(Place("--profile", number), name, base_dir, len(name))
             fix = did_you_mean(name, known) or "the recipe has no profiles"
             problems.add("R043", f"there is no profile {shortened(name)}", origin, fix=fix)
-    return [known[name] for name in names if name in known]
+    return [(name, known[name]) for name in names if name in known]
 
 
 def _changes_kind(base: Tree, over: Tree) -> bool:

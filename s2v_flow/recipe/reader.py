@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ MAX_DEPTH = 32
 MAX_EVENTS = 20_000
 MAX_ALIASES = 16
 
-# libyaml's parser where PyYAML was built with it: 20 times faster, the same events
+# libyaml's parser where PyYAML was built with it: several times faster, the same events
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what PyYAML counts as lines
 FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
@@ -81,15 +81,42 @@ def read_file(path: Path, name: str, problems: Problems, named_at: Origin | None
         StopReadingError: The file cannot be read, or is no YAML within the limits; `problems` says why.
     """
     source = Source(name, absolute_dir(path), ())
+    return read_yaml(_read_bytes(path, MAX_BYTES + 1, source, problems, named_at), source, problems)
+
+
+def read_text(path: Path, name: str, problems: Problems, named_at: Origin, max_bytes: int) -> str:
+    """Read a file whose text is a value: a prompt. Line breaks become those of Unix.
+
+    Args:
+        path: The file.
+        name: How messages call it.
+        problems: Takes what is wrong.
+        named_at: What named the file.
+        max_bytes: How large it may be.
+
+    Raises:
+        StopReadingError: The file cannot be read, is larger, or is no text; `problems` says why.
+    """
+    source = Source(name, absolute_dir(path), ())
+    data = _read_bytes(path, max_bytes + 1, source, problems, named_at)
+    if len(data) > max_bytes:
+        message = f"{shortened(name, 200)}: a text may have {max_bytes} bytes, this is more"
+        raise problems.stop("R004", message, named_at)
+    text = _decode(data, source, problems)
+    source = replace(source, lines=tuple(_LINE_BREAK.split(text)))
+    _check_characters(text, source, problems)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_bytes(path: Path, count: int, source: Source, problems: Problems, named_at: Origin | None) -> bytes:
     try:
         with open(path, "rb", opener=_open_regular) as file:
-            data = file.read(MAX_BYTES + 1)
+            return file.read(count)
     except (OSError, ValueError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        where = named_at or Origin(Place(name), "", source.base_dir)
-        message = f"cannot read {shortened(name)}: {reason}"
+        where = named_at or Origin(Place(source.file), "", source.base_dir)
+        message = f"cannot read {shortened(source.file, 200)}: {reason}"
         raise problems.stop("R002", message, where, fix=_similar_file(path)) from error
-    return read_yaml(data, source, problems)
 
 
 def read_yaml(data: bytes, source: Source, problems: Problems) -> Tree:
@@ -107,6 +134,7 @@ def read_yaml(data: bytes, source: Source, problems: Problems) -> Tree:
     if not source.lines:
         source = Source(source.file, source.base_dir, tuple(_LINE_BREAK.split(text)), source.line, source.column)
     _check_characters(text, source, problems)
+    _check_directives(text, source, problems)
     events = _events(text, source, problems)
     return _Builder(source, problems).build(events)
 
@@ -122,7 +150,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 def _similar_file(path: Path) -> str | None:
     try:
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml", path.suffix)]
     except (OSError, ValueError):
         return None
     match = nearest(path.name, siblings)
@@ -144,11 +172,15 @@ def _decode(data: bytes, source: Source, problems: Problems) -> str:
 
 
 def _check_characters(text: str, source: Source, problems: Problems) -> None:
-    """Refuse control characters and directives: libyaml takes seconds for a megabyte of directives."""
+    """Refuse control characters."""
     found = FORBIDDEN.search(text)
     if found is not None:
         message = f"the character U+{ord(found[0]):04X} may not stand in a recipe"
         raise problems.stop("R003", message, _origin_at(text, found.start(), source))
+
+
+def _check_directives(text: str, source: Source, problems: Problems) -> None:
+    """Refuse directives: libyaml takes seconds for a megabyte of them."""
     found = _DIRECTIVE.search(text)
     if found is not None:
         message = "a line may not begin with %: recipes have no YAML directives"

@@ -59,6 +59,7 @@ def _file(*, is_recipe: bool) -> Schema:
             "params", "The knobs: named values, used as $params.NAME and changed by --set NAME=VALUE."
         ),
         "profiles": _map_of("profile", "Named sets of changes, chosen with -p NAME."),
+        "matrix": _matrix(),
     }
     schema: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
     if not is_recipe:
@@ -82,6 +83,19 @@ def _profile() -> Schema:
             "nodes": _map_of("node_part", "Nodes, or the fields of nodes that change."),
         },
         "additionalProperties": False,
+    }
+
+
+def _matrix() -> Schema:
+    items = {"type": "array", "items": {"type": "object", "minProperties": 1}}
+    return {
+        "type": ["object", "null"],
+        "description": "Values to run the recipe with, in all combinations: path (as in --set) -> list of values.",
+        "properties": {
+            "include": {**items, "description": "Cells to add, or values to add to the cells that they fit."},
+            "exclude": {**items, "description": "Combinations to leave out: cells that have all of an item's values."},
+        },
+        "additionalProperties": {"type": "array", "minItems": 1},
     }
 
 

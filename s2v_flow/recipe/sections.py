@@ -12,7 +12,7 @@ from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, plain
 
 LANGUAGE_VERSION = 1
-TOP_KEYS = ("s2vflow", "description", "extends", "params", "nodes", "profiles")
+TOP_KEYS = ("s2vflow", "description", "extends", "params", "nodes", "profiles", "matrix")
 PROFILE_KEYS = ("description", "params", "nodes")
 _NAME = re.compile(NAME)
 _RESERVED = frozenset({"params"})  # `$params.x` is a parameter
@@ -36,6 +36,7 @@ class Layer:
     description: str | None = None
     extends: Scalar | None = None
     profiles: Mapping[str, Body] = field(default_factory=dict)
+    matrix: MapValue | None = None
 
 
 def read_layer(tree: Tree, file: str, problems: Problems, *, is_recipe: bool) -> Layer:
@@ -70,6 +71,7 @@ def read_layer(tree: Tree, file: str, problems: Problems, *, is_recipe: bool) ->
         description=_read_description(top, problems),
         extends=_read_extends(top, problems),
         profiles=profiles,
+        matrix=None if "matrix" not in top.entries else _as_map(top.entries["matrix"].value, "matrix", problems),
     )
 
 

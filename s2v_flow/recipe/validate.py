@@ -206,7 +206,9 @@ class _NodeCheck:
         groups: dict[FieldPath, list[dict[str, Any]]] = {}
         for details in error.errors(include_url=False):
             path = _value_path(details["loc"], self.model)
-            if path and path[0] not in self.faulty:
+            if not path and not self.faulty:
+                self._say_of_node(dict(details))
+            elif path and path[0] not in self.faulty:
                 groups.setdefault(path, []).append(dict(details))
         for path, group in groups.items():
             taken = field_at(self.model, path)
@@ -215,6 +217,11 @@ class _NodeCheck:
                 self._say(path, ranges[0], taken)
             elif taken is None or not taken.takes(group[0]["input"]):  # else the mistake is deeper inside
                 self._say(path, group[0], taken)
+
+    def _say_of_node(self, details: dict[str, Any]) -> None:
+        """Say a mistake that is about the fields together."""
+        message = f"{self.name}: {_rule(details['type'], details.get('ctx', {}), details['msg'])}"
+        self.problems.add("R016", message, self.name_origin, inside=f"nodes.{self.name} (kind: {self.model.kind})")
 
     def _say(self, path: FieldPath, details: dict[str, Any], taken: Accepts | None) -> None:
         kind, value = details["type"], details["input"]
@@ -242,7 +249,8 @@ class _NodeCheck:
             message = f"{label}: expected {taken.described()}, got {shown(value)}"
             fix = self._advise_type(path, value, tree, taken)
         else:
-            code, message = "R016", f"{label}: {_rule(kind, context, details['msg'])}, got {shown(value)}"
+            got = "" if isinstance(value, (list, dict)) else f", got {shown(value)}"
+            code, message = "R016", f"{label}: {_rule(kind, context, details['msg'])}{got}"
         self.problems.add(code, message, origin, inside=self._inside(path), fix=fix)
 
     def _advise_missing(self, path: FieldPath, taken: Accepts | None) -> str | None:

@@ -1,7 +1,11 @@
-"""Every recipe in bad/ prints exactly the text stored beside it. A first line `# run: ...` holds its options."""
+"""Every recipe in bad/ prints exactly the text stored beside it. A first line `# run: ...` holds its options.
+
+`python tests/recipe/test_bad_recipes.py` writes the texts anew.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -13,6 +17,7 @@ import s2v_flow
 from s2v_flow.diagnostics import format_diagnostic
 from s2v_flow.errors import ExitCode, RecipeError
 from s2v_flow.graph.node import Node
+from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.codes import CODES
 from s2v_flow.recipe.load import load_recipe
 
@@ -65,3 +70,14 @@ def test_stored_texts_hold_no_escape_sequences() -> None:
     """What a recipe holds reaches the terminal only in printable form."""
     for path in BAD.glob("*.txt"):
         assert all(character.isprintable() or character == "\n" for character in path.read_text(encoding="utf-8"))
+
+
+def write_all() -> None:
+    """Store what is printed now; read the difference before you commit it."""
+    os.chdir(BAD)
+    for name in NAMES:
+        Path(f"{name}.txt").write_text(printed(name, {kind.kind: kind for kind in NODE_KINDS}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_all()

@@ -5,17 +5,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import model_validator
 
 from s2v_flow.diagnostics import format_diagnostic
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.fields import field_at
 from s2v_flow.recipe.load import load_recipe
 
 Load = Callable[..., Recipe]
@@ -90,6 +92,41 @@ def test_a_thousand_nodes_load_in_seconds(load: Load) -> None:
     started = time.process_time()
     assert len(load(f"s2vflow: 1\nnodes:\n{nodes}").nodes) == 1000
     assert time.process_time() - started < 3
+
+
+def test_a_rule_about_several_fields_is_marked_at_the_node(tmp_path: Path) -> None:
+    """A kind's own validator speaks for the whole node."""
+
+    class Pair(Node):
+        """Two numbers."""
+
+        kind: ClassVar[str] = "pair"
+        low: int = 0
+        high: int = 1
+
+        @model_validator(mode="after")
+        def check_order(self) -> Pair:
+            if self.low > self.high:
+                raise ValueError("low must not be above high")
+            return self
+
+    path = tmp_path / "r.yaml"
+    path.write_text("s2vflow: 1\nnodes:\n  two: {kind: pair, low: 2}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, kinds={"pair": Pair})
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.message) == ("R016", "two: low must not be above high")
+    assert found.place is not None
+    assert (found.place.line, found.place.column) == (3, 3)
+
+
+def test_every_field_of_every_kind_can_be_read_from_a_recipe(kinds: Mapping[str, type[Node]]) -> None:
+    """No field has a type for which the language has no words."""
+    for kind in kinds.values():
+        for name in kind.model_fields:
+            taken = field_at(kind, (name,))
+            assert taken is not None
+            assert taken.described() != "null"
 
 
 PIECES = st.sampled_from(

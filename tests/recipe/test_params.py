@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from s2v_flow.errors import Place, RecipeError
+from s2v_flow.errors import RecipeError
 from s2v_flow.recipe.document import Recipe
 
 Load = Callable[..., Recipe]
@@ -97,4 +97,5 @@ def test_a_faulty_parameter_is_reported_once_and_where_it_is(load: Load) -> None
         text_of(load, "{a: $params.b, c: '${params.a}'}", "$params.c")
     (diagnostic,) = caught.value.diagnostics
     assert diagnostic.code == "R030"
-    assert diagnostic.place == Place(diagnostic.place.file if diagnostic.place else "", 2, 13)
+    assert diagnostic.place is not None
+    assert (diagnostic.place.line, diagnostic.place.column) == (2, 13)

@@ -1,0 +1,1 @@
+"""ComfyUI's workflow files <-> recipes. Nothing here imports torch."""

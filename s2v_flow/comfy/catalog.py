@@ -1,0 +1,170 @@
+"""ComfyUI's node classes that recipes have words for: what they are called, take and give."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+CONTROL_WORDS = frozenset({"fixed", "increment", "decrement", "randomize"})
+"""What the editor keeps behind a seed: how it changes after each run."""
+
+VIRTUAL = frozenset({"Reroute", "PrimitiveNode", "Note", "MarkdownNote", "SetNode", "GetNode"})
+"""Nodes that exist in the editor only."""
+NOTES = frozenset({"Note", "MarkdownNote"})
+
+SAVERS = ("SaveVideo", "SaveAnimatedWEBP", "SaveWEBM", "VHS_VideoCombine", "SaveImage", "SaveLatent")
+PREVIEWS = ("PreviewImage",)
+WITHOUT_RESULT = frozenset({"PreviewAny", "PreviewAudio", "SaveAudio", "SaveAudioMP3", "SaveAudioOpus"})
+"""Outputs of ComfyUI that no recipe needs: they show or write what is there already."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input that is linked, or a widget; `has_control` where the editor keeps a control word behind its value."""
+
+    name: str
+    type: str
+    is_widget: bool
+    is_optional: bool = False
+    has_control: bool = False
+    default: Any = None
+
+
+@dataclass(frozen=True)
+class ComfyClass:
+    """A node class; `title` is what the editor calls it."""
+
+    name: str
+    title: str
+    inputs: tuple[Input, ...]
+    outputs: tuple[tuple[str, str], ...]
+
+    @property
+    def links(self) -> tuple[Input, ...]:
+        """Inputs that are linked."""
+        return tuple(item for item in self.inputs if not item.is_widget)
+
+    @property
+    def widgets(self) -> tuple[Input, ...]:
+        """Inputs that have a widget, in the order of `widgets_values`."""
+        return tuple(item for item in self.inputs if item.is_widget)
+
+    def input(self, name: str) -> Input:
+        """Return the input of that name."""
+        return next(item for item in self.inputs if item.name == name)
+
+
+# class | title | links (? optional) | widgets (* followed by a control word; =default) | outputs
+_ROWS = """
+UNETLoader|Load Diffusion Model||unet_name:S weight_dtype:S=default|MODEL
+CLIPLoader|Load CLIP||clip_name:S type:S=wan device:S=default|CLIP
+VAELoader|Load VAE||vae_name:S|VAE
+AudioEncoderLoader|Load Audio Encoder||audio_encoder_name:S|AUDIO_ENCODER
+LoraLoaderModelOnly|LoraLoaderModelOnly|model:MODEL|lora_name:S strength_model:F=1.0|MODEL
+LoraLoader|Load LoRA|model:MODEL clip:CLIP|lora_name:S strength_model:F=1.0 strength_clip:F=1.0|MODEL CLIP
+ModelSamplingSD3|ModelSamplingSD3|model:MODEL|shift:F=3.0|MODEL
+LoadImage|Load Image||image:S upload:A=image|IMAGE MASK
+LoadAudio|Load Audio||audio:S audioUI:A upload:A|AUDIO
+LoadVideo|Load Video||file:S upload:A=image|VIDEO
+LoadLatent|LoadLatent||latent:S|LATENT
+GetVideoComponents|Get Video Components|video:VIDEO||images:IMAGE audio:AUDIO fps:FLOAT
+TrimAudioDuration|Trim Audio Duration|audio:AUDIO|start_index:F=0.0 duration:F=60.0|AUDIO
+ImageScale|Upscale Image|image:IMAGE|upscale_method:S width:I=512 height:I=512 crop:S=disabled|IMAGE
+ImageScaleBy|Upscale Image By|image:IMAGE|upscale_method:S scale_by:F=1.0|IMAGE
+ImageScaleToTotalPixels|Scale Image to Total Pixels|image:IMAGE|\
+upscale_method:S megapixels:F=1.0 resolution_steps:I=1|IMAGE
+ImageScaleToMaxDimension|Scale Image to Max Dimension|image:IMAGE|upscale_method:S largest_size:I=512|IMAGE
+RepeatImageBatch|RepeatImageBatch|image:IMAGE|amount:I=1|IMAGE
+ImageFromBatch|ImageFromBatch|image:IMAGE|batch_index:I=0 length:I=1|IMAGE
+CLIPTextEncode|CLIP Text Encode (Prompt)|clip:CLIP|text:S|CONDITIONING
+ConditioningZeroOut|ConditioningZeroOut|conditioning:CONDITIONING||CONDITIONING
+AudioEncoderEncode|AudioEncoderEncode|audio_encoder:AUDIO_ENCODER audio:AUDIO||AUDIO_ENCODER_OUTPUT
+WanSoundImageToVideo|WanSoundImageToVideo|positive:CONDITIONING negative:CONDITIONING vae:VAE \
+audio_encoder_output:AUDIO_ENCODER_OUTPUT? ref_image:IMAGE? control_video:IMAGE? ref_motion:IMAGE?|\
+width:I=832 height:I=480 length:I=77 batch_size:I=1|positive:CONDITIONING negative:CONDITIONING latent:LATENT
+WanSoundImageToVideoExtend|WanSoundImageToVideoExtend|positive:CONDITIONING negative:CONDITIONING vae:VAE \
+video_latent:LATENT audio_encoder_output:AUDIO_ENCODER_OUTPUT? ref_image:IMAGE? control_video:IMAGE?|\
+length:I=77|positive:CONDITIONING negative:CONDITIONING latent:LATENT
+KSampler|KSampler|model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT|\
+seed:I* steps:I=20 cfg:F=8.0 sampler_name:S=euler scheduler:S=normal denoise:F=1.0|LATENT
+KSamplerAdvanced|KSampler (Advanced)|model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT|\
+add_noise:S=enable noise_seed:I* steps:I=20 cfg:F=8.0 sampler_name:S=euler scheduler:S=normal start_at_step:I=0 \
+end_at_step:I=10000 return_with_leftover_noise:S=disable|LATENT
+SamplerCustom|SamplerCustom|model:MODEL positive:CONDITIONING negative:CONDITIONING sampler:SAMPLER sigmas:SIGMAS \
+latent_image:LATENT|add_noise:B=true noise_seed:I* cfg:F=8.0|output:LATENT denoised_output:LATENT
+SamplerCustomAdvanced|SamplerCustomAdvanced|noise:NOISE guider:GUIDER sampler:SAMPLER sigmas:SIGMAS \
+latent_image:LATENT||output:LATENT denoised_output:LATENT
+BasicScheduler|BasicScheduler|model:MODEL|scheduler:S=simple steps:I=20 denoise:F=1.0|SIGMAS
+KSamplerSelect|KSamplerSelect||sampler_name:S=euler|SAMPLER
+RandomNoise|RandomNoise||noise_seed:I*|NOISE
+CFGGuider|CFGGuider|model:MODEL positive:CONDITIONING negative:CONDITIONING|cfg:F=8.0|GUIDER
+BasicGuider|BasicGuider|model:MODEL conditioning:CONDITIONING||GUIDER
+LatentConcat|LatentConcat|samples1:LATENT samples2:LATENT|dim:S=x|LATENT
+LatentCut|LatentCut|samples:LATENT|dim:S=x index:I=0 amount:I=1|LATENT
+VAEDecode|VAE Decode|samples:LATENT vae:VAE||IMAGE
+VAEDecodeTiled|VAE Decode (Tiled)|samples:LATENT vae:VAE|\
+tile_size:I=512 overlap:I=64 temporal_size:I=64 temporal_overlap:I=8|IMAGE
+CreateVideo|Create Video|images:IMAGE audio:AUDIO?|fps:F=30.0|VIDEO
+SaveVideo|Save Video|video:VIDEO|filename_prefix:S=video/ComfyUI format:A=auto codec:A=auto|
+SaveAnimatedWEBP|SaveAnimatedWEBP|images:IMAGE|\
+filename_prefix:S=ComfyUI fps:F=6.0 lossless:A=true quality:A=80 method:A=default|
+SaveWEBM|SaveWEBM|images:IMAGE|filename_prefix:S=ComfyUI codec:A=vp9 fps:F=24.0 crf:A=32|
+VHS_VideoCombine|Video Combine|images:IMAGE audio:AUDIO?|frame_rate:F=8.0 loop_count:A=0 \
+filename_prefix:S=AnimateDiff format:A=video/h264-mp4 pingpong:B=false save_output:A=true|FILENAMES
+SaveImage|Save Image|images:IMAGE|filename_prefix:S=ComfyUI|
+PreviewImage|Preview Image|images:IMAGE||
+SaveLatent|SaveLatent|samples:LATENT|filename_prefix:S=latents/ComfyUI|
+PrimitiveInt|Int||value:I*|INT
+PrimitiveFloat|Float||value:F|FLOAT
+PrimitiveString|String||value:S|STRING
+PrimitiveStringMultiline|String (Multiline)||value:S|STRING
+PrimitiveBoolean|Boolean||value:B|BOOLEAN
+StringConcatenate|Concatenate||string_a:S string_b:S delimiter:S|STRING
+ComfySwitchNode|Switch|on_false:*? on_true:*?|switch:B=true|output:*
+"""
+
+_TYPES = {"S": "STRING", "I": "INT", "F": "FLOAT", "B": "BOOLEAN", "A": "ANY"}
+_TITLES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "CLIPTextEncode": frozenset(
+            {"CLIP Text Encode (Positive Prompt)", "CLIP Text Encode (Negative Prompt)", "Positive Prompt"}
+        ),
+        "LoadImage": frozenset({"Load Image (from Outputs)"}),
+    }
+)
+
+
+@functools.cache
+def classes() -> Mapping[str, ComfyClass]:
+    """Return the known classes by name."""
+    rows = (row.split("|") for row in _ROWS.strip().splitlines())
+    return MappingProxyType({name: _class(name, *rest) for name, *rest in rows})
+
+
+def is_stock_title(class_type: str, title: str) -> bool:
+    """Tell whether a title is what ComfyUI or its templates call the node anyway."""
+    known = classes().get(class_type)
+    return title in ({class_type, known.title} if known else {class_type}) | _TITLES.get(class_type, frozenset())
+
+
+def _class(name: str, title: str, links: str, widgets: str, outputs: str) -> ComfyClass:
+    inputs = [_link(text) for text in links.split()] + [_widget(text) for text in widgets.split()]
+    ports = [(text.partition(":")[0], text.rpartition(":")[2]) for text in outputs.split()]
+    return ComfyClass(name, title, tuple(inputs), tuple(ports))
+
+
+def _link(text: str) -> Input:
+    name, _, type_ = text.partition(":")
+    return Input(name, type_.removesuffix("?"), is_widget=False, is_optional=type_.endswith("?"))
+
+
+def _widget(text: str) -> Input:
+    head, _, default = text.partition("=")
+    name, _, letter = head.partition(":")
+    type_ = _TYPES[letter.removesuffix("*")]
+    value: Any = {"INT": int, "FLOAT": float, "BOOLEAN": lambda word: word == "true"}.get(type_, str)(default or "0")
+    value = value if default or type_ not in ("STRING", "ANY") else ""
+    return Input(name, type_, is_widget=True, has_control=letter.endswith("*"), default=value)

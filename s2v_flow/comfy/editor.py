@@ -1,0 +1,317 @@
+"""ComfyUI's editor format: subgraphs are unfolded, and what only the editor knows is followed to what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from s2v_flow.comfy.catalog import NOTES, VIRTUAL, classes, is_stock_title
+from s2v_flow.comfy.graph import Box, ComfyNode, Graph, Link, Mistakes, Note, Value
+from s2v_flow.comfy.widgets import instance_values, widget_values
+from s2v_flow.diagnostics import shortened
+from s2v_flow.errors import RecipeError
+
+MAX_NODES = 20_000
+MAX_DEPTH = 32
+_MUTED, _BYPASSED = 2, 4
+_INPUT_SIDE, _OUTPUT_SIDE = -10, -20  # the ids of a subgraph's own edges
+
+
+def is_editor(document: Any) -> bool:
+    """Tell whether a JSON value is in the editor's format."""
+    return isinstance(document, Mapping) and isinstance(document.get("nodes"), list)
+
+
+@dataclass
+class Scope:
+    """The root, or one unfolded copy of a subgraph: its nodes and links, and where it stands."""
+
+    name: str  # "" for the root, else "79:" and so on: what ids in it begin with
+    nodes: dict[int | str, Mapping[str, Any]]
+    links: dict[int | str, tuple[Any, int, Any, int]]  # id -> origin, slot, target, slot
+    groups: list[Any]
+    definition: Mapping[str, Any] = field(default_factory=dict)
+    instance: Mapping[str, Any] = field(default_factory=dict)
+    parent: Scope | None = None
+    children: dict[int | str, Scope] = field(default_factory=dict)
+    depth: int = 0
+
+
+def read_editor(document: Mapping[str, Any], mistakes: Mistakes, active: Collection[str] = ()) -> Graph:
+    """Read the editor's format.
+
+    Args:
+        document: The JSON value.
+        mistakes: Takes what is wrong.
+        active: Ids of bypassed or muted nodes at the root that count as switched on.
+
+    Raises:
+        RecipeError: It is damaged, or unfolds to more than a workflow may have.
+    """
+    scopes = _Unfolder(document, mistakes, frozenset(active)).unfold()
+    reader = _Reader(scopes, mistakes, frozenset(active))
+    nodes = {node.id: node for scope in scopes for node in reader.nodes(scope)}
+    mistakes.raise_any()
+    notes = tuple(note for scope in scopes for note in _notes(scope))
+    groups = tuple(box for scope in scopes for box in _groups(scope))
+    return Graph(nodes, notes, groups)
+
+
+def inactive_parts(document: Mapping[str, Any], savers: Collection[str]) -> list[frozenset[str]]:
+    """Return the parts of a workflow that are bypassed or muted as a whole: those that would save something.
+
+    A part is what hangs together among the nodes that are switched off at the root.
+    """
+    off = {str(n["id"]): n for n in document["nodes"] if isinstance(n, Mapping) and "id" in n and _mode(n) != 0}
+    neighbours: dict[str, set[str]] = {name: set() for name in off}
+    for link in document.get("links") or []:
+        ends = (link.get("origin_id"), link.get("target_id")) if isinstance(link, Mapping) else (link[1], link[3])
+        one, two = str(ends[0]), str(ends[1])
+        if one in off and two in off:
+            neighbours[one].add(two)
+            neighbours[two].add(one)
+    parts, seen = [], set[str]()
+    for name, node in off.items():
+        if node.get("type") not in savers or name in seen:
+            continue
+        part, pending = {name}, [name]
+        while pending:
+            new = neighbours[pending.pop()] - part
+            part |= new
+            pending += new
+        seen |= part
+        parts.append(frozenset(part))
+    return parts
+
+
+def _mode(node: Mapping[str, Any]) -> int:
+    mode = node.get("mode", 0)
+    return mode if mode in (_MUTED, _BYPASSED) else 0
+
+
+class _Unfolder:
+    """Makes a scope of every copy of a subgraph that runs."""
+
+    def __init__(self, document: Mapping[str, Any], mistakes: Mistakes, active: frozenset[str]) -> None:
+        self._document = document
+        self._mistakes = mistakes
+        self._active = active
+        self._count = 0
+        definitions = document.get("definitions")
+        found = definitions.get("subgraphs") if isinstance(definitions, Mapping) else None
+        subgraphs = [item for item in (found if isinstance(found, list) else []) if isinstance(item, Mapping)]
+        self.definitions = {str(item.get("id")): item for item in subgraphs}
+
+    def unfold(self) -> list[Scope]:
+        """Return the root and all copies, each after the one it stands in."""
+        scopes = [self._scope("", self._document)]
+        pending = [scopes[0]]
+        while pending:
+            scope = pending.pop()
+            for key, node in scope.nodes.items():
+                definition = self.definitions.get(str(node.get("type")))
+                is_off = _mode(node) != 0 and not (scope.parent is None and str(key) in self._active)
+                if definition is None or is_off:
+                    continue
+                if scope.depth >= MAX_DEPTH:
+                    message = f"subgraphs may nest {MAX_DEPTH} deep, these are deeper or hold themselves"
+                    raise self._mistakes.stop("W006", message, f"subgraph {shortened(str(definition.get('name')))}")
+                child = self._scope(f"{scope.name}{key}:", definition)
+                child.definition, child.instance, child.parent, child.depth = definition, node, scope, scope.depth + 1
+                scope.children[key] = child
+                scopes.append(child)
+                pending.append(child)
+        return scopes
+
+    def _scope(self, name: str, source: Mapping[str, Any]) -> Scope:
+        nodes: dict[int | str, Mapping[str, Any]] = {}
+        for node in _list(source, "nodes"):
+            if not isinstance(node, Mapping) or not isinstance(node.get("id"), (int, str)):
+                raise self._mistakes.stop("W002", "a node is not a map with an id", name or None)
+            if node["id"] in nodes:
+                raise self._mistakes.stop("W002", f"two nodes have the id {node['id']}", name or None)
+            nodes[node["id"]] = node
+        self._count += len(nodes)
+        if self._count > MAX_NODES:
+            raise self._mistakes.stop("W006", f"with its subgraphs unfolded it has more than {MAX_NODES} nodes")
+        links = dict(self._link(link) for link in _list(source, "links"))
+        return Scope(name, nodes, links, _list(source, "groups"))
+
+    def _link(self, link: Any) -> tuple[int | str, tuple[Any, int, Any, int]]:
+        if isinstance(link, Mapping):
+            link = [link.get(key) for key in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
+        is_whole = isinstance(link, list) and len(link) >= 5 and all(isinstance(part, (int, str)) for part in link[:5])
+        if not is_whole or not isinstance(link[2], int) or not isinstance(link[4], int):
+            raise self._mistakes.stop("W002", "a link is damaged")
+        return link[0], (link[1], link[2], link[3], link[4])
+
+
+class _Reader:
+    """Reads the nodes that run, following every link to what gives its value."""
+
+    def __init__(self, scopes: list[Scope], mistakes: Mistakes, active: frozenset[str]) -> None:
+        self._mistakes = mistakes
+        self._active = active
+        self._setters: dict[str, tuple[Scope, Mapping[str, Any]]] = {}
+        for scope in scopes:
+            for node in scope.nodes.values():
+                if node.get("type") == "SetNode" and _mode(node) == 0:
+                    self._setters.setdefault(_first_widget(node), (scope, node))
+
+    def nodes(self, scope: Scope) -> Iterator[ComfyNode]:
+        """Yield the nodes of one scope that ComfyUI would run."""
+        for key, node in scope.nodes.items():
+            type_ = str(node.get("type"))
+            if self._off(scope, node) or type_ in VIRTUAL or key in scope.children:
+                continue
+            yield self._node(scope, f"{scope.name}{key}", type_, node)
+
+    def _node(self, scope: Scope, name: str, type_: str, node: Mapping[str, Any]) -> ComfyNode:
+        title = node.get("title")
+        is_own = isinstance(title, str) and bool(title) and not is_stock_title(type_, title)
+        made = ComfyNode(name, type_, {}, title if is_own else None, _box(scope.name, node))
+        inputs: dict[str, Link | Value] = {}
+        known = classes().get(type_)
+        if known is not None:
+            values, problem = widget_values(known, node.get("widgets_values"))
+            if problem:
+                self._mistakes.add("W002", problem, made, "save the workflow again with a recent ComfyUI")
+            inputs.update({key: Value(value) for key, value in values.items()})
+        lacking = []
+        for item in _list(node, "inputs"):
+            if not isinstance(item, Mapping) or item.get("link") is None:
+                continue
+            found = self._trace(scope, item["link"], made)
+            if found is not None:
+                inputs[str(item.get("name"))] = found
+            elif "widget" not in item:
+                lacking.append(str(item.get("name")))
+        return ComfyNode(name, type_, inputs, made.title, made.box, tuple(lacking))
+
+    def _off(self, scope: Scope, node: Mapping[str, Any]) -> int:
+        return 0 if scope.parent is None and str(node.get("id")) in self._active else _mode(node)
+
+    def _trace(self, scope: Scope, link_id: Any, user: ComfyNode) -> Link | Value | None:
+        """Follow a link to a node that runs or to a value; None where it ends in a muted node or nowhere."""
+        at: tuple[Scope, Any] | None = (scope, link_id)
+        for _ in range(MAX_NODES):
+            scope, link_id = at
+            if link_id not in scope.links:
+                raise self._dangling(f"a link {shortened(str(link_id))} is not there", user)
+            origin, slot, _, _ = scope.links[link_id]
+            if origin == _INPUT_SIDE and scope.parent is not None:
+                at, value = self._outside(scope, slot, user)
+                if at is None:
+                    return value
+                continue
+            node = scope.nodes.get(origin)
+            if node is None:
+                raise self._dangling(f"a link comes from node {shortened(str(origin))}, which is not there", user)
+            following = self._inside(scope, node, slot, user)
+            if not isinstance(following, tuple):
+                return following
+            at = following
+        raise self._mistakes.stop("W005", "links run in a circle", user)
+
+    def _inside(
+        self, scope: Scope, node: Mapping[str, Any], slot: int, user: ComfyNode
+    ) -> tuple[Scope, Any] | Link | Value | None:
+        """Return what stands behind a node's output: a link to follow further, or the end."""
+        mode, type_, name = self._off(scope, node), node.get("type"), f"{scope.name}{node['id']}"
+        if mode == _MUTED:
+            return None
+        if mode == _BYPASSED:
+            return self._further(scope, _passed_through(node, slot))
+        if node["id"] in scope.children:
+            child = scope.children[node["id"]]
+            ends = [key for key, link in child.links.items() if link[2] == _OUTPUT_SIDE and link[3] == slot]
+            return (child, ends[0]) if ends else None
+        if type_ == "Reroute":
+            return self._further(scope, _first_link(node))
+        if type_ == "PrimitiveNode":
+            title = node.get("title")
+            is_own = isinstance(title, str) and not is_stock_title("PrimitiveNode", title)
+            return Value(_first_widget(node, raw=True), name, title if is_own else None)
+        if type_ == "GetNode":
+            setter = self._setters.get(_first_widget(node))
+            if setter is None:
+                raise self._dangling(f"no Set node has the name {shortened(_first_widget(node))}", user)
+            return self._further(setter[0], _first_link(setter[1]))
+        if type_ == "SetNode":
+            return self._further(scope, _first_link(node))
+        return Link(name, slot)
+
+    @staticmethod
+    def _further(scope: Scope, link_id: Any) -> tuple[Scope, Any] | None:
+        return None if link_id is None else (scope, link_id)
+
+    def _outside(self, scope: Scope, slot: int, user: ComfyNode) -> tuple[tuple[Scope, Any] | None, Value | None]:
+        """Step out of a subgraph: return the link that feeds its input, or the value of the input's widget."""
+        edges = _list(scope.definition, "inputs")
+        if slot >= len(edges) or not isinstance(edges[slot], Mapping) or scope.parent is None:
+            raise self._dangling("a link comes from an input that the subgraph does not have", user)
+        name = edges[slot].get("name")
+        for item in _list(scope.instance, "inputs"):
+            if isinstance(item, Mapping) and item.get("name") == name and item.get("link") is not None:
+                return (scope.parent, item["link"]), None
+        values = instance_values(scope.instance, scope.definition)
+        return None, (Value(values[name]) if name in values else None)
+
+    def _dangling(self, message: str, user: ComfyNode) -> RecipeError:
+        return self._mistakes.stop("W002", message, user, "open the workflow in ComfyUI and save it again")
+
+
+def _passed_through(node: Mapping[str, Any], slot: int) -> Any:
+    """Return the link that a bypassed node passes on: of the input beside the output, or the first of its type."""
+    outputs, inputs = _list(node, "outputs"), [item for item in _list(node, "inputs") if isinstance(item, Mapping)]
+    type_ = outputs[slot].get("type") if slot < len(outputs) and isinstance(outputs[slot], Mapping) else None
+    order = inputs[slot : slot + 1] + inputs
+    return next((item.get("link") for item in order if type_ in (item.get("type"), "*")), None)
+
+
+def _first_link(node: Mapping[str, Any]) -> Any:
+    inputs = _list(node, "inputs")
+    return inputs[0].get("link") if inputs and isinstance(inputs[0], Mapping) else None
+
+
+def _first_widget(node: Mapping[str, Any], *, raw: bool = False) -> Any:
+    values = node.get("widgets_values")
+    first = values[0] if isinstance(values, list) and values else None
+    return first if raw else str(first)
+
+
+def _list(source: Mapping[str, Any], key: str) -> list[Any]:
+    found = source.get(key)
+    return found if isinstance(found, list) else []
+
+
+def _box(scope: str, node: Mapping[str, Any]) -> Box | None:
+    """Return where a node stands; `pos` and `size` are lists or maps with the keys 0 and 1."""
+    numbers = [*_pair(node.get("pos")), *_pair(node.get("size"))]
+    if len(numbers) != 4:
+        return None
+    left, top, width, height = numbers
+    return Box(scope, left, top, left + width, top + height)
+
+
+def _pair(value: Any) -> list[float]:
+    pair = [value.get("0"), value.get("1")] if isinstance(value, Mapping) else value
+    is_pair = isinstance(pair, list) and len(pair) >= 2 and all(isinstance(part, (int, float)) for part in pair[:2])
+    return [float(pair[0]), float(pair[1])] if is_pair and isinstance(pair, list) else []
+
+
+def _notes(scope: Scope) -> Iterator[Note]:
+    for node in scope.nodes.values():
+        text = _first_widget(node, raw=True)
+        if node.get("type") in NOTES and isinstance(text, str) and text.strip():
+            title = node.get("title")
+            is_own = isinstance(title, str) and title not in ("Note", "Markdown Note", "MarkdownNote")
+            yield Note(text.strip(), title if is_own else None, _box(scope.name, node))
+
+
+def _groups(scope: Scope) -> Iterator[Box]:
+    for group in scope.groups:
+        numbers = group.get("bounding") if isinstance(group, Mapping) else None
+        if isinstance(numbers, list) and len(numbers) == 4 and all(isinstance(n, (int, float)) for n in numbers):
+            yield Box(scope.name, numbers[0], numbers[1], numbers[0] + numbers[2], numbers[1] + numbers[3])

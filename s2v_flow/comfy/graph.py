@@ -1,0 +1,165 @@
+"""A ComfyUI workflow as both formats mean it: nodes that run, their inputs by name, notes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from s2v_flow.diagnostics import shortened
+from s2v_flow.errors import Diagnostic, RecipeError
+
+
+@dataclass(frozen=True)
+class Link:
+    """One output of a node."""
+
+    node: str
+    slot: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number, a text or a truth value; `knob` names the node that holds it, where one holds it for others."""
+
+    value: Any
+    knob: str | None = None
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class Box:
+    """Where something stands in the editor, in which subgraph (`scope`), with what around it."""
+
+    scope: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def distance(self, other: Box) -> float:
+        """Return how far two boxes are apart."""
+        across = max(other.left - self.right, self.left - other.right, 0.0)
+        down = max(other.top - self.bottom, self.top - other.bottom, 0.0)
+        return float((across**2 + down**2) ** 0.5)
+
+    def holds(self, other: Box) -> bool:
+        """Tell whether the other's corner lies in this box."""
+        inside = self.left <= other.left <= self.right and self.top <= other.top <= self.bottom
+        return inside and self.scope == other.scope
+
+    @property
+    def area(self) -> float:
+        """The box's area."""
+        return (self.right - self.left) * (self.bottom - self.top)
+
+
+@dataclass(frozen=True)
+class ComfyNode:
+    """A node that ComfyUI would run. `title` is what a person called it; `lacking` are inputs from muted nodes."""
+
+    id: str
+    type: str
+    inputs: Mapping[str, Link | Value]
+    title: str | None = None
+    box: Box | None = None
+    lacking: tuple[str, ...] = ()
+
+    def links(self) -> Iterator[tuple[str, Link]]:
+        """Yield the linked inputs."""
+        for name, given in self.inputs.items():
+            if isinstance(given, Link):
+                yield name, given
+
+    def described(self) -> str:
+        """Return how messages call the node."""
+        title = f" '{shortened(self.title)}'" if self.title else ""
+        return f"node {shortened(self.id)} ({shortened(self.type)}{title})"
+
+
+@dataclass(frozen=True)
+class Note:
+    """A text that a person put beside the nodes."""
+
+    text: str
+    title: str | None
+    box: Box | None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The whole workflow: nodes by id, notes, and the groups' boxes."""
+
+    nodes: Mapping[str, ComfyNode]
+    notes: tuple[Note, ...] = ()
+    groups: tuple[Box, ...] = ()
+
+
+@dataclass
+class Mistakes:
+    """Collects everything that keeps a workflow from becoming a recipe, and what a person should know."""
+
+    file: str
+    found: list[Diagnostic] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, code: str, message: str, node: ComfyNode | str | None = None, fix: str | None = None) -> None:
+        """Record a mistake, at a node if it has one."""
+        where = node.described() if isinstance(node, ComfyNode) else node
+        inside = self.file if where is None else f"{self.file}, {where}"
+        mistake = Diagnostic(code, message, inside=inside, fix=fix)
+        if mistake not in self.found:
+            self.found.append(mistake)
+
+    def note(self, text: str) -> None:
+        """Record something a person should know, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def raise_any(self) -> None:
+        """Stop if there are mistakes.
+
+        Raises:
+            RecipeError: With all of them.
+        """
+        if self.found:
+            raise RecipeError(f"{self.file} cannot become a recipe", diagnostics=tuple(self.found))
+
+    def stop(self, code: str, message: str, node: ComfyNode | str | None = None, fix: str | None = None) -> RecipeError:
+        """Return the error of a mistake after which nothing more can be said, to be raised."""
+        self.add(code, message, node, fix)
+        return RecipeError(f"{self.file} cannot become a recipe", diagnostics=tuple(self.found))
+
+
+def needed_order(graph: Graph, targets: list[str], mistakes: Mistakes) -> list[str]:
+    """Return the nodes that feed the targets, each after what it takes from.
+
+    Raises:
+        RecipeError: Links lead nowhere, or in a circle.
+    """
+    order: list[str] = []
+    state: dict[str, bool] = {}  # False while the node's inputs are being looked at
+    for target in targets:
+        stack: list[tuple[str, Iterator[tuple[str, Link]]]] = []
+        if target not in state:
+            state[target] = False
+            stack.append((target, graph.nodes[target].links()))
+        while stack:
+            name, links = stack[-1]
+            following = next(links, None)
+            if following is None:
+                stack.pop()
+                state[name] = True
+                order.append(name)
+                continue
+            field_name, link = following
+            if link.node not in graph.nodes:
+                node = graph.nodes[name]
+                mistakes.add("W002", f"{field_name} is linked to node {shortened(link.node)}, which is not there", node)
+            elif state.get(link.node) is False:
+                raise mistakes.stop("W005", f"{field_name} depends on its own result: a circle", graph.nodes[name])
+            elif link.node not in state:
+                state[link.node] = False
+                stack.append((link.node, graph.nodes[link.node].links()))
+    mistakes.raise_any()
+    return order

@@ -1,0 +1,212 @@
+"""What the outputs of ComfyUI's nodes mean in a recipe's words, and how translators get at their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from s2v_flow.comfy.catalog import classes
+from s2v_flow.comfy.draft import Draft, NodeRef
+from s2v_flow.comfy.graph import ComfyNode, Graph, Link, Mistakes, Value
+from s2v_flow.comfy.widgets import fits
+from s2v_flow.diagnostics import shown
+
+MeaningT = TypeVar("MeaningT")
+
+
+@dataclass(frozen=True)
+class Made:
+    """Something that one recipe node gives; `type` is its port's type."""
+
+    ref: NodeRef
+    type: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A diffusion model on its way through LoRAs and settings. A LoRA is its file, its strength and its title."""
+
+    checkpoint: Value
+    source: ComfyNode
+    loras: tuple[tuple[Value, Value, str | None], ...] = ()
+    shift: Value = field(default_factory=lambda: Value(8.0))  # what ComfyUI takes for Wan unless told
+
+
+@dataclass(frozen=True)
+class FramesMade:
+    """Frames; `total` is their number, where the workflow says it; `is_decoded` if nothing was taken away yet."""
+
+    ref: NodeRef
+    total: int | None = None
+    is_decoded: bool = False
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames and sound before they are saved."""
+
+    frames: Any
+    audio: Made | None
+    fps: Value
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A video's latent. `settings` is what an `extend` of it inherits.
+
+    `cut_of` tells which latent it is a piece of (ref, axis, index, amount), `doubled` which one it is with the first
+    frame doubled, `piece` that it is the last chunk of a video: (what was there before, the video with it).
+    """
+
+    ref: NodeRef
+    num_frames: int | None = None
+    size: tuple[Value, Value] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    cut_of: tuple[NodeRef, str, int, int] | None = None
+    doubled: Latent | None = None
+    piece: tuple[NodeRef, Latent] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What WanSoundImageToVideo or its Extend has put together for one chunk; `base` is the video it continues."""
+
+    source: ComfyNode
+    base: Latent | None
+    texts: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    length: Value
+    size: tuple[Value, Value] | None
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """The conditioning of a prepared chunk."""
+
+    prepared: Prepared
+    role: str
+
+
+@dataclass(frozen=True)
+class PreparedLatent:
+    """The empty latent of a prepared chunk."""
+
+    prepared: Prepared
+
+
+@dataclass(frozen=True)
+class Zeroed:
+    """A conditioning set to zero."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A seed."""
+
+    seed: Value
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A sampler's name."""
+
+    name: Value
+
+
+@dataclass(frozen=True)
+class Sigmas:
+    """Noise levels: a scheduler on a model, with a number of steps."""
+
+    scheduler: Value
+    steps: Value
+    shift: Value
+
+
+@dataclass(frozen=True)
+class Guider:
+    """Guidance: a model, its conditionings and the scale."""
+
+    model: Model
+    positive: Any
+    negative: Any
+    cfg: Value
+
+
+class SkipError(Exception):
+    """This node cannot be translated; why has been recorded already."""
+
+
+class Context:
+    """What a translator of one node may use."""
+
+    def __init__(self, graph: Graph, draft: Draft, mistakes: Mistakes) -> None:
+        self.graph = graph
+        self.draft = draft
+        self.mistakes = mistakes
+        self.meanings: dict[Link, Any] = {}
+        self._counts: dict[str, int] = {}
+
+    def refuse(self, node: ComfyNode, message: str, fix: str | None = None) -> SkipError:
+        """Record that something in a node cannot be said in a recipe; return what is to be raised."""
+        self.mistakes.add("W004", message, node, fix)
+        return SkipError()
+
+    def value(self, node: ComfyNode, name: str) -> Value:
+        """Return an input's value, as the type that the class asks for."""
+        item = classes()[node.type].input(name)
+        given = node.inputs.get(name, Value(item.default))
+        if isinstance(given, Link):
+            found = self._follow(given)
+            if not isinstance(found, Value):
+                raise self.refuse(node, f"{name} is computed by a node that recipes do not know", "type the value in")
+            given = found
+        if not fits(given.value, item.type):
+            raise self.refuse(node, f"{name}: {item.type} expected, got {shown(given.value)}")
+        value = given.value
+        if item.type == "FLOAT":
+            value = float(value)
+        elif item.type == "INT":
+            value = int(value)
+        return Value(value, given.knob, given.title)
+
+    def optional(self, node: ComfyNode, name: str) -> Any:
+        """Return what a linked input means, or None where it is not linked."""
+        given = node.inputs.get(name)
+        return self._follow(given) if isinstance(given, Link) else None
+
+    def meaning(self, node: ComfyNode, name: str, type_: type[MeaningT]) -> MeaningT:
+        """Return what a linked input means; it must be linked, to something of a type that can stand there."""
+        if not isinstance(node.inputs.get(name), Link):
+            why = "comes from a muted node" if name in node.lacking else "is not connected"
+            raise self.refuse(node, f"{name} {why}", f"connect {name}, or remove the node")
+        found = self.optional(node, name)
+        if not isinstance(found, type_):
+            raise self.refuse(node, f"{name} takes something that recipes cannot express here")
+        return found
+
+    def port(self, node: ComfyNode, name: str, type_: str) -> NodeRef:
+        """Return the recipe node of a required input, of one port type."""
+        return self.typed(node, name, self.meaning(node, name, object), type_)
+
+    def typed(self, node: ComfyNode, name: str, found: Any, type_: str) -> NodeRef:
+        """Return the recipe node of a meaning, turning images into frames and back where needed."""
+        if isinstance(found, Made) and found.type == type_:
+            return found.ref
+        if isinstance(found, FramesMade) and type_ == "frames":
+            return found.ref
+        if isinstance(found, FramesMade) and type_ == "image":
+            return self.draft.add("image_from_frames", "still", {"frames": found.ref}, node, titled=False)
+        if isinstance(found, Made) and found.type == "image" and type_ == "frames":
+            return self.draft.add("frames_from_image", "still_frames", {"image": found.ref}, node, titled=False)
+        raise self.refuse(node, f"{name}: a recipe needs {type_.replace('_', ' ')} here")
+
+    def numbered(self, prefix: str) -> int:
+        """Return the number that ComfyUI would give the next file of this prefix."""
+        self._counts[prefix] = self._counts.get(prefix, 0) + 1
+        return self._counts[prefix]
+
+    def _follow(self, link: Link) -> Any:
+        if link not in self.meanings:
+            raise SkipError
+        return self.meanings[link]

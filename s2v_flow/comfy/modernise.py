@@ -1,0 +1,106 @@
+"""From ComfyUI's numbers to exact time: what `import --modernise` changes in a draft, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from s2v_flow.comfy.draft import Draft, DraftNode, NodeRef
+
+_REMOVED = {
+    "encode_audio": ("conditioning", "warmup_frames"),
+    "encode_image": ("conditioning",),
+    "sample": ("conditioning",),
+    "extend": ("conditioning",),
+    "load_image": ("background",),
+    "load_diffusion_model": ("fp8_rounding",),
+}
+_WHY = {
+    "encode_audio": "sound meets the frames as the model was trained (conditioning: official), and a few frames of "
+    "warm-up over silence are made and dropped, because a video's first frames are its worst",
+    "encode_image": "the portrait is smoothed when it is shrunk (conditioning: official)",
+    "load_image": "transparent parts of the portrait become white instead of showing hidden colours",
+    "load_diffusion_model": "what fp8 files keep in 16 or 32 bit stays so (fp8_rounding: scaled)",
+}
+
+
+def modernise(draft: Draft) -> list[str]:
+    """Rewrite a draft in place; return what changed and why."""
+    needed = draft.needed()
+    changes = []
+    for key in needed:
+        node = draft.nodes[key]
+        removed = [name for name in _REMOVED.get(node.kind, ()) if node.fields.pop(name, None) is not None]
+        if removed and node.kind in _WHY:
+            changes.append(_WHY[node.kind])
+    changes += [change for key in needed if (change := _decode(draft.nodes[key])) is not None]
+    changes += _merged(draft)
+    changes.append("the same seeds give other videos than in ComfyUI from now on")
+    kinds = sorted({draft.nodes[key].kind for key in needed} & {"latent_cut", "latent_concat", "frames_slice"})
+    if kinds:
+        changes.append(f"left as they are: {', '.join(kinds)}; they count frames by hand, have a look at them")
+    return list(dict.fromkeys(changes))
+
+
+def _decode(node: DraftNode) -> str | None:
+    if node.kind != "decode":
+        return None
+    dropped = node.fields.pop("drop_frames")
+    number = getattr(dropped, "value", dropped)
+    for name in ("prefix", "trim"):
+        node.fields.pop(name)
+    return (
+        f"instead of dropping {number} frames, decode drops exactly the warm-up and ends with the sound: frame i shows "
+        "the sound at i/16 s; the decoder sees the portrait before the first frame, as with the model's authors"
+    )
+
+
+def _merged(draft: Draft) -> list[str]:
+    """Put extends that only repeat each other into one; the last of a video adds as many chunks as the voice needs."""
+    changes = []
+    while (pair := _repeated(draft)) is not None:
+        first, second = pair
+        one, two = draft.nodes[first], draft.nodes[second]
+        fields: dict[str, Any] = {**one.fields, "chunks": one.fields["chunks"] + two.fields["chunks"]}
+        two.fields, two.usual, two.title = fields, one.usual, one.title or two.title
+        two.made_from += one.made_from
+    for key in draft.needed():
+        node = draft.nodes[key]
+        if node.kind != "extend" or _users(draft, key, "extend") or not _has_voice(draft, node):
+            continue
+        changes.append(
+            f"{node.fields['chunks']} copies of Extend became one extend with chunks: auto: as many as the voice needs"
+        )
+        node.fields["chunks"] = "auto"
+        node.fields.pop("seed", None)
+        changes.append("each chunk's seed follows from the first one's: one more for every chunk")
+    return changes
+
+
+def _repeated(draft: Draft) -> tuple[int, int] | None:
+    """Return an extend and the one that continues it with the same settings, where nothing else uses the first."""
+    for key in draft.needed():
+        node = draft.nodes[key]
+        below = node.fields.get("video")
+        if node.kind != "extend" or not isinstance(below, NodeRef) or draft[below].kind != "extend":
+            continue
+        is_plain = node.fields.keys() <= {"video", "chunks", "seed"}
+        if is_plain and len(_users(draft, below.key, None)) == 1:
+            return below.key, key
+    return None
+
+
+def _users(draft: Draft, key: int, kind: str | None) -> list[int]:
+    return [
+        user
+        for user in draft.needed()
+        if key in draft.nodes[user].refs() and (kind is None or draft.nodes[user].kind == kind)
+    ]
+
+
+def _has_voice(draft: Draft, node: DraftNode) -> bool:
+    while "speech" not in node.fields:
+        below = node.fields.get("video")
+        if not isinstance(below, NodeRef):
+            return False
+        node = draft[below]
+    return True

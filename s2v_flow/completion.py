@@ -1,0 +1,103 @@
+"""What a shell may complete: paths for --set, profiles, kinds of nodes. Read off the recipe, without checking it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from click.shell_completion import get_completion_class
+
+if TYPE_CHECKING:
+    from s2v_flow.recipe.layers import Merged
+    from s2v_flow.recipe.tree import Tree
+
+SHELLS = ("bash", "zsh", "fish")
+_BASH_ADDS = "COMPREPLY+=($value)"
+_BASH_NO_BLANK = f"{_BASH_ADDS}\n            [[ $value == *[=.] ]] && compopt -o nospace"
+
+
+def completion_script(shell: str, command: click.Command, name: str) -> str:
+    """Return the script that teaches a shell to complete a command, as click writes it.
+
+    In bash, no blank follows `steps=`: the value comes next.
+    """
+    complete = get_completion_class(shell)
+    assert complete is not None, shell
+    shell_complete = complete(command, {}, name, f"_{name.upper()}_COMPLETE")
+    # not source(), which starts a bash to ask for its version
+    script = shell_complete.source_template % shell_complete.source_vars()
+    return script.replace(_BASH_ADDS, _BASH_NO_BLANK)
+
+
+def complete_set(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Complete PATH of --set PATH=VALUE."""
+    merged = _merged(ctx)
+    if merged is None or "=" in incomplete:
+        return []
+    return [path for path in _paths(merged, incomplete) if path.startswith(incomplete)]
+
+
+def complete_profile(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the last of the profiles in -p NAME,NAME."""
+    merged = _merged(ctx)
+    before, comma, last = incomplete.rpartition(",")
+    names = [] if merged is None else merged.profiles
+    return [f"{before}{comma}{name}" for name in names if name.startswith(last) and name not in before.split(",")]
+
+
+def complete_kind(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the kind of a node."""
+    from s2v_flow.nodes.table import NODE_KINDS
+
+    return [kind.kind for kind in NODE_KINDS if kind.kind.startswith(incomplete)]
+
+
+def _merged(ctx: click.Context) -> Merged | None:
+    """Return the recipe on the command line with what it extends, or None where it cannot be read."""
+    recipe = ctx.params.get("recipe")
+    if not isinstance(recipe, Path):
+        return None
+    from s2v_flow.recipe.layers import merge_layers
+    from s2v_flow.recipe.problems import Problems, StopReadingError
+
+    try:
+        return merge_layers(recipe, (), (), Path(), Problems())
+    except StopReadingError:
+        return None
+
+
+def _paths(merged: Merged, incomplete: str) -> Iterator[str]:
+    params, nodes = merged.body.params, merged.body.nodes
+    section, dot, rest = incomplete.partition(".")
+    if not dot:
+        yield from (f"{name}=" for name in params.entries)
+        yield from ("params.", "nodes.")
+    elif section == "params":
+        yield from (f"params.{name}=" for name in params.entries)
+    elif section == "nodes":
+        name, dot, _ = rest.partition(".")
+        if not dot:
+            yield from (f"nodes.{name}." for name in nodes.entries)
+        elif (node := nodes.get(name)) is not None:
+            yield from (f"nodes.{name}.{field}=" for field in _fields(node))
+
+
+def _fields(node: Tree) -> Iterator[str]:
+    """Yield the fields that a node can have, and those of list items that it has."""
+    from s2v_flow.nodes.table import NODE_KINDS
+    from s2v_flow.recipe.tree import ListValue, MapValue, path_text, plain
+
+    if not isinstance(node, MapValue):
+        return
+    given = node.get("kind")
+    kind = None if given is None else plain(given)
+    for known in NODE_KINDS:
+        if known.kind == kind:
+            yield from known.model_fields
+    for key, entry in node.entries.items():
+        items = entry.value.items if isinstance(entry.value, ListValue) else ()
+        for index, item in enumerate(items):
+            if isinstance(item, MapValue):
+                yield from (path_text(node, (key, index, field)) for field in item.entries)

@@ -1,0 +1,218 @@
+"""Whether this machine can run recipes: what is there, what is wrong, and what to do about it.
+
+Nothing here names the machine or its user: the home folder is shown as `~`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from s2v_flow import __version__
+from s2v_flow.errors import S2VFlowError
+from s2v_flow.need import known_needs
+
+if TYPE_CHECKING:
+    from s2v_flow.api import Options
+
+DEPENDENCIES = (
+    *("av", "click", "imageio", "networkx", "numpy", "pillow", "platformdirs", "pydantic", "pyyaml", "rich"),
+    *("safetensors", "sentencepiece", "soundfile", "soxr", "torch", "transformers"),
+)
+_PYTHONS = ((3, 10), (3, 14))  # the first that will do, the first that will not
+_ENCODERS = ("libx264", "aac")
+_DECODERS = ("h264", "hevc", "vp9", "aac", "mp3", "opus")
+_IMPORT_ERRORS = (ImportError, OSError, RuntimeError)  # what a broken installation raises
+_LOW_SPACE_BYTES = 5 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. A "problem" keeps recipes from running, a "note" may surprise."""
+
+    topic: str
+    status: Literal["ok", "note", "problem"]
+    text: str
+    fix: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `s2vflow doctor --json` prints of it."""
+        known = {"topic": self.topic, "status": self.status, "text": self.text, "fix": self.fix}
+        return {**known, "facts": dict(self.facts)}
+
+
+def examine(options: Options) -> list[Finding]:
+    """Look at Python, torch, the codecs, the cache folder, the models and the dependencies. Imports torch."""
+    return [
+        _python(),
+        *_torch(),
+        *_codecs(),
+        _cache(options.cache_root),
+        *_models(options),
+        _dependencies(),
+    ]
+
+
+def findings_json(findings: list[Finding]) -> dict[str, Any]:
+    """Return the object that `s2vflow doctor --json` prints."""
+    return {
+        "ok": all(finding.status != "problem" for finding in findings),
+        "findings": [finding.to_json() for finding in findings],
+    }
+
+
+def findings_text(findings: list[Finding]) -> str:
+    """Return findings as lines for people."""
+    width = max(len(finding.topic) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status:<7}  {finding.topic:<{width}}  {finding.text}")
+        if finding.fix is not None:
+            lines.append(f"{'':<{width + 11}}fix: {finding.fix}")
+    count = sum(finding.status == "problem" for finding in findings)
+    lines.append("no problems" if not count else f"{count} {'problem' if count == 1 else 'problems'}")
+    return "\n".join(lines)
+
+
+def _python() -> Finding:
+    first, end = _PYTHONS
+    is_right = first <= sys.version_info[:2] < end
+    text = f"{platform.python_version()} on {sys.platform} ({platform.machine()}), s2vflow {__version__}"
+    fix = None if is_right else f"use Python {first[0]}.{first[1]} or later, before {end[0]}.{end[1]}"
+    facts = {"python": platform.python_version(), "platform": sys.platform, "machine": platform.machine()}
+    return Finding("python", "ok" if is_right else "problem", text, fix, {**facts, "s2vflow": __version__})
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except _IMPORT_ERRORS as error:
+        yield Finding("torch", "problem", f"cannot be imported: {_private(str(error))}", "install torch again")
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    if torch.version.hip:
+        build = f"ROCm {torch.version.hip}"
+    facts = {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
+    yield Finding("torch", "ok", f"{torch.__version__}, built with {build}", None, facts)
+    devices = [_gpu(torch, index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    for device in devices:
+        text = f"{device['device']}: {device['name']}, {device['memory_bytes'] / 2**30:.0f} GB, {device['capability']}"
+        yield Finding("device", "ok", text, None, device)
+    if torch.backends.mps.is_available():
+        yield Finding("device", "ok", "mps: Apple GPU", None, {"device": "mps"})
+    elif not devices:
+        fix = None if torch.version.cuda or torch.version.hip else "for an NVIDIA GPU, install a torch build with CUDA"
+        yield Finding("device", "note", "no GPU: recipes run on the CPU, the full models very slowly", fix)
+
+
+def _gpu(torch: Any, index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    capability = f"compute capability {properties.major}.{properties.minor}"
+    known = {"device": f"cuda:{index}", "name": properties.name, "memory_bytes": properties.total_memory}
+    return {**known, "capability": capability}
+
+
+def _codecs() -> Iterator[Finding]:
+    try:
+        import av
+        from av.codec.codec import UnknownCodecError
+    except _IMPORT_ERRORS as error:
+        yield Finding("video", "problem", f"PyAV cannot be imported: {_private(str(error))}", "install av again")
+        return
+    missing: dict[str, list[str]] = {"w": [], "r": []}
+    for mode, names in (("w", _ENCODERS), ("r", _DECODERS)):
+        for name in names:
+            try:
+                av.Codec(name, mode)
+            except UnknownCodecError:
+                missing[mode].append(name)
+    ffmpeg = getattr(av, "ffmpeg_version_info", "unknown")
+    text = f"PyAV {av.__version__} with FFmpeg {ffmpeg}"
+    facts = {
+        "pyav": av.__version__,
+        "ffmpeg": ffmpeg,
+        "encoders_missing": missing["w"],
+        "decoders_missing": missing["r"],
+    }
+    if missing["w"]:
+        fix = "install PyAV from PyPI: its FFmpeg has them"
+        yield Finding("video", "problem", f"{text} cannot write {', '.join(missing['w'])}", fix, facts)
+    elif missing["r"]:
+        yield Finding("video", "note", f"{text}; it cannot read {', '.join(missing['r'])}", None, facts)
+    else:
+        yield Finding("video", "ok", f"{text}; writes {' and '.join(_ENCODERS)}", None, facts)
+
+
+def _cache(root: Path) -> Finding:
+    existing = root
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    size = sum(_size(Path(folder) / name) for folder, _, names in os.walk(root) for name in names)
+    shown = _private(str(root))
+    facts = {"path": shown, "size_bytes": size, "free_bytes": free}
+    text = f"{shown}: {size / 2**30:.2f} GB stored, {free / 2**30:.1f} GB free"
+    fix = "name another folder with --cache-dir or S2VFLOW_CACHE_DIR"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return Finding("cache", "problem", f"{shown}: cannot be written", fix, facts)
+    return (
+        Finding("cache", "ok", text, None, facts)
+        if free >= _LOW_SPACE_BYTES
+        else Finding("cache", "note", text, fix, facts)
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:  # just removed
+        return 0
+
+
+def _models(options: Options) -> Iterator[Finding]:
+    try:
+        locations = options.locations
+    except S2VFlowError as error:
+        yield Finding("models", "problem", _private(error.message), "mend the file, or remove it")
+        return
+    folders = [*locations.models_dirs, *(folder.path for folder in locations.model_folders)]
+    for folder in dict.fromkeys(folders):
+        state = "there" if folder.is_dir() else "not there"
+        yield Finding("models", "ok", f"{_private(str(folder))}: {state}", None, {"path": _private(str(folder))})
+    needs = known_needs(locations.homes, locations)
+    found = [need.file for need in needs if need.status == "found"]
+    missing = [need.file for need in needs if need.status != "found"]
+    facts = {"found": found, "missing": missing}
+    text = f"{len(found)} of the {len(needs)} known files are there" + (f": {', '.join(found)}" if found else "")
+    fix = "s2vflow models RECIPE --download" if not found else None
+    yield Finding("models", "ok" if found else "note", text, fix, facts)
+
+
+def _dependencies() -> Finding:
+    versions: dict[str, str | None] = {}
+    for name in DEPENDENCIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        fix = f"pip install {' '.join(missing)}"
+        return Finding("packages", "problem", f"missing: {', '.join(missing)}", fix, versions)
+    return Finding(
+        "packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()), None, versions
+    )
+
+
+def _private(text: str) -> str:
+    """Return a text without the name of the user's home folder."""
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text

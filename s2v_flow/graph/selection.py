@@ -1,0 +1,115 @@
+"""A part of a plan: up to a node, from a node on, one node alone, some nodes anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from s2v_flow.diagnostics import did_you_mean, listed
+from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
+from s2v_flow.graph.plan import Plan
+from s2v_flow.graph.status import NodeStatus
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a plan is to run. Names are the recipe's ("talk") or the plan's ("talk[2]").
+
+    until: nothing after these nodes. only: these nodes, from stored inputs. start: nothing before this node is
+    computed. force: computed anew; with a plus sign ("first+") everything after them too. is_fresh: everything is
+    computed anew. is_cached_only: it is an error if something would have to be computed.
+    """
+
+    until: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    start: str | None = None
+    force: tuple[str, ...] = ()
+    is_fresh: bool = False
+    is_cached_only: bool = False
+
+    def cut(self, plan: Plan) -> Plan:
+        """Return the plan without what comes after `until` and `only`.
+
+        Raises:
+            S2VFlowError: A name is unknown.
+        """
+        names = [*self.until, *self.only]
+        if not names:
+            return plan
+        targets = {name for given in names for name in members(plan, given)}
+        kept = targets | before(plan, targets)
+        return replace(plan, nodes=tuple(node for node in plan.nodes if node.name in kept))
+
+    def forced(self, plan: Plan) -> frozenset[str]:
+        """Return the plan nodes that are computed anew.
+
+        Raises:
+            S2VFlowError: A name is unknown.
+        """
+        if self.is_fresh:
+            return frozenset(node.name for node in plan.nodes if node.node.is_stored)
+        chosen: set[str] = set()
+        for given in self.force:
+            found = members(plan, given.removesuffix("+"))
+            chosen |= found | (after(plan, found) if given.endswith("+") else set())
+        return frozenset(name for name in chosen if plan.node(name).node.is_stored)
+
+    def check(self, plan: Plan, statuses: Mapping[str, NodeStatus]) -> None:
+        """Refuse a run that would have to compute what it may not.
+
+        Raises:
+            S2VFlowError: A name is unknown, or something is not stored.
+        """
+        barred: set[str] = set()
+        if self.is_cached_only:
+            barred, why = {node.name for node in plan.nodes}, "--cache-only"
+        elif self.only:
+            targets = {name for given in self.only for name in members(plan, given)}
+            barred, why = {node.name for node in plan.nodes} - targets, "--only"
+        elif self.start is not None:
+            barred, why = before(plan, members(plan, self.start)), "--from"
+        lacking = [
+            node.name
+            for node in plan.nodes
+            if node.name in barred and node.node.is_stored and statuses[node.name].status == "RUN"
+        ]
+        if lacking:
+            raise MissingError(
+                f"{why} needs results that are not stored: {listed(lacking)}",
+                fix=f"run without {why} first; `s2vflow plan` tells why each of them must run",
+            )
+
+
+def members(plan: Plan, given: str) -> set[str]:
+    """Return the plan nodes that a name means.
+
+    Raises:
+        S2VFlowError: There are none.
+    """
+    found = {node.name for node in plan.nodes if given in (node.name, node.recipe_node)}
+    if not found:
+        known = dict.fromkeys([*(node.recipe_node for node in plan.nodes), *(node.name for node in plan.nodes)])
+        raise S2VFlowError(
+            f"the plan has no node {given!r}", fix=did_you_mean(given, known, "nodes"), exit_code=ExitCode.USAGE
+        )
+    return found
+
+
+def before(plan: Plan, names: Iterable[str]) -> set[str]:
+    """Return everything that these nodes depend on."""
+    found: set[str] = set()
+    wanted = set(names)
+    for node in reversed(plan.nodes):
+        if node.name in wanted or node.name in found:
+            found.update(source.node for source in node.sources())
+    return found
+
+
+def after(plan: Plan, names: Iterable[str]) -> set[str]:
+    """Return everything that depends on these nodes."""
+    start = set(names)
+    found: set[str] = set()
+    for node in plan.nodes:
+        if any(source.node in start or source.node in found for source in node.sources()):
+            found.add(node.name)
+    return found - start

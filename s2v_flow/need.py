@@ -1,0 +1,171 @@
+"""Which model files a recipe needs, which of them are there, and how to get the others.
+
+Nothing is downloaded, and no server is asked anything, unless `download` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from s2v_flow.diagnostics import did_you_mean
+from s2v_flow.downloads import RemoteFile, at_endpoint, check_space, fetch, look_up
+from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.graph.locations import Locations, Missing
+from s2v_flow.graph.node import FileField
+from s2v_flow.recipe.document import Recipe
+
+Progress = Callable[[str, int, int], None]  # file name, bytes that are there, bytes in all
+
+
+@dataclass(frozen=True)
+class ModelNeed:
+    """A model file: its name in the recipe, its usual folder, and where it is (None: nowhere, see `looked_in`).
+
+    "made" files are the demo's: this program makes them itself on first use, at `path`.
+    """
+
+    file: str
+    folder: str
+    path: Path | None
+    status: Literal["found", "made", "missing"]
+    homes: tuple[str, ...] = ()
+    looked_in: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the file that is there, else None."""
+        return self.path.stat().st_size if self.path is not None and self.status == "found" else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `s2vflow models --json` prints of it."""
+        return {
+            "file": self.file,
+            "folder": self.folder,
+            "status": self.status,
+            "path": None if self.path is None else str(self.path),
+            "size_bytes": self.size,
+            "homes": list(self.homes),
+            "looked_in": list(self.looked_in),
+        }
+
+
+def recipe_needs(recipe: Recipe, locations: Locations) -> list[ModelNeed]:
+    """List the model files that a recipe names, in its order, each once."""
+    found: dict[tuple[str, str], ModelNeed] = {}
+    for spec in recipe.nodes.values():
+        for path, mark, text in spec.node.files():
+            if mark.role == "model" and (mark.folders[0], text) not in found:
+                found[mark.folders[0], text] = _need(mark, text, spec.origin(path).base_dir, locations)
+    return list(found.values())
+
+
+def known_needs(homes: Mapping[str, Sequence[str]], locations: Locations) -> list[ModelNeed]:
+    """List the model files whose homes are known, as if a recipe named them all."""
+    marks = {name: FileField("model", "model", (PurePosixPath(urls[0]).parent.name,)) for name, urls in homes.items()}
+    return [_need(mark, name, Path(), locations) for name, mark in marks.items()]
+
+
+def _need(mark: FileField, text: str, base_dir: Path, locations: Locations) -> ModelNeed:
+    folder = mark.folders[0]
+    place = locations.find(mark, text, base_dir)
+    if isinstance(place, Missing):
+        return ModelNeed(text, folder, None, "missing", place.homes, place.looked_in)
+    is_made = place == locations.made_models.get(text) and not place.is_file()
+    return ModelNeed(text, folder, place, "made" if is_made else "found")
+
+
+def choose(needs: Sequence[ModelNeed], names: Sequence[str]) -> list[ModelNeed]:
+    """Return the needs of these file names; all of them where no names are given.
+
+    Raises:
+        S2VFlowError: A name is none of theirs.
+    """
+    known = [need.file for need in needs]
+    for name in names:
+        if name not in known:
+            fix = did_you_mean(name, known, "models") or "the recipe names no models"
+            raise S2VFlowError(f"--only: there is no model {name!r}", fix, exit_code=ExitCode.USAGE)
+    return [need for need in needs if not names or need.file in names]
+
+
+def needs_json(needs: Sequence[ModelNeed]) -> dict[str, Any]:
+    """Return the object that `s2vflow models --json` prints."""
+    return {"models": [need.to_json() for need in needs]}
+
+
+def needs_text(needs: Sequence[ModelNeed]) -> str:
+    """Return the list for people: a line each, and for what is missing where it was looked for and can be had."""
+    if not needs:
+        return "no models"
+    name_width = max(len(need.file) for need in needs)
+    folder_width = max(len(need.folder) for need in needs)
+    lines = []
+    for need in needs:
+        where = str(need.path) if need.status == "found" else ""
+        if need.status == "made":
+            where = "by this program, on first use"
+        size = "" if need.size is None else _gigabytes(need.size)
+        row = f"{need.status:<7}  {need.folder:<{folder_width}}  {need.file:<{name_width}}  {size:>9}  {where}"
+        lines.append(row.rstrip())
+        if need.status == "missing":
+            lines.append(f"         looked for in {', '.join(need.looked_in)}")
+            lines += [f"         can be had at {home}" for home in need.homes]
+    count = sum(need.status == "missing" for need in needs)
+    lines.append(f"{len(needs) - count} of {len(needs)} are there" + (f", {count} missing" if count else ""))
+    return "\n".join(lines)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.1f} MB"
+
+
+def target_path(need: ModelNeed, models_dir: Path) -> Path:
+    """Return where a downloaded file goes: into its folder of a models folder, and nowhere else.
+
+    Raises:
+        RefusedError: Its name leads out of that folder.
+    """
+    folder = models_dir / need.folder
+    target = folder / need.file
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise RefusedError(
+            f"the recipe names a model outside the models folder: {need.file}",
+            fix="name it by its file name, and put it into the models folder",
+        )
+    return target
+
+
+def download(needs: Sequence[ModelNeed], models_dir: Path, on_progress: Progress) -> list[Path]:
+    """Download the missing ones of these files from their homes, after all of them have been found there.
+
+    Args:
+        needs: Files; those that are there are left alone.
+        models_dir: The models folder to put them into.
+        on_progress: Called after every block.
+
+    Returns:
+        The files that were downloaded.
+
+    Raises:
+        MissingError: A file has no known home; nothing was downloaded.
+        RefusedError: A name leads out of the folder, or what came is not what was promised.
+        S2VFlowError: The network or the disk failed; what came is kept.
+    """
+    missing = [need for need in needs if need.status == "missing"]
+    homeless = [need.file for need in missing if not need.homes]
+    if homeless:
+        raise MissingError(
+            f"nothing was downloaded: no home is known of {', '.join(homeless)}",
+            fix="put them into the models folder yourself, or choose others with --only",
+        )
+    targets = [target_path(need, models_dir) for need in missing]
+    remotes = [look_up(at_endpoint(need.homes[0])) for need in missing]
+    files: list[tuple[RemoteFile, Path]] = list(zip(remotes, targets, strict=True))
+    check_space(files)
+    for remote, target in files:
+        fetch(remote, target, partial(on_progress, target.name))
+    return targets

@@ -1,0 +1,222 @@
+"""Small kinds for what stands between the others in an unusual graph: joining, cutting, scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.plan import PlanBuilder, Value
+from s2v_flow.nodes.chain import Chain, Part, Settings
+from s2v_flow.nodes.fields import FramesInput, ImageInput, LatentInput
+from s2v_flow.nodes.frames import Frames, window
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from s2v_flow.graph.run import RunContext
+
+Axis = Literal["t", "x", "y"]
+_AXES: dict[str, int] = {"t": 2, "y": 3, "x": 4}  # of [1, 16, F, H, W]
+_SIDES = {"x": "width", "y": "height"}
+_PIXELS_PER_CELL = 8
+
+
+class LatentConcat(Node):
+    """Join two videos' latents: one after the other, or side by side."""
+
+    kind: ClassVar[str] = "latent_concat"
+    outputs: ClassVar = {"latent": "latent"}
+    is_stored: ClassVar[bool] = True
+
+    first: LatentInput = Field(description="What comes first: earlier, left or above.")
+    second: LatentInput = Field(description="What comes second.")
+    axis: Axis = Field("t", description="t: one after the other; x: side by side; y: one above the other.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Plan the joined video. In time nothing is computed: it has the parts of both."""
+        first, second = builder.value(self.first), builder.value(self.second)
+        if first is None or second is None:
+            return {}
+        one, two = first.facts["chain"], second.facts["chain"]
+        is_open = one.is_open or two.is_open
+        own = _SIDES.get(self.axis, "frames")
+        unequal = [key for key, size in _sizes(one).items() if size != _sizes(two)[key] and key != own]
+        if unequal and not is_open:
+            sizes = ", ".join(f"{key} {_sizes(one)[key]} and {_sizes(two)[key]}" for key in unequal)
+            builder.problem(name, "second", "R110", f"second: these videos cannot be joined along {self.axis}: {sizes}")
+            return {}
+        if self.axis == "t":
+            parts = tuple(Part(part.latent, part.num_latent_frames) for part in (*one.parts, *two.parts))
+            return Chain(parts, one.settings, one.seed, one.start, is_open).value()
+        values = builder.add(name, self, {"first": first, "second": second}, recipe_node=name)
+        side = _SIDES[self.axis]
+        size = {side: _sizes(one)[side] + _sizes(two)[side]}
+        return _single(values["latent"], one, one.num_latent_frames, size, is_open=is_open)
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Join along x or y: {"latent": {samples: [1, 16, F, H, W], raw}}."""
+        import torch
+
+        from s2v_flow.nodes.tensors import pack
+
+        both = [_joined(inputs["first"]), _joined(inputs["second"])]
+        return {"latent": pack({"samples": torch.cat(both, dim=_AXES[self.axis])})}
+
+
+class LatentCut(Node):
+    """Cut a piece out of a video's latent, in time or in space."""
+
+    kind: ClassVar[str] = "latent_cut"
+    outputs: ClassVar = {"latent": "latent"}
+    is_stored: ClassVar[bool] = True
+
+    latent: LatentInput = Field(description="The video.")
+    axis: Axis = Field("t", description="t: latent frames; x, y: cells of 8 pixels.")
+    index: int = Field(0, ge=-16384, le=16384, description="Where the piece begins; below 0 counted from the end.")
+    amount: int = Field(1, ge=1, le=16384, description="How much of it; less where there is no more.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Plan the piece, with its length where the video's is known."""
+        video = builder.value(self.latent)
+        if video is None:
+            return {}
+        chain: Chain = video.facts["chain"]
+        values = builder.add(name, self, {"latent": video}, recipe_node=name)
+        if self.axis == "t":
+            _, amount = piece(chain.num_latent_frames, self.index, self.amount)
+            return _single(values["latent"], chain, amount, {}, is_open=chain.is_open)
+        side = _SIDES[self.axis]
+        _, cells = piece((_sizes(chain)[side] or 0) // _PIXELS_PER_CELL, self.index, self.amount)
+        size = {side: cells * _PIXELS_PER_CELL}
+        return _single(values["latent"], chain, chain.num_latent_frames, size, is_open=chain.is_open)
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Cut: {"latent": {samples: [1, 16, F, H, W], raw}}."""
+        from s2v_flow.nodes.tensors import pack
+
+        whole = _joined(inputs["latent"])
+        dim = _AXES[self.axis]
+        start, amount = piece(whole.shape[dim], self.index, self.amount)
+        return {"latent": pack({"samples": whole.narrow(dim, start, amount)})}
+
+
+class FramesSlice(Node):
+    """Take some of a video's frames."""
+
+    kind: ClassVar[str] = "frames_slice"
+    outputs: ClassVar = {"frames": "frames"}
+
+    frames: FramesInput = Field(description="The frames.")
+    start: int = Field(0, ge=0, description="The first frame to take; the last one where there are not so many.")
+    length: int | None = Field(None, ge=1, description="How many; all the rest unless given.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Pass on what is known of the frames, with their new number."""
+        frames = builder.value(self.frames)
+        if frames is None:
+            return {}
+        known = frames.facts.get("frames")
+        length = None if known is None else self._part(known)[1]
+        return builder.add_simple(name, self, {**frames.facts, "frames": length})
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the stream of the frames taken."""
+        given: Frames = inputs["frames"]
+        start, length = self._part(given.num_frames)
+
+        def groups() -> Iterator[np.ndarray]:
+            return window(given.groups(), start, length)
+
+        def read(first: int, count: int) -> np.ndarray:
+            return given.read(start + first, max(min(count, length - first), 0))
+
+        return {"frames": Frames(given.width, given.height, length, groups, read)}
+
+    def _part(self, total: int) -> tuple[int, int]:
+        """Return the first frame and the number of frames, of `total`."""
+        start = min(self.start, max(total - 1, 0))
+        return start, min(total - start, total if self.length is None else self.length)
+
+
+class ImageFromFrames(Node):
+    """Take one frame of a video as an image."""
+
+    kind: ClassVar[str] = "image_from_frames"
+    outputs: ClassVar = {"image": "image"}
+
+    frames: FramesInput = Field(description="The frames.")
+    index: int = Field(0, ge=0, description="Which one, counted from 0; the last where there are not so many.")
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the image, to be read when it is needed: float32 [H, W, 3] in [0, 1]."""
+        import numpy as np
+
+        from s2v_flow.nodes.load import Lazy
+
+        given: Frames = inputs["frames"]
+        index = min(self.index, max(given.num_frames - 1, 0))
+        return {"image": Lazy(lambda: given.read(index, 1)[0].astype(np.float32) / 255)}
+
+
+class FramesFromImage(Node):
+    """Make a video of an image: the same frame, as often as wanted."""
+
+    kind: ClassVar[str] = "frames_from_image"
+    outputs: ClassVar = {"frames": "frames"}
+
+    image: ImageInput = Field(description="The image.")
+    count: int = Field(1, ge=1, le=4096, description="How many frames.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Pass on how many frames there are."""
+        return builder.add_simple(name, self, {"frames": self.count})
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the frames."""
+        import numpy as np
+
+        image = inputs["image"].read()
+        frame = np.rint(image * 255).astype(np.uint8)[None]  # [1, H, W, 3]
+
+        def groups() -> Iterator[np.ndarray]:
+            return iter([frame] * self.count)
+
+        def read(start: int, count: int) -> np.ndarray:
+            return np.repeat(frame, max(min(count, self.count - start), 0), axis=0)
+
+        return {"frames": Frames(image.shape[1], image.shape[0], self.count, groups, read)}
+
+
+def piece(total: int, index: int, amount: int) -> tuple[int, int]:
+    """Return where a piece begins in `total` and how long it is; an index below 0 counts from the end."""
+    start = min(index, max(total - 1, 0)) if index >= 0 else max(total + index, 0)
+    return start, min(amount, total - start)
+
+
+def _single(
+    value: Value, chain: Chain, num_latent_frames: int, size: Mapping[str, int], *, is_open: bool
+) -> dict[str, Value]:
+    """Return a computed latent as a video of one part, with what the video before it was sampled with."""
+    settings = replace(chain.settings, fields={**chain.settings.fields, **size})
+    if size:  # the portrait does not fit any more
+        inputs = {key: given for key, given in settings.inputs.items() if key != "reference"}
+        settings = Settings(inputs, settings.fields)
+    return Chain((Part(value.source, num_latent_frames),), settings, chain.seed, None, is_open).value()
+
+
+def _sizes(chain: Chain) -> dict[str, Any]:
+    fields = chain.settings.fields
+    return {"width": fields.get("width"), "height": fields.get("height"), "frames": chain.num_latent_frames}
+
+
+def _joined(parts: Any) -> Any:
+    """Return a video's latent whole: [1, 16, F, H, W]."""
+    import torch
+
+    from s2v_flow.nodes.tensors import unpack
+
+    return torch.cat([unpack(part)["samples"] for part in parts], dim=2)

@@ -1,0 +1,104 @@
+"""A timeline: what changes in an `extend` node's chunks as the voice goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from s2v_flow.graph.plan import PlanBuilder, Value
+from s2v_flow.nodes.chain import FRAME_RATE_HZ, Settings
+from s2v_flow.nodes.encode import EncodeText
+from s2v_flow.nodes.fields import Cfg, Seconds, Seed, Shift, Steps
+
+
+class TimelineEntry(BaseModel):
+    """What changes at a time; what is not given goes on as before."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    at: Seconds = Field(
+        description="When, on the voice's clock: seconds, or text like 12.5s. It takes effect where two chunks meet, "
+        "at the nearest such place."
+    )
+    prompt: str | None = Field(None, description="The prompt from here on.", max_length=20_000)
+    negative_prompt: str | None = Field(None, description="The negative prompt from here on.", max_length=20_000)
+    seed: Seed | None = Field(None, description="The seed of the first chunk from here on; one more for each further.")
+    steps: Steps | None = Field(None, description="Denoising steps from here on.")
+    cfg: Cfg | None = Field(None, description="Guidance scale from here on.")
+    shift: Shift | None = Field(None, description="Shift of the noise schedule from here on.")
+
+
+def check_timeline(entries: list[TimelineEntry]) -> list[TimelineEntry]:
+    """Refuse a timeline that is out of order.
+
+    Raises:
+        ValueError: Naming the first entry that does not come after the one before.
+    """
+    for before, after in pairwise(entries):
+        if after.at <= before.at:
+            raise ValueError(f"times must rise: {after.at:g} s stands after {before.at:g} s")
+    return entries
+
+
+@dataclass(frozen=True)
+class Cue:
+    """What a chunk is sampled with: its settings, its seed if the timeline gives one, and since when."""
+
+    settings: Settings
+    seed: int | None = None
+    since: float | None = None
+
+
+class Timeline:
+    """Walks along an `extend` node's chunks; prompts are planned where they are first used."""
+
+    def __init__(self, builder: PlanBuilder, name: str, entries: Sequence[TimelineEntry], settings: Settings) -> None:
+        self._builder = builder
+        self._name = name
+        self._waiting = list(enumerate(entries, start=1))
+        self._cue = Cue(settings)
+
+    def cue(self, first_frame: int, num_frames: int) -> Cue:
+        """Return what the next chunk is sampled with.
+
+        Args:
+            first_frame: The chunk's first frame on the voice's clock; negative in the warm-up.
+            num_frames: How many frames the chunk has.
+        """
+        self._cue = replace(self._cue, seed=None if self._cue.seed is None else self._cue.seed + 1)
+        middle = (first_frame + num_frames / 2) / FRAME_RATE_HZ
+        while self._waiting and self._waiting[0][1].at <= middle:
+            number, entry = self._waiting.pop(0)
+            if self._waiting and self._waiting[0][1].at <= middle:
+                text = (
+                    f"{self._name}: the timeline's entry at {entry.at:g} s has no chunk of its own; the next one counts"
+                )
+                self._builder.note(self._name, text)
+            self._cue = self._after(number, entry)
+        return self._cue
+
+    def close(self) -> None:
+        """Say which entries come after the last chunk."""
+        for _, entry in self._waiting:
+            text = f"{self._name}: the timeline's entry at {entry.at:g} s comes after the last chunk and has no effect"
+            self._builder.note(self._name, text)
+
+    def _after(self, number: int, entry: TimelineEntry) -> Cue:
+        settings = self._cue.settings
+        inputs = dict(settings.inputs)
+        for key, text in (("positive", entry.prompt), ("negative", entry.negative_prompt)):
+            if text is not None:
+                inputs[key] = self._encode(f"{self._name}.{key}[{number}]", text, settings)
+        given = {"steps": entry.steps, "cfg": entry.cfg, "shift": entry.shift}
+        fields = {**settings.fields, **{key: value for key, value in given.items() if value is not None}}
+        seed = self._cue.seed if entry.seed is None else entry.seed
+        return Cue(Settings(inputs, fields), seed, entry.at)
+
+    def _encode(self, name: str, text: str, settings: Settings) -> Value:
+        encoder: Value = settings.inputs["positive"].facts["text_encoder"]
+        node = EncodeText.model_construct(text_encoder=None, text=text)
+        (value,) = self._builder.add(name, node, {"text_encoder": encoder}, recipe_node=self._name).values()
+        return replace(value, facts={"text_encoder": encoder})

@@ -1,0 +1,189 @@
+"""One change of a recipe from outside its layers, taken apart: PATH and VALUE, each with its place.
+
+PATH is `nodes.NODE.FIELD`, with `[id]` or `[0]` for an item of a list and further fields after a dot; `params.NAME`; or
+`NAME` alone for a parameter. The change comes from the command line, or from the recipe's matrix.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from s2v_flow.diagnostics import shortened
+from s2v_flow.errors import Place
+from s2v_flow.graph.node import NAME
+from s2v_flow.recipe.problems import Problems, StopReadingError
+from s2v_flow.recipe.reader import FORBIDDEN, Source, read_text
+from s2v_flow.recipe.tree import Origin, Tree
+
+MAX_TEXT_FILE_BYTES = 64_000
+_PART = re.compile(rf"(?P<name>{NAME})(?P<items>(?:\[[A-Za-z0-9_-]+\])*)(?P<dot>\.|$)")
+_ITEM = re.compile(r"\[([A-Za-z0-9_-]+)\]")
+_FIX_PATH = "a path is written like steps, params.steps, nodes.first.steps or nodes.dit.loras[lightning].strength"
+
+
+@dataclass(frozen=True)
+class Override:
+    """One change as the command line gives it; changes apply in their order, later ones over earlier ones.
+
+    kind "set": PATH=VALUE, read as the place in the schema takes it;
+    kind "set-json": PATH=JSON, of a type that the place takes;
+    kind "set-file": PATH=FILE, whose text is the value, without one line break at its end;
+    kind "unset": PATH, which goes back to its default; a parameter goes back to what the recipe says.
+    """
+
+    kind: Literal["set", "set-json", "set-file", "unset"]
+    text: str
+
+
+class FaultyOverrideError(Exception):
+    """A change cannot be applied; its mistake has been collected."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a path: a key, or an item of a list, and where it begins in the path."""
+
+    text: str
+    is_item: bool
+    start: int
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A change taken apart. `value` is text that is still to be read, a tree that was written in a recipe, or nothing.
+
+    `source` is the text that the value stands in and `column` where it begins there, for what the command line gives;
+    `file` is the file that the value was read from; `reading` is what YAML alone would make of a text.
+    """
+
+    kind: Literal["set", "set-json", "set-file", "unset", "matrix"]
+    path: str
+    steps: tuple[Step, ...]
+    path_origin: Origin
+    value: str | Tree | None
+    value_origin: Origin
+    source: Source | None = None
+    column: int = 0
+    file: str | None = None
+    reading: Tree | None = None
+
+    def at(self, step: Step) -> Origin:
+        """Return the place of one step of the path."""
+        place = self.path_origin.place
+        if not self.path_origin.excerpt.startswith(self.path, place.column - 1):  # written with escapes
+            return self.path_origin
+        there = replace(place, column=place.column + step.start)
+        return replace(self.path_origin, place=there, width=len(step.text))
+
+    @property
+    def key(self) -> str:
+        """The path in the one form that all ways to write it share: `steps` for `params.steps`."""
+        first, *rest = self.steps
+        if first.text == "params" and rest and not rest[0].is_item and rest[0].text not in ("params", "nodes"):
+            return self.path[rest[0].start :]
+        return self.path
+
+
+def parse_overrides(overrides: Iterable[Override], base_dir: Path, problems: Problems) -> list[Argument]:
+    """Take the command line's changes apart. Faulty ones are collected and left out.
+
+    Args:
+        overrides: The changes in order.
+        base_dir: Where relative paths in them start.
+        problems: Takes what is wrong, at places like `--set:2:7`: the second --set, column 7.
+    """
+    numbers: dict[str, int] = {}
+    arguments = []
+    for override in overrides:
+        numbers[override.kind] = number = numbers.get(override.kind, 0) + 1
+        option = f"--{override.kind}"
+        source = Source(option, base_dir, tuple(override.text.splitlines()) or ("",), line=number)
+        try:
+            arguments.append(_parse_override(override, source, problems))
+        except FaultyOverrideError:
+            continue
+    return arguments
+
+
+def _parse_override(override: Override, source: Source, problems: Problems) -> Argument:
+    check_characters(override.text, source, problems)
+    path, equals, value = override.text.partition("=")
+    example = "steps" if override.kind == "unset" else "steps=20 or nodes.first.cfg=6"
+    if bool(equals) == (override.kind == "unset"):
+        origin = source.origin(0, 0, len(override.text))
+        is_unset = override.kind == "unset"
+        message = f"'{shortened(override.text)}' has {'an' if is_unset else 'no'} = in it"
+        fix = f"write {'PATH alone' if is_unset else 'PATH=VALUE'}, like {example}"
+        raise faulty(problems, "R050", message, origin, fix)
+    steps = parse_path(path, source.origin(0, 0, len(path)), problems)
+    value_origin = source.origin(0, len(path) + 1, len(value))
+    argument = Argument(
+        override.kind, path, steps, source.origin(0, 0, len(path)), value, value_origin, source, len(path) + 1
+    )
+    return _with_file(argument, value, problems) if override.kind == "set-file" else argument
+
+
+def check_characters(text: str, source: Source, problems: Problems) -> None:
+    """Refuse what no recipe may hold.
+
+    Raises:
+        FaultyOverrideError: There is such a character.
+    """
+    forbidden = FORBIDDEN.search(text)
+    if forbidden is not None:
+        message = f"the character U+{ord(forbidden[0]):04X} may not stand in a recipe"
+        raise faulty(problems, "R003", message, source.origin(0, forbidden.start()))
+
+
+def parse_path(path: str, origin: Origin, problems: Problems) -> tuple[Step, ...]:
+    """Take a path apart.
+
+    Args:
+        path: The path.
+        origin: Where it stands.
+        problems: Takes the mistake.
+
+    Raises:
+        FaultyOverrideError: It is no path.
+    """
+    steps: list[Step] = []
+    position = 0
+    while position < len(path):
+        match = _PART.match(path, position)
+        if match is None or (match.end() == len(path) and match["dot"]):
+            break
+        steps.append(Step(match["name"], False, position))
+        items = _ITEM.finditer(path, match.start("items"), match.end("items"))
+        steps += [Step(item[1], True, item.start(1)) for item in items]
+        position = match.end()
+    if position == len(path) and steps:
+        return tuple(steps)
+    there = origin
+    if origin.excerpt.startswith(path, origin.place.column - 1):
+        place = replace(origin.place, column=origin.place.column + position)
+        there = replace(origin, place=place, width=max(1, len(path) - position))
+    raise faulty(problems, "R050", f"'{shortened(path)}' is no path", there, _FIX_PATH)
+
+
+def faulty(problems: Problems, code: str, message: str, origin: Origin, fix: str | None = None) -> FaultyOverrideError:
+    """Collect a mistake and return the exception that leaves the change out."""
+    problems.add(code, message, origin, fix=fix)
+    return FaultyOverrideError()
+
+
+def _with_file(argument: Argument, value: str, problems: Problems) -> Argument:
+    """Read the file that the argument names."""
+    name = os.path.expanduser(value)
+    path = argument.value_origin.base_dir / name
+    try:
+        text = read_text(path, name, problems, argument.value_origin, MAX_TEXT_FILE_BYTES)
+    except StopReadingError as error:
+        raise FaultyOverrideError from error
+    first = text.partition("\n")[0]
+    origin = Origin(Place(name), first, argument.value_origin.base_dir, max(1, len(first)))
+    return replace(argument, value=text.removesuffix("\n"), value_origin=origin, file=name)

@@ -1,0 +1,150 @@
+"""A recipe as one text: all layers merged, parameters put in, and where each value was written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from s2v_flow.recipe.document import NodeSpec, Recipe
+from s2v_flow.recipe.emit import to_yaml
+from s2v_flow.recipe.params import Parameters
+from s2v_flow.recipe.problems import Problems
+from s2v_flow.recipe.sections import LANGUAGE_VERSION
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir, path_text, plain
+
+FieldPath = tuple[str | int, ...]
+_MEANS_MORE = re.compile(r"\$(?=\{|params\.)")
+
+
+def config_text(recipe: Recipe, *, resolved: bool = True, with_origins: bool = False) -> str:
+    """Return the recipe as YAML that can be loaded again.
+
+    Resolved, it gives the same nodes: values stand in the place of their references, and inputs' relative paths are
+    rewritten where they do not start at the recipe's folder (outputs stay as they are: a recipe writes below itself). A
+    matrix is left out then, for what it varies is referred to no more.
+
+    Args:
+        recipe: The recipe.
+        resolved: Whether to put parameters in, or keep `$params.x` as it is written.
+        with_origins: Whether each value gets a comment that says where it was written: `# talk.yaml:14`, `# --set`.
+    """
+    tree = _tree(recipe, resolved)
+    comments = {path: _said(origin, recipe) for path, origin in _leaves(tree)} if with_origins else {}
+    return to_yaml(_data(recipe, tree, resolved), comments=comments)
+
+
+def config_json(recipe: Recipe, *, resolved: bool = True, with_origins: bool = False) -> dict[str, Any]:
+    """Return the same as an object: the recipe's name, its sections, and `origins` by path."""
+    tree = _tree(recipe, resolved)
+    found: dict[str, Any] = {"recipe": str(recipe.path), **_data(recipe, tree, resolved)}
+    if with_origins:
+        found["origins"] = {path_text(tree, path): _said(origin, recipe) for path, origin in _leaves(tree)}
+    return found
+
+
+def _tree(recipe: Recipe, resolved: bool) -> MapValue:
+    tree = recipe.document
+    if resolved:
+        tree = _resolved(recipe)
+    elif recipe.matrix_text is not None:
+        tree = tree.with_entry("matrix", Entry(recipe.matrix_text.origin, recipe.matrix_text))
+    sections = {key: entry for key, entry in tree.entries.items() if plain(entry.value)}
+    return MapValue(sections, tree.origin)
+
+
+def _data(recipe: Recipe, tree: MapValue, resolved: bool) -> dict[str, Any]:
+    data: dict[str, Any] = {"s2vflow": LANGUAGE_VERSION}
+    if recipe.description is not None:
+        data["description"] = recipe.description
+    data.update(plain(tree))
+    if resolved:
+        for name, spec in recipe.nodes.items():
+            for path, text in _moved_inputs(spec, recipe):
+                _put(data["nodes"][name], path, _escaped(text))
+    return data
+
+
+def _resolved(recipe: Recipe) -> MapValue:
+    """Return the document with its references to parameters replaced."""
+    params, nodes = recipe.document.get("params"), recipe.document.get("nodes")
+    assert isinstance(params, MapValue)
+    assert isinstance(nodes, MapValue)
+    parameters = Parameters(params, Problems())
+    values = {
+        name: Entry(params.entries[name].key_origin, _literal(tree)) for name, tree in parameters.resolve_all().items()
+    }
+    written: dict[str, Entry] = {}
+    for name, entry in nodes.entries.items():
+        assert isinstance(entry.value, MapValue)
+        fields = {
+            field: Entry(value.key_origin, _resolved_field(recipe.nodes[name], field, value.value, parameters))
+            for field, value in entry.value.entries.items()
+        }
+        written[name] = Entry(entry.key_origin, MapValue(fields, entry.value.origin))
+    sections = {"params": MapValue(values, params.origin), "nodes": MapValue(written, nodes.origin)}
+    return MapValue({key: Entry(tree.origin, tree) for key, tree in sections.items()}, recipe.document.origin)
+
+
+def _resolved_field(spec: NodeSpec, field: str, value: Tree, parameters: Parameters) -> Tree:
+    if field == "kind" or field in type(spec.node).input_ports():
+        return value
+    tree = parameters.substitute(value, field)
+    assert tree is not None, "the recipe has been checked"
+    return _literal(tree)
+
+
+def _literal(tree: Tree) -> Tree:
+    """Return a resolved value as a recipe writes it: what looks like a reference is none."""
+    if isinstance(tree, ListValue):
+        return ListValue(tuple(map(_literal, tree.items)), tree.origin)
+    if isinstance(tree, MapValue):
+        entries = {key: Entry(entry.key_origin, _literal(entry.value)) for key, entry in tree.entries.items()}
+        return MapValue(entries, tree.origin)
+    return Scalar(_escaped(tree.value), tree.origin) if isinstance(tree.value, str) else tree
+
+
+def _escaped(text: str) -> str:
+    return _MEANS_MORE.sub("$$", text)
+
+
+def _moved_inputs(spec: NodeSpec, recipe: Recipe) -> Iterator[tuple[FieldPath, str]]:
+    """Yield the input files whose relative path starts at another folder than the recipe's, as seen from there."""
+    home = absolute_dir(recipe.path)
+    for path, mark, text in spec.node.files():
+        base_dir = spec.base_dir(path)
+        if mark.role == "input" and base_dir != home and not os.path.isabs(os.path.expanduser(text)):
+            yield path, os.path.relpath(base_dir / text, home)
+
+
+def _put(data: Any, path: FieldPath, value: str) -> None:
+    for part in path[:-1]:
+        data = data[part]
+    data[path[-1]] = value
+
+
+def _leaves(tree: Tree, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Origin]]:
+    """Yield the places of the values that hold no others; a list of scalars from one line counts as one value."""
+    children: Mapping[str | int, Tree] = {}
+    if isinstance(tree, MapValue):
+        children = {key: entry.value for key, entry in tree.entries.items()}
+    elif isinstance(tree, ListValue):
+        same_line = all(_line(item) == _line(tree) and isinstance(item, Scalar) for item in tree.items)
+        children = {} if same_line else dict(enumerate(tree.items))
+    if not children:
+        yield path, tree.origin
+    for key, child in children.items():
+        yield from _leaves(child, (*path, key))
+
+
+def _line(tree: Tree) -> tuple[str, int]:
+    return tree.origin.place.file, tree.origin.place.line
+
+
+def _said(origin: Origin, recipe: Recipe) -> str:
+    place = origin.place
+    if place.file.startswith("--") and not (origin.base_dir / place.file).exists():
+        return place.file
+    profile = recipe.profile_places.get(place)
+    return f"{place.file}:{place.line}" + (f" (profile {profile})" if profile is not None else "")

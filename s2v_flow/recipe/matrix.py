@@ -1,0 +1,251 @@
+"""A matrix of runs: axes of values, `include` and `exclude` as in GitHub's workflows, and `-m PATH=VALUES`.
+
+The cells are all combinations of the axes' values, the first axis slowest. `exclude` takes away the cells that have all
+values of one of its items. An item of `include` is added to every cell whose own values it does not change; where there
+is no such cell, it is a cell by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from s2v_flow.diagnostics import did_you_mean, shortened, shown
+from s2v_flow.recipe.argument import Argument, FaultyOverrideError, parse_path
+from s2v_flow.recipe.emit import scalar_text
+from s2v_flow.recipe.problems import Problems
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, plain
+
+MAX_CELLS = 1_000
+_MAX_SHOWN = 24  # characters of a value in a label
+_RESERVED = ("include", "exclude")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Something that varies: where it is written, and one change for each of its values."""
+
+    origin: Origin
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What varies, by the key of the path (`steps` for `params.steps`), and which cells come and go besides."""
+
+    origin: Origin | None = None
+    axes: Mapping[str, Axis] = field(default_factory=dict)
+    include: tuple[Mapping[str, Argument], ...] = ()
+    exclude: tuple[Mapping[str, Argument], ...] = ()
+
+    def arguments(self) -> Iterator[Argument]:
+        """Yield every change that some cell makes."""
+        for axis in self.axes.values():
+            yield from axis.arguments
+        for item in self.include:
+            yield from item.values()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination: a short name that no other cell has, its values by path, and the changes that make it."""
+
+    label: str
+    values: Mapping[str, Any]
+    arguments: tuple[Argument, ...]
+
+
+def read_matrix(tree: MapValue, problems: Problems) -> Matrix:
+    """Take a recipe's `matrix:` apart; what is wrong is collected and left out."""
+    axes: dict[str, Axis] = {}
+    for path, entry in tree.entries.items():
+        if path in _RESERVED:
+            continue
+        if not isinstance(entry.value, ListValue) or not entry.value.items:
+            message = f"matrix: {shortened(path)} varies over a list of values, got {_seen(entry)}"
+            problems.add("R060", message, entry.value.origin, fix=f"write {shortened(path)}: [1, 2]")
+            continue
+        try:
+            changes = [_change(path, Entry(entry.key_origin, item), problems) for item in entry.value.items]
+        except FaultyOverrideError:
+            continue
+        if changes[0].key in axes:
+            message = f"matrix: {shortened(changes[0].key)} is given twice"
+            problems.add("R063", message, entry.key_origin, fix="remove one of the two")
+            continue
+        axes[changes[0].key] = Axis(entry.key_origin, _distinct(changes, problems))
+    include = _read_items(tree.entries.get("include"), "include", problems)
+    exclude = _read_items(tree.entries.get("exclude"), "exclude", problems)
+    for item in exclude:
+        for key, argument in item.items():
+            if key not in axes:
+                message = f"matrix: exclude names {shortened(key)}, which does not vary"
+                fix = did_you_mean(key, axes, "axes") or "the matrix has no axes"
+                problems.add("R062", message, argument.path_origin, fix=fix)
+    return Matrix(tree.origin if tree.entries else None, axes, include, exclude)
+
+
+def with_axes(matrix: Matrix, axes: Sequence[tuple[str, Axis]], problems: Problems) -> Matrix:
+    """Return the matrix with the command line's axes, which replace its own of the same paths."""
+    together = dict(matrix.axes)
+    given: set[str] = set()
+    for key, axis in axes:
+        if key in given:
+            problems.add("R063", f"{shortened(key)} is given twice", axis.origin, fix="give all its values in one -m")
+        given.add(key)
+        together[key] = Axis(axis.origin, _distinct(axis.arguments, problems))
+    origin = matrix.origin or next((axis.origin for _, axis in axes), None)
+    return Matrix(origin, together, matrix.include, matrix.exclude)
+
+
+def expand(matrix: Matrix, problems: Problems) -> tuple[Cell, ...]:
+    """Return the cells of a matrix; none where it has nothing in it, or too much, which is collected."""
+    count = math.prod(len(axis.arguments) for axis in matrix.axes.values()) if matrix.axes else 0
+    if matrix.origin is None or count > MAX_CELLS:
+        if matrix.origin is not None:
+            _say_too_many(count, matrix.origin, problems)
+        return ()
+    originals: list[dict[str, Argument]] = []
+    if matrix.axes:
+        for values in itertools.product(*(axis.arguments for axis in matrix.axes.values())):
+            combination = dict(zip(matrix.axes, values, strict=True))
+            if not any(_agrees(item, combination) for item in matrix.exclude):
+                originals.append(combination)
+    cells = _included(originals, matrix.include)
+    if not cells:
+        problems.add("R061", "matrix: exclude leaves no cell", matrix.origin, fix="exclude less")
+    if len(cells) > MAX_CELLS:
+        _say_too_many(len(cells), matrix.origin, problems)
+        return ()
+    return _labelled(cells)
+
+
+def _say_too_many(count: int, origin: Origin, problems: Problems) -> None:
+    message = f"a matrix may have {MAX_CELLS} cells, this one has {count}"
+    problems.add("R061", message, origin, fix="vary less at once")
+
+
+def _included(
+    originals: Sequence[Mapping[str, Argument]], include: Iterable[Mapping[str, Argument]]
+) -> list[dict[str, Argument]]:
+    cells = [dict(original) for original in originals]
+    alone: list[dict[str, Argument]] = []
+    for item in include:
+        is_added = False
+        for original, cell in zip(originals, cells, strict=True):
+            if all(key not in original or _same(argument, original[key]) for key, argument in item.items()):
+                cell.update({key: argument for key, argument in item.items() if key not in original})
+                is_added = True
+        if not is_added:
+            alone.append(dict(item))
+    return cells + alone
+
+
+def _agrees(item: Mapping[str, Argument], combination: Mapping[str, Argument]) -> bool:
+    return all(key in combination and _same(argument, combination[key]) for key, argument in item.items())
+
+
+def _same(first: Argument, second: Argument) -> bool:
+    return _identity(_plain(first)) == _identity(_plain(second))
+
+
+def _plain(argument: Argument) -> Any:
+    assert argument.value is not None
+    if not isinstance(argument.value, str):
+        return plain(argument.value)
+    return plain(argument.reading) if argument.reading is not None else argument.value
+
+
+def _identity(value: Any) -> Hashable:
+    """Return something equal for equal values: 1 is 1.0, but neither true nor '1'."""
+    if isinstance(value, dict):
+        return ("map", frozenset((key, _identity(item)) for key, item in value.items()))
+    if isinstance(value, list):
+        return ("list", tuple(map(_identity, value)))
+    return ("truth" if isinstance(value, bool) else "text" if isinstance(value, str) else "number", value)
+
+
+def _distinct(arguments: Sequence[Argument], problems: Problems) -> tuple[Argument, ...]:
+    """Return the values of an axis, and say which come twice: their cells would be the same."""
+    seen: dict[Hashable, Argument] = {}
+    for argument in arguments:
+        identity = _identity(_plain(argument))
+        if identity in seen:
+            message = f"{shortened(argument.path)}: the value {_shown(_plain(argument))} is given twice"
+            problems.add("R063", message, argument.value_origin, fix="remove one of the two")
+        seen.setdefault(identity, argument)
+    return tuple(seen.values())
+
+
+def _change(path: str, entry: Entry, problems: Problems) -> Argument:
+    origin = entry.key_origin.around(path)
+    steps = parse_path(path, origin, problems)
+    return Argument("matrix", path, steps, origin, entry.value, entry.value.origin)
+
+
+def _read_items(entry: Entry | None, key: str, problems: Problems) -> tuple[Mapping[str, Argument], ...]:
+    """Read the list of maps under `include` or `exclude`."""
+    if entry is None:
+        return ()
+    if not isinstance(entry.value, ListValue):
+        message = f"matrix: {key} is a list of maps, got {_seen(entry)}"
+        problems.add("R060", message, entry.value.origin, fix=f"write {key}: [{{seed: 1}}]")
+        return ()
+    items: list[Mapping[str, Argument]] = []
+    for item in entry.value.items:
+        if not isinstance(item, MapValue) or not item.entries:
+            message = f"matrix: an item of {key} is a map of paths and values, got {_seen(Entry(item.origin, item))}"
+            problems.add("R060", message, item.origin, fix=f"write {key}: [{{seed: 1}}]")
+            continue
+        changes: dict[str, Argument] = {}
+        for path, value in item.entries.items():
+            try:
+                change = _change(path, value, problems)
+            except FaultyOverrideError:
+                continue
+            if change.key in changes:
+                message = f"matrix: {shortened(change.key)} is given twice"
+                problems.add("R063", message, value.key_origin, fix="remove one of the two")
+            changes[change.key] = change
+        items.append(changes)
+    return tuple(items)
+
+
+def _seen(entry: Entry) -> str:
+    value = plain(entry.value)
+    return f"an empty {'list' if value == [] else 'map'}" if value in ([], {}) else shown(value)
+
+
+def _labelled(cells: Sequence[Mapping[str, Argument]]) -> tuple[Cell, ...]:
+    keys = list(dict.fromkeys(key for cell in cells for key in cell))
+    names = _short_names(keys)
+    taken: dict[str, int] = {}
+    labelled = []
+    for cell in cells:
+        values = {key: _plain(argument) for key, argument in cell.items()}
+        label = ",".join(f"{names[key]}={_shown(value)}" for key, value in values.items())
+        taken[label] = taken.get(label, 0) + 1
+        label += f" ({taken[label]})" if taken[label] > 1 else ""
+        labelled.append(Cell(label, values, tuple(cell.values())))
+    return tuple(labelled)
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Name each path by its last part, or in full where two would have the same name."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    return {key: name if list(last.values()).count(name) == 1 else key for key, name in last.items()}
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a label has it: lists of things with ids by their ids."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "id" in item for item in value):
+        text = "+".join(str(item["id"]) for item in value)
+    elif isinstance(value, (list, dict)):
+        text = json.dumps(value, ensure_ascii=False)
+    else:
+        text = value if isinstance(value, str) else scalar_text(value)
+    return shortened(" ".join(text.split()), _MAX_SHOWN)

@@ -1,0 +1,178 @@
+"""The first recipe: written for a portrait and a voice, whole and commented, in a size that fits the portrait.
+
+What it says is the same as recipes/s2v_*.yaml and recipes/demo.yaml, which a test compares.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
+from s2v_flow.recipe.emit import to_yaml
+from s2v_flow.recipe.reader import FORBIDDEN
+from s2v_flow.start_recipes import ABOVE, BEHIND, RECIPES, start_data
+
+DEFAULT_PROMPT = "The person looks into the camera and speaks calmly."
+_UNIT = 64  # the authors' sizes are multiples of this
+_MAX_UNITS = 64  # 4096 pixels, the longest side that a node takes
+_PLACEHOLDER_SIZE = (1, 1)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a first recipe is made for. Without a portrait or a voice, the recipe names files that are to be put there.
+
+    `like` is a name in `RECIPES`; `output` is the video's name, as the recipe says it: relative to the recipe.
+    """
+
+    portrait: Path | None = None
+    voice: Path | None = None
+    prompt: str = DEFAULT_PROMPT
+    like: str = "lightning"
+    output: str = "out/talk.mp4"
+
+
+def fitting_size(width: int, height: int, max_area: int) -> tuple[int, int]:
+    """Return the largest size in multiples of 64 that has an image's shape, rounded up, within an area.
+
+    The image is scaled until, each side rounded up to 64, it just fits the area.
+
+    Args:
+        width: The image's, in pixels.
+        height: The image's, in pixels.
+        max_area: In pixels.
+
+    Returns:
+        Width and height, in pixels.
+
+    Raises:
+        ValueError: A side is not positive, or the area is less than 64 x 64.
+
+    Source: Wan2.2, wan/speech2video.py, WanS2V.get_size_less_than_area, which tries 100 scales and never enlarges.
+    """
+    if width < 1 or height < 1 or max_area < _UNIT**2:
+        raise ValueError(f"no size for {width}x{height} within {max_area} pixels")
+    units = max_area // _UNIT**2
+    # every size that scaling can give has one side that is a multiple of 64 before rounding
+    by_width = [(count, -(-count * height // width)) for count in range(1, _MAX_UNITS + 1)]
+    by_height = [(-(-count * width // height), count) for count in range(1, _MAX_UNITS + 1)]
+    fitting = [size for size in (*by_width, *by_height) if size[0] * size[1] <= units and max(size) <= _MAX_UNITS]
+    best = max(fitting, key=lambda size: size[0] * size[1])
+    return best[0] * _UNIT, best[1] * _UNIT
+
+
+def recipe_text(start: Start, folder: Path) -> str:
+    """Return a first recipe as text.
+
+    Args:
+        start: What it is for.
+        folder: Where it will stand: it names the files relative to this.
+
+    Raises:
+        MissingError, MediaError, RefusedError: A file is not there, or is no image or sound that can be used.
+        S2VFlowError: A text holds characters that no recipe may hold.
+    """
+    width, height = _PLACEHOLDER_SIZE
+    portrait, voice = "portrait.png", "voice.mp3"
+    about = {"image": "put your portrait there", "audio": "put the voice there"}
+    if start.portrait is not None:
+        width, height = _image_size(start.portrait)
+        portrait = _relative(start.portrait, folder)
+        about["image"] = f"{width}x{height} pixels"
+    if start.voice is not None:
+        about["audio"] = f"{_seconds(start.voice):.2f} s"
+        voice = _relative(start.voice, folder)
+    size = fitting_size(width, height, RECIPES[start.like].max_area)
+    texts = {"image": portrait, "audio": voice, "prompt": start.prompt}
+    for name, text in texts.items():
+        found = FORBIDDEN.search(text)
+        if found is not None:
+            message = f"the {name} holds the character U+{ord(found[0]):04X}, which may not stand in a recipe"
+            raise S2VFlowError(message, fix="leave it out, or rename the file", exit_code=ExitCode.USAGE)
+    literal = {name: text.replace("${", "$${").replace("$params.", "$$params.") for name, text in texts.items()}
+    data = start_data(start.like, {**literal, "width": size[0], "height": size[1]}, start.output)
+    behind = {path: text for path, text in BEHIND.items() if _has(data, path)}
+    behind.update({("params", name): text for name, text in about.items()})
+    above = {path: text for path, text in ABOVE.items() if _has(data, path)}
+    return to_yaml(data, comments=behind, above=above)
+
+
+def recipe_path(video: Path) -> Path:
+    """Return where the recipe of a video is left: beside it.
+
+    Raises:
+        S2VFlowError: The video's name does not end in .mp4.
+    """
+    if video.suffix != ".mp4":
+        raise S2VFlowError(f"{video}: a video's name ends in .mp4", exit_code=ExitCode.USAGE)
+    return video.with_suffix(".yaml")
+
+
+def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
+    """Write a recipe; a file that says the same already is left alone.
+
+    Raises:
+        S2VFlowError: Another file is there and `force` is not given, or it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.read_bytes() == text.encode():
+            return
+        if not force:
+            with path.open("xb") as file:  # fails where something is there
+                file.write(text.encode())
+            return
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_bytes(text.encode())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except FileExistsError:
+        raise S2VFlowError(
+            f"{path} is there already, and says something else",
+            fix="name another file with -o, or overwrite it with --force",
+            exit_code=ExitCode.USAGE,
+        ) from None
+    except OSError as error:
+        raise S2VFlowError(f"{path}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    from s2v_flow.media.image import probe_image
+
+    _require(path, "portrait")
+    return probe_image(path)
+
+
+def _seconds(path: Path) -> float:
+    from s2v_flow.media.audio import probe_audio
+
+    _require(path, "voice")
+    return float(probe_audio(path).duration_seconds)
+
+
+def _require(path: Path, what: str) -> None:
+    if not path.exists():
+        raise MissingError(f"{path}: no such file", fix=f"give the path of the {what}")
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """Return a path as a recipe in `folder` names it."""
+    try:
+        text = Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
+    except ValueError:  # another drive
+        return path.absolute().as_posix()
+    return f"./{text}" if text.startswith("~") else text
+
+
+def _has(data: Any, path: tuple[str | int, ...]) -> bool:
+    for part in path:
+        if not isinstance(data, Mapping) or part not in data:
+            return False
+        data = data[part]
+    return True
