@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from s2v_flow.cache.digest import file_digest, known_digest
+from s2v_flow.cache.memory import remembered
 from s2v_flow.cache.store import Store
 from s2v_flow.demo.catalog import demo_paths, demo_root
 from s2v_flow.device import device_class, resolve_device
@@ -29,6 +30,7 @@ from s2v_flow.need import ModelNeed, known_needs, recipe_needs
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.homes import HOMES
 from s2v_flow.nodes.table import NODE_KINDS
+from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import load_recipe
 
@@ -45,6 +47,7 @@ class Options:
     profiles: Sequence[str] = ()
     override_files: Sequence[Path] = ()
     sets: Sequence[str] = ()
+    overrides: Sequence[Override] = ()
     models_dirs: Sequence[Path] = ()
     extra_model_paths: Sequence[Path] = ()
     input_dirs: Sequence[Path] = ()
@@ -162,23 +165,42 @@ class Planned:
         }
 
 
-def check(path: Path, options: Options | None = None) -> Recipe:
+def _options(options: Options | None, fields: Mapping[str, Any]) -> Options:
+    """Return the options with single fields changed; paths may be text."""
+    changes = dict(fields)
+    for name in ("models_dirs", "input_dirs", "override_files"):
+        if name in changes:
+            changes[name] = [Path(path) for path in changes[name]]
+    for name in ("output_dir", "cache_dir"):
+        if changes.get(name) is not None:
+            changes[name] = Path(changes[name])
+    return replace(options or Options(), **changes)
+
+
+def load(path: Path | str, options: Options | None = None, **fields: Any) -> Recipe:
+    """Read and check a recipe: the same as `check`."""
+    return check(path, options, **fields)
+
+
+def check(path: Path | str, options: Options | None = None, **fields: Any) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: The recipe file.
-        options: Profiles, override files and --set values count here.
+        options: Profiles, override files, `sets` and then `overrides` count here.
+        fields: Single fields of `Options`.
 
     Raises:
         RecipeError: With every mistake that was found; also where a recipe's file cannot be read.
     """
-    options = options or Options()
+    options = _options(options, fields)
     return load_recipe(
-        path,
+        Path(path),
         kinds=KINDS,
         profiles=options.profiles,
         override_files=options.override_files,
         sets=options.sets,
+        overrides=options.overrides,
         base_dir_for_sets=Path.cwd(),
     )
 
@@ -195,21 +217,33 @@ def model_needs(path: Path | None, options: Options | None = None) -> list[Model
     return recipe_needs(check(path, options), options.locations)
 
 
-def plan(path: Path, options: Options | None = None) -> Planned:
+def plan(path: Path | str, options: Options | None = None, **fields: Any) -> Planned:
     """Find out what a run would do, without computing anything and without importing torch.
+
+    Args:
+        path: The recipe file.
+        options: See `Options`.
+        fields: Single fields of `Options`.
 
     Raises:
         RecipeError: With every mistake that was found.
         S2VFlowError: A file that is there cannot be used, or the device is not there.
     """
-    options = options or Options()
+    options = _options(options, fields)
     return _plan(check(path, options), options)
 
 
 def _plan(recipe: Recipe, options: Options) -> Planned:
     device = resolve_device(options.device)
-    made = options.selection.cut(build_plan(recipe.nodes, _order(recipe), options.locations))
     memory = _digest_memory(options)
+
+    def remember(what: str, file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if file.stat().st_size > _HASHED_AT_ONCE_BYTES:
+            return compute()
+        key = f"{what}:{file_digest(file, memory)}"
+        return remembered(options.cache_root / "facts.json", key, compute)
+
+    made = options.selection.cut(build_plan(recipe.nodes, _order(recipe), options.locations, remember))
 
     def digest(file: Path) -> str | None:
         if not file.is_file():
@@ -240,20 +274,21 @@ def _digest_memory(options: Options) -> Path:
     return options.cache_root / "digests.json"
 
 
-def run(path: Path, options: Options | None = None, on_event: Listener = ignore) -> RunResult:
+def run(path: Path | str, options: Options | None = None, on_event: Listener = ignore, **fields: Any) -> RunResult:
     """Run a recipe: compute what is not stored yet, and write the results.
 
     Args:
         path: The recipe file.
         options: See `Options`.
         on_event: Called with every event, in the calling thread.
+        fields: Single fields of `Options`.
 
     Raises:
         RecipeError: The recipe is wrong; nothing was run.
         MissingError: A model or an input is missing; nothing was run.
         S2VFlowError: A node failed; what was finished before is stored.
     """
-    options = options or Options()
+    options = _options(options, fields)
     planned = plan(path, options)
     return run_planned(planned, options, on_event)
 

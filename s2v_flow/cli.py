@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from s2v_flow import __version__
-from s2v_flow.completion import SHELLS, complete_kind, complete_profile, complete_set, completion_script
+from s2v_flow.completion import SHELLS, complete_kind, complete_profile, completion_script
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.option_order import OrderedGroup, override_options, take_overrides
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options
@@ -43,6 +44,7 @@ EXIT_CODES = "\n".join(
 
 
 @click.group(
+    cls=OrderedGroup,
     epilog=f"\b\nExit codes:\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
@@ -69,14 +71,7 @@ def change_options(command: _Command) -> _Command:
             shell_complete=complete_profile,
             help="Profiles of the recipe: -p quality,bf16.",
         ),
-        click.option(
-            "--set",
-            "sets",
-            multiple=True,
-            metavar="PATH=VALUE",
-            shell_complete=complete_set,
-            help="Set a value: steps=20.",
-        ),
+        override_options,
     ):
         command = decorate(command)
     return command
@@ -85,7 +80,7 @@ def change_options(command: _Command) -> _Command:
 def folder_options(command: _Command) -> _Command:
     """Add the options that say where things are."""
     for decorate in (
-        click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."),
+        click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."),
         click.option("--cache-dir", type=_FOLDER, help="Where artifacts are kept.  [env: S2VFLOW_CACHE_DIR]"),
         click.option("--output-dir", type=_FOLDER, help="Where relative outputs go."),
         click.option("--input-dir", "input_dirs", type=_FOLDER, multiple=True, help="Where inputs are looked for too."),
@@ -125,6 +120,7 @@ def selection_options(command: _Command) -> _Command:
 def make_options(**given: Any) -> Options:
     """Make `Options` from the command line's values."""
     from s2v_flow.api import Options
+    from s2v_flow.defaults import with_defaults
     from s2v_flow.graph.selection import Selection
 
     given["selection"] = Selection(
@@ -137,6 +133,10 @@ def make_options(**given: Any) -> Options:
     )
 
     given["profiles"] = [name for names in given.get("profiles", ()) for name in names.split(",") if name]
+    given["overrides"] = take_overrides(given)
+    if "device" in given:  # the commands that look for files
+        given = with_defaults(given)
+        given["device"] = given["device"] or "auto"
     return Options(**given)
 
 
@@ -214,6 +214,22 @@ def graph(recipe: Path, as_json: bool, form: str, **given: Any) -> None:
     planned = api.plan(recipe, make_options(**given))
     text = DRAWERS[form](planned.plan, planned.statuses)
     report.print_json({"format": form, "graph": text}) if as_json else report.print_result(text)
+
+
+@cli.command()
+@recipe_options
+@click.option("--origin", "with_origins", is_flag=True, help="Say where each value was written.")
+@click.option("--resolved/--references", default=True, help="Put parameters in (the default), or keep $params.NAME.")
+def config(recipe: Path, as_json: bool, with_origins: bool, resolved: bool, **given: Any) -> None:
+    """Print a recipe as one text, with everything that is laid over it."""
+    from s2v_flow import api, report
+    from s2v_flow.recipe.config import config_json, config_text
+
+    checked = api.check(recipe, make_options(**given))
+    if as_json:
+        report.print_json(config_json(checked, resolved=resolved, with_origins=with_origins))
+    else:
+        report.print_result(config_text(checked, resolved=resolved, with_origins=with_origins).rstrip("\n"))
 
 
 @cli.command()
@@ -297,8 +313,10 @@ def make(
     recipe = recipe_path(output)
     start = Start(portrait, voice, prompt, like, output.name)
     write_recipe(recipe, recipe_text(start, recipe.parent), force=force)
-    report.print_message(f"the recipe is {recipe}")
-    _run(recipe, make_options(**given), as_json=as_json)
+    options = make_options(**given)
+    again = " ".join(["s2vflow run", str(recipe), *(f"-p {name}" for name in options.profiles)])
+    report.print_message(f"the recipe is {recipe}; to run it again: {again}")
+    _run(recipe, options, as_json=as_json)
 
 
 @cli.command()
@@ -311,6 +329,8 @@ def models(recipe: Path | None, as_json: bool, download: bool, only: tuple[str, 
     """List the model files that a recipe needs (or all that are known), and download them on request."""
     from s2v_flow import api, need, report
 
+    if download and recipe is None and not only:
+        raise click.UsageError("--download needs a recipe, or --only FILE: all known models together are very large")
     options = make_options(**given)
     needs = need.choose(api.model_needs(recipe, options), only)
     if download:

@@ -56,14 +56,15 @@ def complete_kind(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 def _merged(ctx: click.Context) -> Merged | None:
     """Return the recipe on the command line with what it extends, or None where it cannot be read."""
-    recipe = ctx.params.get("recipe")
-    if not isinstance(recipe, Path):
+    # click sorts no arguments out while the last option has no value yet
+    given = ctx.params.get("recipe") or next(iter(ctx.args), None)
+    if given is None:
         return None
     from s2v_flow.recipe.layers import merge_layers
     from s2v_flow.recipe.problems import Problems, StopReadingError
 
     try:
-        return merge_layers(recipe, (), (), Path(), Problems())
+        return merge_layers(Path(given), (), (), Path(), Problems())
     except StopReadingError:
         return None
 

@@ -19,14 +19,18 @@ from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import ListValue, MapValue, Scalar, Tree, plain
 
 VARIABLE = "S2VFLOW_DEFAULTS"
-_IN_ENVIRONMENT = {"models_dirs": "S2VFLOW_MODELS_DIR", "cache_dir": "S2VFLOW_CACHE_DIR"}
+_IN_ENVIRONMENT = {
+    "models_dirs": "S2VFLOW_MODELS_DIR",
+    "extra_model_paths": "S2VFLOW_EXTRA_MODEL_PATHS",
+    "cache_dir": "S2VFLOW_CACHE_DIR",
+}
 
 
 def defaults_path() -> Path | None:
     """Return where the user's defaults are looked for; None where they are switched off."""
     named = os.environ.get(VARIABLE)
     if named is not None:
-        return Path(named).expanduser() if named else None
+        return Path(os.path.expanduser(named)) if named else None
     from platformdirs import user_config_path
 
     return user_config_path("s2vflow") / "defaults.yaml"
@@ -64,7 +68,7 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = dict(given)
     for name, value in read_defaults().items():
-        is_set = bool(os.environ.get(_IN_ENVIRONMENT.get(name, "")))
+        is_set = name in _IN_ENVIRONMENT and bool(os.environ.get(_IN_ENVIRONMENT[name]))
         if name in options and not options[name] and not is_set:
             options[name] = value
     return options
@@ -79,21 +83,21 @@ def _read(tree: Tree, problems: Problems) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, entry in tree.entries.items():
         if key not in _READERS:
-            fix = did_you_mean(key, _READERS)
-            problems.add("R010", f"there is no default {shortened(key)}", entry.key_origin, fix=fix)
+            advice = did_you_mean(key, _READERS)
+            problems.add("R010", f"there is no default {shortened(key)}", entry.key_origin, fix=advice)
         else:
             found[key] = _READERS[key](key, entry.value, problems)
     return found
 
 
 def _folders(key: str, tree: Tree, problems: Problems) -> list[Path]:
-    """Read a list of folders; one folder may stand for a list of one."""
+    """Read a list of folders (or files); one may stand for a list of one."""
     items = tree.items if isinstance(tree, ListValue) else (tree,)
     return [folder for item in items for folder in [_folder(key, item, problems)] if folder is not None]
 
 
 def _folder(key: str, tree: Tree, problems: Problems) -> Path | None:
-    text = _text(key, tree, problems, "a folder")
+    text = _text(key, tree, problems, "a path")
     return None if text is None else tree.origin.base_dir / os.path.expanduser(text)
 
 
@@ -111,6 +115,7 @@ def _text(key: str, tree: Tree, problems: Problems, expected: str) -> str | None
 
 _READERS: Mapping[str, Callable[[str, Tree, Problems], Any]] = {
     "models_dirs": _folders,
+    "extra_model_paths": _folders,
     "input_dirs": _folders,
     "output_dir": _folder,
     "cache_dir": _folder,

@@ -25,7 +25,6 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from s2v_flow import __version__
 from s2v_flow.cache.digest import file_digest
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 
@@ -248,7 +247,7 @@ def _open(
     """Send a request, over HTTP or HTTPS and nothing else."""
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise RefusedError(f"{url}: only http and https addresses are used")
-    own = {"User-Agent": f"s2vflow/{__version__}", "Accept-Encoding": "identity"}
+    own = {"User-Agent": "s2vflow", "Accept-Encoding": "identity"}
     request = urllib.request.Request(url, headers={**own, **headers}, method=method)
     response: http.client.HTTPResponse = urllib.request.build_opener(*handlers).open(request, timeout=_TIMEOUT_SECONDS)
     return response

@@ -41,9 +41,9 @@ class Place:
 class Diagnostic:
     """One mistake: where, what, and how to mend it.
 
-    `code` is stable ("R013"); `place` may be missing; a mistake on the command line has "--set" or the like as its file;
-    `excerpt` is the source line without its newline; `width` is how many characters the caret underlines; `inside`
-    names the value ("nodes.first.steps (kind: sample)"); `fix` says what to do.
+    `code` is stable ("R013"); `place` may be missing; a mistake on the command line has "--set" or the like as its
+    file; `excerpt` is the source line without its newline; `width` is how many characters the caret underlines;
+    `inside` names the value ("nodes.first.steps (kind: sample)"); `fix` says what to do.
     """
 
     code: str

@@ -42,5 +42,3 @@ def fill_module(module: nn.Module, seed: int = 0) -> nn.Module:
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     module.load_state_dict(fill_all(shapes, seed), strict=True, assign=True)
     return module.eval().requires_grad_(False)
-
-

@@ -105,14 +105,19 @@ class Store:
             raise DamagedObjectError.at(path, "its bytes have changed")
         return payload
 
-    def copy_to(self, item: StoredObject, target: Path) -> bool:
+    def copy_to(self, item: StoredObject, target: Path, trailer: bytes = b"") -> bool:
         """Put an object's bytes at `target`, whole or not at all; tell whether the file there had to change.
+
+        Args:
+            item: The object.
+            target: The file; it is as it should be only if it holds exactly the object and the trailer.
+            trailer: More bytes, behind the object's.
 
         Raises:
             DamagedObjectError: The object is gone or damaged; `target` is as it was.
             S2VFlowError: `target` cannot be written.
         """
-        if _holds(target, item):
+        if _holds(target, item, trailer):
             return False
         with _writing(target), _temporary(target.parent, target.suffix) as (file, name):
             digest = hashlib.sha256()
@@ -122,6 +127,7 @@ class Store:
             if digest.hexdigest() != item.sha256:
                 self._quarantine(self._object_path(item))
                 raise DamagedObjectError.at(self._object_path(item), "its bytes have changed")
+            file.write(trailer)
             _finish(file)
             os.replace(name, target)
         return True
@@ -279,19 +285,28 @@ def _link(name: str, path: Path) -> bool:
     return True
 
 
-def _holds(path: Path, item: StoredObject) -> bool:
-    """Tell whether a file is there that has an object's bytes."""
+def _holds(path: Path, item: StoredObject, trailer: bytes) -> bool:
+    """Tell whether a file is there that has an object's bytes, then the trailer, and nothing else."""
     try:
-        return path.is_file() and path.stat().st_size == item.size and _file_digest(path) == item.sha256
+        if not path.is_file() or path.stat().st_size != item.size + len(trailer):
+            return False
+        with path.open("rb") as file:
+            return _digest(file, item.size) == item.sha256 and file.read() == trailer
     except OSError:
         return False  # what cannot be read is to be replaced
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+        return _digest(file, path.stat().st_size)
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    """Return the sha256 of the next `size` bytes."""
+    digest = hashlib.sha256()
+    while size > 0 and (block := file.read(min(_BLOCK, size))):
+        digest.update(block)
+        size -= len(block)
     return digest.hexdigest()
 
 

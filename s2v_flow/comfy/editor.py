@@ -55,7 +55,8 @@ def read_editor(document: Mapping[str, Any], mistakes: Mistakes, active: Collect
     mistakes.raise_any()
     notes = tuple(note for scope in scopes for note in _notes(scope))
     groups = tuple(box for scope in scopes for box in _groups(scope))
-    return Graph(nodes, notes, groups)
+    off = (_box("", node) for node in scopes[0].nodes.values() if _mode(node) and node.get("type") not in NOTES)
+    return Graph(nodes, notes, groups, tuple(box for box in off if box is not None))
 
 
 def inactive_parts(document: Mapping[str, Any], savers: Collection[str]) -> list[frozenset[str]]:

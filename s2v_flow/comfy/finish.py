@@ -24,7 +24,7 @@ _RANKS = (
     "encode_audio",
     "encode_image",
 )
-_SHORT_NOTE = 320  # characters; a longer one goes to the end of the file
+_SHORT_NOTE = 320  # characters; what is longer, or has more than a line, goes to the end of the file
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sections:
     params: dict[str, Any] = field(default_factory=dict)
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
     sinks: list[str] = field(default_factory=list)
-    remarks: dict[str, list[str]] = field(default_factory=dict)  # node's name ("params": above those) -> texts
+    remarks: dict[str, list[str]] = field(default_factory=dict)  # node's name, "params" or "profiles" -> texts
     notes: list[str] = field(default_factory=list)
 
 
@@ -128,7 +128,8 @@ def annotate(sections: Sections, draft: Draft, graph: Graph) -> None:
             continue
         seen.add(note.text)
         text = note.text if note.title is None else f"{note.title}: {note.text}"
-        owner = _owner(note, owners, graph) if len(text) <= _SHORT_NOTE else None
+        is_short = len(text) <= _SHORT_NOTE and "\n" not in text
+        owner = _owner(note, owners, graph) if is_short else None
         if owner is None:
             sections.notes.append(note.text if note.title is None else f"{note.title}\n{note.text}")
         else:
@@ -138,6 +139,7 @@ def annotate(sections: Sections, draft: Draft, graph: Graph) -> None:
 def _owner(note: Note, owners: list[tuple[str, str]], graph: Graph) -> str | None:
     """Return the recipe's node made of what stands nearest to a note, in its group if it stands in one."""
     placed = [(owner, graph.nodes[name].box) for owner, name in owners if name in graph.nodes]
+    placed += [("profiles", box) for box in graph.off]
     boxes = [(owner, box) for owner, box in placed if box is not None and note.box and box.scope == note.box.scope]
     if note.box is None or not boxes:
         return None

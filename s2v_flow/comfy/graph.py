@@ -88,11 +88,12 @@ class Note:
 
 @dataclass(frozen=True)
 class Graph:
-    """The whole workflow: nodes by id, notes, and the groups' boxes."""
+    """The whole workflow: nodes by id, notes, the groups' boxes and those of nodes that are switched off."""
 
     nodes: Mapping[str, ComfyNode]
     notes: tuple[Note, ...] = ()
     groups: tuple[Box, ...] = ()
+    off: tuple[Box, ...] = ()
 
 
 @dataclass

@@ -32,6 +32,7 @@ def modernise(draft: Draft) -> list[str]:
         removed = [name for name in _REMOVED.get(node.kind, ()) if node.fields.pop(name, None) is not None]
         if removed and node.kind in _WHY:
             changes.append(_WHY[node.kind])
+    changes += _control_goes_on(draft)
     changes += [change for key in needed if (change := _decode(draft.nodes[key])) is not None]
     changes += _merged(draft)
     changes.append("the same seeds give other videos than in ComfyUI from now on")
@@ -39,6 +40,31 @@ def modernise(draft: Draft) -> list[str]:
     if kinds:
         changes.append(f"left as they are: {', '.join(kinds)}; they count frames by hand, have a look at them")
     return list(dict.fromkeys(changes))
+
+
+def _control_goes_on(draft: Draft) -> list[str]:
+    """Let the pose video go on from chunk to chunk."""
+    changed = False
+    for key in draft.needed():
+        node = draft.nodes[key]
+        given = node.fields.get("control_video")
+        if node.kind == "extend" and isinstance(given, NodeRef) and draft[given].kind == "frames_delay":
+            node.fields["control_video"] = draft[given].fields["frames"]
+            changed = True
+            if _inherited(draft, node, "control_video") == node.fields["control_video"]:
+                del node.fields["control_video"]
+    return ["the pose video goes on from chunk to chunk instead of beginning anew"] if changed else []
+
+
+def _inherited(draft: Draft, node: DraftNode, name: str) -> Any:
+    """Return what a video's node before this one says, from the nearest one that says it."""
+    below = node.fields.get("video")
+    while isinstance(below, NodeRef):
+        found = draft[below].fields
+        if name in found:
+            return found[name]
+        below = found.get("video")
+    return None
 
 
 def _decode(node: DraftNode) -> str | None:
@@ -98,9 +124,4 @@ def _users(draft: Draft, key: int, kind: str | None) -> list[int]:
 
 
 def _has_voice(draft: Draft, node: DraftNode) -> bool:
-    while "speech" not in node.fields:
-        below = node.fields.get("video")
-        if not isinstance(below, NodeRef):
-            return False
-        node = draft[below]
-    return True
+    return "speech" in node.fields or _inherited(draft, node, "speech") is not None

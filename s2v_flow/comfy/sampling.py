@@ -107,9 +107,7 @@ def _require(context: Context, node: ComfyNode, name: str, wanted: Any) -> None:
         raise context.refuse(node, f"{name} must be {wanted}, got {found}", "recipes sample from noise, in one go")
 
 
-def _sampled(
-    context: Context, node: ComfyNode, guider: Guider, sigmas: Sigmas, solver: Value, seed: Value
-) -> Latent:
+def _sampled(context: Context, node: ComfyNode, guider: Guider, sigmas: Sigmas, solver: Value, seed: Value) -> Latent:
     prepared = context.meaning(node, "latent_image", object)
     if not isinstance(prepared, PreparedLatent):
         fix = "connect the latent output of WanSoundImageToVideo or WanSoundImageToVideoExtend"
@@ -148,11 +146,11 @@ def _chunk(context: Context, node: ComfyNode, chunk: Prepared, settings: dict[st
         kept = {name: value for name, value in settings.items() if name not in ("width", "height", "motion_video")}
         return Latent(ref, num_frames, chunk.size, {**kept, "motion": "latent"})
     base = chunk.base
-    lost = [name for name in ("speech", "reference", "control_video") if name in base.settings and name not in settings]
+    lost = [name for name in ("speech", "reference") if name in base.settings and name not in settings]
     if lost:
         fix = "connect it here too, or leave it out of the chunks before"
         raise context.refuse(node, f"{lost[0]}: an extend cannot go without what the chunk before it has", fix)
-    wanted = {**settings, "motion": "latent"}
+    wanted = {**settings, **_control(context, node, chunk, settings), "motion": "latent"}
     own = {name: value for name, value in wanted.items() if base.settings.get(name) != value}
     fields = {"video": base.ref, "chunks": 1, "seed": seed, **own}
     ref = context.draft.add("extend", "talk", fields, node)
@@ -161,6 +159,34 @@ def _chunk(context: Context, node: ComfyNode, chunk: Prepared, settings: dict[st
     cut = {"latent": ref, "axis": "t", "index": -num_frames, "amount": num_frames}
     piece = context.draft.add("latent_cut", "last_chunk", cut, node, titled=False)
     return Latent(piece, num_frames, base.size, joined.settings, piece=(base.ref, joined))
+
+
+def _control(context: Context, node: ComfyNode, chunk: Prepared, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an extend's pose video such that it gets the frames that ComfyUI takes: always the first ones.
+
+    In a recipe frame i of a pose video belongs to frame i of the sound.
+    """
+    base = chunk.base
+    assert base is not None, "only an extend asks"
+    given = settings.get("control_video")
+    if given is None:
+        if "control_video" not in base.settings:
+            return {}
+        fields = {"frames": base.settings["control_video"], "length": 1}  # past its end there is none
+        return {
+            "control_video": context.draft.add("frames_slice", "no_pose", fields, node, titled=False),
+            "vae": base.settings["vae"],
+        }
+    if base.num_frames is None:
+        raise context.refuse(node, "control_video: how long the loaded latent is, is not in the workflow")
+    offset, length = 4 * base.num_frames, 4 * ((chunk.length.value - 1) // 4) + 1
+    piece = context.draft[given]
+    numbers = [getattr(piece.fields.get(name), "value", None) for name in ("start", "length")]
+    if piece.kind == "frames_slice" and numbers == [offset, length]:  # cut by hand, so that it goes on
+        return {"control_video": piece.fields["frames"]}
+    context.mistakes.note("as in ComfyUI, the pose video begins anew in every chunk; --modernise lets it go on")
+    fields = {"frames": given, "count": offset}
+    return {"control_video": context.draft.add("frames_delay", "pose_again", fields, node, titled=False)}
 
 
 def _model_node(context: Context, model: Model) -> NodeRef:
@@ -288,7 +314,9 @@ def _from_batch(context: Context, node: ComfyNode) -> tuple[Any, ...]:
         context.draft[ref].made_from += [name for name in decode.made_from if name not in context.draft[ref].made_from]
         return (FramesMade(ref, left),)
     if not takes_all and length.value >= _WHOLE:
-        context.mistakes.note(f"{node.described()}: it takes {length.value} of {left} frames; the rest is cut, as there")
+        context.mistakes.note(
+            f"{node.described()}: it takes {length.value} of {left} frames; the rest is cut, as there"
+        )
     fields = {"frames": found.ref, "start": index, "length": None if takes_all else length}
     count = None if left is None else max(min(left, length.value), 1)
     return (FramesMade(context.draft.add("frames_slice", "part", fields, node), count),)

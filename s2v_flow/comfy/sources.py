@@ -12,6 +12,7 @@ from s2v_flow.comfy.graph import ComfyNode, Value
 from s2v_flow.comfy.meaning import Context, FramesMade, Latent, Made, Model, Video, Zeroed
 
 Translator = Callable[[Context, ComfyNode], tuple[Any, ...]]
+WHOLE_SECONDS = 86_400.0  # a day: TrimAudioDuration cannot be told "to the end"
 _PLACE = re.compile(r"\s*\[(input|output|temp)\]$")
 _TOKEN = re.compile(r"%[^%/]*%")
 
@@ -101,7 +102,7 @@ def _trim(context: Context, node: ComfyNode) -> tuple[Any, ...]:
         start = Value(start.value + fields.get("start", Value(0.0)).value)
         duration = duration if duration.value <= before else Value(before)
     fields |= {"start": start} if start.value else {}
-    fields["max_duration"] = duration
+    fields |= {"max_duration": duration} if duration.value < WHOLE_SECONDS else {}
     return (Made(context.draft.add("load_audio", voice.usual, fields, node), "audio"),)
 
 

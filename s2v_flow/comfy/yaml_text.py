@@ -14,7 +14,9 @@ from s2v_flow.recipe.scalars import read_scalar
 
 _WIDTH = 120
 _LONGEST_ALIGNED = 12  # longer names do not move the others to the right
-_PLAIN = re.compile(r"[^\W_](?:[^\x00-\x1f:#{}\[\],&*!|>'\"%@`\x7f\x85\xa0\u2028\u2029\ufeff]|:(?=[^\s,\]}])|(?<=\S)#)*")
+_PLAIN = re.compile(
+    r"[^\W_](?:[^\x00-\x1f:#{}\[\],&*!|>'\"%@`\x7f\x85\xa0\u2028\u2029\ufeff]|:(?=[^\s,\]}])|(?<=\S)#)*"
+)
 _IN_BLOCK = re.compile(r"[^\W_](?:[^\x00-\x1f:#\x7f\x85\xa0\u2028\u2029\ufeff]|:(?=\S)|(?<=\S)#)*")
 _ESCAPED = re.compile(r"\$(?=\{|params\.)")
 
@@ -27,10 +29,11 @@ def recipe_text(sections: Sections, description: str, profiles: Mapping[str, Map
         lines += ["params:", *_block(sections.params, "  "), ""]
     lines += ["nodes:", *_nodes(sections)]
     if profiles:
-        lines += ["", "profiles:", *_block(profiles, "  ", {})]
-    if sections.notes:
+        lines += ["", *_comments(sections.remarks.get("profiles", []), ""), "profiles:", *_block(profiles, "  ", {})]
+    notes = sections.notes + ([] if profiles else sections.remarks.get("profiles", []))
+    if notes:
         lines += ["", "# Notes from the workflow"]
-        for note in sections.notes:
+        for note in notes:
             lines += ["#", *_comments([note], "")]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
@@ -51,14 +54,15 @@ def _nodes(sections: Sections) -> Iterator[str]:
 def _fits(name: str, node: Mapping[str, Any]) -> bool:
     has_loras = any(isinstance(value, list) and value and isinstance(value[0], dict) for value in node.values())
     has_lines = any(isinstance(value, str) and "\n" in value for value in node.values())
-    return not has_loras and not has_lines and len(name) + len(_flow(node)) + 4 + _LONGEST_ALIGNED <= _WIDTH
+    return not has_loras and not has_lines and max(len(name) + 1, 10) + len(_flow(node)) + 3 <= _WIDTH
 
 
 def _comments(texts: list[str], indent: str) -> Iterator[str]:
     for text in texts:
-        for line in FORBIDDEN.sub("", text).splitlines():
-            for part in textwrap.wrap(line, _WIDTH - len(indent) - 2, break_long_words=False) or [""]:
-                yield f"{indent}# {part}"
+        clean = re.sub(r"\n\s*\n\s*", "\n\n", FORBIDDEN.sub("", text))
+        for line in clean.splitlines():
+            parts = textwrap.wrap(line, _WIDTH - len(indent) - 2, break_long_words=False, break_on_hyphens=False)
+            yield from (f"{indent}# {part}" for part in parts or [""])
 
 
 def _block(values: Mapping[str, Any], indent: str, short: Mapping[str, Any] | None = None) -> Iterator[str]:

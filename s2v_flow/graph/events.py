@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+RunStatus = Literal["finished", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -66,5 +69,14 @@ class Delivered:
     changed: bool
 
 
-Event = RunStarted | NodeStarted | StepDone | NodeFinished | NodeCached | Noted | Delivered
+@dataclass(frozen=True)
+class RunFinished:
+    """A run is over; `run` is the id under which its manifest is kept, `error` says why it failed."""
+
+    run: str
+    status: RunStatus
+    error: str | None = None
+
+
+Event = RunStarted | NodeStarted | StepDone | NodeFinished | NodeCached | Noted | Delivered | RunFinished
 Listener = Callable[[Event], None]

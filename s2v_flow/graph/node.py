@@ -173,13 +173,14 @@ class Node(BaseModel):
         """
 
     def deliver(
-        self, files: Mapping[tuple[str | int, ...], Path], artifacts: Mapping[str, Artifact]
+        self, files: Mapping[tuple[str | int, ...], Path], artifacts: Mapping[str, Artifact], note: bytes
     ) -> list[tuple[Path, bool]]:
         """Put a sink's stored result where the recipe wants it.
 
         Args:
             files: Where to write, by field path.
             artifacts: The node's stored outputs by name.
+            note: What the result was made of, for kinds of files that can hold it; may be empty.
 
         Returns:
             The files written and whether each had to change.

@@ -6,7 +6,7 @@ and the facts that are known beforehand (sizes, seconds, settings that later nod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -112,11 +112,21 @@ class Plan:
         return {node.name: node for node in self.nodes}
 
 
+Remember = Callable[[str, Path, Callable[[], dict[str, Any]]], dict[str, Any]]
+"""`remember(what, file, compute)`: a small fact about a file's content, computed if it is not remembered."""
+
+
+def compute_anew(what: str, file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Remember nothing."""
+    return compute()
+
+
 class PlanBuilder:
     """Collects plan nodes, values, missing files and mistakes while the recipe's nodes plan themselves."""
 
-    def __init__(self, specs: Mapping[str, Spec], locations: Locations) -> None:
+    def __init__(self, specs: Mapping[str, Spec], locations: Locations, remember: Remember) -> None:
         self.locations = locations
+        self.remember = remember
         self._specs = specs
         self._values: dict[str, dict[str, Value]] = {}
         self._nodes: dict[str, PlanNode] = {}
@@ -187,6 +197,19 @@ class PlanBuilder:
             else:
                 yield path, found
 
+    def _refuse_shared_outputs(self) -> None:
+        """Record nodes that would overwrite each other's file."""
+        writers: dict[Path, str] = {}
+        for node in self._nodes.values():
+            for path, mark, _ in node.node.files():
+                if mark.role == "output" and path in node.files:
+                    first = writers.setdefault(node.files[path], node.name)
+                    if first != node.name:
+                        message = f"{path[-1]}: {first} writes the same file"
+                        self.problem(
+                            node.recipe_node, str(path[-1]), "R131", message, "give each node a file of its own"
+                        )
+
     def build(self, order: Sequence[str]) -> Plan:
         """Plan the recipe's nodes in `order`, keep what the outputs need, and sort it.
 
@@ -195,6 +218,7 @@ class PlanBuilder:
         """
         for name in order:
             self._values[name] = self._specs[name].node.plan(self, name)
+        self._refuse_shared_outputs()
         if self._diagnostics:
             raise RecipeError(
                 "the recipe cannot be planned", diagnostics=sorted(self._diagnostics, key=Diagnostic.sort_key)
@@ -220,15 +244,18 @@ def _is_typed(origin: Origin) -> bool:
     return option in ("--set", "--set-json", "-m") and not (origin.base_dir / option).exists()
 
 
-def build_plan(specs: Mapping[str, Spec], order: Sequence[str], locations: Locations) -> Plan:
+def build_plan(
+    specs: Mapping[str, Spec], order: Sequence[str], locations: Locations, remember: Remember = compute_anew
+) -> Plan:
     """Unroll a checked recipe.
 
     Args:
         specs: The recipe's nodes by name.
         order: Their names, each after what it refers to.
         locations: Where files are looked for.
+        remember: Keeps small facts about files' contents between plans.
 
     Raises:
         RecipeError: With every mistake that planning found.
     """
-    return PlanBuilder(specs, locations).build(order)
+    return PlanBuilder(specs, locations, remember).build(order)

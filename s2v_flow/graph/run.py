@@ -36,13 +36,20 @@ class Closable(Protocol):
         """Let go."""
 
 
+class CopyTo(Protocol):
+    """Puts a stored output's bytes, and a trailer behind them, at a path; tells whether the file had to change."""
+
+    def __call__(self, target: Path, trailer: bytes = b"") -> bool:
+        """See `Store.copy_to`."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A stored output. Its bytes are read, and verified, each time they are asked for, and not kept."""
 
     digest: str
     read: Callable[[], bytes]
-    copy_to: Callable[[Path], bool]
+    copy_to: CopyTo
 
 
 @dataclass(frozen=True)
@@ -86,16 +93,26 @@ class RunResult:
     cached: tuple[str, ...]
     outputs: Mapping[str, tuple[Path, ...]]
     entries: Mapping[str, Entry]
+    run_id: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `s2vflow run --json` prints."""
         outputs = {name: [str(path) for path in paths] for name, paths in self.outputs.items()}
-        return {"outputs": outputs, "computed": list(self.computed), "stored": list(self.cached)}
+        return {"run": self.run_id, "outputs": outputs, "computed": list(self.computed), "stored": list(self.cached)}
+
+
+def no_note(node: PlanNode, entries: Mapping[str, Entry]) -> bytes:
+    """Put no note into what a run writes."""
+    return b""
 
 
 @dataclass
 class Run:
-    """One execution of one plan."""
+    """One execution of one plan.
+
+    `note` gives what is to be said inside a sink's file, from the sink and the stored results; `about` are facts that
+    every result computed here gets.
+    """
 
     plan: Plan
     statuses: Mapping[str, NodeStatus]
@@ -106,6 +123,8 @@ class Run:
     file_digest: Callable[[Path], str]
     emit: Listener
     forced: frozenset[str] = frozenset()
+    note: Callable[[PlanNode, Mapping[str, Entry]], bytes] = no_note
+    about: Mapping[str, Any] = field(default_factory=dict)
     _entries: dict[str, Entry] = field(default_factory=dict)
     _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _digests: dict[Source, str] = field(default_factory=dict)
@@ -135,6 +154,11 @@ class Run:
                 outputs[node.name] = self._deliver(node)
         cached = tuple(name for name in self._entries if name not in self._computed)
         return RunResult(tuple(self._computed), cached, outputs, dict(self._entries))
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """The stored results so far, by plan node."""
+        return self._entries
 
     def close(self) -> None:
         """Let go of everything that is still live."""
@@ -171,7 +195,7 @@ class Run:
             facts: dict[str, Any] = {}
             outputs = self._run(node, scratch, facts)
             facts |= {"seconds": round(time.monotonic() - started, 3), "node": node.name}
-            facts |= {"peak_bytes": peak_memory_bytes()}
+            facts |= {"peak_bytes": peak_memory_bytes(), **self.about}
             entry = self.store.publish(key, image, outputs, facts, replaces=node.name in self.forced)
         self._remember(node, key, entry)
         self._computed.append(node.name)
@@ -211,12 +235,12 @@ class Run:
                 self._mend(node)
                 return self.store.read(self._entries[node.name].outputs[port])
 
-        def copy_to(target: Path) -> bool:
+        def copy_to(target: Path, trailer: bytes = b"") -> bool:
             try:
-                return self.store.copy_to(self._entries[node.name].outputs[port], target)
+                return self.store.copy_to(self._entries[node.name].outputs[port], target, trailer)
             except DamagedObjectError:
                 self._mend(node)
-                return self.store.copy_to(self._entries[node.name].outputs[port], target)
+                return self.store.copy_to(self._entries[node.name].outputs[port], target, trailer)
 
         return Artifact(self._digests[Source(node.name, port)], read, copy_to)
 
@@ -280,7 +304,7 @@ class Run:
 
     def _deliver(self, node: PlanNode) -> tuple[Path, ...]:
         artifacts = {port: self._artifact(node, port) for port in self._entries[node.name].outputs}
-        delivered = node.node.deliver(node.files, artifacts)
+        delivered = node.node.deliver(node.files, artifacts, self.note(node, self._entries))
         for path, changed in delivered:
             self.emit(Delivered(node.name, str(path), changed))
         return tuple(path for path, _ in delivered)

@@ -60,8 +60,8 @@ class DecodedSources:
 class Chain:
     """A video at planning: its parts in order, the settings of the last one, the first chunk's seed.
 
-    `start` is the motion latent in front of the first chunk, where there is one; `pixels` what pixel mode hands on;
-    `is_open` tells that its length is not known, because the voice's or the latent's file is missing.
+    `start` is the motion latent in front of the first chunk, where there is one, and `reference` that chunk's portrait;
+    `pixels` is what pixel mode hands on; `is_open` tells that its length is not known, because the voice's or the latent's file is missing.
     """
 
     parts: tuple[Part, ...] = ()
@@ -69,6 +69,7 @@ class Chain:
     seed: int = 0
     start: Source | None = None
     is_open: bool = False
+    reference: Value | None = None
     pixels: DecodedSources | None = None
 
     @property
@@ -117,7 +118,8 @@ def add_chunk(
     if fields["cfg"] != 1:
         inputs["negative"] = settings.inputs.get("negative")
     if not chain.parts:
-        chain = replace(chain, start=_add_start(builder, f"{name}.motion", recipe_node, settings))
+        start = _add_start(builder, f"{name}.motion", recipe_node, settings)
+        chain = replace(chain, start=start, reference=settings.inputs.get("reference"))
         inputs["motion"] = chain.start
     elif chain.pixels is not None:
         inputs["motion"] = chain.pixels.motion

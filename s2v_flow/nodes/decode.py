@@ -77,7 +77,7 @@ class Decode(Node):
         length = min(available, frames) if frames is not None and self.trim == "audio" else available
         if length == 0 and not chain.is_open:
             message = f"drop_frames: no frame is left, {drop} of {total} are dropped"
-            builder.problem(name, "drop_frames", "R071", message, "drop fewer frames, or add chunks")
+            builder.problem(name, "drop_frames", "R111", message, "drop fewer frames, or add chunks")
         if frames is not None and length < frames:
             builder.note(
                 name,
@@ -100,7 +100,7 @@ class Decode(Node):
         """Return what the decoder sees first and how many latent frames that is; a doubled frame has no source."""
         if self.prefix == "none":
             return None, 0
-        reference = chain.settings.inputs.get("reference")
+        reference = chain.reference or chain.settings.inputs.get("reference")
         if self.prefix == "first" or (reference is None and chain.start is None):
             return None, 1
         if chain.start is not None and chain.settings.fields.get("init_first_frame"):
@@ -133,7 +133,7 @@ class Decode(Node):
         if "speech" in chain.settings.inputs and warmup < lacking:
             message = f"{what} needs warmup_frames of at least {lacking} to keep picture and sound in time"
             fix = "set warmup_frames in the encode_audio node, or drop_frames here"
-            builder.problem(name, key, "R070", f"{message}, got {warmup}", fix)
+            builder.problem(name, key, "R110", f"{message}, got {warmup}", fix)
 
 
 class DecodeFrames(Node):

@@ -142,6 +142,42 @@ class FramesSlice(Node):
         return start, min(total - start, total if self.length is None else self.length)
 
 
+class FramesDelay(Node):
+    """Let a video begin later: its first frame stands still for a while."""
+
+    kind: ClassVar[str] = "frames_delay"
+    outputs: ClassVar = {"frames": "frames"}
+
+    frames: FramesInput = Field(description="The frames.")
+    count: int = Field(ge=0, le=1_000_000, description="How many frames are put in front.")
+
+    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+        """Pass on what is known of the frames, with their new number."""
+        frames = builder.value(self.frames)
+        known = frames.facts.get("frames") if frames else None
+        facts = {**(frames.facts if frames else {}), "frames": None if known is None else known + self.count}
+        return builder.add_simple(name, self, facts)
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the longer stream."""
+        import numpy as np
+
+        given: Frames = inputs["frames"]
+
+        def groups() -> Iterator[np.ndarray]:
+            first = given.read(0, 1)
+            yield from (first for _ in range(self.count if len(first) else 0))
+            yield from given.groups()
+
+        def read(start: int, count: int) -> np.ndarray:
+            still = max(min(self.count - start, count), 0)
+            moving = given.read(max(start - self.count, 0), count - still)
+            return np.concatenate([np.repeat(given.read(0, 1), still, axis=0), moving]) if still else moving
+
+        total = given.num_frames + self.count
+        return {"frames": Frames(given.width, given.height, total, groups, read)}
+
+
 class ImageFromFrames(Node):
     """Take one frame of a video as an image."""
 

@@ -12,7 +12,8 @@ from s2v_flow.graph.run import RunContext
 class ModelHandle:
     """One user's claim on a model in the registry.
 
-    `facts` say how it was loaded, once it is. `memo` belongs to the handle: results that depend on the model and are wanted again, such as prepared prompts.
+    `facts` say how it was loaded, once it is. `memo` belongs to the handle: results that depend on the model and are
+    wanted again, such as prepared prompts.
     """
 
     def __init__(

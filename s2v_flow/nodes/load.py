@@ -257,16 +257,15 @@ class LoadAudio(Node):
         path = builder.file(name, "file")
         if path is None:
             return values
-        from s2v_flow.media.audio import probe_audio
-
-        info = probe_audio(path)
-        first, last = self._part(info.num_samples, info.sample_rate_hz)
+        info = builder.remember("audio", path, lambda: _probe(path))
+        num_samples, rate = info["num_samples"], info["sample_rate_hz"]
+        first, last = self._part(num_samples, rate)
         if first >= last:
-            length = f"the file lasts {float(info.duration_seconds):.2f} s"
-            builder.problem(name, "start", "R090", f"nothing is left between start and end: {length}")
+            length = f"the file lasts {num_samples / rate:.2f} s"
+            builder.problem(name, "start", "R130", f"nothing is left between start and end: {length}")
             return {}
-        frames = -(-(last - first) * FRAME_RATE_HZ // info.sample_rate_hz)
-        facts = {"frames": frames, "seconds": (last - first) / info.sample_rate_hz}
+        frames = -(-(last - first) * FRAME_RATE_HZ // rate)
+        facts = {"frames": frames, "seconds": (last - first) / rate}
         return {port: Value(value.type, value.sources, facts) for port, value in values.items()}
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,6 +348,13 @@ class LoadLatent(Node):
 
         latent = Checkpoint.open(context.files["file",]).tensor(LATENT_KEY).float()
         return {"latent": pack({"samples": latent})}
+
+
+def _probe(path: Path) -> dict[str, int]:
+    from s2v_flow.media.audio import probe_audio
+
+    info = probe_audio(path)
+    return {"num_samples": info.num_samples, "sample_rate_hz": info.sample_rate_hz}
 
 
 def latent_shape(path: Path) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ class Sample(Node):
         for key in ("width", "height"):
             if key in given.fields and given.fields[key] != settings.fields[key]:
                 message = f"{key}: the reference has {settings.fields[key]}, got {given.fields[key]}"
-                builder.problem(name, key, "R088", message, f"leave {key} out, or change it in the reference's node")
+                builder.problem(name, key, "R128", message, f"leave {key} out, or change it in the reference's node")
                 return {}
         if not check_settings(builder, name, self, settings):
             return {}
@@ -140,17 +140,17 @@ class Extend(Node):
         old, new = ([made.fields.get(key) for key in ("width", "height")] for made in (chain.settings, settings))
         if old != new and not chain.is_open:
             message = f"reference: {new[0]}x{new[1]} cannot follow a video of {old[0]}x{old[1]}"
-            builder.problem(name, "reference", "R064", message, "encode the portrait at the video's size")
+            builder.problem(name, "reference", "R104", message, "encode the portrait at the video's size")
             return {}
         if chain.parts and chain.pixels is None and settings.fields["motion"] == "pixels":
-            builder.problem(name, "motion", "R060", "motion: pixels cannot follow chunks that hand over latents")
+            builder.problem(name, "motion", "R100", "motion: pixels cannot follow chunks that hand over latents")
             return {}
         if chain.pixels is not None and settings.fields["length"] != chain.settings.fields["length"]:
-            builder.problem(name, "length", "R061", "length cannot change between chunks with motion: pixels")
+            builder.problem(name, "length", "R101", "length cannot change between chunks with motion: pixels")
             return {}
         count = self._num_chunks(builder, name, chain, settings)
         if isinstance(self.seed, list) and self.chunks != "auto" and len(self.seed) != count:
-            builder.problem(name, "seed", "R062", f"seed: expected {count} seeds, one per chunk, got {len(self.seed)}")
+            builder.problem(name, "seed", "R102", f"seed: expected {count} seeds, one per chunk, got {len(self.seed)}")
             return {}
         is_open = self.chunks == "auto" and voice_frames(settings) is None
         chain = replace(chain, is_open=chain.is_open or is_open)
@@ -182,7 +182,7 @@ class Extend(Node):
         if frames is None:
             if "speech" not in settings.inputs:
                 builder.problem(
-                    name, "chunks", "R063", "chunks: auto needs a voice", "give speech, or a number of chunks"
+                    name, "chunks", "R103", "chunks: auto needs a voice", "give speech, or a number of chunks"
                 )
             return 0
         latent_frames = (settings.fields["length"] - 1) // FRAMES_PER_LATENT + 1
@@ -208,29 +208,29 @@ def check_settings(builder: PlanBuilder, name: str, node: Node, settings: Settin
     key: str
     for key in ("model", "positive"):
         if key not in inputs:
-            problems.append((key, "R080", f"{key} is missing and cannot be inherited", f"add {key}: $..."))
+            problems.append((key, "R120", f"{key} is missing and cannot be inherited", f"add {key}: $..."))
     for key in ("width", "height"):
         if fields.get(key) is None:
-            problems.append((key, "R081", f"{key} is unknown", "give a reference, or width and height"))
+            problems.append((key, "R121", f"{key} is unknown", "give a reference, or width and height"))
     if fields.get("cfg", 1) != 1 and "negative" not in inputs:
         fix = "add negative: $... (an encode_text node), or set cfg: 1"
-        problems.append(("cfg", "R082", f"cfg {fields['cfg']:g} needs a negative prompt", fix))
+        problems.append(("cfg", "R122", f"cfg {fields['cfg']:g} needs a negative prompt", fix))
     needs_vae: list[str] = [key for key in ("control_video", "motion_video") if key in inputs]
     needs_vae += ["motion"] if fields.get("motion") == "pixels" else []
     needs_vae += ["init_first_frame"] if fields.get("init_first_frame") else []
     if needs_vae and "vae" not in inputs:
-        problems.append((needs_vae[0], "R083", f"{needs_vae[0]} needs the VAE", "add vae: $... (a load_vae node)"))
+        problems.append((needs_vae[0], "R123", f"{needs_vae[0]} needs the VAE", "add vae: $... (a load_vae node)"))
     if (fields.get("motion") == "pixels" or fields.get("init_first_frame")) and "reference" not in inputs:
         key = "motion" if fields.get("motion") == "pixels" else "init_first_frame"
-        problems.append((key, "R084", f"{key} needs a reference", "add reference: $... (an encode_image node)"))
+        problems.append((key, "R124", f"{key} needs a reference", "add reference: $... (an encode_image node)"))
     if fields.get("init_first_frame") and "motion_video" in inputs:
-        problems.append(("init_first_frame", "R085", "init_first_frame and motion_video exclude each other", None))
+        problems.append(("init_first_frame", "R125", "init_first_frame and motion_video exclude each other", None))
     least = minimum_steps(fields["sampler"], fields["scheduler"]) if "sampler" in fields else 1
     if fields.get("steps", least) < least:
         message = f"steps: {fields['sampler']} with {fields['scheduler']} needs at least {least}, got {fields['steps']}"
-        problems.append(("steps", "R086", message, None))
+        problems.append(("steps", "R126", message, None))
     missing = [key for key in FIELDS if key not in fields and key not in ("width", "height")]
-    problems += [(key, "R087", f"{key} is missing and cannot be inherited", f"add {key}: ...") for key in missing]
+    problems += [(key, "R127", f"{key} is missing and cannot be inherited", f"add {key}: ...") for key in missing]
     for problem in problems:
         builder.problem(name, *problem)
     return not problems and inputs <= {*settings.inputs, "video"}

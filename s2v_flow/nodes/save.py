@@ -73,9 +73,11 @@ class SaveVideo(Node):
         context.record(frames_sha256=digest.hexdigest(), frames=frames.num_frames)
         return {"file": path}
 
-    def deliver(self, files: Files, artifacts: Mapping[str, Artifact]) -> list[tuple[Path, bool]]:
-        """Copy the stored video to its place."""
-        return [(files["file",], artifacts["file"].copy_to(files["file",]))]
+    def deliver(self, files: Files, artifacts: Mapping[str, Artifact], note: bytes) -> list[tuple[Path, bool]]:
+        """Copy the stored video to its place, with what it was made of behind the film."""
+        from s2v_flow.media.provenance import note_box
+
+        return [(files["file",], artifacts["file"].copy_to(files["file",], note_box(note) if note else b""))]
 
 
 class SaveImages(Node):
@@ -105,7 +107,7 @@ class SaveImages(Node):
         images = (frame for group in reported(context, frames) for frame in group)
         return {f"{index:05}": path for index, path in enumerate(write_images(context.scratch, "frame", images), 1)}
 
-    def deliver(self, files: Files, artifacts: Mapping[str, Artifact]) -> list[tuple[Path, bool]]:
+    def deliver(self, files: Files, artifacts: Mapping[str, Artifact], note: bytes) -> list[tuple[Path, bool]]:
         """Copy the stored images to their places."""
         pattern = files["file",]
         targets = {number: pattern.with_name(f"{pattern.stem}_{number}{pattern.suffix}") for number in artifacts}
@@ -133,7 +135,7 @@ class SaveLatent(Node):
         joined = torch.cat([unpack(part)["samples"] for part in inputs["latent"]], dim=2)
         return {"file": pack({"latent_tensor": joined, "latent_format_version_0": torch.empty(0)})}
 
-    def deliver(self, files: Files, artifacts: Mapping[str, Artifact]) -> list[tuple[Path, bool]]:
+    def deliver(self, files: Files, artifacts: Mapping[str, Artifact], note: bytes) -> list[tuple[Path, bool]]:
         """Copy the stored latent to its place."""
         return [(files["file",], artifacts["file"].copy_to(files["file",]))]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.decode import Decode
-from s2v_flow.nodes.edit import FramesFromImage, FramesSlice, ImageFromFrames, LatentConcat, LatentCut
+from s2v_flow.nodes.edit import FramesDelay, FramesFromImage, FramesSlice, ImageFromFrames, LatentConcat, LatentCut
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage, EncodeText
 from s2v_flow.nodes.load import (
     LoadAudio,
@@ -38,6 +38,7 @@ NODE_KINDS: tuple[type[Node], ...] = (
     LatentConcat,
     LatentCut,
     FramesSlice,
+    FramesDelay,
     FramesScale,
     FramesFromImage,
     ImageScale,

@@ -118,7 +118,7 @@ def _read_json(argument: Argument, text: str, problems: Problems) -> Tree:
     except json.JSONDecodeError as error:
         before = (argument.path + "=" + text[: error.pos]).splitlines() or [""]
         there = argument.source.origin(len(before) - 1, len(before[-1]))
-        message = f"{shortened(argument.path)}: this is not JSON: {error.msg[:1].lower()}{error.msg[1:]}"
+        message = f"{shortened(argument.path)}: from here on, this is not JSON"
         fix = 'JSON has text in double quotes: "text", [1, 2], {"id": "a"}, true, null'
         raise faulty(problems, "R052", message, there, fix) from error
     except ValueError as error:

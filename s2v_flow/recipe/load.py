@@ -173,7 +173,7 @@ class _Reader:
 
     def check_matrix(self, matrix: Matrix) -> None:
         """Check each value of a matrix by itself: whether there is such a place, and whether it takes the value."""
-        for argument in (*matrix.arguments(), *(change for item in matrix.exclude for change in item.values())):
+        for argument in matrix.arguments():
             self.changed([argument])
 
     def check_conflicts(self, matrix: Matrix) -> None:

@@ -43,11 +43,13 @@ class Matrix:
     exclude: tuple[Mapping[str, Argument], ...] = ()
 
     def arguments(self) -> Iterator[Argument]:
-        """Yield every change that some cell makes."""
+        """Yield every change that is named, also those that exclude leaves out."""
         for axis in self.axes.values():
             yield from axis.arguments
         for item in self.include:
             yield from item.values()
+        for item in self.exclude:
+            yield from (argument for key, argument in item.items() if key in self.axes)
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ def with_axes(matrix: Matrix, axes: Sequence[tuple[str, Axis]], problems: Proble
 
 def expand(matrix: Matrix, problems: Problems) -> tuple[Cell, ...]:
     """Return the cells of a matrix; none where it has nothing in it, or too much, which is collected."""
-    count = math.prod(len(axis.arguments) for axis in matrix.axes.values()) if matrix.axes else 0
-    if matrix.origin is None or count > MAX_CELLS:
-        if matrix.origin is not None:
-            _say_too_many(count, matrix.origin, problems)
+    if matrix.origin is None or not (matrix.axes or matrix.include):
+        return ()
+    count = math.prod(len(axis.arguments) for axis in matrix.axes.values())
+    if count > MAX_CELLS:
+        _say_too_many(count, matrix.origin, problems)
         return ()
     originals: list[dict[str, Argument]] = []
     if matrix.axes:

@@ -178,8 +178,8 @@ class Save(Node):
         path.write_bytes(inputs["a"].read())
         return {"file": path}
 
-    def deliver(self, files: Any, artifacts: Mapping[str, Any]) -> list[tuple[Path, bool]]:
-        return [(files["file",], artifacts["file"].copy_to(files["file",]))]
+    def deliver(self, files: Any, artifacts: Mapping[str, Any], note: bytes) -> list[tuple[Path, bool]]:
+        return [(files["file",], artifacts["file"].copy_to(files["file",], note))]
 
 
 @dataclass(frozen=True)

@@ -42,46 +42,46 @@ def marked(problem: Diagnostic) -> str:
 
 CASES: list[tuple[str, Changes, str, str, str | None]] = [
     # code, changes, what is marked, message, advice
-    ("R081", {"first": {"reference": None, "height": 64}}, "first", "width is unknown",
+    ("R121", {"first": {"reference": None, "height": 64}}, "first", "width is unknown",
      "give a reference, or width and height"),
-    ("R082", {"first": {"negative": None, "cfg": 2.5}}, "2.5", "cfg 2.5 needs a negative prompt",
+    ("R122", {"first": {"negative": None, "cfg": 2.5}}, "2.5", "cfg 2.5 needs a negative prompt",
      "add negative: $... (an encode_text node), or set cfg: 1"),
-    ("R082", {"first": {"negative": None}}, "first", "cfg 6 needs a negative prompt",
+    ("R122", {"first": {"negative": None}}, "first", "cfg 6 needs a negative prompt",
      "add negative: $... (an encode_text node), or set cfg: 1"),
-    ("R083", {"first": {"vae": None, "motion": "pixels"}}, '"pixels"', "motion needs the VAE",
+    ("R123", {"first": {"vae": None, "motion": "pixels"}}, '"pixels"', "motion needs the VAE",
      "add vae: $... (a load_vae node)"),
-    ("R083", {"first": {"vae": None, "init_first_frame": True}}, "true", "init_first_frame needs the VAE",
+    ("R123", {"first": {"vae": None, "init_first_frame": True}}, "true", "init_first_frame needs the VAE",
      "add vae: $... (a load_vae node)"),
-    ("R083", {"clip": {"kind": "load_video", "file": "x.mp4"}, "first": {"vae": None, "control_video": "$clip"}},
+    ("R123", {"clip": {"kind": "load_video", "file": "x.mp4"}, "first": {"vae": None, "control_video": "$clip"}},
      '"$clip"', "control_video needs the VAE", "add vae: $... (a load_vae node)"),
-    ("R083", {"clip": {"kind": "load_video", "file": "x.mp4"}, "first": {"vae": None, "motion_video": "$clip"}},
+    ("R123", {"clip": {"kind": "load_video", "file": "x.mp4"}, "first": {"vae": None, "motion_video": "$clip"}},
      '"$clip"', "motion_video needs the VAE", "add vae: $... (a load_vae node)"),
-    ("R084", {"first": {"reference": None, "width": 64, "height": 64, "motion": "pixels"}}, '"pixels"',
+    ("R124", {"first": {"reference": None, "width": 64, "height": 64, "motion": "pixels"}}, '"pixels"',
      "motion needs a reference", "add reference: $... (an encode_image node)"),
-    ("R084", {"first": {"reference": None, "width": 64, "height": 64, "init_first_frame": True}}, "true",
+    ("R124", {"first": {"reference": None, "width": 64, "height": 64, "init_first_frame": True}}, "true",
      "init_first_frame needs a reference", "add reference: $... (an encode_image node)"),
-    ("R085", {"clip": {"kind": "load_video", "file": "x.mp4"},
+    ("R125", {"clip": {"kind": "load_video", "file": "x.mp4"},
               "first": {"motion_video": "$clip", "init_first_frame": True}},
      "true", "init_first_frame and motion_video exclude each other", None),
-    ("R086", {"first": {"sampler": "euler", "scheduler": "kl_optimal", "steps": 1}}, "1",
+    ("R126", {"first": {"sampler": "euler", "scheduler": "kl_optimal", "steps": 1}}, "1",
      "steps: euler with kl_optimal needs at least 2, got 1", None),
-    ("R088", {"first": {"width": 96}}, "96", "width: the reference has 64, got 96",
+    ("R128", {"first": {"width": 96}}, "96", "width: the reference has 64, got 96",
      "leave width out, or change it in the reference's node"),
-    ("R060", {"talk": {"motion": "pixels"}}, '"pixels"', "motion: pixels cannot follow chunks that hand over latents",
+    ("R100", {"talk": {"motion": "pixels"}}, '"pixels"', "motion: pixels cannot follow chunks that hand over latents",
      None),
-    ("R061", {"first": {"motion": "pixels"}, "talk": {"length": 9}}, "9",
+    ("R101", {"first": {"motion": "pixels"}, "talk": {"length": 9}}, "9",
      "length cannot change between chunks with motion: pixels", None),
-    ("R062", {"talk": {"chunks": 3, "seed": [1, 2]}}, "[", "seed: expected 3 seeds, one per chunk, got 2", None),
-    ("R063", {"first": {"speech": None}}, "talk", "chunks: auto needs a voice", "give speech, or a number of chunks"),
-    ("R064", {"small": SMALL, "talk": {"reference": "$small"}}, '"$small"',
+    ("R102", {"talk": {"chunks": 3, "seed": [1, 2]}}, "[", "seed: expected 3 seeds, one per chunk, got 2", None),
+    ("R103", {"first": {"speech": None}}, "talk", "chunks: auto needs a voice", "give speech, or a number of chunks"),
+    ("R104", {"small": SMALL, "talk": {"reference": "$small"}}, '"$small"',
      "reference: 32x96 cannot follow a video of 64x64", "encode the portrait at the video's size"),
-    ("R070", {"speech": {"warmup_frames": 2}, "frames": {"prefix": "none"}}, '"none"',
+    ("R110", {"speech": {"warmup_frames": 2}, "frames": {"prefix": "none"}}, '"none"',
      "prefix: none needs warmup_frames of at least 3 to keep picture and sound in time, got 2",
      "set warmup_frames in the encode_audio node, or drop_frames here"),
-    ("R070", {"speech": {"warmup_frames": 0}, "first": {"motion": "pixels"}}, '"$talk"',
+    ("R110", {"speech": {"warmup_frames": 0}, "first": {"motion": "pixels"}}, '"$talk"',
      "motion: pixels needs warmup_frames of at least 3 to keep picture and sound in time, got 0",
      "set warmup_frames in the encode_audio node, or drop_frames here"),
-    ("R071", {"frames": {"drop_frames": 81}}, "81", "drop_frames: no frame is left, 81 of 81 are dropped",
+    ("R111", {"frames": {"drop_frames": 81}}, "81", "drop_frames: no frame is left, 81 of 81 are dropped",
      "drop fewer frames, or add chunks"),
 ]  # fmt: skip
 
@@ -99,9 +99,9 @@ def test_after_a_loaded_latent_extend_has_nothing_to_inherit(tmp_path: Path) -> 
     """All that is lacking is told at once."""
     found = problems(tmp_path, {**LOADED, "talk": {"chunks": 1}})
     words = "is missing and cannot be inherited"
-    inputs = [("R080", f"{key} {words}", f"add {key}: $...") for key in ("model", "positive")]
+    inputs = [("R120", f"{key} {words}", f"add {key}: $...") for key in ("model", "positive")]
     keys = ("length", "steps", "cfg", "sampler", "scheduler", "shift", "conditioning", "motion")
-    fields = [("R087", f"{key} {words}", f"add {key}: ...") for key in keys]
+    fields = [("R127", f"{key} {words}", f"add {key}: ...") for key in keys]
     assert sorted((p.code, p.message, p.fix or "") for p in found) == sorted(inputs + fields)
     assert {marked(problem) for problem in found} == {"talk"}
 
@@ -110,10 +110,10 @@ def test_mistakes_of_several_nodes_are_told_together(tmp_path: Path) -> None:
     found = problems(
         tmp_path, {"first": {"negative": None, "vae": None, "motion": "pixels"}, "frames": {"drop_frames": 500}}
     )
-    assert [problem.code for problem in found] == ["R082", "R083"]
+    assert [problem.code for problem in found] == ["R122", "R123"]
 
 
 def test_no_code_is_given_to_two_mistakes() -> None:
     """The recipe layer's codes and those of planning do not overlap."""
-    ours = {case[0] for case in CASES} | {"R080", "R087"}
+    ours = {case[0] for case in CASES} | {"R120", "R127"}
     assert not {code for code in CODES if "R050" <= code <= "R059"} & ours

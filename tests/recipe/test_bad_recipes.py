@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,12 @@ from s2v_flow.diagnostics import format_diagnostic
 from s2v_flow.errors import ExitCode, RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
+from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.codes import CODES
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import load_matrix, load_recipe
 
 BAD = Path(__file__).parent / "bad"
+KINDS: Mapping[str, Any] = {f"--{kind}": kind for kind in ("set", "set-json", "set-file", "unset")}
 NAMES = sorted(path.stem for path in BAD.glob("*.yaml"))
 
 
@@ -31,13 +34,17 @@ def printed(name: str, kinds: Mapping[str, type[Node]]) -> str:
     first_line = path.read_bytes().partition(b"\n")[0].decode("utf-8", "replace")
     words = shlex.split(first_line.removeprefix("# run:")) if first_line.startswith("# run:") else []
     options = list(zip(words[::2], words[1::2], strict=True))
+    axes = [value for option, value in options if option == "-m"]
+    read: Any = load_matrix if axes else load_recipe
+    more = {"axes": axes} if axes else {}
     with pytest.raises(RecipeError) as caught:
-        load_recipe(
+        read(
             path,
             kinds=kinds,
             profiles=[value for option, value in options if option == "-p"],
             override_files=[Path(value) for option, value in options if option == "-f"],
-            sets=[value for option, value in options if option == "--set"],
+            overrides=[Override(KINDS[option], value) for option, value in options if option in KINDS],
+            **more,
         )
     assert caught.value.exit_code is ExitCode.RECIPE
     return "\n\n".join([*map(format_diagnostic, caught.value.diagnostics), caught.value.message]) + "\n"

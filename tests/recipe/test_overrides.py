@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.nodes.table import NODE_KINDS
+from s2v_flow.recipe.argument import MAX_TEXT_FILE_BYTES, Override
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import load_recipe
 
@@ -126,6 +129,115 @@ def test_half_a_surrogate_pair_from_the_command_line_is_refused(load: Load) -> N
     assert [diagnostic.code for diagnostic in caught.value.diagnostics] == ["R003"]
 
 
+@pytest.mark.parametrize(
+    ("argument", "path", "expected"),
+    [
+        ("steps=20", "first.steps", 20),
+        ("cfg=4.5", "first.cfg", 4.5),
+        ('prompt="12"', "positive.text", "12"),
+        ('prompt="a\\n\\"b\\" \\u00e4 \\ud83d\\ude00"', "positive.text", 'a\n"b" ä 😀'),
+        ('prompt="${params.name}!"', "positive.text", "out!"),
+        ("nodes.first.cfg=1E1", "first.cfg", 10.0),
+        ('nodes.dit.loras=[{"id":"a","file":"b","strength":2}]', "dit.loras.0.strength", 2.0),
+        ("nodes.dit.loras[style].allow_partial=true", "dit.loras.0.allow_partial", True),
+        ("nodes.talk.negative=null", "talk.negative", None),
+        ('nodes.first.cfg="$params.steps"', "first.cfg", 4),
+        ("seeds=[5, 6]", "talk.seed", [5, 6]),
+    ],
+)
+def test_json_sets_values_of_any_shape(load: Load, argument: str, path: str, expected: object) -> None:
+    """JSON says the type; the place must take it."""
+    found = value(load(TEXT, overrides=[Override("set-json", argument)]), path)
+    assert found == expected
+    assert isinstance(found, bool) == isinstance(expected, bool)
+
+
+def test_an_input_can_be_set_by_json(load: Load) -> None:
+    """References are texts, as in a recipe."""
+    recipe = load(TEXT, overrides=[Override("set-json", 'nodes.talk.negative="$positive"')])
+    assert str(value(recipe, "talk.negative")) == "$positive"
+
+
+def test_a_prompt_comes_from_a_file_without_its_last_line_break(load: Load, tmp_path: Path) -> None:
+    """Line breaks are those of Unix, parameters are put in, and the file counts as read."""
+    (tmp_path / "prompt.txt").write_bytes("Grüße,\r\n${params.name}: a, [b] #c\r\n\r\n".encode())
+    options = {"overrides": [Override("set-file", "prompt=prompt.txt")], "base_dir_for_sets": tmp_path}
+    recipe = load(TEXT, **options)
+    assert recipe.params["prompt"] == "Grüße,\nout: a, [b] #c\n"
+    assert recipe.files[-1] == Path("prompt.txt")
+
+
+def test_a_text_file_has_a_size_that_is_bounded(load: Load, tmp_path: Path) -> None:
+    """A mistyped name of a video is not read into memory."""
+    path = tmp_path / "prompt.txt"
+    path.write_text("a" * MAX_TEXT_FILE_BYTES)
+    assert len(load(TEXT, overrides=[Override("set-file", f"prompt={path}")]).params["prompt"]) == MAX_TEXT_FILE_BYTES
+    path.write_text("a" * (MAX_TEXT_FILE_BYTES + 1))
+    with pytest.raises(RecipeError) as caught:
+        load(TEXT, overrides=[Override("set-file", f"prompt={path}")])
+    assert [diagnostic.code for diagnostic in caught.value.diagnostics] == ["R004"]
+
+
+def test_unset_goes_back_to_the_default(load: Load) -> None:
+    """Fields to that of the schema, also within items; items of lists go away."""
+    unset = [Override("unset", path) for path in ("nodes.first.shift", "nodes.dit.loras[lightning].strength")]
+    recipe = load(TEXT.replace("shift: 8.0, ", "shift: 3.0, "), overrides=unset)
+    assert value(recipe, "first.shift") == 8.0
+    assert value(recipe, "dit.loras.1.strength") == 1.0
+    recipe = load(TEXT, overrides=[Override("unset", "nodes.dit.loras[style]"), Override("unset", "seeds[0]")])
+    assert [lora.id for lora in value(recipe, "dit.loras")] == ["lightning"]
+    assert recipe.params["seeds"] == [2]
+    assert load(TEXT, overrides=[Override("unset", "nodes.first.sampler")]).nodes == load(TEXT).nodes  # not given
+
+
+def test_unset_takes_a_parameter_back_to_what_the_recipe_says(load: Load, tmp_path: Path) -> None:
+    """Whatever a profile, an override file or an earlier --set made of it; what only they have goes away."""
+    over = tmp_path / "over.yaml"
+    over.write_text("params: {steps: 30, more: 1}\n")
+    text = TEXT + "profiles: {p: {params: {cfg: 5}}}\n"
+    changes = [Override("set", "steps=9"), *(Override("unset", name) for name in ("steps", "cfg", "params.more"))]
+    recipe = load(text, profiles=["p"], override_files=[over], overrides=changes)
+    assert recipe.params == load(TEXT).params
+
+
+def test_changes_of_all_kinds_apply_in_their_order(load: Load) -> None:
+    """The last one wins; `sets` come before."""
+    changes = [Override("set-json", "steps=5"), Override("unset", "steps"), Override("set", "steps=6")]
+    assert load(TEXT, sets=["steps=3"]).params["steps"] == 3
+    assert load(TEXT, sets=["steps=3"], overrides=changes[:1]).params["steps"] == 5
+    assert load(TEXT, sets=["steps=3"], overrides=changes[:2]).params["steps"] == 4
+    assert load(TEXT, sets=["steps=3"], overrides=changes).params["steps"] == 6
+
+
+@settings(max_examples=60, derandomize=True, database=None, deadline=None)
+@given(
+    st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+        max_leaves=6,
+    ),
+    st.sampled_from(["steps", "prompt", "seeds", "nodes.dit.loras", "nodes.dit.loras[style]", "nodes.talk.negative"]),
+    st.integers(0, 60),
+)
+def test_any_json_is_applied_or_refused_with_a_diagnostic(
+    tmp_path_factory: pytest.TempPathFactory, data: object, path: str, end: int
+) -> None:
+    """Whole or cut off, it makes a recipe, or a RecipeError with places."""
+    file = tmp_path_factory.getbasetemp() / "json.yaml"
+    file.write_text(TEXT)
+    found: Sequence[Diagnostic] = ()
+    for text in (json.dumps(data), json.dumps(data, ensure_ascii=False)[:end]):
+        try:
+            load_recipe(
+                file,
+                kinds={kind.kind: kind for kind in NODE_KINDS},
+                overrides=[Override("set-json", f"{path}={text}")],
+            )
+        except RecipeError as error:
+            found = error.diagnostics
+        assert all(diagnostic.place is not None for diagnostic in found)
+
+
 @settings(max_examples=60, derandomize=True, database=None, deadline=None)
 @given(
     st.one_of(
@@ -141,15 +253,17 @@ def test_half_a_surrogate_pair_from_the_command_line_is_refused(load: Load) -> N
 def test_any_argument_is_applied_or_refused_with_a_diagnostic(
     tmp_path_factory: pytest.TempPathFactory, argument: str
 ) -> None:
-    """No text after --set makes anything but a recipe or a RecipeError with places."""
+    """No text after --set, --set-file or --unset makes anything but a recipe or a RecipeError with places."""
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_text(TEXT)
     found: Sequence[Diagnostic] = ()
-    try:
-        load_recipe(path, kinds={kind.kind: kind for kind in NODE_KINDS}, sets=[argument])
-    except RecipeError as error:
-        found = error.diagnostics
-    assert all(diagnostic.place is not None for diagnostic in found)
+    kinds: Sequence[Any] = ("set", "set-file", "unset")
+    for kind in kinds:
+        try:
+            load_recipe(path, kinds={kind.kind: kind for kind in NODE_KINDS}, overrides=[Override(kind, argument)])
+        except RecipeError as error:
+            found = error.diagnostics
+        assert all(diagnostic.place is not None for diagnostic in found)
 
 
 @settings(max_examples=60, derandomize=True, database=None, deadline=None)

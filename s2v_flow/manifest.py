@@ -1,0 +1,165 @@
+"""What is kept of a run: its manifest, and the essence of it that travels inside the video."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+NodeState = Literal["computed", "stored", "live", "skipped", "failed", "not_reached"]
+
+
+class Part(BaseModel):
+    """A part of a manifest. What a later version adds is passed over on reading."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class NamedDigest(Part):
+    """A file by its name and content."""
+
+    name: str = Field(description="As it was named; the home folder is written as ~.")
+    sha256: str | None = Field(None, description="Of its bytes; null where it was not needed and is not known.")
+
+
+class FileRecord(NamedDigest):
+    """A model or an input."""
+
+    at: str = Field(description="The field that names it: nodes.dit.checkpoint, nodes.dit.loras[lightning].file.")
+    role: Literal["model", "input"] = Field(description="Where it is looked for.")
+    size: int | None = Field(None, description="In bytes.")
+
+
+class RecipeRecord(Part):
+    """The recipe with all its layers applied."""
+
+    path: str = Field(description="As it was given.")
+    files: list[NamedDigest] = Field(description="Every recipe file that was read, the innermost base first.")
+    text: str = Field(description="The recipe after profiles, override files and --set: it can be run as it is.")
+    values: dict[str, JsonValue] = Field(description="Every value by its path, parameters put in, defaults included.")
+    origins: dict[str, str] = Field(description="Where each value was written: path -> file:line:column.")
+
+
+class GivenRecord(Part):
+    """What the command line laid over the recipe."""
+
+    profiles: list[str] = Field(description="Names of profiles, in their order.")
+    files: list[NamedDigest] = Field(description="Override files.")
+    overrides: list[str] = Field(description="--set and its like, as they were given.")
+
+
+class GitRecord(Part):
+    """The state of the git repository in which the recipe stands."""
+
+    commit: str | None = Field(description="The commit that is checked out; null before the first one.")
+    is_dirty: bool = Field(description="Whether a tracked file differs from it, or a recipe file is not tracked.")
+
+
+class EnvironmentRecord(Part):
+    """What the run ran on and with."""
+
+    s2vflow: str
+    python: str
+    torch: str | None = Field(description="The installed version; null where there is none.")
+    system: str
+    machine: str
+    device: str = Field(description="The class of device: cpu, cuda or mps.")
+    gpu: str | None = Field(None, description="The GPU's name, where the run used one.")
+    host: str | None = Field(None, description="Only with --record-host.")
+    user: str | None = Field(None, description="Only with --record-host.")
+
+
+class LoraRecord(Part):
+    """How much of a LoRA file found its place in the model."""
+
+    node: str = Field(description="The plan node that used the model.")
+    id: str
+    matched: int = Field(description="How many of its keys have a home in the model.")
+    total: int
+
+
+class NodeRecord(Part):
+    """A plan node in this run."""
+
+    name: str
+    kind: str
+    status: NodeState = Field(description="live: made as it was used, never stored. skipped: nothing needed it.")
+    fingerprint: str | None = Field(description="Its identity; null where it was not found out.")
+    seconds: float | None = Field(None, description="Wall time, where it was computed in this run.")
+    peak_bytes: int | None = Field(None, description="The process's peak memory when it was done.")
+    outputs: dict[str, str] = Field(description="The stored results' sha256 by port.")
+
+
+class OutputRecord(NamedDigest):
+    """A file that the run was for."""
+
+    node: str
+    size: int | None = Field(description="In bytes.")
+    changed: bool = Field(description="Whether it had to be written.")
+    frames: int | None = Field(None, description="How many frames it has.")
+    frames_sha256: str | None = Field(
+        None, description="Of the frames before encoding, uint8 RGB, one after the other."
+    )
+
+
+class Manifest(Part):
+    """One run: what went in, what was done, what came out."""
+
+    manifest: Literal[1] = Field(description="The version of this format.")
+    id: str = Field(description="UTC time and four random digits: 20261122-161502-7f3a.")
+    status: Literal["finished", "failed", "interrupted"]
+    error: str | None = Field(None, description="Why it failed.")
+    started: str = Field(description="UTC, ISO 8601.")
+    ended: str = Field(description="UTC, ISO 8601.")
+    seconds: float
+    recipe: RecipeRecord
+    given: GivenRecord
+    git: GitRecord | None = Field(None, description="null where there is no repository, or no git.")
+    seeds: dict[str, int] = Field(description="The seed of every chunk, by plan node.")
+    files: list[FileRecord] = Field(description="Every model and input.")
+    loras: list[LoraRecord]
+    environment: EnvironmentRecord
+    nodes: list[NodeRecord] = Field(description="Every plan node, in order.")
+    outputs: list[OutputRecord]
+
+
+class EssenceNode(Part):
+    """A stored result on the way to a video."""
+
+    kind: str
+    fingerprint: str
+    outputs: dict[str, str] = Field(description="sha256 by port.")
+
+
+class Essence(Part):
+    """What a video says of itself: enough to make it again. The same recipe and results give the same bytes."""
+
+    essence: Literal[1] = Field(description="The version of this format.")
+    node: str = Field(description="The recipe's node that wrote the video.")
+    recipe: str = Field(description="The recipe with all its layers applied, without what writes other files.")
+    files: list[FileRecord] = Field(description="Every model and input that went in.")
+    device: str = Field(description="The class of device.")
+    software: dict[str, list[str]] = Field(description="The versions of s2vflow and torch that computed the parts.")
+    nodes: dict[str, EssenceNode] = Field(description="Every stored result that went in, in order; {} if too many.")
+    frames: int | None = None
+    frames_sha256: str | None = Field(
+        None, description="Of the frames before encoding, uint8 RGB, one after the other."
+    )
+
+
+def to_text(part: Part) -> str:
+    """Return a manifest as the JSON text that is stored."""
+    return json.dumps(part.model_dump(mode="json"), indent=1) + "\n"
+
+
+def to_note(essence: Essence) -> bytes:
+    """Return an essence as the bytes that are put into a video: the same for the same content."""
+    return json.dumps(essence.model_dump(mode="json"), separators=(",", ":")).encode()
+
+
+def manifest_schema() -> Mapping[str, Any]:
+    """Return the JSON Schema of a manifest."""
+    schema = Manifest.model_json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,239 @@
+"""Keeping a run's manifest: listens to the run and writes what happened, however it ends."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+
+from s2v_flow.cache.digest import file_digest
+from s2v_flow.cache.store import Entry
+from s2v_flow.errors import MissingError
+from s2v_flow.graph.events import (
+    Delivered,
+    Event,
+    Listener,
+    NodeFinished,
+    NodeStarted,
+    Noted,
+    RunFinished,
+    RunStatus,
+)
+from s2v_flow.graph.fingerprint import fingerprint
+from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.status import NodeStatus, preimage
+from s2v_flow.manifest import (
+    GivenRecord,
+    LoraRecord,
+    Manifest,
+    NamedDigest,
+    NodeRecord,
+    NodeState,
+    OutputRecord,
+    RecipeRecord,
+    to_text,
+)
+from s2v_flow.recipe.document import Recipe
+from s2v_flow.runs.environment import environment, git_state
+from s2v_flow.runs.files import file_records
+from s2v_flow.runs.values import recipe_text, values_of, without_home
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was laid over the recipe."""
+
+    profiles: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass
+class Recorder:
+    """Listens to a run inside a `with` statement and leaves `<folder>/<id>/manifest.json`.
+
+    `digest` tells the sha256 of a file if that takes no time, else None; `entries` are to be set to the run's results,
+    which grow as it goes on.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    statuses: Mapping[str, NodeStatus]
+    numerics: Numerics
+    folder: Path
+    given: Given
+    digest: Callable[[Path], str | None]
+    emit: Listener
+    has_host: bool = False
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    id: str = ""
+    _started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    _clock: float = field(default_factory=time.monotonic)
+    _running: str | None = None
+    _finished: dict[str, NodeFinished] = field(default_factory=dict)
+    _delivered: list[Delivered] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.id = _new_id(self._started)
+
+    def __call__(self, event: Event) -> None:
+        """Take note of an event and pass it on."""
+        if isinstance(event, NodeStarted):
+            self._running = event.node
+        elif isinstance(event, NodeFinished):
+            self._running = None
+            self._finished[event.node] = event
+        elif isinstance(event, Delivered):
+            self._delivered.append(event)
+        self.emit(event)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write the manifest; that it cannot be written is a warning, for the results are there."""
+        status: RunStatus = "finished" if kind is None else "failed" if issubclass(kind, Exception) else "interrupted"
+        message = str(error) or type(error).__name__ if status == "failed" else None
+        try:
+            self._write(self._manifest(status, message))
+        except (OSError, MissingError) as failure:
+            self.emit(Noted("", f"the run's manifest cannot be written: {failure}", is_warning=True))
+        self.emit(RunFinished(self.id, status, message))
+
+    def _manifest(self, status: RunStatus, error: str | None) -> Manifest:
+        values, origins = values_of(self.recipe)
+        return Manifest(
+            manifest=1,
+            id=self.id,
+            status=status,
+            error=error,
+            started=self._started.isoformat(timespec="milliseconds"),
+            ended=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            seconds=round(time.monotonic() - self._clock, 3),
+            recipe=RecipeRecord(
+                path=without_home(str(self.recipe.path)),
+                files=[self._named(file) for file in self.recipe.files],
+                text=recipe_text(self.recipe),
+                values=values,
+                origins=origins,
+            ),
+            given=GivenRecord(
+                profiles=list(self.given.profiles),
+                files=[self._named(file) for file in self.given.files],
+                overrides=[
+                    text.replace(os.path.expanduser("~") + os.sep, "~" + os.sep) for text in self.given.overrides
+                ],
+            ),
+            git=git_state(self.recipe.files),
+            seeds={node.name: node.facts["seed"] for node in self.plan.nodes if "seed" in node.facts},
+            files=file_records(self.plan.nodes, self.digest),
+            loras=self._loras(),
+            environment=environment(self.numerics.device_class, has_host=self.has_host),
+            nodes=[self._node(node) for node in self.plan.nodes],
+            outputs=[record for node in self.plan.nodes for record in self._outputs(node)],
+        )
+
+    def _named(self, file: Path) -> NamedDigest:
+        return NamedDigest(name=without_home(str(file)), sha256=self.digest(file))
+
+    def _loras(self) -> list[LoraRecord]:
+        return [
+            LoraRecord(node=name, id=lora["id"], matched=lora["matched"], total=lora["total"])
+            for name, entry in self.entries.items()
+            for lora in entry.facts.get("loras", [])
+        ]
+
+    def _node(self, node: PlanNode) -> NodeRecord:
+        entry, done = self.entries.get(node.name), self._finished.get(node.name)
+        return NodeRecord(
+            name=node.name,
+            kind=node.kind,
+            status=self._state(node),
+            fingerprint=self._fingerprint(node),
+            seconds=None if done is None else round(done.seconds, 3),
+            peak_bytes=None if done is None else done.peak_bytes,
+            outputs={} if entry is None else {port: item.sha256 for port, item in entry.outputs.items()},
+        )
+
+    def _state(self, node: PlanNode) -> NodeState:
+        if node.name in self._finished:
+            return "computed"
+        if node.name == self._running:
+            return "failed"
+        if node.name in self.entries:
+            return "stored"
+        if self.statuses[node.name].status == "SKIP":
+            return "skipped"
+        return "not_reached" if node.node.is_stored else "live"
+
+    def _fingerprint(self, node: PlanNode) -> str | None:
+        """Return a plan node's identity; a file too large to be hashed for the plan has been hashed since."""
+        if node.name in self.entries:
+            return self.entries[node.name].fingerprint
+        known = self.statuses[node.name].fingerprint
+        if known is not None or node.inputs:
+            return known
+        image = preimage(node, self.numerics, self.digest, lambda source: None)
+        return None if isinstance(image, str) else fingerprint(image)
+
+    def _outputs(self, node: PlanNode) -> list[OutputRecord]:
+        delivered = [event for event in self._delivered if event.node == node.name]
+        if not delivered:
+            return []
+        entry = self.entries[node.name]
+        text = next(text for _, mark, text in node.node.files() if mark.role == "output")
+        records = []
+        for event, item in zip(delivered, entry.outputs.values(), strict=True):
+            path = Path(event.path)
+            size = path.stat().st_size
+            # what was delivered holds the object, and perhaps a note behind it
+            sha256 = item.sha256 if size == item.size else file_digest(path)
+            name = without_home(str(Path(text).with_name(path.name)))
+            facts = {key: entry.facts.get(key) for key in ("frames", "frames_sha256")}
+            record = OutputRecord(node=node.name, name=name, sha256=sha256, size=size, changed=event.changed, **facts)
+            records.append(record)
+        return records
+
+    def _write(self, manifest: Manifest) -> None:
+        """Write the manifest whole or not at all, into a folder of its own."""
+        while True:
+            try:
+                (self.folder / self.id).mkdir(parents=True)
+                break
+            except FileExistsError:  # another run of the same second and digits
+                self.id = _new_id(self._started)
+                manifest = manifest.model_copy(update={"id": self.id})
+        write_whole(self.folder / self.id / "manifest.json", to_text(manifest).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".s2vflow-", suffix=path.suffix)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.chmod(name, 0o644)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _new_id(started: datetime) -> str:
+    return f"{started:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
