@@ -22,7 +22,7 @@ tests: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2
 
 schema: $(VENV)/installed
-	$(BIN)/s2vflow schema -o schemas/recipe.schema.json
+	for what in recipe manifest events; do $(BIN)/s2vflow schema --of $$what -o schemas/$$what.schema.json; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

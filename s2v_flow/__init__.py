@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from s2v_flow.version import __version__
+
 if TYPE_CHECKING:
     from s2v_flow.api import Options, check, load, plan, run
 
-__version__ = "0.1.0"
 __all__ = ["Options", "__version__", "check", "load", "plan", "run"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.cache.digest import file_digest, known_digest
+from s2v_flow.cache.digest import file_digest
 from s2v_flow.cache.memory import remembered
 from s2v_flow.cache.store import Store
 from s2v_flow.demo.catalog import demo_paths, demo_root
@@ -19,20 +20,28 @@ from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.extra_models import find_extra_models, read_extra_models
 from s2v_flow.graph.estimate import Estimate, estimate
 from s2v_flow.graph.events import Listener, Noted
+from s2v_flow.graph.interrupt import ShouldStop, never
 from s2v_flow.graph.locations import Locations
+from s2v_flow.graph.merge import merge_plans
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, build_plan
 from s2v_flow.graph.run import Run, RunResult, ignore
 from s2v_flow.graph.selection import Selection
-from s2v_flow.graph.status import NodeStatus, assess
+from s2v_flow.graph.status import TO_COMPUTE, NodeStatus, assess
 from s2v_flow.need import ModelNeed, known_needs, recipe_needs
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.homes import HOMES
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.document import Recipe
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import Variant, load_matrix, load_recipe
+from s2v_flow.runs.environment import torch_version
+from s2v_flow.runs.essence import note_maker
+from s2v_flow.runs.lock import check_lock, lock_path
+from s2v_flow.runs.record import Given, Recorder, runs_root
+from s2v_flow.runs.sources import FileDigests
+from s2v_flow.version import __version__
 
 KINDS: Mapping[str, type[Node]] = {kind.kind: kind for kind in NODE_KINDS}
 _HASHED_AT_ONCE_BYTES = 64 << 20
@@ -42,7 +51,11 @@ _FIX_CACHE = "free some space, or name another folder with --cache-dir"
 
 @dataclass(frozen=True)
 class Options:
-    """Everything beside the recipe that a command may be told; the fields are the command line's options."""
+    """Everything beside the recipe that a command may be told; the fields are the command line's options.
+
+    `should_stop` is asked at the end of every denoising step and before every node; once it says yes, the run leaves a
+    checkpoint and ends with `StoppedError`.
+    """
 
     profiles: Sequence[str] = ()
     override_files: Sequence[Path] = ()
@@ -55,6 +68,11 @@ class Options:
     cache_dir: Path | None = None
     device: str = "auto"
     selection: Selection = field(default_factory=Selection)
+    axes: Sequence[str] = ()
+    fail_fast: bool = False
+    locked: bool = False
+    record_host: bool = False
+    should_stop: ShouldStop = never
 
     @cached_property
     def cache_root(self) -> Path:
@@ -104,6 +122,12 @@ class Planned:
     statuses: Mapping[str, NodeStatus]
     device: str
     estimate: Estimate
+    cells: Mapping[str, Recipe] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+    def recipe_of(self, node: str) -> Recipe:
+        """Return the recipe that a plan node belongs to: its cell's in a matrix."""
+        return self.cells.get(node, self.recipe)
 
     @property
     def num_chunks(self) -> int | None:
@@ -125,7 +149,7 @@ class Planned:
     @property
     def has_work(self) -> bool:
         """Whether a run would compute anything."""
-        return any(status.status == "RUN" for status in self.statuses.values())
+        return any(status.status in TO_COMPUTE for status in self.statuses.values())
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -161,6 +185,7 @@ class Planned:
                 {"file": item.file, "kind": item.kind, "homes": list(item.homes), "looked_in": list(item.looked_in)}
                 for item in self.plan.missing
             ],
+            "cells": list(self.labels),
             "notes": list(self.notes),
         }
 
@@ -243,19 +268,39 @@ def _plan(recipe: Recipe, options: Options) -> Planned:
         key = f"{what}:{file_digest(file, memory)}"
         return remembered(options.cache_root / "facts.json", key, compute)
 
-    made = options.selection.cut(build_plan(recipe.nodes, _order(recipe), options.locations, remember))
+    def built(of: Recipe, label: str) -> Plan:
+        locations = replace(options.locations, output_tag=re.sub(r"[^A-Za-z0-9._=,-]", "_", label))
+        return build_plan(of.nodes, _order(of), locations, remember)
 
-    def digest(file: Path) -> str | None:
-        if not file.is_file():
-            return None
-        if file.stat().st_size <= _HASHED_AT_ONCE_BYTES:
-            return file_digest(file, memory)
-        return known_digest(file, memory)
-
+    variants = _variants(recipe, options)
+    if variants:
+        whole, alone = merge_plans([(item.cell.label, built(item.recipe, item.cell.label)) for item in variants])
+        recipes = {item.cell.label: item.recipe for item in variants}
+        cells = {name: recipes[label] for name, label in alone.items()}
+    else:
+        whole, cells = built(recipe, ""), {}
+    made = options.selection.cut(whole)
     forced = options.selection.forced(made)
     store, numerics = Store(options.cache_root), Numerics(device_class(device))
-    statuses = assess(made, store, numerics, digest, forced)
-    return Planned(recipe, made, statuses, device, estimate(made, statuses, store.recent(_EARLIER), numerics))
+    statuses = assess(made, store, numerics, FileDigests(memory).known, forced)
+    expected = estimate(made, statuses, store.recent(_EARLIER), numerics)
+    return Planned(recipe, made, statuses, device, expected, cells, tuple(item.cell.label for item in variants))
+
+
+def _variants(recipe: Recipe, options: Options) -> tuple[Variant, ...]:
+    """Return the cells of the matrix, in the recipe or on the command line; none where nothing varies."""
+    if not options.axes and recipe.matrix_text is None:
+        return ()
+    return load_matrix(
+        recipe.path,
+        kinds=KINDS,
+        profiles=options.profiles,
+        override_files=options.override_files,
+        sets=options.sets,
+        overrides=options.overrides,
+        axes=options.axes,
+        base_dir_for_sets=Path.cwd(),
+    )
 
 
 def _order(recipe: Recipe) -> list[str]:
@@ -302,22 +347,52 @@ def run_planned(planned: Planned, options: Options, on_event: Listener = ignore)
     for node in planned.plan.nodes:
         if planned.statuses[node.name].status == "LOAD":
             node.node.check(node.files)
-    registry = _LazyRegistry()
+    digests = FileDigests(_digest_memory(options))
+    if options.locked:
+        check_lock(lock_path(planned.recipe.path), planned.recipe, planned.plan, digests)
+    numerics = Numerics(device_class(planned.device))
+    recorder = Recorder(
+        recipe=planned.recipe,
+        plan=planned.plan,
+        statuses=planned.statuses,
+        numerics=numerics,
+        folder=runs_root(options.cache_root),
+        given=_given(options),
+        cells=planned.labels,
+        digest=digests.known,
+        emit=on_event,
+        has_host=options.record_host,
+    )
+
     execution = Run(
         plan=planned.plan,
         statuses=planned.statuses,
         store=Store(options.cache_root),
-        numerics=Numerics(device_class(planned.device)),
+        numerics=numerics,
         device=planned.device,
-        models=registry,
-        file_digest=lambda file: file_digest(file, _digest_memory(options)),
-        emit=on_event,
+        models=_LazyRegistry(),
+        file_digest=digests,
+        emit=recorder,
         forced=options.selection.forced(planned.plan),
+        keeps_going=bool(planned.labels) and not options.fail_fast,
+        note=note_maker(planned.recipe_of, planned.plan, digests, numerics.device_class),
+        should_stop=options.should_stop,
+        about={"s2vflow": __version__, "torch": torch_version()},
     )
-    try:
-        return execution.execute()
-    finally:
-        execution.close()
+    recorder.entries = execution.entries
+    with recorder:
+        try:
+            result = execution.execute()
+            recorder.failures = result.failures
+        finally:
+            execution.close()
+    return replace(result, run_id=recorder.id)
+
+
+def _given(options: Options) -> Given:
+    overrides = [*(f"-m {text}" for text in options.axes), *(f"--set {text}" for text in options.sets)]
+    overrides += [f"--{change.kind} {change.text}" for change in options.overrides]
+    return Given(tuple(options.profiles), tuple(options.override_files), tuple(overrides))
 
 
 def require_files(planned: Planned) -> None:

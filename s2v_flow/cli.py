@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 from s2v_flow import __version__
-from s2v_flow.completion import SHELLS, complete_kind, complete_profile, completion_script
+from s2v_flow.cli_options import (
+    FILE,
+    folder_options,
+    make_options,
+    recipe_options,
+    record_options,
+    selection_options,
+    start_options,
+)
+from s2v_flow.cli_runs import diff, lock, reproduce, runs, show
+from s2v_flow.cli_start import completion, doctor, init, models
+from s2v_flow.completion import complete_kind
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.option_order import OrderedGroup, override_options, take_overrides
+from s2v_flow.graph.interrupt import StoppedError, StopRequest
+from s2v_flow.option_order import OrderedGroup
 
 if TYPE_CHECKING:
-    from s2v_flow.api import Options
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_FILE = click.Path(path_type=Path)
+    from s2v_flow.api import Options, Planned
+    from s2v_flow.graph.run import RunResult
 
 EXIT_CODES = "\n".join(
     f"  {code}  {meaning}"
@@ -37,14 +46,16 @@ EXIT_CODES = "\n".join(
         (8, "NaN or infinity in a result"),
         (9, "a defect of s2vflow"),
         (10, "plan --detailed-exitcode: a run would compute something"),
-        (130, "interrupted (Ctrl-C)"),
-        (143, "terminated"),
+        (75, "stopped with a checkpoint by SIGUSR1: the same command goes on"),
+        (130, "interrupted (Ctrl-C); the same command goes on"),
+        (143, "terminated; the same command goes on"),
     )
 )
 
 
 @click.group(
     cls=OrderedGroup,
+    commands=[runs, show, diff, reproduce, lock, init, models, doctor, completion],
     epilog=f"\b\nExit codes:\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
@@ -53,122 +64,56 @@ def cli() -> None:
     """Talking videos from a portrait, a voice and a prompt, with Wan2.2-S2V, from a recipe that lives in git."""
 
 
-def recipe_options(command: _Command) -> _Command:
-    """Add the recipe and the options that change it."""
-    return click.argument("recipe", type=_FILE)(change_options(command))
-
-
-def change_options(command: _Command) -> _Command:
-    """Add the options that change a recipe."""
-    for decorate in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout."),
-        click.option("-f", "override_files", type=_FILE, multiple=True, metavar="FILE", help="Lay a file over it."),
-        click.option(
-            "-p",
-            "profiles",
-            multiple=True,
-            metavar="NAMES",
-            shell_complete=complete_profile,
-            help="Profiles of the recipe: -p quality,bf16.",
-        ),
-        override_options,
-    ):
-        command = decorate(command)
-    return command
-
-
-def folder_options(command: _Command) -> _Command:
-    """Add the options that say where things are."""
-    for decorate in (
-        click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."),
-        click.option("--cache-dir", type=_FOLDER, help="Where artifacts are kept.  [env: S2VFLOW_CACHE_DIR]"),
-        click.option("--output-dir", type=_FOLDER, help="Where relative outputs go."),
-        click.option("--input-dir", "input_dirs", type=_FOLDER, multiple=True, help="Where inputs are looked for too."),
-        click.option(
-            "--extra-model-paths",
-            type=_FILE,
-            multiple=True,
-            metavar="FILE",
-            help="ComfyUI's extra_model_paths.yaml.  [env: S2VFLOW_EXTRA_MODEL_PATHS]",
-        ),
-        click.option(
-            "--models-dir",
-            "models_dirs",
-            type=_FOLDER,
-            multiple=True,
-            help="A models folder in ComfyUI's layout; repeatable.  [env: S2VFLOW_MODELS_DIR]",
-        ),
-    ):
-        command = decorate(command)
-    return command
-
-
-def selection_options(command: _Command) -> _Command:
-    """Add the options that pick a part of the plan."""
-    for decorate in (
-        click.option("--cache-only", is_flag=True, help="Fail instead of computing anything."),
-        click.option("--no-cache", is_flag=True, help="Compute everything anew."),
-        click.option("--force", multiple=True, metavar="NODE[+]", help="Compute it anew; + and what follows it."),
-        click.option("--only", multiple=True, metavar="NODE", help="Run it alone, from stored inputs."),
-        click.option("--from", "start", metavar="NODE", help="Compute nothing before it."),
-        click.option("--until", multiple=True, metavar="NODE", help="Run nothing after it."),
-    ):
-        command = decorate(command)
-    return command
-
-
-def make_options(**given: Any) -> Options:
-    """Make `Options` from the command line's values."""
-    from s2v_flow.api import Options
-    from s2v_flow.defaults import with_defaults
-    from s2v_flow.graph.selection import Selection
-
-    given["selection"] = Selection(
-        until=given.pop("until", ()),
-        only=given.pop("only", ()),
-        start=given.pop("start", None),
-        force=given.pop("force", ()),
-        is_fresh=given.pop("no_cache", False),
-        is_cached_only=given.pop("cache_only", False),
-    )
-
-    given["profiles"] = [name for names in given.get("profiles", ()) for name in names.split(",") if name]
-    given["overrides"] = take_overrides(given)
-    if "device" in given:  # the commands that look for files
-        given = with_defaults(given)
-        given["device"] = given["device"] or "auto"
-    return Options(**given)
-
-
 @cli.command()
 @recipe_options
 @selection_options
+@record_options
 @folder_options
-def run(recipe: Path, as_json: bool, **given: Any) -> None:
+def run(recipe: Path, as_json: bool, events: str | None, **given: Any) -> None:
     """Run a recipe: compute what is not stored yet, and write the results."""
-    _run(recipe, make_options(**given), as_json=as_json)
+    if events == "-" and as_json:
+        raise click.UsageError("--events - and --json both write to stdout: give --events a file")
+    _run(recipe, make_options(**given), as_json=as_json, events=events)
 
 
-def _run(recipe: Path, options: Options, *, as_json: bool) -> None:
+def _run(recipe: Path, options: Options, *, as_json: bool, events: str | None = None) -> None:
     from s2v_flow import api, report
+    from s2v_flow.runs.stream import open_events, to_all
 
     planned = api.plan(recipe, options)
-    if planned.plan.missing:
+    if planned.plan.missing and events != "-":
         report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
     api.require_files(planned)
     for note in planned.notes:
         report.print_message(f"note: {note}")
-    progress = report.Progress()
-    try:
-        result = api.run_planned(planned, options, progress)
-    finally:
-        progress.close()
+    with open_events(events) as stream:
+        progress = report.Progress()
+        try:
+            result = api.run_planned(planned, options, to_all(progress, *stream))
+        finally:
+            progress.close()
+    made = _summary(planned, result)
     if as_json:
         report.print_json(result.to_json())
-    else:
+    elif events != "-":
         for paths in result.outputs.values():
             for path in paths[:1] if len(paths) > 3 else paths:
                 report.print_result(f"{path}" + (f" and {len(paths) - 1} more" if len(paths) > 3 else ""))
+        for path in made:
+            report.print_result(f"{path}")
+    if result.failures:
+        names = ", ".join(name for name, why in result.failures.items() if not why.startswith("needs "))
+        raise S2VFlowError(f"failed: {names}", kept="every other cell, and all that was finished in these")
+
+
+def _summary(planned: Planned, result: RunResult) -> list[Path]:
+    """Put a matrix's videos on one page, where there are at least two."""
+    if not planned.labels:
+        return []
+    from s2v_flow.sweep import cell_videos, summarise
+
+    videos = cell_videos(planned, result)
+    return summarise(videos, planned.recipe.path.stem) if len(videos) > 1 else []
 
 
 @cli.command()
@@ -232,6 +177,55 @@ def config(recipe: Path, as_json: bool, with_origins: bool, resolved: bool, **gi
         report.print_result(config_text(checked, resolved=resolved, with_origins=with_origins).rstrip("\n"))
 
 
+@cli.command("import")
+@click.argument("workflow", type=FILE)
+@click.option("-o", "--output", type=FILE, help="The recipe to write, instead of stdout.")
+@click.option("--modernise", is_flag=True, help="Exact time and one extend, instead of ComfyUI's numbers.")
+@click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
+def import_(workflow: Path, output: Path | None, modernise: bool, force: bool) -> None:
+    """Make a recipe of a ComfyUI workflow: JSON, or a picture or video with the workflow in it."""
+    from s2v_flow import report
+    from s2v_flow.api import KINDS
+    from s2v_flow.comfy.importer import import_workflow
+
+    imported = import_workflow(workflow, KINDS, modernises=modernise)
+    for note in imported.notes:
+        report.print_message(f"note: {note}")
+    for change in imported.changes:
+        report.print_message(f"changed: {change}")
+    _deliver(imported.text, output, force=force)
+
+
+@cli.command()
+@recipe_options
+@folder_options
+@click.option("-o", "--output", type=FILE, help="The workflow to write, instead of stdout.")
+@click.option("--format", "form", type=click.Choice(["editor", "api"]), default="editor", show_default=True)
+@click.option("--force", is_flag=True, help="Overwrite the workflow that is there.")
+def export(recipe: Path, as_json: bool, output: Path | None, form: Literal["editor", "api"], **given: Any) -> None:
+    """Make a ComfyUI workflow of a recipe; what ComfyUI does differently is said."""
+    from s2v_flow import api, report
+    from s2v_flow.comfy.exporter import export_workflow
+
+    force = given.pop("force")
+    planned = api.plan(recipe, make_options(**given))
+    text, notes = export_workflow(planned.recipe, planned.plan, form)
+    for note in notes:
+        report.print_message(f"note: {note}")
+    _deliver(text, output, force=force)
+
+
+def _deliver(text: str, output: Path | None, *, force: bool) -> None:
+    """Write a text to a file, or print it."""
+    from s2v_flow import report
+    from s2v_flow.start import write_recipe
+
+    if output is None:
+        report.print_result(text.rstrip("\n"))
+    else:
+        write_recipe(output, text, force=force)
+
+
 @cli.command()
 @click.argument("kind", required=False, shell_complete=complete_kind)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
@@ -245,14 +239,21 @@ def nodes(kind: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("-o", "--output", type=_FILE, help="Write to a file instead of stdout.")
-def schema(output: Path | None) -> None:
-    """Print the JSON Schema of recipes, for editors."""
+@click.option("-o", "--output", type=FILE, help="Write to a file instead of stdout.")
+@click.option(
+    "--of",
+    "what",
+    type=click.Choice(["recipe", "manifest", "events"]),
+    default="recipe",
+    help="Recipes, runs' manifests, or a line of run --events.",
+    show_default=True,
+)
+def schema(output: Path | None, what: str) -> None:
+    """Print the JSON Schema of recipes, for editors, or of what programs read."""
     from s2v_flow import report
-    from s2v_flow.api import KINDS
-    from s2v_flow.recipe.schema import schema_text
+    from s2v_flow.describe import schema_text
 
-    text = schema_text(KINDS)
+    text = schema_text(what)
     if output is None:
         report.print_result(text.rstrip("\n"))
     else:
@@ -262,43 +263,11 @@ def schema(output: Path | None) -> None:
             raise S2VFlowError(f"{output}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
 
 
-def start_options(command: _Command) -> _Command:
-    """Add the options of commands that write a first recipe."""
-    for decorate in (
-        click.option("--force", is_flag=True, help="Overwrite the recipe that is there."),
-        click.option(
-            "--like",
-            type=click.Choice(["lightning", "quality", "bf16", "official", "demo"]),
-            default="lightning",
-            help="Which settings to begin with.",
-            show_default=True,
-        ),
-    ):
-        command = decorate(command)
-    return command
-
-
 @cli.command()
-@click.argument("portrait", type=_FILE, required=False)
-@click.argument("voice", type=_FILE, required=False)
-@click.option("-o", "--output", type=_FILE, default="recipe.yaml", help="The recipe to write.", show_default=True)
-@click.option("--prompt", help="What the video shows.")
-@start_options
-def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | None, like: str, force: bool) -> None:
-    """Write a first recipe, for a portrait and a voice."""
-    from s2v_flow import report
-    from s2v_flow.start import DEFAULT_PROMPT, Start, recipe_text, write_recipe
-
-    start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, f"out/{output.stem}.mp4")
-    write_recipe(output, recipe_text(start, output.parent), force=force)
-    report.print_result(str(output))
-
-
-@cli.command()
-@click.argument("portrait", type=_FILE)
-@click.argument("voice", type=_FILE)
+@click.argument("portrait", type=FILE)
+@click.argument("voice", type=FILE)
 @click.argument("prompt")
-@click.option("-o", "--output", type=_FILE, default="talk.mp4", help="The video to make.", show_default=True)
+@click.option("-o", "--output", type=FILE, default="talk.mp4", help="The video to make.", show_default=True)
 @click.option("-p", "profiles", multiple=True, metavar="NAMES", help="Profiles of the new recipe: -p quality.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 @start_options
@@ -313,78 +282,26 @@ def make(
     recipe = recipe_path(output)
     start = Start(portrait, voice, prompt, like, output.name)
     write_recipe(recipe, recipe_text(start, recipe.parent), force=force)
+    given["output_dir"] = given["output_dir"] or recipe.parent  # -o says more than the user's defaults
     options = make_options(**given)
     again = " ".join(["s2vflow run", str(recipe), *(f"-p {name}" for name in options.profiles)])
     report.print_message(f"the recipe is {recipe}; to run it again: {again}")
     _run(recipe, options, as_json=as_json)
 
 
-@cli.command()
-@click.argument("recipe", type=_FILE, required=False)
-@change_options
-@folder_options
-@click.option("--download", is_flag=True, help="Download what is missing, into the first models folder.")
-@click.option("--only", multiple=True, metavar="FILE", help="Only this one; repeatable.")
-def models(recipe: Path | None, as_json: bool, download: bool, only: tuple[str, ...], **given: Any) -> None:
-    """List the model files that a recipe needs (or all that are known), and download them on request."""
-    from s2v_flow import api, need, report
-
-    if download and recipe is None and not only:
-        raise click.UsageError("--download needs a recipe, or --only FILE: all known models together are very large")
-    options = make_options(**given)
-    needs = need.choose(api.model_needs(recipe, options), only)
-    if download:
-        progress = report.DownloadProgress()
-        need.download(needs, options.locations.models_dirs[0], progress)
-        needs = need.choose(api.model_needs(recipe, options), only)
-    report.print_json(need.needs_json(needs)) if as_json else report.print_result(need.needs_text(needs))
-    if any(item.status == "missing" for item in needs):
-        sys.exit(ExitCode.MISSING)
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
-@folder_options
-def doctor(as_json: bool, **given: Any) -> None:
-    """Look at this machine: Python, torch and devices, codecs, the cache, models, packages."""
-    from s2v_flow import report
-    from s2v_flow.doctor import examine, findings_json, findings_text
-
-    findings = examine(make_options(**given))
-    report.print_json(findings_json(findings)) if as_json else report.print_result(findings_text(findings))
-    if any(finding.status == "problem" for finding in findings):
-        sys.exit(ExitCode.FAILED)
-
-
-@cli.command()
-@click.argument("shell", type=click.Choice(SHELLS))
-def completion(shell: str) -> None:
-    """Print a shell's completion script, to be put where it reads such scripts.
-
-    \b
-      bash: s2vflow completion bash > ~/.local/share/bash-completion/completions/s2vflow
-      zsh:  s2vflow completion zsh > a folder of $fpath, as _s2vflow
-      fish: s2vflow completion fish > ~/.config/fish/completions/s2vflow.fish
-    """
-    from s2v_flow import report
-
-    report.print_result(completion_script(shell, cli, "s2vflow"))
-
-
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    stop = StopRequest(_tell)
+    stop.install()
     try:
-        cli(prog_name="s2vflow", standalone_mode=False)
+        cli(prog_name="s2vflow", standalone_mode=False, obj=stop)
     except click.ClickException as error:
         error.show()
         sys.exit(ExitCode.USAGE)
     except (click.Abort, KeyboardInterrupt):
-        _leave(
-            "interrupted; what was finished is stored, and the same command goes on from there", ExitCode.INTERRUPTED
-        )
-    except _TerminatedError:
-        _leave("terminated; what was finished is stored, and the same command goes on from there", ExitCode.TERMINATED)
+        _leave(str(StoppedError()), ExitCode.INTERRUPTED)
+    except StoppedError as stopped:
+        _leave(str(stopped), stopped.exit_code)
     except S2VFlowError as error:
         from s2v_flow import report
 
@@ -397,12 +314,10 @@ def main() -> NoReturn:
     sys.exit(ExitCode.OK)
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM came. Like KeyboardInterrupt, it is nothing that code on the way should catch."""
-
-
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise _TerminatedError
+def _tell(text: str) -> None:
+    """Write to stderr inside a signal handler, where its buffer may be in use."""
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 def _leave(text: str, code: ExitCode) -> NoReturn:

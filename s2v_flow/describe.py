@@ -8,8 +8,20 @@ from typing import Any
 from s2v_flow.diagnostics import did_you_mean
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.node import Node
+from s2v_flow.manifest import manifest_schema
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.fields import accepts
+from s2v_flow.recipe.schema import recipe_schema
+from s2v_flow.runs.stream import events_schema
+
+
+def schema_text(what: str) -> str:
+    """Return a JSON Schema as text: of a "recipe", of a run's "manifest", or of a line of its "events"."""
+    if what == "recipe":
+        schema = recipe_schema({kind.kind: kind for kind in NODE_KINDS})
+    else:
+        schema = dict(manifest_schema()) if what == "manifest" else events_schema()
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def describe_kinds(kind: str | None = None) -> list[dict[str, Any]]:

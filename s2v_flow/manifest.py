@@ -117,6 +117,7 @@ class Manifest(Part):
     recipe: RecipeRecord
     given: GivenRecord
     git: GitRecord | None = Field(None, description="null where there is no repository, or no git.")
+    cells: list[str] = Field([], description="The cells of the matrix, by their labels.")
     seeds: dict[str, int] = Field(description="The seed of every chunk, by plan node.")
     files: list[FileRecord] = Field(description="Every model and input.")
     loras: list[LoraRecord]

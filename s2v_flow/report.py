@@ -67,15 +67,17 @@ def print_plan(planned: Planned) -> None:
     """Print a plan as a table for people, to stdout."""
     nodes = planned.plan.nodes
     width = max((len(node.name) for node in nodes), default=0)
+    column = max((len(status.status) for status in planned.statuses.values()), default=4)
     kinds = max((len(node.kind) for node in nodes), default=0)
     print_result(f"plan of {planned.recipe.path} on {planned.device}")
     for node in nodes:
         status = planned.statuses[node.name]
         facts = ", ".join(_facts(node.facts))
         reason = f"{status.reason}" + (f"  [{facts}]" if facts else "")
-        print_result(f"  {status.status:<4}  {node.name:<{width}}  {node.kind:<{kinds}}  {visible(reason)}")
+        print_result(f"  {status.status:<{column}}  {node.name:<{width}}  {node.kind:<{kinds}}  {visible(reason)}")
     counts = [status.status for status in planned.statuses.values()]
-    print_result(f"{counts.count('HIT')} stored, {counts.count('RUN')} to run; {_length(planned)}")
+    to_run = counts.count("RUN") + counts.count("RESUME")
+    print_result(f"{counts.count('HIT')} stored, {to_run} to run; {_length(planned)}")
     if planned.has_work:
         print_result(_cost(planned))
     for note in planned.notes:
@@ -120,6 +122,7 @@ class _Row:
     kind: str
     status: str = "running"
     step: int = 0
+    before: int = 0  # steps of an earlier run, which a checkpoint brought along
     total: int = 0
     unit: str = ""
     started: float = field(default_factory=time.monotonic)
@@ -127,7 +130,7 @@ class _Row:
     peak_bytes: int = 0
 
     def per_step(self) -> float:
-        return (time.monotonic() - self.started) / self.step if self.step else 0.0
+        return (time.monotonic() - self.started) / (self.step - self.before) if self.step else 0.0
 
     def text(self) -> str:
         """Return "step 3/20, 1.20 s/step, 20 s left"."""
@@ -187,6 +190,7 @@ class Progress:
 
     def _step(self, event: StepDone) -> None:
         row = self._rows.setdefault(event.node, _Row(""))
+        row.before = row.before if row.step else event.step - 1
         row.step, row.total, row.unit = event.step, event.total, event.unit
         if self._live is None and time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
             self._line(f"{event.node}: {row.text()}")

@@ -113,31 +113,27 @@ def recipe_path(video: Path) -> Path:
 
 
 def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
-    """Write a recipe; a file that says the same already is left alone.
+    """Write a recipe, whole or not at all; a file that says the same already is left alone.
 
     Raises:
         S2VFlowError: Another file is there and `force` is not given, or it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and path.read_bytes() == text.encode():
             return
-        if not force:
-            with path.open("xb") as file:  # fails where something is there
-                file.write(text.encode())
-            return
+        if path.exists() and not force:
+            raise S2VFlowError(
+                f"{path} is there already, and says something else",
+                fix="name another file with -o, or overwrite it with --force",
+                exit_code=ExitCode.USAGE,
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             beside.write_bytes(text.encode())
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
-    except FileExistsError:
-        raise S2VFlowError(
-            f"{path} is there already, and says something else",
-            fix="name another file with -o, or overwrite it with --force",
-            exit_code=ExitCode.USAGE,
-        ) from None
     except OSError as error:
         raise S2VFlowError(f"{path}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
 

@@ -109,7 +109,8 @@ def options(folder: Path, models: Path, cache: Path | None = None, **more: Any) 
 def call(*arguments: object) -> tuple[int, str, str]:
     """Call the program in this process: return its exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
-    before = sys.argv, signal.getsignal(signal.SIGTERM)
+    before = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = ["s2vflow", *map(str, arguments)]
     code = 0
     try:
@@ -118,6 +119,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
     except SystemExit as left:
         code = int(left.code or 0)
     finally:
-        sys.argv = before[0]
-        signal.signal(signal.SIGTERM, before[1])
+        sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return code, out.getvalue(), err.getvalue()

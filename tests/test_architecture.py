@@ -19,7 +19,10 @@ RECIPES = PACKAGE.parent / "recipes"
 
 # A layer may import itself and these; single modules at the top of the package are layers of their own.
 ALLOWED: dict[str, set[str]] = {
-    "": set(),  # the package itself
+    "": {"api", "version"},  # the package itself
+    "version": set(),
+    "manifest": set(),
+    "runs": {"recipe", "graph", "cache", "media", "manifest", "version", "diagnostics", "errors"},
     "__main__": {"cli"},
     "errors": set(),
     "diagnostics": {"errors"},
@@ -32,21 +35,59 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"graph", "diagnostics", "errors"},
     "nodes": {"graph", "models", "sampling", "media", "errors"},
     "demo": {"models", "errors"},
-    "downloads": {"", "cache", "errors"},
+    "downloads": {"cache", "errors"},
     "extra_models": {"recipe", "graph", "diagnostics", "errors"},
     "need": {"downloads", "recipe", "graph", "diagnostics", "errors"},
-    "api": {"recipe", "nodes", "graph", "cache", "models", "demo", "device", "extra_models", "need", "errors"},
-    "describe": {"nodes", "recipe", "graph", "diagnostics", "errors"},
+    "api": {
+        "recipe",
+        "nodes",
+        "graph",
+        "cache",
+        "models",
+        "demo",
+        "device",
+        "extra_models",
+        "need",
+        "runs",
+        "version",
+        "errors",
+    },
+    "history": {
+        "",
+        "api",
+        "runs",
+        "recipe",
+        "graph",
+        "cache",
+        "media",
+        "demo",
+        "device",
+        "manifest",
+        "diagnostics",
+        "errors",
+    },
+    "describe": {"nodes", "recipe", "runs", "manifest", "graph", "diagnostics", "errors"},
     "report": {"api", "need", "graph", "diagnostics", "errors"},
     "comfy": {"nodes", "recipe", "graph", "diagnostics", "errors"},
     "start_recipes": set(),
     "start": {"start_recipes", "recipe", "media", "errors"},
     "completion": {"nodes", "recipe"},
     "doctor": {"", "api", "need", "errors"},
+    "defaults": {"recipe", "diagnostics", "errors"},
+    "option_order": {"completion", "recipe"},
+    "cli_options": {"api", "completion", "defaults", "graph", "option_order"},
+    "cli_start": {"api", "cli_options", "completion", "doctor", "need", "option_order", "report", "start", "errors"},
+    "cli_runs": {"", "api", "cli_options", "history", "option_order", "report", "runs", "errors"},
     "cli": {
+        "cli_runs",
+        "runs",
+        "cli_start",
+        "cli_options",
         "start",
         "doctor",
         "completion",
+        "defaults",
+        "option_order",
         "",
         "api",
         "comfy",
@@ -62,7 +103,7 @@ ALLOWED: dict[str, set[str]] = {
 HEAVY = {"torch", "transformers", "safetensors", "numpy", "av", "imageio", "soundfile", "soxr", "PIL", "sentencepiece"}
 # the rest is light: heavy packages, and the modules that import them, are imported inside functions there
 HEAVY_LAYERS = {"models", "sampling", "media", "demo"}
-HEAVY_MODULES = {"nodes.tensors", "nodes.denoising"}
+HEAVY_MODULES = {"nodes.tensors", "nodes.denoising", "nodes.finite", "nodes.resuming"}
 MAX_LINES = 450
 
 

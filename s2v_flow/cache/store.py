@@ -7,7 +7,6 @@ to be repaired by hand: any file may be deleted at any time.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -19,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.cache.atomic import finish, flush_folder, temporary, temporary_prefix, writing
+from s2v_flow.errors import S2VFlowError
 
 _BLOCK = 8 << 20
 _SCHEMA = 1
@@ -119,7 +119,7 @@ class Store:
         """
         if _holds(target, item, trailer):
             return False
-        with _writing(target), _temporary(target.parent, target.suffix) as (file, name):
+        with writing(target), temporary(target.parent, target.suffix) as (file, name):
             digest = hashlib.sha256()
             for block in self._blocks(item):
                 digest.update(block)
@@ -128,7 +128,7 @@ class Store:
                 self._quarantine(self._object_path(item))
                 raise DamagedObjectError.at(self._object_path(item), "its bytes have changed")
             file.write(trailer)
-            _finish(file)
+            finish(file)
             os.replace(name, target)
         return True
 
@@ -153,7 +153,7 @@ class Store:
         Raises:
             S2VFlowError: The store cannot be written (disk full, read-only).
         """
-        with _writing(self.root):
+        with writing(self.root):
             self._make_root()
             stored = {port: self._put(payload) for port, payload in outputs.items()}
             body = {
@@ -166,9 +166,9 @@ class Store:
             text = _entry_text(body)
             path = self._entry_path(fingerprint)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _temporary(self.root / "tmp", ".json") as (file, name):
+            with temporary(self.root / "tmp", ".json") as (file, name):
                 file.write(text)
-                _finish(file)
+                finish(file)
                 if replaces:
                     os.replace(name, path)
                 elif self.lookup(fingerprint) is not None or not _link(name, path):
@@ -176,7 +176,7 @@ class Store:
                     if winner is not None:
                         return winner
                     os.replace(name, path)
-            _flush_folder(path.parent)
+            flush_folder(path.parent)
         return Entry(fingerprint, preimage, stored, facts)
 
     @contextmanager
@@ -186,9 +186,9 @@ class Store:
         Raises:
             S2VFlowError: The store cannot be written.
         """
-        with _writing(self.root):
+        with writing(self.root):
             self._make_root()
-            folder = Path(tempfile.mkdtemp(dir=self.root / "tmp"))
+            folder = Path(tempfile.mkdtemp(dir=self.root / "tmp", prefix=temporary_prefix()))
         try:
             yield folder
         finally:
@@ -204,9 +204,9 @@ class Store:
             return item
         item = StoredObject(hashlib.sha256(payload).hexdigest(), len(payload), ".safetensors")
         if not self._has(item):
-            with _temporary(self.root / "tmp", item.suffix) as (file, name):
+            with temporary(self.root / "tmp", item.suffix) as (file, name):
                 file.write(payload)
-                _finish(file)
+                finish(file)
                 self._place(name, item)
         return item
 
@@ -215,7 +215,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.chmod(name, 0o444)
         os.replace(name, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
     def _make_root(self) -> None:
         for folder in ("entries", "objects", "tmp"):
@@ -308,53 +308,3 @@ def _digest(file: BinaryIO, size: int) -> str:
         digest.update(block)
         size -= len(block)
     return digest.hexdigest()
-
-
-def _finish(file: BinaryIO) -> None:
-    """Bring a file to the disk and close it: Windows renames no open files."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _temporary(folder: Path, suffix: str) -> Iterator[tuple[BinaryIO, str]]:
-    """Open a new file in `folder`; whatever still has its temporary name afterwards is removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".s2vflow-", suffix=suffix)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.chmod(name, 0o644)
-            yield file, name
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that say what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise S2VFlowError(
-                f"no space left while writing under {path}",
-                fix="free some space, or name another folder with --cache-dir or --output-dir",
-                kept="everything that was stored before stays usable",
-                exit_code=ExitCode.DISK_FULL,
-            ) from error
-        raise S2VFlowError(
-            f"cannot write under {path}: {error.strerror or error}",
-            fix="check the folder's permissions, or name another with --cache-dir or --output-dir",
-            kept="everything that was stored before stays usable",
-        ) from error

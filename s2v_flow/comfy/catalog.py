@@ -165,6 +165,12 @@ def _widget(text: str) -> Input:
     head, _, default = text.partition("=")
     name, _, letter = head.partition(":")
     type_ = _TYPES[letter.removesuffix("*")]
-    value: Any = {"INT": int, "FLOAT": float, "BOOLEAN": lambda word: word == "true"}.get(type_, str)(default or "0")
-    value = value if default or type_ not in ("STRING", "ANY") else ""
-    return Input(name, type_, is_widget=True, has_control=letter.endswith("*"), default=value)
+    return Input(name, type_, is_widget=True, has_control=letter.endswith("*"), default=_default(type_, default))
+
+
+def _default(type_: str, text: str) -> Any:
+    if type_ == "INT":
+        return int(text or 0)
+    if type_ == "FLOAT":
+        return float(text or 0)
+    return text == "true" if type_ == "BOOLEAN" else text

@@ -8,12 +8,13 @@ from typing import Any
 
 from s2v_flow.comfy.catalog import NOTES, VIRTUAL, classes, is_stock_title
 from s2v_flow.comfy.graph import Box, ComfyNode, Graph, Link, Mistakes, Note, Value
-from s2v_flow.comfy.widgets import instance_values, widget_values
+from s2v_flow.comfy.widgets import instance_values, list_in, maps_in, widget_values
 from s2v_flow.diagnostics import shortened
 from s2v_flow.errors import RecipeError
 
 MAX_NODES = 20_000
 MAX_DEPTH = 32
+_MAX_STEPS = 500_000  # along links, all together
 _MUTED, _BYPASSED = 2, 4
 _INPUT_SIDE, _OUTPUT_SIDE = -10, -20  # the ids of a subgraph's own edges
 
@@ -55,7 +56,7 @@ def read_editor(document: Mapping[str, Any], mistakes: Mistakes, active: Collect
     mistakes.raise_any()
     notes = tuple(note for scope in scopes for note in _notes(scope))
     groups = tuple(box for scope in scopes for box in _groups(scope))
-    off = (_box("", node) for node in scopes[0].nodes.values() if _mode(node) and node.get("type") not in NOTES)
+    off = (_box("", node) for node in scopes[0].nodes.values() if _mode(node) and str(node.get("type")) not in NOTES)
     return Graph(nodes, notes, groups, tuple(box for box in off if box is not None))
 
 
@@ -74,7 +75,7 @@ def inactive_parts(document: Mapping[str, Any], savers: Collection[str]) -> list
             neighbours[two].add(one)
     parts, seen = [], set[str]()
     for name, node in off.items():
-        if node.get("type") not in savers or name in seen:
+        if str(node.get("type")) not in savers or name in seen:
             continue
         part, pending = {name}, [name]
         while pending:
@@ -127,7 +128,7 @@ class _Unfolder:
 
     def _scope(self, name: str, source: Mapping[str, Any]) -> Scope:
         nodes: dict[int | str, Mapping[str, Any]] = {}
-        for node in _list(source, "nodes"):
+        for node in list_in(source, "nodes"):
             if not isinstance(node, Mapping) or not isinstance(node.get("id"), (int, str)):
                 raise self._mistakes.stop("W002", "a node is not a map with an id", name or None)
             if node["id"] in nodes:
@@ -136,8 +137,8 @@ class _Unfolder:
         self._count += len(nodes)
         if self._count > MAX_NODES:
             raise self._mistakes.stop("W006", f"with its subgraphs unfolded it has more than {MAX_NODES} nodes")
-        links = dict(self._link(link) for link in _list(source, "links"))
-        return Scope(name, nodes, links, _list(source, "groups"))
+        links = dict(self._link(link) for link in list_in(source, "links"))
+        return Scope(name, nodes, links, list_in(source, "groups"))
 
     def _link(self, link: Any) -> tuple[int | str, tuple[Any, int, Any, int]]:
         if isinstance(link, Mapping):
@@ -154,6 +155,7 @@ class _Reader:
     def __init__(self, scopes: list[Scope], mistakes: Mistakes, active: frozenset[str]) -> None:
         self._mistakes = mistakes
         self._active = active
+        self._steps = 0
         self._setters: dict[str, tuple[Scope, Mapping[str, Any]]] = {}
         for scope in scopes:
             for node in scope.nodes.values():
@@ -180,8 +182,8 @@ class _Reader:
                 self._mistakes.add("W002", problem, made, "save the workflow again with a recent ComfyUI")
             inputs.update({key: Value(value) for key, value in values.items()})
         lacking = []
-        for item in _list(node, "inputs"):
-            if not isinstance(item, Mapping) or item.get("link") is None:
+        for item in maps_in(node, "inputs"):
+            if item.get("link") is None:
                 continue
             found = self._trace(scope, item["link"], made)
             if found is not None:
@@ -195,16 +197,22 @@ class _Reader:
 
     def _trace(self, scope: Scope, link_id: Any, user: ComfyNode) -> Link | Value | None:
         """Follow a link to a node that runs or to a value; None where it ends in a muted node or nowhere."""
-        at: tuple[Scope, Any] | None = (scope, link_id)
-        for _ in range(MAX_NODES):
-            scope, link_id = at
-            if link_id not in scope.links:
+        seen: set[tuple[str, int | str]] = set()
+        while True:
+            if not isinstance(link_id, (int, str)) or link_id not in scope.links:
                 raise self._dangling(f"a link {shortened(str(link_id))} is not there", user)
+            if (scope.name, link_id) in seen:
+                raise self._mistakes.stop("W005", "links run in a circle", user)
+            seen.add((scope.name, link_id))
+            self._steps += 1
+            if self._steps > _MAX_STEPS:
+                raise self._mistakes.stop("W006", "its links are longer than a workflow's may be")
             origin, slot, _, _ = scope.links[link_id]
             if origin == _INPUT_SIDE and scope.parent is not None:
-                at, value = self._outside(scope, slot, user)
-                if at is None:
+                outside, value = self._outside(scope, slot, user)
+                if outside is None:
                     return value
+                scope, link_id = outside
                 continue
             node = scope.nodes.get(origin)
             if node is None:
@@ -212,8 +220,7 @@ class _Reader:
             following = self._inside(scope, node, slot, user)
             if not isinstance(following, tuple):
                 return following
-            at = following
-        raise self._mistakes.stop("W005", "links run in a circle", user)
+            scope, link_id = following
 
     def _inside(
         self, scope: Scope, node: Mapping[str, Any], slot: int, user: ComfyNode
@@ -249,12 +256,12 @@ class _Reader:
 
     def _outside(self, scope: Scope, slot: int, user: ComfyNode) -> tuple[tuple[Scope, Any] | None, Value | None]:
         """Step out of a subgraph: return the link that feeds its input, or the value of the input's widget."""
-        edges = _list(scope.definition, "inputs")
-        if slot >= len(edges) or not isinstance(edges[slot], Mapping) or scope.parent is None:
+        edges = list_in(scope.definition, "inputs")
+        if not 0 <= slot < len(edges) or not isinstance(edges[slot], Mapping) or scope.parent is None:
             raise self._dangling("a link comes from an input that the subgraph does not have", user)
-        name = edges[slot].get("name")
-        for item in _list(scope.instance, "inputs"):
-            if isinstance(item, Mapping) and item.get("name") == name and item.get("link") is not None:
+        name = str(edges[slot].get("name"))
+        for item in maps_in(scope.instance, "inputs"):
+            if str(item.get("name")) == name and item.get("link") is not None:
                 return (scope.parent, item["link"]), None
         values = instance_values(scope.instance, scope.definition)
         return None, (Value(values[name]) if name in values else None)
@@ -265,14 +272,14 @@ class _Reader:
 
 def _passed_through(node: Mapping[str, Any], slot: int) -> Any:
     """Return the link that a bypassed node passes on: of the input beside the output, or the first of its type."""
-    outputs, inputs = _list(node, "outputs"), [item for item in _list(node, "inputs") if isinstance(item, Mapping)]
+    outputs, inputs = list_in(node, "outputs"), maps_in(node, "inputs")
     type_ = outputs[slot].get("type") if slot < len(outputs) and isinstance(outputs[slot], Mapping) else None
     order = inputs[slot : slot + 1] + inputs
     return next((item.get("link") for item in order if type_ in (item.get("type"), "*")), None)
 
 
 def _first_link(node: Mapping[str, Any]) -> Any:
-    inputs = _list(node, "inputs")
+    inputs = list_in(node, "inputs")
     return inputs[0].get("link") if inputs and isinstance(inputs[0], Mapping) else None
 
 
@@ -280,11 +287,6 @@ def _first_widget(node: Mapping[str, Any], *, raw: bool = False) -> Any:
     values = node.get("widgets_values")
     first = values[0] if isinstance(values, list) and values else None
     return first if raw else str(first)
-
-
-def _list(source: Mapping[str, Any], key: str) -> list[Any]:
-    found = source.get(key)
-    return found if isinstance(found, list) else []
 
 
 def _box(scope: str, node: Mapping[str, Any]) -> Box | None:
@@ -305,7 +307,7 @@ def _pair(value: Any) -> list[float]:
 def _notes(scope: Scope) -> Iterator[Note]:
     for node in scope.nodes.values():
         text = _first_widget(node, raw=True)
-        if node.get("type") in NOTES and isinstance(text, str) and text.strip():
+        if str(node.get("type")) in NOTES and isinstance(text, str) and text.strip():
             title = node.get("title")
             is_own = isinstance(title, str) and title not in ("Note", "Markdown Note", "MarkdownNote")
             yield Note(text.strip(), title if is_own else None, _box(scope.name, node))

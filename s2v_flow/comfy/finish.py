@@ -24,6 +24,7 @@ _RANKS = (
     "encode_audio",
     "encode_image",
 )
+_MAX_PLACED = 100  # more notes than that all go to the end
 _SHORT_NOTE = 320  # characters; what is longer, or has more than a line, goes to the end of the file
 
 
@@ -128,7 +129,7 @@ def annotate(sections: Sections, draft: Draft, graph: Graph) -> None:
             continue
         seen.add(note.text)
         text = note.text if note.title is None else f"{note.title}: {note.text}"
-        is_short = len(text) <= _SHORT_NOTE and "\n" not in text
+        is_short = len(seen) <= _MAX_PLACED and len(text) <= _SHORT_NOTE and "\n" not in text
         owner = _owner(note, owners, graph) if is_short else None
         if owner is None:
             sections.notes.append(note.text if note.title is None else f"{note.title}\n{note.text}")

@@ -24,6 +24,8 @@ from s2v_flow.errors import Place, RecipeError
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import load_recipe
 
+_MAX_PROFILES = 8
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -55,7 +57,10 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False) -> Im
     description = f"Imported from ComfyUI's workflow {path.name}" + (", modernised." if modernises else ".")
     checked(recipe_text(sections, description, {}), kinds)
     profiles: dict[str, Mapping[str, Any]] = {}
-    for part in inactive_parts(document, SAVERS) if is_editor(document) else ():
+    parts = inactive_parts(document, SAVERS) if is_editor(document) else []
+    if len(parts) > _MAX_PROFILES:
+        mistakes.note(f"{len(parts)} parts are switched off; the first {_MAX_PROFILES} of them may become profiles")
+    for part in parts[:_MAX_PROFILES]:
         profile = _profile(document, part, sections, kinds, path, modernises=modernises)
         if profile is None:
             mistakes.note("a part that is switched off cannot be a profile of this recipe and is left out")

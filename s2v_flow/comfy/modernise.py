@@ -14,6 +14,7 @@ _REMOVED = {
     "load_image": ("background",),
     "load_diffusion_model": ("fp8_rounding",),
 }
+_WHOLE = 4096
 _WHY = {
     "encode_audio": "sound meets the frames as the model was trained (conditioning: official), and a few frames of "
     "warm-up over silence are made and dropped, because a video's first frames are its worst",
@@ -33,6 +34,8 @@ def modernise(draft: Draft) -> list[str]:
         if removed and node.kind in _WHY:
             changes.append(_WHY[node.kind])
     changes += _control_goes_on(draft)
+    changes += _whole_videos(draft)
+    needed = draft.needed()
     changes += [change for key in needed if (change := _decode(draft.nodes[key])) is not None]
     changes += _merged(draft)
     changes.append("the same seeds give other videos than in ComfyUI from now on")
@@ -40,6 +43,19 @@ def modernise(draft: Draft) -> list[str]:
     if kinds:
         changes.append(f"left as they are: {', '.join(kinds)}; they count frames by hand, have a look at them")
     return list(dict.fromkeys(changes))
+
+
+def _whole_videos(draft: Draft) -> list[str]:
+    """Take out a slice that is only there because ImageFromBatch has to be told a number."""
+    changes = []
+    for key in draft.needed():
+        for name, value in draft.nodes[key].fields.items():
+            given = draft[value] if isinstance(value, NodeRef) else None
+            length = getattr(given.fields.get("length"), "value", 0) if given is not None else 0
+            if given is not None and given.kind == "frames_slice" and length >= _WHOLE and name == "frames":
+                draft.nodes[key].fields[name] = given.fields["frames"]
+                changes.append(f"the video is whole, however long: {length} frames were all that ImageFromBatch takes")
+    return changes
 
 
 def _control_goes_on(draft: Draft) -> list[str]:
@@ -89,9 +105,11 @@ def _merged(draft: Draft) -> list[str]:
         fields: dict[str, Any] = {**one.fields, "chunks": one.fields["chunks"] + two.fields["chunks"]}
         two.fields, two.usual, two.title = fields, one.usual, one.title or two.title
         two.made_from += one.made_from
+    users = _users(draft)
     for key in draft.needed():
         node = draft.nodes[key]
-        if node.kind != "extend" or _users(draft, key, "extend") or not _has_voice(draft, node):
+        goes_on = any(draft.nodes[user].kind == "extend" for user in users.get(key, ()))
+        if node.kind != "extend" or goes_on or not _has_voice(draft, node):
             continue
         changes.append(
             f"{node.fields['chunks']} copies of Extend became one extend with chunks: auto: as many as the voice needs"
@@ -104,23 +122,24 @@ def _merged(draft: Draft) -> list[str]:
 
 def _repeated(draft: Draft) -> tuple[int, int] | None:
     """Return an extend and the one that continues it with the same settings, where nothing else uses the first."""
+    users = _users(draft)
     for key in draft.needed():
         node = draft.nodes[key]
         below = node.fields.get("video")
         if node.kind != "extend" or not isinstance(below, NodeRef) or draft[below].kind != "extend":
             continue
-        is_plain = node.fields.keys() <= {"video", "chunks", "seed"}
-        if is_plain and len(_users(draft, below.key, None)) == 1:
+        if node.fields.keys() <= {"video", "chunks", "seed"} and len(users[below.key]) == 1:
             return below.key, key
     return None
 
 
-def _users(draft: Draft, key: int, kind: str | None) -> list[int]:
-    return [
-        user
-        for user in draft.needed()
-        if key in draft.nodes[user].refs() and (kind is None or draft.nodes[user].kind == kind)
-    ]
+def _users(draft: Draft) -> dict[int, list[int]]:
+    """Return the nodes that refer to each node."""
+    users: dict[int, list[int]] = {}
+    for key in draft.needed():
+        for used in draft.nodes[key].refs():
+            users.setdefault(used, []).append(key)
+    return users
 
 
 def _has_voice(draft: Draft, node: DraftNode) -> bool:

@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from s2v_flow.comfy.finish import Reference, Sections
-from s2v_flow.graph.node import FileField, Node
+from s2v_flow.comfy.finish import Sections
+from s2v_flow.graph.node import Node
 from s2v_flow.recipe.document import Recipe
 
 Kinds = Mapping[str, type[Node]]
@@ -71,8 +71,3 @@ def _fields(node: Node) -> dict[str, Any]:
     if "loras" in fields:
         fields["loras"] = [{key: lora[key] for key in ("file", "strength")} for lora in fields["loras"]]
     return fields
-
-
-def is_reference(value: Any) -> bool:
-    """Tell whether a written value refers to a node or a parameter."""
-    return isinstance(value, (Reference, FileField))

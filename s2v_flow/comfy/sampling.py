@@ -113,10 +113,10 @@ def _sampled(context: Context, node: ComfyNode, guider: Guider, sigmas: Sigmas, 
         fix = "connect the latent output of WanSoundImageToVideo or WanSoundImageToVideoExtend"
         raise context.refuse(node, "latent_image is not an empty latent of a chunk", fix)
     chunk = prepared.prepared
-    for what, name, known in (("sampler", solver, SAMPLERS), ("scheduler", sigmas.scheduler, SCHEDULERS)):
-        if name.value not in known or name.value in OWN_SCHEDULE:
-            fix = did_you_mean(name.value, [item for item in known if item not in OWN_SCHEDULE])
-            raise context.refuse(node, f"there is no {what} {name.value} here", fix)
+    samplers = [name for name in SAMPLERS if name not in OWN_SCHEDULE]
+    for what, name, known in (("sampler", solver, samplers), ("scheduler", sigmas.scheduler, list(SCHEDULERS))):
+        if name.value not in known:
+            raise context.refuse(node, f"there is no {what} {name.value} here", did_you_mean(name.value, known))
     settings: dict[str, Any] = {"model": _model_node(context, guider.model)}
     settings["positive"] = _text_of(context, node, guider.positive, chunk, "positive")
     if guider.cfg.value != 1 or guider.cfg.knob or not isinstance(_plain(guider.negative, chunk), Zeroed):

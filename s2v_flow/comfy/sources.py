@@ -131,9 +131,9 @@ def _scale(context: Context, node: ComfyNode) -> tuple[Any, ...]:
 
 
 def _repeat(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    fields = {"image": context.port(node, "image", "image"), "count": context.value(node, "amount")}
-    ref = context.draft.add("frames_from_image", "still_frames", fields, node)
-    return (FramesMade(ref, fields["count"].value),)  # type: ignore[union-attr]
+    count = context.value(node, "amount")
+    fields = {"image": context.port(node, "image", "image"), "count": count}
+    return (FramesMade(context.draft.add("frames_from_image", "still_frames", fields, node), count.value),)
 
 
 def _text(context: Context, node: ComfyNode) -> tuple[Any, ...]:

@@ -40,7 +40,7 @@ def widget_values(known: ComfyClass, given: Any) -> tuple[dict[str, Any], str | 
         if not fits(value, item.type):
             return values, f"{item.name}: widgets_values has {shown(value)} where {item.type} is expected"
         values[item.name] = value
-        if item.has_control and rest and rest[0] in CONTROL_WORDS:
+        if item.has_control and rest and _is_control(rest[0]):
             rest.pop(0)
     return values, None
 
@@ -57,15 +57,27 @@ def instance_values(instance: Mapping[str, Any], definition: Mapping[str, Any]) 
         return {str(pair[1]): value for pair, value in pairs if len(pair) == 2 and str(pair[0]) == "-1"}
     names = [name for name in _edge_widgets(definition) if name]
     if len(values) > len(names):  # a control word behind a seed
-        values = [value for value in values if value not in CONTROL_WORDS]
+        values = [value for value in values if not _is_control(value)]
     return dict(zip(names, values, strict=False))
 
 
 def _edge_widgets(definition: Mapping[str, Any]) -> list[str]:
     """Return the names of a subgraph's inputs that feed widgets, in order."""
-    fed: set[Any] = set()
-    for node in definition.get("nodes") or []:
-        inputs = node.get("inputs") if isinstance(node, Mapping) else None
-        fed |= {item.get("link") for item in inputs or [] if isinstance(item, Mapping) and "widget" in item}
-    edges = [edge for edge in definition.get("inputs") or [] if isinstance(edge, Mapping)]
-    return [str(edge.get("name")) for edge in edges if fed & set(edge.get("linkIds") or [])]
+    nodes, edges = maps_in(definition, "nodes"), maps_in(definition, "inputs")
+    fed = {str(item.get("link")) for node in nodes for item in maps_in(node, "inputs") if "widget" in item}
+    return [str(edge.get("name")) for edge in edges if fed & set(map(str, list_in(edge, "linkIds")))]
+
+
+def _is_control(value: Any) -> bool:
+    return isinstance(value, str) and value in CONTROL_WORDS
+
+
+def list_in(source: Mapping[str, Any], key: str) -> list[Any]:
+    """Return a list that a map holds; an empty one where it holds none."""
+    found = source.get(key)
+    return found if isinstance(found, list) else []
+
+
+def maps_in(source: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """Return the maps in a list that a map holds."""
+    return [item for item in list_in(source, key) if isinstance(item, Mapping)]

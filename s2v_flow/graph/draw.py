@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus
 
-_COLOURS = {"HIT": "#cfe8cf", "RUN": "#ffe0b0", "LOAD": "#d5e3f5", "SKIP": "#eeeeee"}
+_COLOURS = {"HIT": "#cfe8cf", "RUN": "#ffe0b0", "RESUME": "#fff0a0", "LOAD": "#d5e3f5", "SKIP": "#eeeeee"}
 
 
 def draw_mermaid(plan: Plan, statuses: Mapping[str, NodeStatus]) -> str:
@@ -39,7 +39,7 @@ def draw_ascii(plan: Plan, statuses: Mapping[str, NodeStatus]) -> str:
     for node in plan.nodes:
         takes = ", ".join(_sources(node))
         arrow = f" <- {takes}" if takes else ""
-        lines.append(f"{statuses[node.name].status:<4}  {node.name:<{width}}{arrow}")
+        lines.append(f"{statuses[node.name].status:<4}  {node.name:<{width}}{arrow}".rstrip())
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from s2v_flow.cache.store import Entry
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
-from s2v_flow.graph.status import NodeStatus
+from s2v_flow.graph.status import TO_COMPUTE, NodeStatus
 
 _NO_COST = frozenset({"seed", "text", "audio_offset", "offset"})  # fields that do not change how long a node takes
 
@@ -40,7 +40,7 @@ def estimate(plan: Plan, statuses: Mapping[str, NodeStatus], earlier: Sequence[E
     seconds = 0.0
     unknown: dict[str, None] = {}
     for node in plan.nodes:
-        if statuses[node.name].status == "RUN" and node.node.is_stored:
+        if statuses[node.name].status in TO_COMPUTE and node.node.is_stored:
             expected = _seconds(node, earlier, numerics)
             if expected is None:
                 unknown[node.kind] = None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
-from s2v_flow.errors import MissingError
+from s2v_flow.errors import MissingError, S2VFlowError
+from s2v_flow.graph.checkpoint import Checkpoint
 from s2v_flow.graph.events import (
     Delivered,
     Event,
@@ -23,6 +26,7 @@ from s2v_flow.graph.events import (
     StepDone,
 )
 from s2v_flow.graph.fingerprint import fingerprint
+from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode, Source
 from s2v_flow.graph.status import NodeStatus, needed_nodes, output_digests, preimage
@@ -58,7 +62,8 @@ class RunContext:
 
     `device` is torch's name ("cpu", "cuda:0"); `models` gives the model registry, made on the first call (graph knows
     no tensors, so it is untyped here); `files` and `digests` are the node's files by field path; `input_digests` are
-    its inputs' digests; `scratch` is a folder for files in the making.
+    its inputs' digests; `scratch` is a folder for files in the making; `checkpoint` keeps half-done work (stored nodes
+    only).
     """
 
     node: PlanNode
@@ -71,10 +76,15 @@ class RunContext:
     scratch: Path
     emit: Listener
     facts: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
 
     def record(self, **facts: Any) -> None:
         """Keep small JSON values with the node's result, for people; they are no part of its identity."""
         self.facts.update(facts)
+
+    def stepwise(self) -> AbstractContextManager[None]:
+        """Return a block in which a request to stop waits for the end of a step."""
+        return nullcontext() if self.checkpoint is None else self.checkpoint.stepwise()
 
     def step(self, step: int, total: int, unit: str = "step") -> None:
         """Report that `step` of `total` is done."""
@@ -93,12 +103,15 @@ class RunResult:
     cached: tuple[str, ...]
     outputs: Mapping[str, tuple[Path, ...]]
     entries: Mapping[str, Entry]
-    run_id: str = ""
+    run_id: str = ""  # under which its manifest is kept
+    failures: Mapping[str, str] = field(default_factory=dict)  # plan nodes that failed where others went on, and why
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `s2vflow run --json` prints."""
         outputs = {name: [str(path) for path in paths] for name, paths in self.outputs.items()}
-        return {"run": self.run_id, "outputs": outputs, "computed": list(self.computed), "stored": list(self.cached)}
+        run: dict[str, Any] = {"run": self.run_id} if self.run_id else {}
+        run |= {"failures": dict(self.failures)} if self.failures else {}
+        return {**run, "outputs": outputs, "computed": list(self.computed), "stored": list(self.cached)}
 
 
 def no_note(node: PlanNode, entries: Mapping[str, Entry]) -> bytes:
@@ -125,6 +138,9 @@ class Run:
     forced: frozenset[str] = frozenset()
     note: Callable[[PlanNode, Mapping[str, Entry]], bytes] = no_note
     about: Mapping[str, Any] = field(default_factory=dict)
+    should_stop: ShouldStop = never
+    keeps_going: bool = False  # a node that fails takes only what depends on it along
+    _failures: dict[str, S2VFlowError | None] = field(default_factory=dict)
     _entries: dict[str, Entry] = field(default_factory=dict)
     _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _digests: dict[Source, str] = field(default_factory=dict)
@@ -136,6 +152,7 @@ class Run:
 
         Raises:
             S2VFlowError: A node failed; everything finished before is stored.
+            StoppedError: `should_stop` said so, at the end of a step or between two nodes.
         """
         for node in self.plan.nodes:
             status = self.statuses[node.name]
@@ -148,12 +165,24 @@ class Run:
         self.emit(RunStarted(tuple(node.name for node in to_obtain), len(self.plan.nodes)))
         outputs: dict[str, tuple[Path, ...]] = {}
         for node in self.plan.nodes:
-            if node.name in needed and node.node.is_stored:
-                self._obtain(node)
-            if node.node.is_sink:
-                outputs[node.name] = self._deliver(node)
+            if any(source.node in self._failures for source in node.sources()):
+                self._failures[node.name] = None
+                continue
+            if self.should_stop() and node.name in needed and node.node.is_stored:
+                raise StoppedError(f"before {node.name}", exit_code_of(self.should_stop))
+            try:
+                if node.name in needed and node.node.is_stored:
+                    self._obtain(node)
+                if node.node.is_sink:
+                    outputs[node.name] = self._deliver(node)
+            except S2VFlowError as error:
+                if not self.keeps_going:
+                    raise
+                self._failures[node.name] = error
+                self.emit(Noted(node.name, f"failed: {error}", is_warning=True))
         cached = tuple(name for name in self._entries if name not in self._computed)
-        return RunResult(tuple(self._computed), cached, outputs, dict(self._entries))
+        failures = {name: str(error) if error else "needs a node that failed" for name, error in self._failures.items()}
+        return RunResult(tuple(self._computed), cached, outputs, dict(self._entries), failures=failures)
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -193,16 +222,24 @@ class Run:
         self.emit(NodeStarted(node.name, node.kind))
         with self.store.scratch() as scratch:
             facts: dict[str, Any] = {}
-            outputs = self._run(node, scratch, facts)
+            checkpoint = self._checkpoint(node, key)
+            outputs = self._run(node, scratch, facts, checkpoint)
             facts |= {"seconds": round(time.monotonic() - started, 3), "node": node.name}
             facts |= {"peak_bytes": peak_memory_bytes(), **self.about}
             entry = self.store.publish(key, image, outputs, facts, replaces=node.name in self.forced)
+        checkpoint.folder.forget(key)
         self._remember(node, key, entry)
         self._computed.append(node.name)
         self.emit(NodeFinished(node.name, time.monotonic() - started, peak_memory_bytes()))
         return entry
 
-    def _run(self, node: PlanNode, scratch: Path, facts: dict[str, Any]) -> Mapping[str, Any]:
+    def _checkpoint(self, node: PlanNode, key: str) -> Checkpoint:
+        folder, is_fresh = Checkpoints(self.store.root), node.name in self.forced
+        return Checkpoint(folder, key, node.name, self.emit, self.should_stop, is_fresh)
+
+    def _run(
+        self, node: PlanNode, scratch: Path, facts: dict[str, Any], checkpoint: Checkpoint | None = None
+    ) -> Mapping[str, Any]:
         values: dict[str, Any] = {}
         digests: dict[str, tuple[str, ...]] = {}
         for name, given in node.inputs.items():
@@ -213,7 +250,17 @@ class Run:
         read = {path for path, mark, _ in node.node.files() if mark.role != "output"}
         files = {path: f"sha256:{self.file_digest(file)}" for path, file in node.files.items() if path in read}
         context = RunContext(
-            node, self.device, self.numerics, self.models, node.files, files, digests, scratch, self.emit, facts
+            node,
+            self.device,
+            self.numerics,
+            self.models,
+            node.files,
+            files,
+            digests,
+            scratch,
+            self.emit,
+            facts,
+            checkpoint,
         )
         return node.node.run(context, values)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from s2v_flow.diagnostics import did_you_mean, listed
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
 from s2v_flow.graph.plan import Plan
-from s2v_flow.graph.status import NodeStatus
+from s2v_flow.graph.status import TO_COMPUTE, NodeStatus
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Selection:
         lacking = [
             node.name
             for node in plan.nodes
-            if node.name in barred and node.node.is_stored and statuses[node.name].status == "RUN"
+            if node.name in barred and node.node.is_stored and statuses[node.name].status in TO_COMPUTE
         ]
         if lacking:
             raise MissingError(

@@ -7,20 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import Entry, Store
+from s2v_flow.graph.checkpoint import progress_text
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode, Source
 from s2v_flow.graph.reasons import NEVER, explain
 
 _EARLIER = 300  # stored results among which the nearest one is looked for
-Status = Literal["HIT", "RUN", "LOAD", "SKIP"]
+Status = Literal["HIT", "RUN", "RESUME", "LOAD", "SKIP"]
+TO_COMPUTE = frozenset({"RUN", "RESUME"})
 FileDigest = Callable[[Path], "str | None"]
 
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """HIT: stored. RUN: will be computed. LOAD: a file that will be read. SKIP: nothing needs it. With the reason."""
+    """What a run would do with a node, and why.
+
+    HIT: stored. RUN: will be computed. RESUME: the same, from a checkpoint on. LOAD: a file that will be read. SKIP:
+    nothing needs it.
+    """
 
     status: Status
     reason: str
@@ -96,6 +103,7 @@ def assess(
     known: dict[Source, str] = {}
     found: dict[str, NodeStatus] = {}
     earlier: list[Entry] | None = None
+    checkpoints = Checkpoints(store.root)
     for node in plan.nodes:
         image = preimage(node, numerics, file_digest, known.get)
         if isinstance(image, str):
@@ -109,6 +117,8 @@ def assess(
         known.update(output_digests(node, key, entry))
         if entry is not None:
             found[node.name] = NodeStatus("HIT", "stored", key, entry)
+        elif node.node.is_stored and (facts := checkpoints.peek(key)) is not None:
+            found[node.name] = NodeStatus("RESUME", progress_text(facts), key)
         elif node.node.is_stored:
             earlier = store.recent(_EARLIER) if earlier is None else earlier
             found[node.name] = NodeStatus("RUN", explain(node.name, node.recipe_node, image, earlier), key)
@@ -123,7 +133,7 @@ def _with_need(plan: Plan, found: Mapping[str, NodeStatus]) -> dict[str, NodeSta
     result: dict[str, NodeStatus] = {}
     for node in plan.nodes:
         status = found[node.name]
-        if status.status == "RUN" and node.name not in needed:
+        if status.status in TO_COMPUTE and node.name not in needed:
             status = NodeStatus("SKIP", "not needed: what follows is stored", status.fingerprint)
         elif status.status == "RUN" and not node.inputs:
             reason = status.reason if status.fingerprint is None else "read when it is needed"

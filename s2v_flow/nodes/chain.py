@@ -61,7 +61,8 @@ class Chain:
     """A video at planning: its parts in order, the settings of the last one, the first chunk's seed.
 
     `start` is the motion latent in front of the first chunk, where there is one, and `reference` that chunk's portrait;
-    `pixels` is what pixel mode hands on; `is_open` tells that its length is not known, because the voice's or the latent's file is missing.
+    `pixels` is what pixel mode hands on; `is_open` tells that the video's length is not known, because the voice's or
+    the latent's file is missing.
     """
 
     parts: tuple[Part, ...] = ()
@@ -208,6 +209,6 @@ def _add_decoding(
     dropped = FIRST_FRAMES_DROPPED if begins and chain.start is None else 0
     node = DecodeChunk(num_latent_frames=num_latent_frames, drop_frames=dropped)
     num_frames = FRAMES_PER_LATENT * num_latent_frames - dropped
-    values = builder.add(name, node, inputs, recipe_node=recipe_node, facts={"frames": num_frames})
+    values = builder.add(name, node, inputs, recipe_node=recipe_node, facts={"chunk_frames": num_frames})
     part = Part(latent, num_latent_frames, values["frames"].source, num_frames)
     return part, DecodedSources(values["motion"].source, values["tail"].source)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from s2v_flow.errors import BadNumbersError
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.fields import Conditioning
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName
@@ -47,12 +46,6 @@ class Chunk(Node):
 
         latent = Denoiser(self, context, inputs).sample()
         context.record(**inputs["model"].facts)
-        if not bool(latent.isfinite().all()):
-            raise BadNumbersError(
-                f"{context.node.name}: the sampled latent has values that are not finite",
-                fix="try precision: fp32, or another sampler; check the checkpoint and the LoRAs",
-                kept="all earlier chunks",
-            )
         return {"latent": pack({"samples": latent})}
 
 

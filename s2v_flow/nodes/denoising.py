@@ -12,6 +12,7 @@ from torch import Tensor
 from s2v_flow.models.conditioning import Branch, PreparedChunk, PreparedText
 from s2v_flow.models.latent_space import denormalise, normalise
 from s2v_flow.models.speech import SpeechTable, chunk_embed
+from s2v_flow.nodes.resuming import ResumableSampling
 from s2v_flow.nodes.tensors import unpack
 from s2v_flow.sampling.guidance import denoised_from_velocity, guide
 from s2v_flow.sampling.noise import initial_noise
@@ -49,11 +50,12 @@ class Denoiser:
             timestep = torch.full((1,), sampler.timestep(sigma), device=x.device)  # filled there: nothing is copied
             return denoised_from_velocity(x, self.velocity(x, timestep), sigma)
 
-        noise = initial_noise(self._prepared.latent_shape, chunk.seed)
-        begun = state = sampler.start(noise)
-        for state in sampler.iterate(denoise, begun):
-            self._context.step(state.step, sampler.num_steps)
-        return denormalise(sampler.result(state)).cpu()
+        def noise() -> Tensor:
+            return initial_noise(self._prepared.latent_shape, chunk.seed)
+
+        sampling = ResumableSampling(self._context, sampler, self._inputs["model"].precision)
+        with self._context.stepwise():
+            return denormalise(sampling.sample(denoise, noise)).cpu()
 
     def velocity(self, x: Tensor, timestep: Tensor) -> Tensor:
         """Return the guided velocity: of both branches, or of the one branch with cfg 1."""

@@ -61,7 +61,7 @@ def read_seconds(value: float | str) -> float:
 if TYPE_CHECKING:
     Seconds = float  # what it is after validation
 else:
-    Seconds = Annotated[float | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*s$")], AfterValidator(read_seconds)]
+    Seconds = Annotated[float | str, AfterValidator(read_seconds)]
 
 Length = Annotated[int, Field(ge=1, le=1001), AfterValidator(check_length)]
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=16)]

@@ -12,14 +12,21 @@ from s2v_flow.graph.run import RunContext
 class ModelHandle:
     """One user's claim on a model in the registry.
 
-    `facts` say how it was loaded, once it is. `memo` belongs to the handle: results that depend on the model and are
-    wanted again, such as prepared prompts.
+    `facts` say how it was loaded, once it is; `precision` is "fp32", "bf16" or "fp16". `memo` belongs to the handle:
+    results that depend on the model and are wanted again, such as prepared prompts.
     """
 
     def __init__(
-        self, registry: Any, key: Any, load: Callable[[], Any], expected_bytes: int, facts: Mapping[str, Any]
+        self,
+        registry: Any,
+        key: Any,
+        load: Callable[[], Any],
+        expected_bytes: int,
+        facts: Mapping[str, Any],
+        precision: str,
     ) -> None:
         self.facts = facts
+        self.precision = precision
         self.memo: dict[tuple[str, ...], Any] = {}
         self._registry = registry
         self._key = key
@@ -66,7 +73,8 @@ def open_handle(
     from s2v_flow.nodes.tensors import torch_dtype
 
     path: Path = context.files["checkpoint",]
-    dtype = torch_dtype(context.numerics.precision(context.node.kind, asked))
+    precision = context.numerics.precision(context.node.kind, asked)
+    dtype = torch_dtype(precision)
     quantized = context.numerics.device_class != "cpu"
     key = ModelKey(kind, (context.digests["checkpoint",],), str(dtype), context.device, quantized, loras)
 
@@ -74,5 +82,5 @@ def open_handle(
         return load(path, dtype=dtype, device=context.device, quantized=quantized)
 
     return ModelHandle(
-        context.models(), key, load_now, path.stat().st_size + lora_bytes, {} if facts is None else facts
+        context.models(), key, load_now, path.stat().st_size + lora_bytes, {} if facts is None else facts, precision
     )

@@ -111,7 +111,8 @@ class FramesScale(_Scale):
         def scaled(frames: np.ndarray) -> np.ndarray:
             made = [self.scaled(frame.astype(np.float32) / 255) for frame in frames]
             stacked = np.stack(made) if made else np.zeros((0, height, width, 3), np.float32)
-            return np.rint(stacked.clip(0, 1) * 255).astype(np.uint8)
+            rounded: np.ndarray = np.rint(stacked.clip(0, 1) * 255).astype(np.uint8)
+            return rounded
 
         def groups() -> Iterator[np.ndarray]:
             return (scaled(group) for group in given.groups())
@@ -145,7 +146,8 @@ def resize(image: np.ndarray, width: int, height: int, method: Method, *, crops:
 
         picture = Image.fromarray((image * 255).clip(0, 255).astype(np.uint8))
         small: np.ndarray = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
-        return small / np.float32(255)
+        unit: np.ndarray = small / np.float32(255)
+        return unit
     import torch
 
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # [1, 3, H, W]
@@ -159,4 +161,5 @@ def _cropped(image: np.ndarray, want: float) -> np.ndarray:
     have = columns / rows
     cut_x = round((columns - columns * (want / have)) / 2) if have > want else 0
     cut_y = round((rows - rows * (have / want)) / 2) if have < want else 0
-    return image[cut_y : rows - cut_y, cut_x : columns - cut_x]
+    cropped: np.ndarray = image[cut_y : rows - cut_y, cut_x : columns - cut_x]
+    return cropped

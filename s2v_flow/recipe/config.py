@@ -144,7 +144,7 @@ def _line(tree: Tree) -> tuple[str, int]:
 
 def _said(origin: Origin, recipe: Recipe) -> str:
     place = origin.place
-    if place.file.startswith("--") and not (origin.base_dir / place.file).exists():
+    if place.file.startswith("-") and not (origin.base_dir / place.file).exists():
         return place.file
     profile = recipe.profile_places.get(place)
     return f"{place.file}:{place.line}" + (f" (profile {profile})" if profile is not None else "")

@@ -14,7 +14,7 @@ from s2v_flow.manifest import Essence, EssenceNode, to_note
 from s2v_flow.media.provenance import MAX_NOTE_BYTES, read_note
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.files import ancestors, file_records
-from s2v_flow.runs.values import recipe_text
+from s2v_flow.runs.values import written
 
 SOFTWARE = ("s2vflow", "torch")  # the facts of a stored result that say what computed it
 
@@ -48,14 +48,32 @@ def essence_of(
     return Essence(
         essence=1,
         node=node.recipe_node,
-        recipe=recipe_text(recipe, without=others),
+        recipe=written(recipe, without=others)[0],
         files=file_records(parts, digest),
         device=device_class,
         software=software,
-        nodes={name: _essence_node(plan.node(name), entry) for name, entry in stored.items()},
+        nodes={_alone(name): _essence_node(plan.node(name), entry) for name, entry in stored.items()},
         frames=facts.get("frames"),
         frames_sha256=facts.get("frames_sha256"),
     )
+
+
+def note_maker(
+    recipe_of: Callable[[str], Recipe], plan: Plan, digest: Callable[[Path], str | None], device_class: str
+) -> Callable[[PlanNode, Mapping[str, Entry]], bytes]:
+    """Return what gives a run its notes: the essence of a sink, as bytes.
+
+    Args:
+        recipe_of: The recipe that a plan node belongs to.
+        plan: The plan.
+        digest: sha256 of a file.
+        device_class: "cpu", "cuda" or "mps".
+    """
+
+    def note(node: PlanNode, entries: Mapping[str, Entry]) -> bytes:
+        return note_of(essence_of(recipe_of(node.name), plan, node, entries, digest, device_class))
+
+    return note
 
 
 def note_of(essence: Essence) -> bytes:
@@ -83,6 +101,11 @@ def read_essence(path: Path) -> Essence:
             f"{path}: its note cannot be read: {error.error_count()} values are not as expected",
             fix="read it with the version of s2vflow that wrote it",
         ) from error
+
+
+def _alone(name: str) -> str:
+    """Return a plan node's name without the label of a matrix's cell: the cell run alone calls it so."""
+    return name.rpartition("/")[2]
 
 
 def _essence_node(node: PlanNode, entry: Entry) -> EssenceNode:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
+from s2v_flow.cache.atomic import finish, temporary
 from s2v_flow.cache.digest import file_digest
 from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MissingError
@@ -44,7 +43,12 @@ from s2v_flow.manifest import (
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.environment import environment, git_state
 from s2v_flow.runs.files import file_records
-from s2v_flow.runs.values import recipe_text, values_of, without_home
+from s2v_flow.runs.values import values_of, without_home, written
+
+
+def runs_root(cache_root: Path) -> Path:
+    """Return the folder in which every run has one of its own."""
+    return cache_root / "runs"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Recorder:
     """Listens to a run inside a `with` statement and leaves `<folder>/<id>/manifest.json`.
 
     `digest` tells the sha256 of a file if that takes no time, else None; `entries` are to be set to the run's results,
-    which grow as it goes on.
+    which grow as it goes on, and `failures` to what failed where others went on.
     """
 
     recipe: Recipe
@@ -73,11 +77,13 @@ class Recorder:
     digest: Callable[[Path], str | None]
     emit: Listener
     has_host: bool = False
+    cells: tuple[str, ...] = ()
     entries: Mapping[str, Entry] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
     id: str = ""
     _started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     _clock: float = field(default_factory=time.monotonic)
-    _running: str | None = None
+    _unfinished: set[str] = field(default_factory=set)
     _finished: dict[str, NodeFinished] = field(default_factory=dict)
     _delivered: list[Delivered] = field(default_factory=list)
 
@@ -87,9 +93,9 @@ class Recorder:
     def __call__(self, event: Event) -> None:
         """Take note of an event and pass it on."""
         if isinstance(event, NodeStarted):
-            self._running = event.node
+            self._unfinished.add(event.node)
         elif isinstance(event, NodeFinished):
-            self._running = None
+            self._unfinished.discard(event.node)
             self._finished[event.node] = event
         elif isinstance(event, Delivered):
             self._delivered.append(event)
@@ -104,6 +110,8 @@ class Recorder:
         """Write the manifest; that it cannot be written is a warning, for the results are there."""
         status: RunStatus = "finished" if kind is None else "failed" if issubclass(kind, Exception) else "interrupted"
         message = str(error) or type(error).__name__ if status == "failed" else None
+        if kind is None and self.failures:
+            status, message = "failed", "; ".join(f"{name}: {why}" for name, why in self.failures.items())
         try:
             self._write(self._manifest(status, message))
         except (OSError, MissingError) as failure:
@@ -111,7 +119,7 @@ class Recorder:
         self.emit(RunFinished(self.id, status, message))
 
     def _manifest(self, status: RunStatus, error: str | None) -> Manifest:
-        values, origins = values_of(self.recipe)
+        text, origins = written(self.recipe)
         return Manifest(
             manifest=1,
             id=self.id,
@@ -123,8 +131,8 @@ class Recorder:
             recipe=RecipeRecord(
                 path=without_home(str(self.recipe.path)),
                 files=[self._named(file) for file in self.recipe.files],
-                text=recipe_text(self.recipe),
-                values=values,
+                text=text,
+                values=values_of(self.recipe),
                 origins=origins,
             ),
             given=GivenRecord(
@@ -135,6 +143,7 @@ class Recorder:
                 ],
             ),
             git=git_state(self.recipe.files),
+            cells=list(self.cells),
             seeds={node.name: node.facts["seed"] for node in self.plan.nodes if "seed" in node.facts},
             files=file_records(self.plan.nodes, self.digest),
             loras=self._loras(),
@@ -168,7 +177,7 @@ class Recorder:
     def _state(self, node: PlanNode) -> NodeState:
         if node.name in self._finished:
             return "computed"
-        if node.name == self._running:
+        if node.name in self._unfinished:
             return "failed"
         if node.name in self.entries:
             return "stored"
@@ -222,17 +231,10 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".s2vflow-", suffix=path.suffix)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.chmod(name, 0o644)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    with temporary(path.parent, path.suffix) as (file, name):
+        file.write(content)
+        finish(file)
         os.replace(name, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(name)
 
 
 def _new_id(started: datetime) -> str:

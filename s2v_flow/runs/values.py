@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from s2v_flow.graph.plan import PlanNode
+from s2v_flow.recipe.config import config_json
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
-from s2v_flow.recipe.sections import LANGUAGE_VERSION
-from s2v_flow.recipe.tree import MapValue, Origin, plain
+from s2v_flow.recipe.tree import Entry, MapValue
 
 FieldPath = tuple[str | int, ...]
 
@@ -38,42 +39,35 @@ def field_text(node: PlanNode, path: FieldPath) -> str:
     return known[path]
 
 
-def values_of(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return every value of a recipe, parameters put in and defaults included, and where those that are written stand.
-
-    Returns:
-        path -> value, and path -> "file:line:column"; a default has no place.
-    """
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    params = recipe.document.get("params")
-    for name, value in recipe.params.items():
-        values[f"params.{name}"] = without_home(value)
-        tree = params.get(name) if isinstance(params, MapValue) else None
-        if tree is not None:
-            origins[f"params.{name}"] = _place(tree.origin)
+def values_of(recipe: Recipe) -> dict[str, Any]:
+    """Return every value of a recipe by its path, parameters put in and defaults included."""
+    values = {f"params.{name}": without_home(value) for name, value in recipe.params.items()}
     for spec in recipe.nodes.values():
         values[f"nodes.{spec.name}.kind"] = spec.kind
-        for path, text, value in leaves(spec.node.model_dump(mode="json"), (), f"nodes.{spec.name}"):
+        for _, text, value in leaves(spec.node.model_dump(mode="json"), (), f"nodes.{spec.name}"):
             values[text] = without_home(value)
-            if path in spec.origins:
-                origins[text] = _place(spec.origins[path])
-    return values, origins
+    return values
 
 
-def recipe_text(recipe: Recipe, *, without: frozenset[str] = frozenset()) -> str:
-    """Return the recipe with all its layers applied, as YAML that says the same.
+def written(recipe: Recipe, *, without: frozenset[str] = frozenset()) -> tuple[str, dict[str, str]]:
+    """Return the recipe with all its layers applied and parameters put in, as YAML that can be run.
 
     Args:
         recipe: The recipe.
-        without: Names of nodes to leave out.
+        without: Names of nodes to leave out; nothing may refer to them.
+
+    Returns:
+        The text, and where each of its values was written: path -> place.
     """
-    body = plain(recipe.document)
-    nodes = {name: fields for name, fields in body["nodes"].items() if name not in without}
-    head = {"s2vflow": LANGUAGE_VERSION}
-    about = {} if recipe.description is None else {"description": recipe.description}
-    params = {"params": body["params"]} if body["params"] else {}
-    return to_yaml({**head, **about, **without_home(params), "nodes": without_home(nodes)})
+    kept = {name: spec for name, spec in recipe.nodes.items() if name not in without}
+    nodes = recipe.document.get("nodes")
+    assert isinstance(nodes, MapValue)
+    entries = {name: entry for name, entry in nodes.entries.items() if name not in without}
+    document = recipe.document.with_entry("nodes", Entry(nodes.origin, replace(nodes, entries=entries)))
+    found = config_json(replace(recipe, nodes=kept, document=document), with_origins=True)
+    origins = {path: str(without_home(place)) for path, place in found.pop("origins").items()}
+    found.pop("recipe")
+    return to_yaml(without_home(found)), origins
 
 
 def without_home(value: Any) -> Any:
@@ -86,7 +80,3 @@ def without_home(value: Any) -> Any:
         home = os.path.expanduser("~") + os.sep
         return f"~{os.sep}{value[len(home) :]}" if value.startswith(home) else value
     return value
-
-
-def _place(origin: Origin) -> str:
-    return f"{without_home(origin.place.file)}:{origin.place.line}:{origin.place.column}"

@@ -47,15 +47,16 @@ def labels(variants: tuple[Variant, ...]) -> list[str]:
 
 def test_cells_are_all_combinations_the_first_axis_slowest(vary: Vary) -> None:
     """Each is the recipe with the cell's values, typed by their places."""
-    found = vary("{seed: [1, 2], nodes.dit.loras[fast].strength: [0.6, 1]}")
+    found = vary('{seed: [1, 2], "nodes.dit.loras[fast].strength": [0.6, 1]}')
     assert labels(found) == [
         "seed=1,strength=0.6",
         "seed=1,strength=1",
         "seed=2,strength=0.6",
         "seed=2,strength=1",
     ]
-    first, dit = (found[2].recipe.nodes[name].node for name in ("first", "dit"))
-    assert (first.seed, dit.loras[0].strength) == (2, 0.6)  # type: ignore[attr-defined]
+    first: Any = found[2].recipe.nodes["first"].node
+    dit: Any = found[2].recipe.nodes["dit"].node
+    assert (first.seed, dit.loras[0].strength) == (2, 0.6)
     assert found[2].cell.values == {"seed": 2, "nodes.dit.loras[fast].strength": 0.6}
     assert [variant.recipe.params["seed"] for variant in found] == [1, 1, 2, 2]
 

@@ -171,10 +171,10 @@ def test_a_text_file_has_a_size_that_is_bounded(load: Load, tmp_path: Path) -> N
     """A mistyped name of a video is not read into memory."""
     path = tmp_path / "prompt.txt"
     path.write_text("a" * MAX_TEXT_FILE_BYTES)
-    assert len(load(TEXT, overrides=[Override("set-file", f"prompt={path}")]).params["prompt"]) == MAX_TEXT_FILE_BYTES
+    assert len(load(TEXT, overrides=[Override("set-file", f"off={path}")]).params["off"]) == MAX_TEXT_FILE_BYTES
     path.write_text("a" * (MAX_TEXT_FILE_BYTES + 1))
     with pytest.raises(RecipeError) as caught:
-        load(TEXT, overrides=[Override("set-file", f"prompt={path}")])
+        load(TEXT, overrides=[Override("set-file", f"off={path}")])
     assert [diagnostic.code for diagnostic in caught.value.diagnostics] == ["R004"]
 
 

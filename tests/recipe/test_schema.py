@@ -94,6 +94,10 @@ NODES = "vae: {kind: load_vae, checkpoint: a}, clip: {kind: load_latent, file: a
         f"s2vflow: 1\nnodes: {{{NODES}}}\nprofiles: {{a: {{nodes: {{vae: {{chekpoint: a}}}}}}}}",
         f"s2vflow: 1\nnodes: {{{NODES}}}\nprofiles: {{a: {{nodes: {{vae: {{kind: load_vae, steps: 4}}}}}}}}",
         f"s2vflow: 1\nnodes: {{{NODES}}}\nprofiles: {{a: {{node: {{}}}}}}",
+        f"s2vflow: 1\nparams: {{seed: 1}}\nnodes: {{{NODES}}}\nmatrix: {{seed: 1}}",
+        f"s2vflow: 1\nparams: {{seed: 1}}\nnodes: {{{NODES}}}\nmatrix: {{seed: []}}",
+        f"s2vflow: 1\nparams: {{seed: 1}}\nnodes: {{{NODES}}}\nmatrix: {{seed: [1], exclude: {{seed: 1}}}}",
+        f"s2vflow: 1\nparams: {{seed: 1}}\nnodes: {{{NODES}}}\nmatrix: {{seed: [1], include: [{{}}]}}",
     ],
 )
 def test_the_schema_refuses_what_the_loader_refuses(
@@ -121,6 +125,8 @@ def test_the_schema_refuses_what_the_loader_refuses(
         "s2vflow: 1\nextends: base.yaml\nnodes: {first: {steps: 4}}",
         f"s2vflow: 1\nparams:\nnodes: {{{NODES}}}\nprofiles: {{a: {{description: x, params: {{seeds: [1, 2]}}}}}}",
         f"s2vflow: 1\nnodes: {{{NODES}}}\nprofiles: {{a: {{nodes: {{vae: {{kind: load_image, file: a}}}}}}}}",
+        f"s2vflow: 1\nnodes: {{{NODES}}}\nmatrix: {{seed: [1], nodes.vae.precision: [fp32], exclude: [{{seed: 1}}]}}",
+        f"s2vflow: 1\nnodes: {{{NODES}}}\nmatrix:\n  nodes.dit.loras: [[], [{{id: a}}]]\n  include: [{{seed: 3}}]",
     ],
 )
 def test_the_schema_takes_references_and_parts(text: str, validator: Draft7Validator) -> None:

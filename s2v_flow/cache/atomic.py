@@ -1,0 +1,147 @@
+"""Files that appear whole or not at all, and what becomes of those that a dead process left half made."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+from s2v_flow.errors import ExitCode, S2VFlowError
+
+STALE_SECONDS = 24 * 3600.0
+_PREFIX = ".s2vflow-"
+_NAME = re.compile(r"\.s2vflow-(?P<machine>[0-9a-f]{8})-(?P<pid>[0-9]+)-")
+
+
+def finish(file: BinaryIO) -> None:
+    """Bring a file to the disk and close it: Windows renames no open files."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def temporary_prefix() -> str:
+    """Return how this process's temporary names begin: which machine, which process."""
+    return f"{_PREFIX}{machine_id()}-{os.getpid()}-"
+
+
+@cache
+def machine_id() -> str:
+    """Return 8 hexadecimal digits that two processes share only if they can see each other's process ids.
+
+    They stand for the host's name, its boot and the process's name space: containers with one name differ.
+    """
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of this machine lives; where that cannot be told, it does."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+@contextmanager
+def temporary(folder: Path, suffix: str, mode: int = 0o644) -> Iterator[tuple[BinaryIO, str]]:
+    """Open a new file in `folder`; whatever still has its temporary name afterwards is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=temporary_prefix(), suffix=suffix)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.chmod(name, mode)
+            yield file, name
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise S2VFlowError(
+                f"no space left while writing under {path}",
+                fix="free some space, or name another folder with --cache-dir or --output-dir",
+                kept="everything that was stored before stays usable",
+                exit_code=ExitCode.DISK_FULL,
+            ) from error
+        raise S2VFlowError(
+            f"cannot write under {path}: {error.strerror or error}",
+            fix="check the folder's permissions, or name another with --cache-dir or --output-dir",
+            kept="everything that was stored before stays usable",
+        ) from error
+
+
+def stale(folder: Path, now: float | None = None) -> list[Path]:
+    """List the temporary files and folders in `folder` whose makers are gone.
+
+    On this machine: the process is dead. Another machine's, and names of unknown form: nothing in them was touched for
+    24 hours.
+    """
+    now = time.time() if now is None else now
+    found = []
+    with suppress(OSError):
+        for path in sorted(folder.glob(f"{_PREFIX}*")):
+            match = _NAME.match(path.name)
+            if match is not None and match["machine"] == machine_id():
+                is_stale = not is_alive(int(match["pid"]))
+            else:
+                is_stale = now - _last_touched(path) > STALE_SECONDS
+            found += [path] if is_stale else []
+    return found
+
+
+def reap(folder: Path) -> int:
+    """Remove what `stale` lists; return how many are gone. What cannot be removed is left for another time."""
+    removed = 0
+    for path in stale(folder):
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+            removed += not path.exists()
+    return removed
+
+
+def _last_touched(path: Path) -> float:
+    newest = 0.0
+    with suppress(OSError):
+        newest = path.lstat().st_mtime
+        for inside in path.rglob("*") if path.is_dir() else ():
+            newest = max(newest, inside.lstat().st_mtime)
+    return newest

@@ -1,0 +1,139 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from s2v_flow.completion import complete_profile
+from s2v_flow.graph.interrupt import StopRequest
+from s2v_flow.option_order import override_options, take_overrides
+
+if TYPE_CHECKING:
+    from s2v_flow.api import Options
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path)
+
+
+def recipe_options(command: CommandT) -> CommandT:
+    """Add the recipe and the options that change it."""
+    return click.argument("recipe", type=FILE)(change_options(command))
+
+
+def change_options(command: CommandT) -> CommandT:
+    """Add the options that change a recipe."""
+    for decorate in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout."),
+        click.option("-f", "override_files", type=FILE, multiple=True, metavar="FILE", help="Lay a file over it."),
+        click.option(
+            "-p",
+            "profiles",
+            multiple=True,
+            metavar="NAMES",
+            shell_complete=complete_profile,
+            help="Profiles of the recipe: -p quality,bf16.",
+        ),
+        override_options,
+    ):
+        command = decorate(command)
+    return command
+
+
+def folder_options(command: CommandT) -> CommandT:
+    """Add the options that say where things are."""
+    for decorate in (
+        click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."),
+        click.option("--cache-dir", type=FOLDER, help="Where artifacts are kept.  [env: S2VFLOW_CACHE_DIR]"),
+        click.option("--output-dir", type=FOLDER, help="Where relative outputs go."),
+        click.option("--input-dir", "input_dirs", type=FOLDER, multiple=True, help="Where inputs are looked for too."),
+        click.option(
+            "--extra-model-paths",
+            type=FILE,
+            multiple=True,
+            metavar="FILE",
+            help="ComfyUI's extra_model_paths.yaml.  [env: S2VFLOW_EXTRA_MODEL_PATHS]",
+        ),
+        click.option(
+            "--models-dir",
+            "models_dirs",
+            type=FOLDER,
+            multiple=True,
+            help="A models folder in ComfyUI's layout; repeatable.  [env: S2VFLOW_MODELS_DIR]",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def selection_options(command: CommandT) -> CommandT:
+    """Add the options that pick a part of the plan."""
+    for decorate in (
+        click.option("--fail-fast", is_flag=True, help="In a matrix: one cell that fails stops the others."),
+        click.option("-m", "axes", multiple=True, metavar="PATH=VALUES", help="Vary a value: -m seed=1..8."),
+        click.option("--cache-only", is_flag=True, help="Fail instead of computing anything."),
+        click.option("--no-cache", is_flag=True, help="Compute everything anew."),
+        click.option("--force", multiple=True, metavar="NODE[+]", help="Compute it anew; + and what follows it."),
+        click.option("--only", multiple=True, metavar="NODE", help="Run it alone, from stored inputs."),
+        click.option("--from", "start", metavar="NODE", help="Compute nothing before it."),
+        click.option("--until", multiple=True, metavar="NODE", help="Run nothing after it."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def record_options(command: CommandT) -> CommandT:
+    """Add the options that say what is kept of a run, and what it is held to."""
+    for decorate in (
+        click.option("--record-host", is_flag=True, help="Name the host and the user in the run's manifest."),
+        click.option("--locked", is_flag=True, help="Refuse to run unless every file is as in <recipe>.lock.yaml."),
+        click.option("--events", metavar="FILE|-", help="Write the run's events there, one JSON object a line."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def make_options(**given: Any) -> Options:
+    """Make `Options` from the command line's values."""
+    from s2v_flow.api import Options
+    from s2v_flow.defaults import with_defaults
+    from s2v_flow.graph.selection import Selection
+
+    given["selection"] = Selection(
+        until=given.pop("until", ()),
+        only=given.pop("only", ()),
+        start=given.pop("start", None),
+        force=given.pop("force", ()),
+        is_fresh=given.pop("no_cache", False),
+        is_cached_only=given.pop("cache_only", False),
+    )
+
+    given["profiles"] = [name for names in given.get("profiles", ()) for name in names.split(",") if name]
+    given["overrides"] = take_overrides(given)
+    if "device" in given:  # the commands that look for files
+        given = with_defaults(given)
+        given["device"] = given["device"] or "auto"
+    stop = click.get_current_context().find_object(StopRequest)
+    if stop is not None:
+        given["should_stop"] = stop
+    return Options(**given)
+
+
+def start_options(command: CommandT) -> CommandT:
+    """Add the options of commands that write a first recipe."""
+    for decorate in (
+        click.option("--force", is_flag=True, help="Overwrite the recipe that is there."),
+        click.option(
+            "--like",
+            type=click.Choice(["lightning", "quality", "bf16", "official", "demo"]),
+            default="lightning",
+            help="Which settings to begin with.",
+            show_default=True,
+        ),
+    ):
+        command = decorate(command)
+    return command

@@ -1,0 +1,100 @@
+"""The commands that look back: runs, show, diff, reproduce; and lock."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from s2v_flow.cli_options import FILE, FOLDER, folder_options, make_options, recipe_options
+from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.option_order import OrderedCommand
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+_CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts and runs are kept.  [env: S2VFLOW_CACHE_DIR]")
+
+
+@click.command()
+@_JSON
+@_CACHE
+def runs(as_json: bool, cache_dir: Path | None) -> None:
+    """List the runs, the newest first."""
+    from s2v_flow import report
+    from s2v_flow.history.find import list_runs
+    from s2v_flow.history.text import listing_json, runs_text
+    from s2v_flow.runs.record import runs_root
+
+    listing = list_runs(runs_root(make_options(cache_dir=cache_dir, device=None).cache_root))
+    for note in listing.notes:
+        report.print_message(f"note: skipped: {note}")
+    report.print_json(listing_json(listing)) if as_json else report.print_result(runs_text(listing))
+
+
+@click.command()
+@click.argument("run")
+@_JSON
+@_CACHE
+def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
+    """Show a run (its id, the beginning of one, or `last`), or how an mp4 was made."""
+    from s2v_flow import report
+    from s2v_flow.history.find import find
+    from s2v_flow.history.text import show_text
+    from s2v_flow.runs.record import runs_root
+
+    found = find(runs_root(make_options(cache_dir=cache_dir, device=None).cache_root), run)
+    report.print_json(found.model_dump(mode="json")) if as_json else report.print_result(show_text(found))
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@_JSON
+@_CACHE
+def diff(a: str, b: str, as_json: bool, cache_dir: Path | None) -> None:
+    """Compare two runs, mp4s or recipes: values, models, inputs, environment, times, results."""
+    from s2v_flow import report
+    from s2v_flow.history.compare import compare
+
+    found = compare(a, b, make_options(cache_dir=cache_dir, device=None))
+    report.print_json(found.to_json()) if as_json else report.print_result(found.to_text())
+
+
+@click.command()
+@click.argument("video", type=FILE)
+@_JSON
+@click.option("-o", "--output", type=FOLDER, metavar="DIRECTORY", help="Keep the new video there.")
+@folder_options
+def reproduce(video: Path, as_json: bool, output: Path | None, **given: Any) -> None:
+    """Make an mp4 again from what it says of itself; leave with 1, and name what differs, if its frames do."""
+    from s2v_flow import report
+    from s2v_flow.history.reproduce import reproduce as make_again
+
+    progress = report.Progress()
+    try:
+        found = make_again(video, make_options(**given), output_dir=output, on_event=progress)
+    finally:
+        progress.close()
+    report.print_json(found.to_json()) if as_json else report.print_result(found.to_text())
+    if not found.is_same:
+        sys.exit(ExitCode.FAILED)
+
+
+@click.command(cls=OrderedCommand)
+@recipe_options
+@click.option("-o", "--output", type=FILE, help="The lock to write, instead of <recipe>.lock.yaml beside the recipe.")
+@folder_options
+def lock(recipe: Path, as_json: bool, output: Path | None, **given: Any) -> None:
+    """Write down the digests of a recipe's models and inputs; `run --locked` refuses any others."""
+    from s2v_flow import report
+    from s2v_flow.history.locking import make_lock
+    from s2v_flow.runs.lock import lock_path
+
+    target = output or lock_path(recipe)
+    text = make_lock(recipe, make_options(**given))
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise S2VFlowError(f"{target}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
+    report.print_json({"lock": str(target)}) if as_json else report.print_result(str(target))

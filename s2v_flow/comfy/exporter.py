@@ -1,0 +1,264 @@
+"""`s2vflow export`: a recipe, as planned, becomes a ComfyUI workflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from s2v_flow.comfy.formats import write_editor, write_prompt
+from s2v_flow.comfy.graph import Link, Value
+from s2v_flow.comfy.sheet import Sheet
+from s2v_flow.comfy.source_export import SourceExporter
+from s2v_flow.errors import Diagnostic, RecipeError
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.params import whole_reference
+from s2v_flow.recipe.tree import plain
+
+Format = Literal["api", "editor"]
+_ALL_FRAMES = 4096  # ImageFromBatch takes no more
+_SAFE_SEED = 2**53  # the editor's numbers are JavaScript's
+_KNOBS = {"steps": "PrimitiveInt", "cfg": "PrimitiveFloat", "length": "PrimitiveInt"}
+_LATENT_KINDS = ("sample", "extend", "load_latent", "latent_concat", "latent_cut")
+_SINKS = ("save_video", "save_images", "save_latent")
+
+
+def export_workflow(recipe: Recipe, plan: Plan, format_: Format) -> tuple[str, tuple[str, ...]]:
+    """Return a workflow's JSON text, and what ComfyUI will do differently.
+
+    Args:
+        recipe: The recipe.
+        plan: Its plan: it says how many chunks there are.
+        format_: The API's format, or the editor's.
+
+    Raises:
+        RecipeError: With everything that ComfyUI has nothing for.
+    """
+    exporter = _Exporter(recipe, plan)
+    sheet = exporter.export()
+    if format_ == "editor" and any(seed >= _SAFE_SEED for seed in exporter.seeds):
+        sheet.note("a seed is larger than ComfyUI's editor can hold exactly; the API format keeps it")
+    document = write_prompt(sheet.nodes) if format_ == "api" else write_editor(sheet.nodes)
+    return json.dumps(document, ensure_ascii=False, indent=2) + "\n", tuple(sheet.notes)
+
+
+class _Exporter:
+    """Walks over the recipe's nodes; what each chunk is sampled with, it takes from the plan."""
+
+    def __init__(self, recipe: Recipe, plan: Plan) -> None:
+        self._recipe = recipe
+        self._plan = plan
+        self._sheet = Sheet()
+        self._sources = SourceExporter(plan, self._sheet)
+        self._videos: dict[str, tuple[Link, int]] = {}  # recipe node -> its latent and the latent frames
+        self._mistakes: list[Diagnostic] = []
+        self._chunks = {name: list(self._chunks_of(name)) for name in recipe.nodes}
+        self.seeds = [node.node.seed for nodes in self._chunks.values() for node in nodes]  # type: ignore[attr-defined]
+
+    def export(self) -> Sheet:
+        """Return the sheet with all nodes."""
+        needed = self._needed()
+        if not needed:
+            message = "the recipe writes no file, so ComfyUI would have nothing to do"
+            fix = "add a save_video node"
+            raise RecipeError(message, diagnostics=(Diagnostic("W001", message, fix=fix),))
+        self._refuse(needed)
+        for name in needed:
+            node = self._recipe.nodes[name].node
+            if node.kind in _LATENT_KINDS:
+                self._videos[name] = self._video(name, node)
+            elif node.kind == "decode":
+                self._sources.frames[name] = self._decoded(name, node)
+            elif node.kind in _SINKS:
+                self._save(name, node)
+        return self._sheet
+
+    def _needed(self) -> list[str]:
+        """Return the recipe's nodes that the sinks need, each after those it refers to."""
+        order: list[str] = []
+        done: set[str] = set()
+        for sink in (name for name, spec in self._recipe.nodes.items() if spec.node.is_sink):
+            stack = [(sink, iter(self._recipe.nodes[sink].node.refs().values()))]
+            while stack:
+                name, refs = stack[-1]
+                following = next((ref.node for ref in refs if ref.node not in done), None)
+                if following is not None:
+                    stack.append((following, iter(self._recipe.nodes[following].node.refs().values())))
+                    continue
+                stack.pop()
+                if name not in done:
+                    done.add(name)
+                    order.append(name)
+        return order
+
+    def _refuse(self, needed: list[str]) -> None:
+        """Collect what ComfyUI has nothing for.
+
+        Raises:
+            RecipeError: There is some.
+        """
+        for name in needed:
+            node = self._recipe.nodes[name].node
+            if getattr(node, "motion", None) == "pixels":
+                self._mistake(name, "motion", "ComfyUI hands motion over as latents only", "set motion: latent")
+            if getattr(node, "init_first_frame", False):
+                self._mistake(name, "init_first_frame", "ComfyUI has no init_first_frame", "set it to false")
+            if getattr(node, "sampler", None) in ("flow_unipc", "flow_dpmpp"):
+                self._mistake(name, "sampler", "ComfyUI does not have the authors' samplers", "try uni_pc, shift 8")
+            if getattr(node, "chunks", None) == "auto" and not self._chunks[name] and self._lacks_voice():
+                fix = "put the voice's file where it is looked for (--input-dir), or give chunks a number"
+                self._mistake(name, "chunks", "chunks: auto needs the voice's length, and its file is missing", fix)
+        if self._mistakes:
+            raise RecipeError("ComfyUI cannot run this recipe", diagnostics=tuple(self._mistakes))
+
+    def _mistake(self, name: str, field: str, message: str, fix: str) -> None:
+        self._mistakes.append(self._recipe.nodes[name].diagnostic(field, "W010", message, fix))
+
+    def _lacks_voice(self) -> bool:
+        return any(item.kind == "audio" for item in self._plan.missing)
+
+    def _chunks_of(self, name: str) -> Iterator[PlanNode]:
+        return (node for node in self._plan.nodes if node.recipe_node == name and node.node.kind == "chunk")
+
+    def _video(self, name: str, node: Any) -> tuple[Link, int]:
+        """Export a node that gives a latent."""
+        if node.kind == "load_latent":
+            return self._sheet.add("LoadLatent", name, latent=node.file), self._loaded_frames(name)
+        if node.kind == "latent_concat":
+            (first, one), (second, two) = self._videos[node.first.node], self._videos[node.second.node]
+            link = self._sheet.add("LatentConcat", name, samples1=first, samples2=second, dim=node.axis)
+            return link, one + two if node.axis == "t" else one
+        if node.kind == "latent_cut":
+            whole, count = self._videos[node.latent.node]
+            values = {"dim": node.axis, "index": node.index, "amount": node.amount}
+            link = self._sheet.add("LatentCut", name, samples=whole, **values)
+            left = count - node.index if node.index >= 0 else -node.index
+            return link, min(max(left, 1), node.amount) if node.axis == "t" else count
+        video = None if node.kind == "sample" else self._videos[node.video.node]
+        several = len(self._chunks[name]) > 1
+        for number, chunk in enumerate(self._chunks[name], start=1):
+            video = self._chunk(name, f"{name} {number}" if several else name, chunk, video)
+        assert video is not None, "a sample has one chunk"
+        return video
+
+    def _loaded_frames(self, name: str) -> int:
+        """Return a loaded latent's frames, from where the first chunk after it stands; 0 where nothing tells."""
+        for spec in self._recipe.nodes.values():
+            refs = spec.node.refs()
+            if spec.node.kind == "extend" and refs["video"].node == name and self._chunks[spec.name]:
+                return int(self._chunks[spec.name][0].node.audio_offset) // 4  # type: ignore[attr-defined]
+        return 0
+
+    def _chunk(self, name: str, title: str, planned: PlanNode, video: tuple[Link, int] | None) -> tuple[Link, int]:
+        """Export one chunk: its preparation, its sampler, and the joining with what is there."""
+        chunk: Any = planned.node
+        if chunk.conditioning == "official":
+            self._sheet.note("conditioning: official has no equivalent: numbers are as in ComfyUI")
+        sources = self._sources
+        inputs: dict[str, Any] = {"positive": sources.one(planned, "positive")}
+        inputs["negative"] = self._negative(name, planned) or inputs["positive"]
+        inputs["vae"] = sources.vae_of(planned)
+        for key, target in (("speech", "audio_encoder_output"), ("reference", "ref_image")):
+            if key in planned.inputs:
+                inputs[target] = sources.one(planned, key)
+        if "control" in planned.inputs:
+            inputs["control_video"] = sources.control(planned, chunk.audio_offset, chunk.num_latent_frames)
+        length = 4 * (chunk.num_latent_frames - 1) + 1
+        inputs["length"] = self._knob(name, "length", length)
+        reference = sources.title(planned, "reference")
+        if video is None:
+            if "motion" in planned.inputs:
+                inputs["ref_motion"] = sources.motion(planned)
+            size = {"width": chunk.width, "height": chunk.height}
+            prepared = self._sheet.add("WanSoundImageToVideo", reference, **inputs, **size, batch_size=1)
+        else:
+            prepared = self._sheet.add("WanSoundImageToVideoExtend", reference, **inputs, video_latent=video[0])
+        sampled = self._sheet.add(
+            "KSampler",
+            title,
+            model=sources.model(planned, chunk.shift),
+            positive=prepared,
+            negative=Link(prepared.node, 1),
+            latent_image=Link(prepared.node, 2),
+            seed=chunk.seed,
+            steps=self._knob(name, "steps", chunk.steps),
+            cfg=self._knob(name, "cfg", chunk.cfg),
+            sampler_name=chunk.sampler,
+            scheduler=chunk.scheduler,
+            denoise=1.0,
+        )
+        if video is None:
+            return sampled, chunk.num_latent_frames
+        joined = self._sheet.add("LatentConcat", None, samples1=video[0], samples2=sampled, dim="t")
+        return joined, video[1] + chunk.num_latent_frames
+
+    def _knob(self, name: str, field: str, value: Any) -> Link | Value:
+        """Return a value, or the node that holds it for all chunks where a parameter does so in the recipe."""
+        document = plain(self._recipe.document)["nodes"]
+        node: Node = self._recipe.nodes[name].node
+        while node.kind == "extend" and field not in document[name]:
+            name = node.refs()["video"].node
+            node = self._recipe.nodes[name].node
+        param = whole_reference(document[name].get(field))
+        is_shared = sum(len(chunks) for chunks in self._chunks.values()) > 1
+        if param is None or not is_shared or self._recipe.params[param] != value:
+            return Value(value)
+        return self._sheet.shared(_KNOBS[field], param, value=value)
+
+    def _negative(self, name: str, planned: PlanNode) -> Link | None:
+        """Return the negative prompt; the plan leaves it out where cfg is 1, ComfyUI wants one connected."""
+        if "negative" in planned.inputs:
+            return self._sources.one(planned, "negative")
+        node = self._recipe.nodes[name].node
+        while "negative" not in node.refs() and node.kind == "extend":
+            node = self._recipe.nodes[node.refs()["video"].node].node
+        ref = node.refs().get("negative")
+        return None if ref is None else self._sources.text(self._recipe.nodes[ref.node])
+
+    def _decoded(self, name: str, node: Any) -> Link:
+        """Export `decode`: the first latent frame doubled where that is wanted, and frames dropped at the start."""
+        planned: Any = self._plan.node(name)
+        latent, count = self._videos[node.latent.node]
+        is_doubled = node.prefix != "none"
+        if node.prefix == "reference":
+            self._sheet.note("prefix: reference has no equivalent: the first latent frame is doubled instead")
+        if is_doubled:
+            first = self._sheet.add("LatentCut", None, samples=latent, dim="t", index=0, amount=1)
+            latent = self._sheet.add("LatentConcat", None, samples1=first, samples2=latent, dim="t")
+        frames = self._sheet.add("VAEDecode", name, samples=latent, vae=self._sources.one(planned, "vae"))
+        drop = planned.node.drop_frames
+        if node.drop_frames == "auto":
+            drop = 1 if is_doubled else 0  # the warm-up over silence is not exported
+        total = 4 * (count + is_doubled) - 3 - drop if count else None
+        takes_all = node.trim == "none" or planned.facts["frames"] is None
+        wanted = _ALL_FRAMES if takes_all else min(planned.node.num_frames, _ALL_FRAMES)
+        if takes_all and (total or 0) > _ALL_FRAMES:
+            self._sheet.note(f"ImageFromBatch takes {_ALL_FRAMES} frames at most: the video will be cut")
+        if drop == 0 and (takes_all or wanted == total):
+            return frames
+        return self._sheet.add("ImageFromBatch", name, image=frames, batch_index=drop, length=wanted)
+
+    def _save(self, name: str, node: Any) -> None:
+        if node.kind == "save_latent":
+            samples = self._videos[node.latent.node][0]
+            self._sheet.add("SaveLatent", name, samples=samples, filename_prefix=_prefix(node.file, ".latent"))
+            return
+        planned = self._plan.node(name)
+        images = self._sources.one(planned, "frames")
+        if node.kind == "save_images":
+            self._sheet.add("SaveImage", name, images=images, filename_prefix=_prefix(node.file, ".png"))
+            return
+        default = type(node).model_fields
+        if any(getattr(node, key) != default[key].default for key in ("crf", "preset")):
+            self._sheet.note("crf and preset have no equivalent: SaveVideo chooses")
+        audio = {"audio": self._sources.one(planned, "audio")} if "audio" in planned.inputs else {}
+        video = self._sheet.add("CreateVideo", None, images=images, **audio, fps=node.fps)
+        self._sheet.add("SaveVideo", name, video=video, filename_prefix=_prefix(node.file, ".mp4"))
+
+
+def _prefix(file: str, suffix: str) -> str:
+    """Return an output's name without what ComfyUI puts behind it."""
+    stem = file.removesuffix(suffix)
+    return stem[:-7] if stem.endswith("_00001_") else stem

@@ -1,0 +1,197 @@
+"""What stands before the chunks, and between frames, as ComfyUI's nodes: taken from the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from s2v_flow.comfy.graph import Link
+from s2v_flow.comfy.sheet import Sheet
+from s2v_flow.comfy.sources import WHOLE_SECONDS
+from s2v_flow.graph.plan import Plan, PlanNode, Source
+from s2v_flow.recipe.document import NodeSpec
+
+_SCALERS = (
+    ("ImageScaleBy", "factor", "scale_by"),
+    ("ImageScaleToTotalPixels", "megapixels", "megapixels"),
+    ("ImageScaleToMaxDimension", "longest_side", "largest_size"),
+)
+
+
+class SourceExporter:
+    """Exports a plan's nodes when something asks for them, each once."""
+
+    def __init__(self, plan: Plan, sheet: Sheet) -> None:
+        self._plan = plan
+        self._sheet = sheet
+        self._done: dict[str, Link] = {}
+        self._models: dict[tuple[str, float], Link] = {}
+        self.frames: dict[str, Link] = {}  # of `decode` nodes
+        self._writers: Mapping[str, Callable[[PlanNode, Any], Link]] = {
+            "load_text_encoder": lambda planned, node: self._add(planned, "CLIPLoader", clip_name=node.checkpoint),
+            "load_audio_encoder": lambda planned, node: self._add(
+                planned, "AudioEncoderLoader", audio_encoder_name=node.checkpoint
+            ),
+            "load_vae": lambda planned, node: self._add(planned, "VAELoader", vae_name=node.checkpoint),
+            "load_image": self._image,
+            "load_audio": self._audio,
+            "load_video": self._clip,
+            "encode_text": lambda planned, node: self._add(
+                planned, "CLIPTextEncode", clip=self.one(planned, "text_encoder"), text=node.text
+            ),
+            "encode_audio": self._speech,
+            "encode_image": self._reference,
+            "image_scale": self._scaled,
+            "frames_scale": self._scaled,
+            "image_from_frames": lambda planned, node: self._add(
+                planned, "ImageFromBatch", image=self.one(planned, "frames"), batch_index=node.index, length=1
+            ),
+            "frames_from_image": lambda planned, node: self._add(
+                planned, "RepeatImageBatch", image=self.one(planned, "image"), amount=node.count
+            ),
+            "frames_slice": self._slice,
+            "frames_delay": self._delay,
+            "decode_frames": lambda planned, node: self.frames[planned.name],
+        }
+
+    def one(self, planned: PlanNode, key: str) -> Link:
+        """Return the link to one input of a plan node."""
+        return self._link(self._source(planned, key))
+
+    def title(self, planned: PlanNode, key: str) -> str | None:
+        """Return the name of the node that gives an input, if there is one."""
+        return self._source(planned, key).node if key in planned.inputs else None
+
+    def _source(self, planned: PlanNode, key: str) -> Source:
+        given = planned.inputs[key]
+        assert isinstance(given, Source), f"{key} is a list"
+        return given
+
+    def _link(self, source: Source) -> Link:
+        pending = [source.node]
+        while source.node not in self._done:  # what it takes comes first, however long the way
+            planned = self._plan.node(pending[-1])
+            before = [part.node for part in planned.sources() if self._is_ours(part.node)]
+            if planned.node.kind != "decode_frames" and before:
+                pending.append(before[0])
+                continue
+            self._done[planned.name] = self._writers[planned.node.kind](planned, planned.node)
+            pending.pop()
+        return self._done[source.node]
+
+    def _is_ours(self, name: str) -> bool:
+        return name not in self._done and self._plan.node(name).node.kind in self._writers
+
+    def text(self, spec: NodeSpec) -> Link:
+        """Export a prompt that the plan leaves out because nothing reads it."""
+        if spec.name not in self._done:
+            node: Any = spec.node
+            loader = next(item for item in self._plan.nodes if item.node.kind == "load_text_encoder")
+            clip = self._link(Source(loader.name, "text_encoder"))
+            self._done[spec.name] = self._sheet.add("CLIPTextEncode", spec.name, clip=clip, text=node.text)
+        return self._done[spec.name]
+
+    def model(self, planned: PlanNode, shift: float) -> Link:
+        """Return a chunk's model with its LoRAs and its shift."""
+        loader = self._plan.node(self._source(planned, "model").node)
+        if (loader.name, shift) not in self._models:
+            node: Any = loader.node
+            link = self._done.get(loader.name)
+            if link is None:
+                link = self._sheet.add("UNETLoader", loader.name, unet_name=node.checkpoint)
+                for lora in node.loras:
+                    values = {"lora_name": lora.file, "strength_model": lora.strength}
+                    link = self._sheet.add("LoraLoaderModelOnly", lora.id, model=link, **values)
+                self._done[loader.name] = link
+            if node.precision != "auto":
+                self._sheet.note("precision has no equivalent: ComfyUI chooses by its own options")
+            if node.fp8_rounding != "comfyui" and "fp8" in node.checkpoint:
+                self._sheet.note("ComfyUI rounds the biases of fp8-scaled files to fp8 as well")
+            self._models[loader.name, shift] = self._sheet.add("ModelSamplingSD3", None, model=link, shift=shift)
+        return self._models[loader.name, shift]
+
+    def vae_of(self, planned: PlanNode) -> Link:
+        """Return the VAE that a chunk's inputs were encoded with, or any: ComfyUI wants one connected."""
+        for key in ("reference", "control", "motion"):
+            if key in planned.inputs:
+                return self.one(self._plan.node(self._source(planned, key).node), "vae")
+        loader = next((item for item in self._plan.nodes if item.node.kind == "load_vae"), None)
+        if loader is None:
+            return self._sheet.shared("VAELoader", "vae", vae_name="wan_2.1_vae.safetensors")
+        return self._link(Source(loader.name, "vae"))
+
+    def control(self, planned: PlanNode, offset: int, num_latent_frames: int) -> Link | None:
+        """Return a chunk's pose frames. ComfyUI takes the first ones of what it gets: later ones are cut out."""
+        source = self._source(self._plan.node(self._source(planned, "control").node), "control_video")
+        given = self._plan.node(source.node)
+        node: Any = given.node
+        if given.node.kind == "frames_slice" and offset and node.length == 1 and node.start == 0:
+            return None  # its one frame is long past
+        if given.node.kind == "frames_delay" and node.count == offset:
+            return self.one(given, "frames")
+        link = self._link(source)
+        if not offset:
+            return link
+        length = 4 * (num_latent_frames - 1) + 1
+        return self._sheet.add("ImageFromBatch", None, image=link, batch_index=offset, length=length)
+
+    def motion(self, planned: PlanNode) -> Link:
+        """Return the clip whose motion the first chunk continues."""
+        return self.one(self._plan.node(self._source(planned, "motion").node), "motion_video")
+
+    def _add(self, planned: PlanNode, class_type: str, **given: Any) -> Link:
+        if getattr(planned.node, "precision", "auto") != "auto":
+            self._sheet.note("precision has no equivalent: ComfyUI chooses by its own options")
+        return self._sheet.add(class_type, planned.name, **given)
+
+    def _image(self, planned: PlanNode, node: Any) -> Link:
+        if node.background != "ignore":
+            self._sheet.note("background has no equivalent: ComfyUI shows the colours under transparent parts")
+        return self._add(planned, "LoadImage", image=node.file)
+
+    def _audio(self, planned: PlanNode, node: Any) -> Link:
+        link = self._add(planned, "LoadAudio", audio=node.file)
+        if node.fade:
+            self._sheet.note("fade has no equivalent")
+        if not node.start and node.end is None and node.max_duration is None:
+            return link
+        lengths = [WHOLE_SECONDS if node.max_duration is None else node.max_duration]
+        lengths += [] if node.end is None else [node.end - node.start]
+        values = {"start_index": float(node.start), "duration": float(min(lengths))}
+        return self._add(planned, "TrimAudioDuration", audio=link, **values)
+
+    def _clip(self, planned: PlanNode, node: Any) -> Link:
+        self._sheet.note("ComfyUI takes a video's frames one by one, load_video 16 a second")
+        video = self._add(planned, "LoadVideo", file=node.file)
+        return self._sheet.add("GetVideoComponents", None, video=video)
+
+    def _speech(self, planned: PlanNode, node: Any) -> Link:
+        if node.warmup_frames:
+            self._sheet.note("warmup_frames has no equivalent: the video begins with the sound's first frame")
+        if not node.final_norm:
+            self._sheet.note("final_norm: false has no equivalent")
+        links = {"audio_encoder": self.one(planned, "audio_encoder"), "audio": self.one(planned, "audio")}
+        return self._add(planned, "AudioEncoderEncode", **links)
+
+    def _reference(self, planned: PlanNode, node: Any) -> Link:
+        if node.conditioning == "official":
+            self._sheet.note("the portrait is shrunk without smoothing in ComfyUI")
+        return self.one(planned, "image")  # the chunk's own node scales and encodes it
+
+    def _scaled(self, planned: PlanNode, node: Any) -> Link:
+        image = self.one(planned, "frames" if node.kind == "frames_scale" else "image")
+        values: dict[str, Any] = {"image": image, "upscale_method": node.method}
+        for class_type, field, widget in _SCALERS:
+            if getattr(node, field) is not None:
+                values |= {"resolution_steps": node.multiple_of} if field == "megapixels" else {}
+                return self._add(planned, class_type, **values, **{widget: getattr(node, field)})
+        sides = {"width": node.width or 0, "height": node.height or 0}
+        return self._add(planned, "ImageScale", **values, **sides, crop=node.crop)
+
+    def _slice(self, planned: PlanNode, node: Any) -> Link:
+        image = self.one(planned, "frames")
+        return self._add(planned, "ImageFromBatch", image=image, batch_index=node.start, length=node.length or 4096)
+
+    def _delay(self, planned: PlanNode, node: Any) -> Link:
+        self._sheet.note("frames_delay has no equivalent but in an extend's control_video: it is left out")
+        return self.one(planned, "frames")

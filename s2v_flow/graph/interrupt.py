@@ -1,0 +1,107 @@
+"""Stopping a run: at the end of the step that is running, or at once.
+
+A signal's first arrival asks for a stop. Where work is being done in steps, it is taken up at the end of the running
+step, after a checkpoint; anywhere else, and at the second arrival, the program leaves at once. Nothing stored is lost
+either way.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from s2v_flow.errors import ExitCode
+
+EXIT_CODES = {"SIGINT": ExitCode.INTERRUPTED, "SIGTERM": ExitCode.TERMINATED, "SIGUSR1": ExitCode.CHECKPOINTED}
+WORDS = {
+    ExitCode.INTERRUPTED: "interrupted",
+    ExitCode.TERMINATED: "terminated",
+    ExitCode.CHECKPOINTED: "stopped as asked",
+}
+
+
+class StoppedError(BaseException):
+    """Somebody asked for a stop. Like KeyboardInterrupt, it is nothing that code on the way should catch.
+
+    Attributes:
+        where: What the run had come to ("talk[2] at step 3 of 20, checkpoint written"), or empty.
+        exit_code: 130, 143 or 75, by what asked.
+    """
+
+    def __init__(self, where: str = "", exit_code: ExitCode = ExitCode.INTERRUPTED) -> None:
+        super().__init__(where)
+        self.where = where
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        at = f": {self.where}" if self.where else ""
+        return f"{WORDS[self.exit_code]}{at}; what was finished is stored, and the same command goes on from there"
+
+
+ShouldStop = Callable[[], bool]
+
+
+class StopRequest:
+    """What the signals' handlers set and a run asks: a callable `should_stop`, and how patient it is.
+
+    Args:
+        tell: Called inside a signal handler with a line for people, when a first signal has to wait for a step's end.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._depth = 0
+        self._exit_code: ExitCode | None = None
+
+    def __call__(self) -> bool:
+        """Tell whether a stop was asked for."""
+        return self._exit_code is not None
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """The exit code of whoever asked."""
+        return self._exit_code or ExitCode.INTERRUPTED
+
+    def install(self) -> None:
+        """Handle the signals from now on; only a program's main thread may do that."""
+        for name in EXIT_CODES:
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.handle)
+
+    @contextmanager
+    def patiently(self) -> Iterator[None]:
+        """Let a first signal wait for the end of a step, inside this block."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal.
+
+        Raises:
+            KeyboardInterrupt: SIGINT that has not to wait.
+            StoppedError: Another signal that has not to wait.
+        """
+        name = signal.Signals(number).name
+        is_first, self._exit_code = self._exit_code is None, EXIT_CODES[name]
+        if is_first and self._depth:
+            again = "Ctrl-C" if name == "SIGINT" else name
+            self._tell(f"\nstopping at the end of this step, with a checkpoint; {again} again stops at once\n")
+            return
+        if name == "SIGINT":
+            raise KeyboardInterrupt
+        raise StoppedError(exit_code=EXIT_CODES[name])
+
+
+def never() -> bool:
+    """Go on."""
+    return False
+
+
+def exit_code_of(should_stop: ShouldStop) -> ExitCode:
+    """Return the exit code for a stop that `should_stop` asked for."""
+    return should_stop.exit_code if isinstance(should_stop, StopRequest) else ExitCode.INTERRUPTED

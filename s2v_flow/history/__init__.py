@@ -1,0 +1,1 @@
+"""Looking back: runs that were, how two of them differ, and whether a video can be made again."""

@@ -1,0 +1,101 @@
+"""Finding runs: by id, by the beginning of one, by a manifest's path, or by what a video says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from s2v_flow.diagnostics import did_you_mean
+from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
+from s2v_flow.manifest import Essence, Manifest
+from s2v_flow.runs.essence import read_essence
+
+LAST = "last"
+_NAME = "manifest.json"
+_MAX_BYTES = 64 << 20
+_MAX_NAMED = 10  # runs that a message names
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The runs that left a sound manifest, the newest first, and what to say of the others."""
+
+    runs: tuple[Manifest, ...]
+    notes: tuple[str, ...]
+
+
+def list_runs(root: Path) -> Listing:
+    """Return every run that is kept.
+
+    Args:
+        root: The folder with a folder for every run; it need not be there.
+    """
+    runs, notes = [], []
+    for path in _paths(root):
+        try:
+            runs.append(read_manifest(path))
+        except MissingError as error:
+            notes.append(error.message)
+    return Listing(tuple(runs), tuple(notes))
+
+
+def find(root: Path, text: str) -> Manifest | Essence:
+    """Return the manifest of a run, or what a video says of itself.
+
+    Args:
+        root: The folder with a folder for every run.
+        text: A run's id or the beginning of one, "last", a manifest's path, or an mp4's.
+
+    Raises:
+        S2VFlowError: There is no such run.
+        MissingError: The manifest, or the video, cannot be read.
+    """
+    path = Path(text)
+    if path.is_dir() and (path / _NAME).is_file():
+        path = path / _NAME
+    if path.is_file():
+        return read_manifest(path) if path.suffix == ".json" else read_essence(path)
+    return read_manifest(_find_path(root, text))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        MissingError: It cannot be read, or is damaged, or of another version.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        raise MissingError(f"{path}: is damaged, or of another version of s2vflow") from error
+
+
+def _find_path(root: Path, text: str) -> Path:
+    paths = _paths(root)
+    names = [path.parent.name for path in paths]
+    if text == LAST and paths:
+        return paths[0]
+    found = [path for path in paths if path.parent.name == text] if text in names else []
+    found = found or [path for path in paths if text and path.parent.name.startswith(text)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        fix = f"say more of it: {', '.join(path.parent.name for path in found[:_MAX_NAMED])}"
+        raise S2VFlowError(f"{len(found)} runs begin with {text}", fix=fix, exit_code=ExitCode.USAGE)
+    fix = (
+        did_you_mean(text, names[:_MAX_NAMED], "the last runs")
+        or "no run has been kept yet; is it another --cache-dir?"
+    )
+    raise S2VFlowError(f"there is no run {text!r}, and no such file", fix=fix, exit_code=ExitCode.USAGE)
+
+
+def _paths(root: Path) -> list[Path]:
+    """Return the manifests' paths, the newest first: ids begin with the time."""
+    return sorted(root.glob(f"*/{_NAME}"), key=lambda path: path.parent.name, reverse=True)

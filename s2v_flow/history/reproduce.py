@@ -1,0 +1,152 @@
+"""Making a video again from what it says of itself, and naming what is not the same."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from s2v_flow import api
+from s2v_flow.cache.store import Entry
+from s2v_flow.demo.catalog import demo_root
+from s2v_flow.device import device_class
+from s2v_flow.errors import MediaError
+from s2v_flow.graph.events import Listener
+from s2v_flow.graph.run import RunResult, ignore
+from s2v_flow.graph.selection import Selection
+from s2v_flow.manifest import Essence, FileRecord
+from s2v_flow.recipe.argument import Override
+from s2v_flow.runs.essence import read_essence
+from s2v_flow.runs.files import file_records
+from s2v_flow.runs.sources import FileDigests
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """Whether a video's frames came out the same, and what differs, the likeliest reason first.
+
+    `was_run` is false where a model or an input differs: then nothing was computed. `output` is the new video, where it
+    was to be kept.
+    """
+
+    video: str
+    is_same: bool
+    was_run: bool
+    differences: tuple[str, ...]
+    output: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that `s2vflow reproduce --json` prints."""
+        output = None if self.output is None else str(self.output)
+        found = {"video": self.video, "same": self.is_same, "was_run": self.was_run}
+        return {**found, "differences": list(self.differences), "output": output}
+
+    def to_text(self) -> str:
+        """Return the lines that `s2vflow reproduce` prints."""
+        if self.is_same:
+            head = f"{self.video}: the same frames"
+        elif self.was_run:
+            head = f"{self.video}: other frames"
+        else:
+            head = f"{self.video}: cannot be made again: nothing was run"
+        return "\n".join([head, *(f"  differs: {text}" for text in self.differences)])
+
+
+def reproduce(
+    video: Path, options: api.Options, *, output_dir: Path | None = None, on_event: Listener = ignore
+) -> Reproduction:
+    """Make a video again, everything computed anew in a temporary cache, and compare the frames.
+
+    Args:
+        video: An mp4 that says how it was made.
+        options: Where models and inputs are looked for, and the device; inputs also beside the video and in the
+            current folder.
+        output_dir: Where to put the new video; unless given, it is dropped.
+        on_event: Called with every event.
+
+    Raises:
+        MediaError: The video does not say how it was made, or not which frames it had.
+        MissingError: A model or an input is missing.
+        S2VFlowError: A node failed.
+    """
+    essence = read_essence(video)
+    if essence.frames_sha256 is None:
+        raise MediaError(f"{video} does not say which frames it had", fix="it was written by an older version")
+    options.cache_root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="reproduce-", dir=options.cache_root) as name:
+        folder = Path(name)
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(essence.recipe, encoding="utf-8")
+        target = video.name if video.suffix == ".mp4" else f"{video.name}.mp4"
+        fresh = replace(
+            options,
+            overrides=[Override("set", f"nodes.{essence.node}.file={target}")],
+            models_dirs=[*options.locations.models_dirs, demo_root(options.cache_root)],
+            input_dirs=[*options.input_dirs, video.absolute().parent, Path.cwd()],
+            output_dir=output_dir if output_dir is not None else folder / "out",
+            cache_dir=folder / "cache",
+            selection=Selection(is_fresh=True),
+        )
+        (folder / "cache").mkdir()
+        with suppress(OSError):  # what is known of large files' digests
+            shutil.copyfile(options.cache_root / "digests.json", folder / "cache" / "digests.json")
+        planned = api.plan(recipe, fresh)
+        api.require_files(planned)
+        changed = _changed_files(essence, planned, FileDigests(folder / "cache" / "digests.json"))
+        if changed:
+            return Reproduction(str(video), is_same=False, was_run=False, differences=changed)
+        result = api.run_planned(planned, fresh, on_event)
+        return _judged(video, essence, planned, result, output_dir)
+
+
+def _changed_files(essence: Essence, planned: api.Planned, digests: FileDigests) -> tuple[str, ...]:
+    """Name the models, then the inputs, that are not those that went into the video."""
+
+    def digest(file: Path) -> str | None:
+        return digests(file) if file.is_file() else None  # the demo's models may not have been made yet
+
+    found = {item.at: item for item in file_records(planned.plan.nodes, digest)}
+    changed = []
+    for was in sorted(essence.files, key=lambda item: item.role != "model"):
+        now = found.get(was.at)
+        if now is not None and now.sha256 is not None and now.sha256 != was.sha256:
+            changed.append(_file_text(was, now))
+    return tuple(changed)
+
+
+def _file_text(was: FileRecord, now: FileRecord) -> str:
+    return f"{was.role} {was.name} ({was.at}): expected sha256 {was.sha256}, got {now.sha256}"
+
+
+def _judged(
+    video: Path, essence: Essence, planned: api.Planned, result: RunResult, output_dir: Path | None
+) -> Reproduction:
+    frames_sha256 = result.entries[essence.node].facts.get("frames_sha256")
+    is_same = frames_sha256 == essence.frames_sha256
+    differences = []
+    for name, versions in essence.software.items():
+        now = sorted({str(entry.facts[name]) for entry in result.entries.values() if entry.facts.get(name)})
+        if now != versions:
+            differences.append(f"{name}: made with {', '.join(versions)}, this is {', '.join(now)}")
+    device = device_class(planned.device)
+    if device != essence.device:
+        differences.append(f"device: made on {essence.device}, this is {device}")
+    if not is_same:
+        differences.append(_first_other(essence, result.entries))
+    output = result.outputs[essence.node][0] if output_dir is not None else None
+    return Reproduction(str(video), is_same, was_run=True, differences=tuple(differences), output=output)
+
+
+def _first_other(essence: Essence, entries: Mapping[str, Entry]) -> str:
+    """Say which stored result is the first that came out otherwise."""
+    for name, was in essence.nodes.items():
+        entry = entries.get(name)
+        outputs = {} if entry is None else {port: item.sha256 for port, item in entry.outputs.items()}
+        for port, sha256 in was.outputs.items():
+            if outputs.get(port) != sha256:
+                return f"{name}: its {port} is the first result that differs"
+    return "the frames, but no stored result before them"

@@ -1,0 +1,122 @@
+"""A sampler's run that survives being stopped: checkpoints between steps, and no numbers that are not finite.
+
+Imports torch: used inside run().
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from s2v_flow.errors import BadNumbersError
+from s2v_flow.nodes.finite import FiniteWatch
+from s2v_flow.nodes.tensors import pack
+from s2v_flow.sampling.state import Denoise, SolverState
+
+if TYPE_CHECKING:
+    from s2v_flow.graph.checkpoint import Checkpoint
+    from s2v_flow.graph.run import RunContext
+    from s2v_flow.sampling.sampler import Sampler
+
+INTERVAL_SECONDS = 60.0
+
+
+@dataclass
+class ResumableSampling:
+    """One run of a sampler inside a node.
+
+    Attributes:
+        context: The node's context.
+        sampler: The sampler.
+        precision: What the model computes in, for messages.
+    """
+
+    context: RunContext
+    sampler: Sampler
+    precision: str
+    _saved_at: float = 0.0
+    _stepped_at: float = 0.0
+    _watch: FiniteWatch = field(default_factory=FiniteWatch)
+
+    def sample(self, denoise: Denoise, noise: Callable[[], Tensor]) -> Tensor:
+        """Take all steps that are left, from the checkpoint if there is one, and return the sampler's result.
+
+        Args:
+            denoise: See `Sampler.iterate`.
+            noise: Gives the initial noise.
+
+        Raises:
+            BadNumbersError: The latent is not finite; it is not stored, nor is a checkpoint of it.
+            StoppedError: The run is to stop; a checkpoint is written.
+        """
+        total, checkpoint = self.sampler.num_steps, self.context.checkpoint
+        begun = (self._resumed(checkpoint) if checkpoint else None) or self.sampler.start(noise())
+        state = begun
+        self._saved_at = self._stepped_at = time.monotonic()
+        for state in self.sampler.iterate(denoise, begun):
+            self.context.step(state.step, total)
+            self._watch.add(state.step, state.x)
+            self._check(self._watch.first_bad())
+            if checkpoint is not None and state.step < total:
+                self._between_steps(checkpoint, state)
+        self._check(self._watch.first_bad(waits=True))
+        return self.sampler.result(state)
+
+    def _between_steps(self, checkpoint: Checkpoint, state: SolverState) -> None:
+        now, must_stop = time.monotonic(), checkpoint.should_stop()
+        is_due = now - self._saved_at + (now - self._stepped_at) > INTERVAL_SECONDS  # it would be after another step
+        self._stepped_at = now
+        if not (is_due or must_stop):
+            return
+        self._check(self._watch.first_bad(waits=True))
+        is_saved = checkpoint.save(self._facts(state.step), pack(state.to_tensors()))
+        self._saved_at = self._stepped_at = time.monotonic()
+        if must_stop:
+            written = "checkpoint written" if is_saved else "without a checkpoint"
+            raise checkpoint.stop(f"after step {state.step} of {self.sampler.num_steps}, {written}")
+
+    def _resumed(self, checkpoint: Checkpoint) -> SolverState | None:
+        """Return the state that an earlier run left, if it fits."""
+        found = checkpoint.load()
+        if found is None:
+            return None
+        facts, payload = found
+        try:
+            state = SolverState.from_tensors(load(payload))
+        except (ValueError, SafetensorError) as error:
+            checkpoint.refuse(f"it holds no solver's state: {error}")
+            return None
+        expected = self._facts(state.step)
+        wrong = [name for name, value in expected.items() if facts.get(name) != value]
+        if wrong or not 0 < state.step < self.sampler.num_steps:
+            checkpoint.refuse(f"it is of another run: {', '.join(wrong) or 'step'} differs")
+            return None
+        self.context.note(f"goes on from the checkpoint after step {state.step} of {self.sampler.num_steps}")
+        return state
+
+    def _facts(self, step: int) -> dict[str, str]:
+        sigmas = "\n".join(sigma.hex() for sigma in self.sampler.sigmas)
+        return {
+            "sampler": self.sampler.name,
+            "sigmas": hashlib.sha256(sigmas.encode()).hexdigest(),
+            "seed": str(self.sampler.seed),
+            "step": str(step),
+            "steps": str(self.sampler.num_steps),
+        }
+
+    def _check(self, bad_step: int | None) -> None:
+        if bad_step is not None:
+            raise BadNumbersError(
+                f"{self.context.node.name}: NaN or infinity in the latent after step {bad_step} of "
+                f"{self.sampler.num_steps} (sampler {self.sampler.name}, precision {self.precision}, attention "
+                f"{self.context.numerics.attention}, device {self.context.device})",
+                fix="try precision: fp32 in the model's node, or another sampler; check the checkpoint and the LoRAs",
+                kept="everything that was stored before; nothing of this node",
+            )

@@ -1,0 +1,107 @@
+"""A run's events as text for programs: one JSON object a line, the first one says which version this is."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, TextIO
+
+from pydantic import TypeAdapter
+
+from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.graph.events import Event, Listener
+from s2v_flow.version import __version__
+
+VERSION = 1  # raised when a type or a field goes away or changes its meaning; new ones may come at any time
+_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+
+@contextmanager
+def open_events(target: str | None) -> Iterator[tuple[Listener, ...]]:
+    """Give the listener that writes events to a file, or to stdout for "-"; none where no target is given.
+
+    Raises:
+        S2VFlowError: The file cannot be written.
+    """
+    if target is None:
+        yield ()
+    elif target == "-":
+        yield (EventStream(sys.stdout),)
+    else:
+        try:
+            file = open(target, "w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise S2VFlowError(f"{target}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
+        with file:
+            yield (EventStream(file),)
+
+
+def to_all(*listeners: Listener) -> Listener:
+    """Return a listener that passes every event to all of these."""
+
+    def listen(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return listen
+
+
+class EventStream:
+    """Writes every event to a text stream as it comes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._put({"type": "version", "events": VERSION, "s2vflow": __version__})
+
+    def __call__(self, event: Event) -> None:
+        """Write an event."""
+        self._put({"type": type_name(type(event)), **asdict(event)})
+
+    def _put(self, record: Mapping[str, Any]) -> None:
+        try:
+            self._stream.write(json.dumps(record) + "\n")
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise S2VFlowError(f"the events cannot be written: {error.strerror}") from error
+
+
+def type_name(kind: type) -> str:
+    """Return an event's type as the stream calls it: NodeStarted is node_started."""
+    return _WORD.sub("_", kind.__name__).lower()
+
+
+def events_schema() -> dict[str, Any]:
+    """Return the JSON Schema of one line."""
+    version = {"events": {"const": VERSION}, "s2vflow": {"type": "string"}}
+    lines = [_line("version", version, "The first line: the version of this format, and of the program.")]
+    for kind in typing.get_args(Event):
+        schema = TypeAdapter(kind).json_schema(mode="serialization")
+        text = " ".join((kind.__doc__ or "").split())
+        lines.append(_line(type_name(kind), schema["properties"], text))
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "s2vflow event",
+        "description": "One line of `s2vflow run --events`.",
+        "oneOf": lines,
+    }
+
+
+def _line(name: str, properties: Mapping[str, Any], text: str) -> dict[str, Any]:
+    fields = {
+        key: {part: value for part, value in field.items() if part != "title"} for key, field in properties.items()
+    }
+    return {
+        "title": name,
+        "description": text,
+        "type": "object",
+        "properties": {"type": {"const": name}, **fields},
+        "required": ["type", *fields],
+        "additionalProperties": False,
+    }

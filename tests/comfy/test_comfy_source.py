@@ -1,0 +1,111 @@
+"""The places where ComfyUI hides a workflow: each gives the same recipe as the plain file."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from comfy_workflows import editor, golden
+from PIL import Image, PngImagePlugin
+from safetensors.numpy import save_file
+
+from s2v_flow.api import KINDS
+from s2v_flow.comfy.importer import import_workflow
+from s2v_flow.comfy.source import read_workflow
+from s2v_flow.errors import ExitCode, S2VFlowError
+
+WORKFLOW = json.dumps(editor())
+PROMPT = json.dumps(golden())
+PICTURE = Image.new("RGB", (8, 8))
+
+
+def png(path: Path, *, compressed: bool = False, unicode_text: bool = False) -> None:
+    info = PngImagePlugin.PngInfo()
+    if unicode_text:
+        info.add_itxt("workflow", WORKFLOW, zip=compressed)
+    else:
+        info.add_text("prompt", PROMPT, zip=compressed)
+        info.add_text("workflow", WORKFLOW, zip=compressed)
+    PICTURE.save(path, pnginfo=info)
+
+
+def webp(path: Path) -> None:
+    exif = PICTURE.getexif()
+    exif[0x0110], exif[0x010F] = "prompt:" + PROMPT, "workflow:" + WORKFLOW
+    PICTURE.save(path, exif=exif, lossless=True)
+
+
+def video(path: Path, tags: dict[str, str], codec: str) -> None:
+    options = {"movflags": "use_metadata_tags"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=options) as container:
+        container.metadata.update(tags)
+        stream = container.add_stream(codec, rate=16)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))))
+        container.mux(stream.encode())
+
+
+MAKERS = {
+    "a.json": lambda path: path.write_text(WORKFLOW),
+    "bom.json": lambda path: path.write_bytes(b"\xef\xbb\xbf" + WORKFLOW.encode()),
+    "server.json": lambda path: path.write_text(json.dumps({"prompt": golden(), "client_id": "x"})),
+    "a.png": png,
+    "zipped.png": lambda path: png(path, compressed=True),
+    "unicode.png": lambda path: png(path, unicode_text=True),
+    "both.png": lambda path: png(path, unicode_text=True, compressed=True),
+    "a.webp": webp,
+    "a.mp4": lambda path: video(path, {"workflow": WORKFLOW, "prompt": PROMPT}, "mpeg4"),
+    "comment.mp4": lambda path: video(path, {"comment": json.dumps({"prompt": golden()})}, "mpeg4"),
+    "a.webm": lambda path: video(path, {"prompt": PROMPT}, "vp9"),
+    "a.latent": lambda path: save_file({"latent_tensor": np.zeros(3)}, path, {"prompt": PROMPT}),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_workflow_is_found_where_comfyui_puts_it(name: str, tmp_path: Path) -> None:
+    """The recipe is the golden workflow's, whatever the file."""
+    plain = tmp_path / "plain.json"
+    plain.write_text(PROMPT)
+    file = tmp_path / name
+    MAKERS[name](file)
+    expected = import_workflow(plain, KINDS).text
+    assert import_workflow(file, KINDS).text.splitlines()[2:] == expected.splitlines()[2:]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.mp4", "a.webm"])
+def test_media_without_a_workflow_says_so(name: str, tmp_path: Path) -> None:
+    """A picture or a video of anything else."""
+    file = tmp_path / name
+    if file.suffix in (".png", ".webp"):
+        PICTURE.save(file)
+    else:
+        video(file, {}, "vp9" if name == "a.webm" else "mpeg4")
+    with pytest.raises(S2VFlowError, match="no workflow is in it") as caught:
+        import_workflow(file, KINDS)
+    assert caught.value.exit_code == ExitCode.RECIPE
+
+
+@pytest.mark.parametrize("head", [b"\x89PNG\r\n\x1a\n", b"RIFF....WEBPxx", b"....ftypisom", b"\x1aE\xdf\xa3"])
+def test_damaged_media_say_so(head: bytes, tmp_path: Path) -> None:
+    """Cut short after the first bytes."""
+    file = tmp_path / "file"
+    file.write_bytes(head + b"\0" * 40)
+    with pytest.raises(S2VFlowError, match="not a ComfyUI workflow"):
+        import_workflow(file, KINDS)
+
+
+def test_a_zipped_text_that_grows_beyond_bounds_is_refused(tmp_path: Path) -> None:
+    """A few kilobytes of PNG with 60 MB of spaces in them."""
+    data = b"workflow\0\0" + zlib.compress(b" " * (60 << 20), 9)
+    file = tmp_path / "bomb.png"
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s", len(data), b"zTXt") + data + b"\0" * 4)
+    with pytest.raises(S2VFlowError, match="50 MB") as caught:
+        read_workflow(file)
+    assert caught.value.exit_code == ExitCode.REFUSED

@@ -1,0 +1,53 @@
+"""Why a node must run, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from s2v_flow.cache.store import Entry
+from s2v_flow.graph.reasons import NEVER, explain
+
+BASE: dict[str, Any] = {
+    "kind": "chunk",
+    "version": 1,
+    "fields": {"steps": 4, "cfg": 1.0, "sampler": "euler"},
+    "inputs": {"positive": "sha256:a", "history": ["sha256:x", "sha256:y"]},
+    "numerics": {"device": "cpu"},
+}
+
+
+def entry(node: str = "first", **changes: Any) -> Entry:
+    return Entry("f" * 64, {**BASE, **changes}, {}, {"node": node})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"fields": {"steps": 20, "cfg": 1.0, "sampler": "euler"}}, "nodes.first.steps: 20 -> 4"),
+        ({"fields": {"steps": 4, "cfg": 1.0, "sampler": "heun"}}, "nodes.first.sampler: 'heun' -> 'euler'"),
+        ({"inputs": {"positive": "sha256:b", "history": BASE["inputs"]["history"]}}, "input positive is another"),
+        ({"inputs": {"history": BASE["inputs"]["history"]}}, "input positive is new"),
+        ({"numerics": {"device": "cuda"}}, "device: 'cuda' -> 'cpu'"),
+        ({"version": 0}, "the kind chunk has changed in s2vflow (version 0 -> 1)"),
+        ({"kind": "decode"}, NEVER),
+    ],
+)
+def test_the_difference_from_the_nearest_result_is_named(changes: dict[str, Any], text: str) -> None:
+    assert explain("first", "first", BASE, [entry(**changes)]) == text
+
+
+def test_the_nearest_of_several_results_counts() -> None:
+    """Fewer differences win, whoever made the result."""
+    far = entry(fields={"steps": 1, "cfg": 2.0, "sampler": "heun"})
+    near = entry("other", fields={"steps": 5, "cfg": 1.0, "sampler": "euler"})
+    assert explain("first", "first", BASE, [far, near]) == "nodes.first.steps: 5 -> 4"
+
+
+def test_a_replaced_file_is_named_without_its_digest() -> None:
+    """Digests say nothing to people."""
+    image = {**BASE, "fields": {"checkpoint": "sha256:1"}}
+    assert (
+        explain("a", "dit", image, [entry(fields={"checkpoint": "sha256:2"})]) == "nodes.dit.checkpoint: another file"
+    )

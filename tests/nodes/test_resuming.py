@@ -1,0 +1,265 @@
+"""Chunks that are stopped and gone on with: the same bits, for every sampler and every step; and bad numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from s2v_flow.cache.checkpoint import Checkpoints, seal
+from s2v_flow.errors import BadNumbersError
+from s2v_flow.graph.checkpoint import Checkpoint
+from s2v_flow.graph.events import Event, Noted, StepDone
+from s2v_flow.graph.interrupt import StoppedError
+from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.plan import PlanNode
+from s2v_flow.graph.run import Artifact, RunContext
+from s2v_flow.nodes import resuming
+from s2v_flow.nodes.chunk import Chunk
+from s2v_flow.sampling.catalog import SamplerName
+
+STEPS = 6
+KEY = "ab" + "0" * 62
+FIELDS = {"width": 64, "height": 64, "num_latent_frames": 2, "audio_offset": 0, "steps": STEPS, "cfg": 3.0, "seed": 7}
+SAMPLERS = get_args(SamplerName)
+
+
+class CurvedModel:
+    """A velocity that is no straight line, and differs between the branches; `spoil` puts something into it."""
+
+    def __init__(self, spoil: Callable[[int], float] = lambda call: 0.0) -> None:
+        self.calls = 0
+        self._spoil = spoil
+
+    def prepare_text(self, context: Tensor) -> Tensor:
+        return context.sum()
+
+    def prepare_audio(self, audio_embed: Tensor | None, **_: Any) -> None:
+        return None
+
+    def prepare_chunk(self, *, num_latent_frames: int, height: int, width: int, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(latent_shape=(1, 16, num_latent_frames, height, width))
+
+    def __call__(self, x: Tensor, timestep: Tensor, chunk: Any, branches: Sequence[Any]) -> list[Tensor]:
+        self.calls += 1
+        shift = timestep / 1000 + self._spoil(self.calls)
+        return [torch.tanh(x * 1.3 + branch.text) * 0.7 + torch.sin(x * 5) * shift for branch in branches]
+
+
+class Bench:
+    """One chunk with a fake model: runs it, stopping where a test wants, and remembers what happened."""
+
+    def __init__(self, folder: Path, sampler: str = "uni_pc", **fields: Any) -> None:
+        self.folder = Checkpoints(folder)
+        given = {**FIELDS, "sampler": sampler, "scheduler": "simple", "shift": 8.0, "conditioning": "official"}
+        self.chunk = Chunk(**{**given, **fields})
+        self.events: list[Event] = []
+
+    def run(
+        self, stop_after: int | None = None, *, model: CurvedModel | None = None, key: str = KEY, is_fresh: bool = False
+    ) -> Tensor:
+        """Run the chunk and return its latent; ask it to stop at the end of step `stop_after`."""
+        self.events.clear()
+        should_stop = lambda: stop_after is not None and self.steps()[-1:] == [stop_after]  # noqa: E731
+        checkpoint = Checkpoint(self.folder, key, "talk[1]", self.events.append, should_stop, is_fresh)
+        handle = SimpleNamespace(get=lambda: model or CurvedModel(), memo={}, facts={}, precision="fp32")
+        node = PlanNode("talk[1]", "talk", "extend", self.chunk, {}, {}, {})
+        numerics = Numerics("cpu")
+        context = RunContext(
+            node, "cpu", numerics, dict, {}, {}, {}, Path(), self.events.append, {}, checkpoint=checkpoint
+        )
+        inputs = {"model": handle, "positive": text(0.1), "negative": text(-0.2)}
+        return load(self.chunk.run(context, inputs)["latent"])["samples"]
+
+    def steps(self) -> list[int]:
+        """The steps that the last run took."""
+        return [event.step for event in self.events if isinstance(event, StepDone)]
+
+    def notes(self) -> list[Noted]:
+        return [event for event in self.events if isinstance(event, Noted)]
+
+
+def text(value: float) -> Artifact:
+    payload = save({"context": torch.full((1, 3, 8), value)})
+    return Artifact(f"sha256:{value}", lambda: payload, lambda path: False)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_chunk_that_was_stopped_goes_on_to_the_same_bits_at_every_step(sampler: str, tmp_path: Path) -> None:
+    """One stop at each step, and a stop at every step in turn; each step is taken once."""
+    bench = Bench(tmp_path, sampler)
+    whole = bench.run()
+    assert bench.steps() == list(range(1, STEPS + 1))
+    for step in range(1, STEPS):
+        with pytest.raises(StoppedError, match=rf"talk\[1\] after step {step} of {STEPS}, checkpoint written"):
+            bench.run(step)
+        resumed = bench.run()
+        assert bench.steps() == list(range(step + 1, STEPS + 1))
+        assert torch.equal(resumed.view(torch.int32), whole.view(torch.int32)), step
+        bench.folder.forget(KEY)
+    for step in range(1, STEPS):
+        with pytest.raises(StoppedError):
+            bench.run(step)
+        assert bench.steps() == [step]
+    assert torch.equal(bench.run().view(torch.int32), whole.view(torch.int32))
+
+
+def test_the_latent_alone_would_not_do(tmp_path: Path) -> None:
+    """The test above can fail: without its history a solver goes on to other bits."""
+    bench = Bench(tmp_path, "dpmpp_2m")
+    whole = bench.run()
+    with pytest.raises(StoppedError):
+        bench.run(3)
+    facts, payload = bench.folder.read(KEY) or ({}, b"")
+    tensors = {name: tensor for name, tensor in load(payload).items() if not name.startswith("history.")}
+    bench.folder.write(
+        KEY, {name: facts[name] for name in facts if name not in ("schema", "fingerprint")}, save(tensors)
+    )
+    assert not torch.equal(bench.run(), whole)
+
+
+def test_a_stop_in_the_last_step_finishes_the_chunk(tmp_path: Path) -> None:
+    """Its result is there: nothing is to be gone on with."""
+    bench = Bench(tmp_path)
+    assert torch.equal(bench.run(STEPS), bench.run())
+    assert bench.folder.peek(KEY) is None
+
+
+def test_checkpoints_are_written_so_that_no_more_than_a_minute_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With steps of 25 s: after the 2nd and the 4th, for another step would be too late; with 61 s: after each."""
+    for seconds, expected in ((25.0, [2, 4]), (61.0, [1, 2, 3, 4, 5]), (1.0, [])):
+        bench = Bench(tmp_path)
+        written: list[int] = []
+        monkeypatch.setattr(
+            bench.folder, "write", lambda key, facts, payload, to=written: to.append(int(facts["step"]))
+        )
+        now = SimpleNamespace(seconds=100.0)
+        monkeypatch.setattr(resuming, "time", SimpleNamespace(monotonic=lambda now=now: now.seconds))
+
+        class SlowModel(CurvedModel):
+            def __call__(self, *args: Any, seconds: float = seconds, now: Any = now) -> list[Tensor]:
+                now.seconds += seconds
+                return super().__call__(*args)
+
+        bench.run(model=SlowModel())
+        assert written == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": 7}, {"shift": 5.0}, {"sampler": "uni_pc_bh2"}, {"seed": 8}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_checkpoint_that_does_not_fit_is_told_and_not_used(changes: Mapping[str, Any], tmp_path: Path) -> None:
+    """Fingerprints keep them apart; should one be wrong, the sampler, its levels, its seed and its steps do."""
+    with pytest.raises(StoppedError):
+        Bench(tmp_path).run(3)
+    other = Bench(tmp_path, **changes)
+    expected = other.run(key="cd" + KEY[2:])
+    assert torch.equal(other.run(), expected)
+    (note,) = other.notes()
+    assert note.is_warning
+    assert note.text.startswith("the checkpoint is not used, it is of another run: s")
+    assert other.steps()[0] == 1
+
+
+def test_a_node_that_is_computed_anew_does_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """`--force` means all of it."""
+    bench = Bench(tmp_path)
+    with pytest.raises(StoppedError):
+        bench.run(3)
+    bench.run(is_fresh=True)
+    assert bench.steps()[0] == 1
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_seen(tmp_path: Path) -> None:
+    """It is put aside with a warning, and the chunk begins anew, to the right result."""
+    bench = Bench(tmp_path)
+    with pytest.raises(StoppedError):
+        bench.run(2)
+    path = bench.folder.path(KEY)
+    sound = path.read_bytes()
+    assert int.from_bytes(sound[:8], "little") % 8 == 0, "readable by any safetensors reader"
+    assert load(sound)["x"].shape == (1, 16, 2, 8, 8)
+    whole = Bench(tmp_path).run(key="ef" + KEY[2:])
+    positions = [*range(0, 1500, 7), *range(1500, len(sound), 4001), len(sound) - 1]
+    for position in positions:
+        path.write_bytes(sound[:position] + bytes([sound[position] ^ 4]) + sound[position + 1 :])
+        with pytest.raises(ValueError, match=r"damaged"):
+            bench.folder.read(KEY)
+        assert not path.exists()
+    path.write_bytes(sound[:-1])
+    assert torch.equal(bench.run(), whole)
+    assert [note.is_warning for note in bench.notes()] == [True]
+    assert bench.steps()[0] == 1
+    assert {file.name for file in (tmp_path / "quarantine").iterdir()} == {path.name}
+
+
+def test_a_sound_file_that_holds_no_state_is_not_used(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    for payload in (save({"latent": torch.zeros(1)}), save({"step": torch.tensor(3)})):
+        bench.folder.write(KEY, {}, payload)
+        bench.run()
+        assert [note.is_warning for note in bench.notes()] == [True]
+        assert bench.steps()[0] == 1
+    with pytest.raises(ValueError, match="header"):
+        seal(b"no safetensors", {})
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run says so; a stop still stops."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("s2v_flow.cache.checkpoint.finish", refuse)
+    bench = Bench(tmp_path)
+    with pytest.raises(StoppedError, match="without a checkpoint"):
+        bench.run(3)
+    (note,) = bench.notes()
+    assert note.is_warning
+    assert "no space left" in note.text
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_bad_numbers_stop_the_run_at_their_step(number: float, tmp_path: Path) -> None:
+    """The message names the node, the step, the precision and the attention; no checkpoint holds them."""
+    bench = Bench(tmp_path, "euler")
+    with pytest.raises(BadNumbersError) as caught:
+        bench.run(4, model=CurvedModel(lambda call: number if call == 4 else 0.0))
+    words = (
+        r"talk\[1\]: NaN or infinity in the latent after step 4 of 6 \(sampler euler, precision fp32, attention sdpa"
+    )
+    assert re.match(words, caught.value.message)
+    assert caught.value.exit_code == 8
+    assert bench.steps() == [1, 2, 3, 4]
+    assert bench.folder.peek(KEY) is None
+
+
+def test_one_bad_number_is_enough_and_none_is_overlooked_at_the_end() -> None:
+    """In any place, in any step, the last one too."""
+    from s2v_flow.nodes.finite import FiniteWatch
+
+    for step in (1, 2, 3):
+        watch = FiniteWatch()
+        for number in (1, 2, 3):
+            x = torch.randn(1, 16, 2, 4, 4)
+            if number == step:
+                x.view(-1)[37 * step] = float("nan")
+            watch.add(number, x)
+        assert watch.first_bad(waits=True) == step
+    watch = FiniteWatch()
+    watch.add(1, torch.full((5,), 3e38))
+    assert watch.first_bad(waits=True) is None

@@ -1,0 +1,54 @@
+"""A quick run to look back at: three chunks of two latent frames, 20 frames of 64x64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes_for_tests import call, tiny, write_recipe, write_voice
+
+QUICK = tiny(talk={"chunks": 2, "seed": [1, 2]}, video={"preset": "ultrafast"})
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a recipe and its voice, and the options that say where everything is."""
+
+    folder: Path
+    recipe: Path
+    where: tuple[str, ...]
+
+    @property
+    def video(self) -> Path:
+        return self.folder / "out" / "talk.mp4"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    def call(self, command: str, *arguments: object) -> tuple[int, str, str]:
+        return call(command, *arguments, "--cache-dir", self.cache)
+
+    def run(self, *arguments: object) -> tuple[int, str, str]:
+        return call("run", self.recipe, *self.where, *arguments)
+
+    def manifests(self) -> list[Path]:
+        return sorted(self.cache.glob("runs/*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def place(folder: Path, models: Path, changes: Mapping[str, Any] = QUICK, **more: Any) -> Place:
+    """Write a recipe that runs in about a second."""
+    write_voice(folder / "voice.wav", 1.2)
+    recipe = write_recipe(folder, changes, **more)
+    where = ("--models-dir", str(models), "--cache-dir", str(folder / "cache"), "--device", "cpu")
+    return Place(folder, recipe, where)
+
+
+def ran(folder: Path, models: Path, changes: Mapping[str, Any] = QUICK, **more: Any) -> Place:
+    """Write a recipe and run it."""
+    made = place(folder, models, changes, **more)
+    code, _, err = made.run()
+    assert code == 0, err
+    return made

@@ -1,0 +1,132 @@
+"""What shells complete: asked as their scripts ask, by environment variables."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.shell_completion import BashComplete
+from recipes_for_tests import RECIPES, call
+
+from s2v_flow.api import KINDS
+from s2v_flow.cli import cli
+from s2v_flow.completion import SHELLS
+
+DEMO, QUALITY = RECIPES / "demo.yaml", RECIPES / "s2v_quality.yaml"
+
+
+def complete(*words: object) -> list[str]:
+    """Return what follows the last word."""
+    *given, incomplete = map(str, words)
+    shell = BashComplete(cli, {}, "s2vflow", "_S2VFLOW_COMPLETE")
+    return [item.value for item in shell.get_completions(given, incomplete)]
+
+
+def test_a_parameter_is_completed_without_torch() -> None:
+    """In a process of its own, as the shell does it."""
+    words = f"s2vflow run {DEMO} --set st"
+    code = (
+        "import sys; from s2v_flow.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'numpy', 'transformers', 'networkx'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    environment = {**os.environ, "_S2VFLOW_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "4"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "plain,steps=\n", "[]\n")
+
+
+def test_paths_grow_part_by_part() -> None:
+    """Parameters and sections, nodes, and the fields that a node's kind has, given or not."""
+    assert complete("run", DEMO, "--set", "") == [
+        *("image=", "audio=", "prompt=", "negative_prompt=", "width=", "height=", "length=", "steps=", "cfg=", "seed="),
+        *("params.", "nodes."),
+    ]
+    assert complete("plan", DEMO, "--set", "params.s") == ["params.steps=", "params.seed="]
+    assert complete("plan", DEMO, "--set", "nodes.v") == ["nodes.vae.", "nodes.voice.", "nodes.video."]
+    assert complete("check", DEMO, "--set", "nodes.voice.") == [
+        f"nodes.voice.{field}=" for field in KINDS["load_audio"].model_fields
+    ]
+
+
+def test_items_of_lists_go_by_their_ids() -> None:
+    paths = complete("run", RECIPES / "s2v_lightning.yaml", "--set", "nodes.dit.loras[")
+    assert "nodes.dit.loras[lightning].strength=" in paths
+
+
+def test_what_a_recipe_extends_counts() -> None:
+    """Its parameters, its nodes and its profiles."""
+    assert complete("run", QUALITY, "--set", "st") == ["steps="]
+    assert complete("run", QUALITY, "--set", "nodes.dit.che") == ["nodes.dit.checkpoint="]
+    assert complete("run", QUALITY, "-p", "") == ["quality", "bf16"]
+
+
+def test_profiles_are_completed_after_a_comma() -> None:
+    """Each once."""
+    assert complete("run", QUALITY, "-p", "quality,") == ["quality,bf16"]
+    assert complete("run", QUALITY, "-p", "qu") == ["quality"]
+
+
+def test_kinds_and_commands_are_completed() -> None:
+    assert complete("nodes", "load_v") == ["load_vae", "load_video"]
+    assert "doctor" in complete("d")
+
+
+@pytest.mark.parametrize("recipe", ["no-such.yaml", "bad.yaml", None])
+def test_without_a_readable_recipe_nothing_is_proposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str | None
+) -> None:
+    """And nothing is said."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("nodes: [")
+    words = [] if recipe is None else [recipe]
+    assert complete("run", *words, "--set", "st") == []
+    assert complete("run", *words, "-p", "q") == []
+
+
+@pytest.mark.parametrize("words", ["nodes.none.", "nodes.dit.kind.x", "steps=4", "other.", "params.x.y"])
+def test_where_no_path_leads_nothing_is_proposed(words: str) -> None:
+    assert complete("run", DEMO, "--set", words) == []
+
+
+def test_recipes_of_odd_shape_are_no_obstacle(tmp_path: Path) -> None:
+    """Whatever a person has typed so far."""
+    path = tmp_path / "r.yaml"
+    path.write_text("params: 3\nnodes: {a: 3, b: {kind: [x]}, c: {kind: sample, loras: [1, {x: 1}]}}\n")
+    assert complete("run", path, "--set", "s") == []
+    assert complete("run", path, "--set", "nodes.a.") == []
+    assert complete("run", path, "--set", "nodes.b.") == []
+    assert "nodes.c.steps=" in complete("run", path, "--set", "nodes.c.")
+    assert complete("run", path, "--set", "nodes.c.loras[1") == ["nodes.c.loras[1].x="]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_script_is_printed_for_each_shell(shell: str) -> None:
+    """It asks s2vflow itself."""
+    code, out, err = call("completion", shell)
+    assert (code, err) == (0, "")
+    assert f"_S2VFLOW_COMPLETE={shell}_complete" in out
+
+
+def test_bash_takes_the_script_and_leaves_no_blank_after_an_equals_sign(tmp_path: Path) -> None:
+    """Run in bash: the function fills COMPREPLY."""
+    _, script, _ = call("completion", "bash")
+    path = tmp_path / "script"
+    path.write_text(script)
+    program = tmp_path / "s2vflow"
+    program.write_text("#!/bin/sh\necho plain,steps=\necho plain,other\n")
+    program.chmod(0o755)
+    code = (
+        f"source {path}; compopt() {{ echo compopt $*; }}; COMP_WORDS=(s2vflow run st); COMP_CWORD=2;"
+        f" _s2vflow_completion {program}; echo ${{COMPREPLY[@]}}"
+    )
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "compopt -o nospace\nsteps= other\n"
+
+
+def test_another_shell_is_exit_code_2() -> None:
+    assert call("completion", "cmd")[0] == 2

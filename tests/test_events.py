@@ -1,0 +1,126 @@
+"""The event stream: what `run --events` writes, and its schema."""
+
+from __future__ import annotations
+
+import io
+import json
+import typing
+from pathlib import Path
+
+import jsonschema
+import pytest
+from recipes_for_tests import call
+from runs_for_tests import Place, place, ran
+
+from s2v_flow.describe import schema_text
+from s2v_flow.errors import S2VFlowError
+from s2v_flow.graph import events
+from s2v_flow.runs.stream import EventStream, type_name
+
+SCHEMA = Path(__file__).parent.parent / "schemas" / "events.schema.json"
+EXAMPLES: tuple[events.Event, ...] = (
+    events.RunStarted(("first", "video"), 9),
+    events.NodeStarted("first", "sample"),
+    events.StepDone("first", 1, 2, "step"),
+    events.NodeFinished("first", 1.5, 2**40),
+    events.NodeCached("talk[1]"),
+    events.Noted("first", "odd \x1b[31m\n中", is_warning=True),
+    events.Delivered("video", "out/talk.mp4", True),
+    events.RunFinished("20261122-161502-7f3a", "failed", "why"),
+    events.RunFinished("20261122-161502-7f3a", "finished"),
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Place:
+    return ran(tmp_path_factory.mktemp("events"), tiny_models)
+
+
+def checked(text: str) -> list[dict[str, typing.Any]]:
+    """Return the lines as objects, each valid by the stored schema."""
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        validator.validate(line)
+    return lines
+
+
+def test_the_stored_schema_is_the_generated_one() -> None:
+    """schemas/events.schema.json is never edited by hand."""
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text("events")
+    assert call("schema", "--of", "events") == (0, schema_text("events"), "")
+
+
+def test_every_kind_of_event_has_a_type_of_its_own() -> None:
+    kinds = typing.get_args(events.Event)
+    assert {type(event) for event in EXAMPLES} == set(kinds)
+    assert type_name(events.NodeStarted) == "node_started"
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    assert [line["title"] for line in schema["oneOf"]] == ["version", *map(type_name, kinds)]
+
+
+def test_each_event_is_one_line_that_the_schema_knows() -> None:
+    """Also text with line breaks; the first line is the version."""
+    stream = io.StringIO()
+    listen = EventStream(stream)
+    for event in EXAMPLES:
+        listen(event)
+    lines = checked(stream.getvalue())
+    assert lines[0].keys() == {"type", "events", "s2vflow"}
+    assert (lines[0]["type"], lines[0]["events"]) == ("version", 1)
+    assert lines[6]["text"] == "odd \x1b[31m\n中"
+    assert stream.getvalue().isascii()
+
+
+@pytest.mark.parametrize("line", [{"type": "dance"}, {"type": "node_cached"}, {"type": "node_cached", "node": 1}])
+def test_the_schema_refuses_what_is_no_event(line: dict[str, object]) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        checked(json.dumps(line))
+
+
+def test_a_run_writes_its_events_to_a_file(done: Place, tmp_path: Path) -> None:
+    code, out, err = done.run("--events", tmp_path / "events.jsonl", "--set", "nodes.talk.seed=[1,5]")
+    assert (code, out) == (0, f"{done.video}\n")
+    assert "talk[2]: started (extend)" in err
+    lines = checked((tmp_path / "events.jsonl").read_text())
+    types = [line["type"] for line in lines]
+    assert types[:2] == ["version", "run_started"]
+    assert types[-2:] == ["delivered", "run_finished"]
+    assert [line["node"] for line in lines if line["type"] == "node_finished"] == ["talk[2]", "video"]
+    assert lines[-1]["run"] == done.manifests()[-1].parent.name
+    assert any(line["type"] == "step_done" and line["unit"] == "step" for line in lines)
+
+
+def test_a_dash_gives_stdout_to_the_events_alone(done: Place) -> None:
+    code, out, err = done.run("--events", "-", "--set", "nodes.talk.seed=[1,6]")
+    assert code == 0
+    assert [line["type"] for line in checked(out)][0::1000] == ["version"]
+    assert "talk[2]: started (extend)" in err
+
+
+def test_a_run_that_fails_says_so_in_its_last_line(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise S2VFlowError("the film tore")
+
+    monkeypatch.setattr("s2v_flow.nodes.save.require_frames", fail)
+    made = place(tmp_path, tiny_models)
+    code, out, _ = made.run("--events", "-")
+    assert code == 1
+    last = checked(out)[-1]
+    assert (last["type"], last["status"], last["error"]) == ("run_finished", "failed", "the film tore")
+
+
+def test_two_kinds_of_output_on_stdout_are_refused(done: Place) -> None:
+    code, out, err = done.run("--events", "-", "--json")
+    assert (code, out) == (2, "")
+    assert "give --events a file" in err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_run(done: Place, tmp_path: Path) -> None:
+    before = len(done.manifests())
+    code, out, err = done.run("--events", tmp_path / "no" / "such" / "folder")
+    assert (code, out) == (2, "")
+    assert "cannot be written" in err
+    assert len(done.manifests()) == before
