@@ -30,6 +30,7 @@ from s2v_flow.graph.run import Run, RunResult, ignore
 from s2v_flow.graph.selection import Selection
 from s2v_flow.graph.status import TO_COMPUTE, NodeStatus, assess
 from s2v_flow.need import ModelNeed, known_needs, recipe_needs
+from s2v_flow.nodes.chain import FRAME_RATE_HZ
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.homes import HOMES
 from s2v_flow.nodes.table import NODE_KINDS
@@ -147,6 +148,11 @@ class Planned:
         return max((length for length in self._lengths("seconds") if length is not None), default=None)
 
     @property
+    def silent_seconds(self) -> float | None:
+        """How much of the last chunk lies past the voice's end and is cut; None where that is not known."""
+        return max((frames / FRAME_RATE_HZ for frames in self._lengths("silent_frames") if frames), default=None)
+
+    @property
     def has_work(self) -> bool:
         """Whether a run would compute anything."""
         return any(status.status in TO_COMPUTE for status in self.statuses.values())
@@ -166,7 +172,14 @@ class Planned:
         nodes = []
         for node in self.plan.nodes:
             status = self.statuses[node.name]
-            entry = {"name": node.name, "kind": node.kind, "status": status.status, "reason": status.reason}
+            entry: dict[str, Any] = {
+                "name": node.name,
+                "kind": node.kind,
+                "status": status.status,
+                "reason": status.reason,
+            }
+            cost = self.estimate.nodes.get(node.name)
+            entry |= {"estimate": vars(cost)} if cost else {}
             nodes.append({**entry, "fingerprint": status.fingerprint, "facts": dict(node.facts)})
         return {
             "recipe": str(self.recipe.path),
@@ -174,9 +187,12 @@ class Planned:
             "chunks": self.num_chunks,
             "frames": self.num_frames,
             "seconds": self.seconds,
+            "silent_seconds": self.silent_seconds,
             "nodes": nodes,
             "estimate": {
                 "seconds": self.estimate.seconds,
+                "disk_bytes": self.estimate.disk_bytes,
+                "peak_bytes": self.estimate.peak_bytes,
                 "never_ran": list(self.estimate.unknown),
                 "files_to_read": self.estimate.num_files,
                 "bytes_to_read": self.estimate.bytes_to_read,

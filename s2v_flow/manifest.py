@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-NodeState = Literal["computed", "stored", "live", "skipped", "failed", "not_reached"]
+NodeState = Literal["computed", "stored", "live", "skipped", "failed", "interrupted", "not_reached"]
 
 
 class Part(BaseModel):

@@ -88,13 +88,17 @@ def print_plan(planned: Planned) -> None:
             print_result(f"  can be had at {home}")
 
 
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.1f} MB"
+
+
 def _cost(planned: Planned) -> str:
     cost = planned.estimate
-    size = f"{cost.bytes_to_read / 2**30:.1f} GB" if cost.bytes_to_read >= 2**30 else f"{cost.bytes_to_read >> 20} MB"
-    reads = f"{cost.num_files} files to read, {size}"
+    reads = f"{cost.num_files} files to read, {_size(cost.bytes_to_read)}"
     if cost.seconds is None:
         return f"{reads}; no estimate of time: {', '.join(cost.unknown)} never ran here in this size"
-    return f"{reads}; about {cost.seconds:.0f} s, from past runs on this machine"
+    sizes = f"{_size(cost.disk_bytes or 0)} to be stored, {_size(cost.peak_bytes or 0)} of memory"
+    return f"{reads}; about {cost.seconds:.0f} s, {sizes}, from past runs on this machine"
 
 
 def _length(planned: Planned) -> str:
@@ -102,6 +106,8 @@ def _length(planned: Planned) -> str:
     parts = ["chunks unknown" if chunks is None else f"{chunks} {'chunk' if chunks == 1 else 'chunks'}"]
     parts += [] if frames is None else [f"{frames} frames"]
     parts += [] if seconds is None else [f"{seconds:.2f} s"]
+    silent = planned.silent_seconds
+    parts += [] if not silent else [f"the last chunk is padded with {silent:.2f} s of silence, which is cut"]
     return ", ".join(parts)
 
 

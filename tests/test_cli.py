@@ -242,7 +242,7 @@ def assert_goes_on(recipe: Path, where: list[str], change: list[str]) -> None:
 def test_after_ctrl_c_the_next_run_goes_on_from_the_stored_chunks(tmp_path: Path, done: tuple[Path, list[str]]) -> None:
     recipe, where = done
     change = ["--set", "nodes.first.seed=130", "--output-dir", str(tmp_path / "out")]
-    endless = ["--set", "nodes.talk.steps=1000"]
+    endless = ["--set", "nodes.talk.steps=400"]
     command = [sys.executable, "-m", "s2v_flow", "run", str(recipe), *where, *change, *endless]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None

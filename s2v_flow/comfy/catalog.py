@@ -15,6 +15,9 @@ VIRTUAL = frozenset({"Reroute", "PrimitiveNode", "Note", "MarkdownNote", "SetNod
 """Nodes that exist in the editor only."""
 NOTES = frozenset({"Note", "MarkdownNote"})
 
+AUTHORS_SAMPLERS = ("flow_unipc", "flow_dpmpp")
+"""Samplers of recipes that ComfyUI does not have."""
+
 SAVERS = ("SaveVideo", "SaveAnimatedWEBP", "SaveWEBM", "VHS_VideoCombine", "SaveImage", "SaveLatent")
 PREVIEWS = ("PreviewImage",)
 WITHOUT_RESULT = frozenset({"PreviewAny", "PreviewAudio", "SaveAudio", "SaveAudioMP3", "SaveAudioOpus"})

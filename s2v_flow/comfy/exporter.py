@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from s2v_flow.comfy.catalog import AUTHORS_SAMPLERS
 from s2v_flow.comfy.formats import write_editor, write_prompt
 from s2v_flow.comfy.graph import Link, Value
 from s2v_flow.comfy.sheet import Sheet
@@ -105,7 +106,7 @@ class _Exporter:
                 self._mistake(name, "motion", "ComfyUI hands motion over as latents only", "set motion: latent")
             if getattr(node, "init_first_frame", False):
                 self._mistake(name, "init_first_frame", "ComfyUI has no init_first_frame", "set it to false")
-            if getattr(node, "sampler", None) in ("flow_unipc", "flow_dpmpp"):
+            if getattr(node, "sampler", None) in AUTHORS_SAMPLERS:
                 self._mistake(name, "sampler", "ComfyUI does not have the authors' samplers", "try uni_pc, shift 8")
             if getattr(node, "chunks", None) == "auto" and not self._chunks[name] and self._lacks_voice():
                 fix = "put the voice's file where it is looked for (--input-dir), or give chunks a number"

@@ -178,7 +178,7 @@ class Context:
     def meaning(self, node: ComfyNode, name: str, type_: type[MeaningT]) -> MeaningT:
         """Return what a linked input means; it must be linked, to something of a type that can stand there."""
         if not isinstance(node.inputs.get(name), Link):
-            why = "comes from a muted node" if name in node.lacking else "is not connected"
+            why = "comes from a node that is switched off" if name in node.lacking else "is not connected"
             raise self.refuse(node, f"{name} {why}", f"connect {name}, or remove the node")
         found = self.optional(node, name)
         if not isinstance(found, type_):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
+from s2v_flow.comfy.catalog import AUTHORS_SAMPLERS
 from s2v_flow.comfy.draft import NodeRef
 from s2v_flow.comfy.graph import ComfyNode, Value
 from s2v_flow.comfy.meaning import (
@@ -26,7 +27,7 @@ from s2v_flow.comfy.meaning import (
 from s2v_flow.comfy.names import lora_id
 from s2v_flow.comfy.sources import Translator
 from s2v_flow.diagnostics import did_you_mean
-from s2v_flow.sampling.catalog import ONE_STEP_MORE, OWN_SCHEDULE, SAMPLERS, SCHEDULERS
+from s2v_flow.nodes.sample import Sample
 
 _WHOLE = 4096  # ImageFromBatch takes no more frames than this; the template uses it for "all"
 
@@ -92,7 +93,7 @@ def _custom_sampler(context: Context, node: ComfyNode) -> tuple[Any, ...]:
         guider = context.meaning(node, "guider", Guider)
         seed = context.meaning(node, "noise", Noise).seed
     solver, sigmas = context.meaning(node, "sampler", Solver), context.meaning(node, "sigmas", Sigmas)
-    if solver.name.value in ONE_STEP_MORE:
+    if solver.name.value in ("uni_pc", "uni_pc_bh2"):
         context.mistakes.note(
             f"{node.described()}: {solver.name.value} takes KSampler's noise levels here, which differ a little from "
             "BasicScheduler's; the result will too"
@@ -113,8 +114,8 @@ def _sampled(context: Context, node: ComfyNode, guider: Guider, sigmas: Sigmas, 
         fix = "connect the latent output of WanSoundImageToVideo or WanSoundImageToVideoExtend"
         raise context.refuse(node, "latent_image is not an empty latent of a chunk", fix)
     chunk = prepared.prepared
-    samplers = [name for name in SAMPLERS if name not in OWN_SCHEDULE]
-    for what, name, known in (("sampler", solver, samplers), ("scheduler", sigmas.scheduler, list(SCHEDULERS))):
+    for what, name in (("sampler", solver), ("scheduler", sigmas.scheduler)):
+        known = [word for word in get_args(Sample.model_fields[what].annotation) if word not in AUTHORS_SAMPLERS]
         if name.value not in known:
             raise context.refuse(node, f"there is no {what} {name.value} here", did_you_mean(name.value, known))
     settings: dict[str, Any] = {"model": _model_node(context, guider.model)}

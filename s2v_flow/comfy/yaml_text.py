@@ -118,7 +118,13 @@ def _scalar(value: Any, *, in_flow: bool) -> str:
     text = _written(value)
     pattern = _PLAIN if in_flow else _IN_BLOCK
     is_plain = pattern.fullmatch(text) is not None and text == text.rstrip() and not text.endswith(":")
-    return text if is_plain and _reads_as_text(text) else json.dumps(text, ensure_ascii=False).replace("\x7f", "")
+    return text if is_plain and _reads_as_text(text) else _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    """Write text in double quotes, with the characters escaped that YAML would take for line breaks."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", quoted)
 
 
 def _number(value: float) -> str:

@@ -83,8 +83,8 @@ class StopRequest:
         """Take a signal.
 
         Raises:
-            KeyboardInterrupt: SIGINT that has not to wait.
-            StoppedError: Another signal that has not to wait.
+            StoppedError: It has not to wait. SIGINT raises it too: where KeyboardInterrupt passes through `exec` of text,
+                CPython notes it as not handled, and leaves with the signal instead of the exit code.
         """
         name = signal.Signals(number).name
         is_first, self._exit_code = self._exit_code is None, EXIT_CODES[name]
@@ -92,8 +92,6 @@ class StopRequest:
             again = "Ctrl-C" if name == "SIGINT" else name
             self._tell(f"\nstopping at the end of this step, with a checkpoint; {again} again stops at once\n")
             return
-        if name == "SIGINT":
-            raise KeyboardInterrupt
         raise StoppedError(exit_code=EXIT_CODES[name])
 
 

@@ -12,6 +12,7 @@ PLANNING_CODES: Mapping[str, str] = MappingProxyType(
         "R102": "there are not as many seeds as chunks",
         "R103": "chunks: auto without a voice",
         "R104": "a reference has another size than the video",
+        "R105": "two videos cannot be joined, because their sizes differ",
         "R110": "picture and sound cannot be kept in time with this prefix and warm-up",
         "R111": "no frame is left to show",
         "R120": "an input is missing and cannot be inherited",

@@ -85,8 +85,8 @@ class Decode(Node):
                 "the rest of the sound is cut (chunks: auto covers all of it)",
             )
         size = {key: chain.settings.fields.get(key) for key in ("width", "height")}
-        known = {"frames": None, "chunks": None} if chain.is_open else {"frames": length, "chunks": len(chain.parts)}
-        facts = {**size, **known}
+        known = {"frames": length, "chunks": len(chain.parts), "silent_frames": available - length}
+        facts = {**size, **(dict.fromkeys(known) if chain.is_open else known)}
         node = DecodeFrames(
             doubles_first=not in_pixels and inputs.get("before") is None and self.prefix != "none",
             drop_frames=drop,
@@ -153,11 +153,11 @@ class DecodeFrames(Node):
         """Give out the stream; nothing is decoded before somebody iterates."""
         import numpy as np
 
-        from s2v_flow.nodes.frames import Frames, window
+        from s2v_flow.nodes.frames import Frames, warned_of_flat, window
 
         def groups() -> Iterator[np.ndarray]:
             source = self._stored(inputs) if "parts" in inputs else self._decode(context, inputs)
-            return window(source, self.drop_frames, self.num_frames)
+            return warned_of_flat(context, window(source, self.drop_frames, self.num_frames))
 
         def read(start: int, count: int) -> np.ndarray:
             found = list(window(groups(), start, count))

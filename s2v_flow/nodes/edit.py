@@ -47,7 +47,7 @@ class LatentConcat(Node):
         unequal = [key for key, size in _sizes(one).items() if size != _sizes(two)[key] and key != own]
         if unequal and not is_open:
             sizes = ", ".join(f"{key} {_sizes(one)[key]} and {_sizes(two)[key]}" for key in unequal)
-            builder.problem(name, "second", "R110", f"second: these videos cannot be joined along {self.axis}: {sizes}")
+            builder.problem(name, "second", "R105", f"second: these videos cannot be joined along {self.axis}: {sizes}")
             return {}
         if self.axis == "t":
             parts = tuple(Part(part.latent, part.num_latent_frames) for part in (*one.parts, *two.parts))

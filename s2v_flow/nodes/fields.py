@@ -51,10 +51,10 @@ def read_seconds(value: float | str) -> float:
     if isinstance(value, str):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*s", value)
         if match is None:
-            raise ValueError(f"must be seconds, like 12.5 or 12.5s, got {value!r}")
+            raise ValueError("must be seconds, like 12.5 or 12.5s")
         value = float(match[1])
     if not 0 <= value <= 86_400:
-        raise ValueError(f"must be from 0 to 86400 seconds, got {value:g}")
+        raise ValueError("must be from 0 to 86400 seconds")
     return float(value)
 
 

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+    from s2v_flow.graph.run import RunContext
+
+FLAT_LEVELS = 2.0
+
 
 @dataclass(frozen=True)
 class Frames:
@@ -37,3 +41,22 @@ def window(groups: Iterator[np.ndarray], start: int, count: int) -> Iterator[np.
             yield group[first:last]
         if position >= start + count:
             return
+
+
+def warned_of_flat(context: RunContext, groups: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Pass frames through, and warn if the first of them show nothing: one colour all over.
+
+    They do where their deviation from their own mean, in each colour, is below 2 of 255 grey levels. What a video codec
+    or a decoder leaves on an even surface is below 1; a white spot on black that fills a thousandth of the picture
+    makes 8, a face that fills a hundredth and differs by 50 levels makes 5.
+    """
+    for index, group in enumerate(groups):
+        if index == 0 and len(group):
+            deviation = float(group[0].reshape(-1, group.shape[-1]).std(axis=0).max())
+            mean = group[0].mean()
+            if deviation < FLAT_LEVELS:
+                shade = "black" if mean < FLAT_LEVELS else f"of one colour (brightness {mean:.0f} of 255)"
+                context.note(
+                    f"the first frame is {shade}: the model, the precision or the LoRAs may not fit", is_warning=True
+                )
+        yield group

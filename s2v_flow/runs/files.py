@@ -39,19 +39,19 @@ def files_of(nodes: Iterable[PlanNode]) -> Iterator[NamedFile]:
 
 
 def file_records(nodes: Iterable[PlanNode], digest: Callable[[Path], str | None]) -> list[FileRecord]:
-    """Return a record of every model and input of some plan nodes, each field once.
+    """Return a record of every model and input of some plan nodes, each field and file once.
 
     Args:
         nodes: The plan nodes.
         digest: sha256 of a file, or None where it is not known.
     """
-    found: dict[str, FileRecord] = {}
+    found: dict[tuple[str, Path], FileRecord] = {}  # in a matrix a field may name several files
     for item in files_of(nodes):
-        if item.at not in found:
+        if (item.at, item.file) not in found:
             size = item.file.stat().st_size if item.file.is_file() else None
             name = without_home(item.name)
             record = FileRecord(at=item.at, role=item.role, name=name, sha256=digest(item.file), size=size)
-            found[item.at] = record
+            found[item.at, item.file] = record
     return list(found.values())
 
 

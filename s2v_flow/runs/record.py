@@ -124,7 +124,7 @@ class Recorder:
             manifest=1,
             id=self.id,
             status=status,
-            error=error,
+            error=None if error is None else _hidden(error),
             started=self._started.isoformat(timespec="milliseconds"),
             ended=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             seconds=round(time.monotonic() - self._clock, 3),
@@ -148,7 +148,7 @@ class Recorder:
             files=file_records(self.plan.nodes, self.digest),
             loras=self._loras(),
             environment=environment(self.numerics.device_class, has_host=self.has_host),
-            nodes=[self._node(node) for node in self.plan.nodes],
+            nodes=[self._node(node, status) for node in self.plan.nodes],
             outputs=[record for node in self.plan.nodes for record in self._outputs(node)],
         )
 
@@ -162,23 +162,23 @@ class Recorder:
             for lora in entry.facts.get("loras", [])
         ]
 
-    def _node(self, node: PlanNode) -> NodeRecord:
+    def _node(self, node: PlanNode, status: RunStatus) -> NodeRecord:
         entry, done = self.entries.get(node.name), self._finished.get(node.name)
         return NodeRecord(
             name=node.name,
             kind=node.kind,
-            status=self._state(node),
+            status=self._state(node, status),
             fingerprint=self._fingerprint(node),
             seconds=None if done is None else round(done.seconds, 3),
             peak_bytes=None if done is None else done.peak_bytes,
             outputs={} if entry is None else {port: item.sha256 for port, item in entry.outputs.items()},
         )
 
-    def _state(self, node: PlanNode) -> NodeState:
+    def _state(self, node: PlanNode, status: RunStatus) -> NodeState:
         if node.name in self._finished:
             return "computed"
         if node.name in self._unfinished:
-            return "failed"
+            return "interrupted" if status == "interrupted" else "failed"
         if node.name in self.entries:
             return "stored"
         if self.statuses[node.name].status == "SKIP":

@@ -140,7 +140,7 @@ def test_what_a_muted_node_gives_is_absent(tmp_path: Path) -> None:
     node_of(document, "CLIPTextEncode")["mode"] = 2
     with pytest.raises(RecipeError) as caught:
         imported(document, tmp_path)
-    assert "positive comes from a muted node" in caught.value.diagnostics[0].message
+    assert "positive comes from a node that is switched off" in caught.value.diagnostics[0].message
 
 
 @pytest.mark.parametrize("type_", ["Reroute", "SetNode"])
@@ -214,6 +214,19 @@ def test_a_part_that_is_switched_off_becomes_a_profile(tmp_path: Path) -> None:
     made = imported(document, tmp_path)
     assert "profiles:\n  bypassed: {nodes: {latents: {kind: save_latent, latent: $talk, " in made.text
     assert any("-p bypassed" in note for note in made.notes)
+
+
+def test_a_switched_off_part_that_cannot_be_said_is_left_out_with_a_note(tmp_path: Path, plain_text: str) -> None:
+    """An unknown node in it does not keep the rest from being imported."""
+    document = editor()
+    upscaler = {"id": 960, "type": "Upscale4x", "mode": 4, "inputs": [], "outputs": [{"name": "I", "type": "IMAGE"}]}
+    saver = {"id": 961, "type": "SaveImage", "mode": 4, "widgets_values": ["big"], "outputs": []}
+    saver["inputs"] = [{"name": "images", "type": "IMAGE", "link": 9600}]
+    document["nodes"] += [upscaler, saver]
+    document["links"].append([9600, 960, 0, 961, 0, "IMAGE"])
+    made = imported(document, tmp_path)
+    assert made.text == plain_text
+    assert made.notes == ("a part that is switched off cannot be a profile of this recipe and is left out",)
 
 
 def test_unknown_nodes_that_feed_nothing_are_dropped_with_a_note(tmp_path: Path, plain_text: str) -> None:

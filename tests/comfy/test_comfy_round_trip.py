@@ -79,7 +79,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     first |= {"speech": "$sound"} if draw(st.booleans()) else {}
     first |= {"reference": "$look"} if draw(st.booleans()) else {"width": width, "height": height}
     videos = [name for name in ("control_video", "motion_video") if draw(st.booleans())]
-    first |= {"vae": "$vae", **{name: "$small" for name in videos}} if videos else {}
+    first |= {"vae": "$vae", **dict.fromkeys(videos, "$small")} if videos else {}
     last = "first"
     for number in range(draw(st.integers(0, 3))):
         name = f"talk{number}"
