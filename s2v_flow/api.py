@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from s2v_flow.cache.digest import file_digest
+from s2v_flow.cache.housekeeping import live_run
 from s2v_flow.cache.memory import remembered
 from s2v_flow.cache.store import Store
-from s2v_flow.demo.catalog import demo_paths, demo_root
+from s2v_flow.demo.catalog import demo_root
 from s2v_flow.device import device_class, resolve_device
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
-from s2v_flow.extra_models import find_extra_models, read_extra_models
 from s2v_flow.graph.estimate import Estimate, estimate
 from s2v_flow.graph.events import Listener, Noted
-from s2v_flow.graph.interrupt import ShouldStop, never
-from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.merge import merge_plans
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, build_plan
 from s2v_flow.graph.run import Run, RunResult, ignore
-from s2v_flow.graph.selection import Selection
 from s2v_flow.graph.status import TO_COMPUTE, NodeStatus, assess
+from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.need import ModelNeed, known_needs, recipe_needs
 from s2v_flow.nodes.chain import FRAME_RATE_HZ
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.homes import HOMES
 from s2v_flow.nodes.table import NODE_KINDS
-from s2v_flow.recipe.argument import Override
+from s2v_flow.options import Options as Options
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import Variant, load_matrix, load_recipe
 from s2v_flow.runs.environment import torch_version
@@ -48,70 +44,6 @@ KINDS: Mapping[str, type[Node]] = {kind.kind: kind for kind in NODE_KINDS}
 _HASHED_AT_ONCE_BYTES = 64 << 20
 _EARLIER = 300  # stored results that an estimate looks at
 _FIX_CACHE = "free some space, or name another folder with --cache-dir"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything beside the recipe that a command may be told; the fields are the command line's options.
-
-    `should_stop` is asked at the end of every denoising step and before every node; once it says yes, the run leaves a
-    checkpoint and ends with `StoppedError`.
-    """
-
-    profiles: Sequence[str] = ()
-    override_files: Sequence[Path] = ()
-    sets: Sequence[str] = ()
-    overrides: Sequence[Override] = ()
-    models_dirs: Sequence[Path] = ()
-    extra_model_paths: Sequence[Path] = ()
-    input_dirs: Sequence[Path] = ()
-    output_dir: Path | None = None
-    cache_dir: Path | None = None
-    device: str = "auto"
-    selection: Selection = field(default_factory=Selection)
-    axes: Sequence[str] = ()
-    fail_fast: bool = False
-    locked: bool = False
-    record_host: bool = False
-    should_stop: ShouldStop = never
-
-    @cached_property
-    def cache_root(self) -> Path:
-        """The cache folder: given, S2VFLOW_CACHE_DIR, or the user's."""
-        if self.cache_dir is not None:
-            return self.cache_dir
-        if os.environ.get("S2VFLOW_CACHE_DIR"):
-            return Path(os.environ["S2VFLOW_CACHE_DIR"])
-        from platformdirs import user_cache_path
-
-        return user_cache_path("s2vflow")
-
-    @cached_property
-    def locations(self) -> Locations:
-        """The folders of a run. Unless any are given, models are looked for in ./models and ~/ComfyUI/models.
-
-        ComfyUI's extra_model_paths.yaml is the one that is given, or stands beside a models folder.
-
-        Raises:
-            RecipeError: An extra_model_paths.yaml is wrong.
-        """
-        given = [*self.models_dirs, *_paths_in("S2VFLOW_MODELS_DIR")]
-        models_dirs = given or [Path("models"), Path.home() / "ComfyUI" / "models"]
-        extra = [*self.extra_model_paths, *_paths_in("S2VFLOW_EXTRA_MODEL_PATHS")]
-        return Locations(
-            models_dirs=models_dirs,
-            model_folders=read_extra_models(extra or find_extra_models(models_dirs)),
-            input_dirs=self.input_dirs,
-            output_dir=self.output_dir,
-            cache_dir=self.cache_root,
-            homes=HOMES,
-            made_models=demo_paths(self.cache_root),
-        )
-
-
-def _paths_in(variable: str) -> list[Path]:
-    """Return the paths that an environment variable lists."""
-    return [Path(text) for text in os.environ.get(variable, "").split(os.pathsep) if text]
 
 
 @dataclass(frozen=True)
@@ -396,7 +328,10 @@ def run_planned(planned: Planned, options: Options, on_event: Listener = ignore)
         about={"s2vflow": __version__, "torch": torch_version()},
     )
     recorder.entries = execution.entries
-    with recorder:
+    needed = [status.fingerprint for status in planned.statuses.values() if status.fingerprint is not None]
+    waits = planned.has_work and not options.share_gpu
+    on_gpu = gpu_turn(planned.device, on_event, options.should_stop, is_needed=waits)
+    with recorder, live_run(options.cache_root, needed), on_gpu:
         try:
             result = execution.execute()
             recorder.failures = result.failures

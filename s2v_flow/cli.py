@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from s2v_flow import __version__
+from s2v_flow.cli_cache import cache
 from s2v_flow.cli_options import (
     FILE,
     folder_options,
@@ -55,7 +56,7 @@ EXIT_CODES = "\n".join(
 
 @click.group(
     cls=OrderedGroup,
-    commands=[runs, show, diff, reproduce, lock, init, models, doctor, completion],
+    commands=[runs, show, diff, reproduce, lock, cache, init, models, doctor, completion],
     epilog=f"\b\nExit codes:\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

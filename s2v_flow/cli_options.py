@@ -89,6 +89,7 @@ def selection_options(command: CommandT) -> CommandT:
 def record_options(command: CommandT) -> CommandT:
     """Add the options that say what is kept of a run, and what it is held to."""
     for decorate in (
+        click.option("--share-gpu", is_flag=True, help="Do not wait for another run that uses the same GPU."),
         click.option("--record-host", is_flag=True, help="Name the host and the user in the run's manifest."),
         click.option("--locked", is_flag=True, help="Refuse to run unless every file is as in <recipe>.lock.yaml."),
         click.option("--events", metavar="FILE|-", help="Write the run's events there, one JSON object a line."),

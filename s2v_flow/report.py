@@ -107,7 +107,7 @@ def _length(planned: Planned) -> str:
     parts += [] if frames is None else [f"{frames} frames"]
     parts += [] if seconds is None else [f"{seconds:.2f} s"]
     silent = planned.silent_seconds
-    parts += [] if not silent else [f"the last chunk is padded with {silent:.2f} s of silence, which is cut"]
+    parts += [] if not silent else [f"padded with {silent:.2f} s of silence, which is cut"]
     return ", ".join(parts)
 
 

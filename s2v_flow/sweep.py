@@ -8,9 +8,6 @@ from pathlib import Path
 
 from s2v_flow.api import Planned
 from s2v_flow.graph.run import RunResult
-from s2v_flow.media.audio import read_audio
-from s2v_flow.media.sheet import contact_sheet, side_by_side
-from s2v_flow.media.video import probe_video
 
 
 def cell_videos(planned: Planned, result: RunResult) -> list[tuple[str, Path]]:
@@ -29,6 +26,10 @@ def summarise(videos: Sequence[tuple[str, Path]], stem: str) -> list[Path]:
     Returns:
         The two files. The sound is the first video's.
     """
+    from s2v_flow.media.audio import read_audio
+    from s2v_flow.media.sheet import contact_sheet, side_by_side
+    from s2v_flow.media.video import probe_video
+
     labels, paths = [label for label, _ in videos], [path for _, path in videos]
     info = probe_video(paths[0])
     sheet, film = (paths[0].with_name(f"{stem}.{name}") for name in ("cells.png", "cells.mp4"))

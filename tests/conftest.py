@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from runs_for_tests import Place, ran
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +16,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny") / "models"
     make_demo_models(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Place:
+    """Return a recipe that has run, once for all tests; do not write into it: take a copy with `copied`."""
+    return ran(tmp_path_factory.mktemp("quick"), tiny_models)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,13 @@ def place(folder: Path, models: Path, changes: Mapping[str, Any] = QUICK, **more
     recipe = write_recipe(folder, changes, **more)
     where = ("--models-dir", str(models), "--cache-dir", str(folder / "cache"), "--device", "cpu")
     return Place(folder, recipe, where)
+
+
+def copied(original: Place, folder: Path) -> Place:
+    """Copy a recipe, its cache and its video: it has run there, too."""
+    shutil.copytree(original.folder, folder, dirs_exist_ok=True)
+    where = [str(folder / "cache") if part == str(original.cache) else part for part in original.where]
+    return Place(folder, folder / original.recipe.name, tuple(where))
 
 
 def ran(folder: Path, models: Path, changes: Mapping[str, Any] = QUICK, **more: Any) -> Place:

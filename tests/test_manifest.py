@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from recipes_for_tests import call, options
-from runs_for_tests import QUICK, Place, place, ran
+from recipes_for_tests import call, options, write_recipe
+from runs_for_tests import QUICK, Place, copied, place
 
 from s2v_flow import __version__, api
 from s2v_flow.describe import schema_text
@@ -190,7 +191,7 @@ def test_an_interrupted_run_is_kept_with_what_it_did_not_reach(done: Place, tiny
     stopped = checked(done.manifests()[-1])
     assert (stopped["status"], stopped["error"]) == ("interrupted", None)
     states = {node["name"]: node["status"] for node in stopped["nodes"]}
-    assert (states["talk[1]"], states["talk[2]"], states["video"]) == ("failed", "not_reached", "not_reached")
+    assert (states["talk[1]"], states["talk[2]"], states["video"]) == ("interrupted", "not_reached", "not_reached")
     assert seen[-1] == RunFinished(stopped["id"], "interrupted")
 
 
@@ -218,20 +219,28 @@ def test_two_runs_of_one_name_do_not_meet(done: Place, tiny_models: Path, monkey
 
 
 def test_the_home_folder_is_written_as_a_tilde(
-    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, quick_run: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody's name stands in a manifest or a video because of where files are."""
     home = tmp_path / "home" / "maria"
-    home.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
-    voice = home / "voice.wav"
-    made = ran(home, tiny_models, {**QUICK, "voice": {"file": str(voice)}})
+    made, voice = copied(quick_run, home), home / "voice.wav"
+    shutil.rmtree(made.cache / "runs")
+    write_recipe(home, {**QUICK, "voice": {"file": str(voice)}})
+    assert made.run()[0] == 0
     text = made.manifests()[0].read_text(encoding="utf-8")
     assert "maria" not in text
     assert b"maria" not in made.video.read_bytes()
     found = json.loads(text)
     assert found["recipe"]["path"] == "~/recipe.yaml"
     assert "file: '~/voice.wav'" in found["recipe"]["text"]
+    assert made.run("--set", f"nodes.voice.file={voice}")[0] == 0
+    (home / "out" / "talk.mp4").unlink()
+    (home / "out" / "talk.mp4").mkdir()
+    assert made.run()[0] == 1
+    again, failed = (json.loads(path.read_text(encoding="utf-8")) for path in made.manifests()[1:])
+    assert again["given"]["overrides"] == ["--set nodes.voice.file=~/voice.wav"]
+    assert failed["error"].startswith("cannot write under ~/out/talk.mp4")
 
 
 def git(folder: Path, *arguments: str) -> None:

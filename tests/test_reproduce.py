@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from recipes_for_tests import call, write_voice
-from runs_for_tests import Place, ran
+from runs_for_tests import Place, copied
 
 from s2v_flow.media.provenance import note_box, read_note
 
@@ -18,16 +18,18 @@ Change = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Place:
+def done(tmp_path_factory: pytest.TempPathFactory, quick_run: Place) -> Place:
     """A video, of a recipe with an override that is written nowhere else."""
-    made = ran(tmp_path_factory.mktemp("reproduce"), tiny_models)
+    made = copied(quick_run, tmp_path_factory.mktemp("reproduce"))
     code, _, err = made.run("--set", "nodes.talk.seed=[1,9]")
     assert code == 0, err
     return made
 
 
 def reproduce(done: Place, *arguments: object, video: Path | None = None) -> tuple[int, str, str]:
-    return call("reproduce", video or done.video, *done.where, "--input-dir", done.folder, *arguments)
+    """Make a video again; the inputs of one that was moved are named, else they are found from where it stands."""
+    inputs = [] if video is None else ["--input-dir", done.folder]
+    return call("reproduce", video or done.video, *done.where, *inputs, *arguments)
 
 
 def retold(done: Place, folder: Path, change: Change) -> Path:

@@ -40,6 +40,12 @@ def flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def make_root(root: Path) -> None:
+    """Make a cache folder, for its owner alone; one that is there keeps its modes, so that a team can share it."""
+    if not root.is_dir():
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 def temporary_prefix() -> str:
     """Return how this process's temporary names begin: which machine, which process."""
     return f"{_PREFIX}{machine_id()}-{os.getpid()}-"

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from s2v_flow.cache.atomic import make_root
 from s2v_flow.errors import MissingError
 
 BLOCK_BYTES = 16 * 2**20
@@ -108,7 +109,7 @@ def _remember(memory_path: Path, real_path: str, entry: dict[str, int | str]) ->
     files = {**_recall(memory_path), real_path: entry}
     text = json.dumps({"schema": _SCHEMA, "files": files}, indent=1, sort_keys=True)
     with suppress(OSError):  # a full or read-only disk costs time, not the run
-        memory_path.parent.mkdir(parents=True, exist_ok=True)
+        make_root(memory_path.parent)
         descriptor, temporary = tempfile.mkstemp(dir=memory_path.parent, prefix=memory_path.name)
         try:
             with open(descriptor, "w", encoding="utf-8") as file:

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from s2v_flow.cache.atomic import make_root
+
 _MAX_FACTS = 2000
 
 
@@ -41,7 +43,7 @@ def _recall(memory_path: Path) -> dict[str, Any]:
 
 def _write(memory_path: Path, facts: dict[str, Any]) -> None:
     with suppress(OSError):
-        memory_path.parent.mkdir(parents=True, exist_ok=True)
+        make_root(memory_path.parent)
         descriptor, temporary = tempfile.mkstemp(dir=memory_path.parent, prefix=memory_path.name)
         try:
             with open(descriptor, "w", encoding="utf-8") as file:

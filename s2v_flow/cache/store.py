@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from s2v_flow.cache.atomic import finish, flush_folder, temporary, temporary_prefix, writing
+from s2v_flow.cache.atomic import finish, flush_folder, make_root, temporary, temporary_prefix, writing
 from s2v_flow.errors import S2VFlowError
 
 _BLOCK = 8 << 20
@@ -33,6 +33,11 @@ class StoredObject:
     sha256: str
     size: int
     suffix: str
+
+    @property
+    def file_name(self) -> str:
+        """The name of its file."""
+        return f"{self.sha256}{self.suffix}"
 
 
 @dataclass(frozen=True)
@@ -194,9 +199,31 @@ class Store:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def check(self, item: StoredObject) -> None:
+        """Read an object and compare it with its digest; nothing is moved.
+
+        Raises:
+            DamagedObjectError: It is gone or damaged.
+        """
+        path = self._object_path(item)
+        try:
+            is_sound = file_sha256(path) == item.sha256
+        except OSError as error:
+            raise DamagedObjectError.at(path, error.strerror or str(error)) from error
+        if not is_sound:
+            raise DamagedObjectError.at(path, "its bytes have changed")
+
+    def put_aside(self, item: StoredObject) -> None:
+        """Move a damaged object to quarantine."""
+        self._quarantine(self._object_path(item))
+
+    def put_entry_aside(self, fingerprint: str) -> None:
+        """Move an entry to quarantine: it counts as not there."""
+        self._quarantine(self._entry_path(fingerprint))
+
     def _put(self, payload: bytes | Path) -> StoredObject:
         if isinstance(payload, Path):
-            item = StoredObject(_file_digest(payload), payload.stat().st_size, payload.suffix)
+            item = StoredObject(file_sha256(payload), payload.stat().st_size, payload.suffix)
             if not self._has(item):
                 with payload.open("r+b") as file:  # Windows flushes only what is open for writing
                     os.fsync(file.fileno())
@@ -218,6 +245,7 @@ class Store:
         flush_folder(path.parent)
 
     def _make_root(self) -> None:
+        make_root(self.root)
         for folder in ("entries", "objects", "tmp"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         tag = self.root / "CACHEDIR.TAG"
@@ -245,13 +273,21 @@ class Store:
         return self.root / "entries" / fingerprint[:2] / f"{fingerprint}.json"
 
     def _object_path(self, item: StoredObject) -> Path:
-        return self.root / "objects" / item.sha256[:2] / f"{item.sha256}{item.suffix}"
+        return self.root / "objects" / item.sha256[:2] / item.file_name
 
     def _quarantine(self, path: Path) -> None:
         folder = self.root / "quarantine"
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             os.replace(path, folder / path.name)
+
+
+def read_entry(path: Path) -> Entry | None:
+    """Read an entry's file; None where it is not sound. Its objects may be gone."""
+    try:
+        return _parse_entry(path.read_bytes(), path.stem)
+    except OSError:
+        return None
 
 
 def _parse_entry(text: bytes, fingerprint: str) -> Entry | None:
@@ -296,7 +332,8 @@ def _holds(path: Path, item: StoredObject, trailer: bytes) -> bool:
         return False  # what cannot be read is to be replaced
 
 
-def _file_digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of all of a file."""
     with path.open("rb") as file:
         return _digest(file, path.stat().st_size)
 

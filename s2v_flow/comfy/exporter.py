@@ -168,14 +168,14 @@ class _Exporter:
             inputs["control_video"] = sources.control(planned, chunk.audio_offset, chunk.num_latent_frames)
         length = 4 * (chunk.num_latent_frames - 1) + 1
         inputs["length"] = self._knob(name, "length", length)
-        reference = sources.title(planned, "reference")
         if video is None:
+            reference = sources.title(planned, "reference")
             if "motion" in planned.inputs:
                 inputs["ref_motion"] = sources.motion(planned)
             size = {"width": chunk.width, "height": chunk.height}
             prepared = self._sheet.add("WanSoundImageToVideo", reference, **inputs, **size, batch_size=1)
         else:
-            prepared = self._sheet.add("WanSoundImageToVideoExtend", reference, **inputs, video_latent=video[0])
+            prepared = self._sheet.add("WanSoundImageToVideoExtend", None, **inputs, video_latent=video[0])
         sampled = self._sheet.add(
             "KSampler",
             title,

@@ -59,8 +59,9 @@ class SourceExporter:
         return self._link(self._source(planned, key))
 
     def title(self, planned: PlanNode, key: str) -> str | None:
-        """Return the name of the node that gives an input, if there is one."""
-        return self._source(planned, key).node if key in planned.inputs else None
+        """Return the name of the node that gives an input, unless it is what an import calls it anyway."""
+        name = self._source(planned, key).node if key in planned.inputs else key
+        return None if name == key else name
 
     def _source(self, planned: PlanNode, key: str) -> Source:
         given = planned.inputs[key]

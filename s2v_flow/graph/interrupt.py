@@ -83,8 +83,8 @@ class StopRequest:
         """Take a signal.
 
         Raises:
-            StoppedError: It has not to wait. SIGINT raises it too: where KeyboardInterrupt passes through `exec` of text,
-                CPython notes it as not handled, and leaves with the signal instead of the exit code.
+            StoppedError: It has not to wait. SIGINT raises it too: where KeyboardInterrupt passes through `exec` of
+                text, CPython notes it as not handled, and leaves with the signal instead of the exit code.
         """
         name = signal.Signals(number).name
         is_first, self._exit_code = self._exit_code is None, EXIT_CODES[name]

@@ -30,6 +30,7 @@ from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, nev
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode, Source
 from s2v_flow.graph.status import NodeStatus, needed_nodes, output_digests, preimage
+from s2v_flow.graph.turns import node_turn
 
 
 @runtime_checkable
@@ -197,13 +198,22 @@ class Run:
     def _obtain(self, node: PlanNode) -> None:
         """Make sure a stored node's result is in the store: it may be there under a fingerprint only known now."""
         key, image = self._identify(node)
-        entry = None if node.name in self.forced else self.store.lookup(key)
-        if entry is None:
+        if node.name in self.forced:
             self._compute(node, key, image)
-        else:
-            self._remember(node, key, entry)
-            self.emit(NodeCached(node.name))
+        elif not self._adopt(node, key):
+            with node_turn(self.store.root, key, node.name, self.emit, self.should_stop):
+                if not self._adopt(node, key):  # whoever was waited for has stored it
+                    self._compute(node, key, image)
         self._release_inputs(node)
+
+    def _adopt(self, node: PlanNode, key: str) -> bool:
+        """Take what is stored; tell whether there was something."""
+        entry = self.store.lookup(key)
+        if entry is None:
+            return False
+        self._remember(node, key, entry)
+        self.emit(NodeCached(node.name))
+        return True
 
     def _identify(self, node: PlanNode) -> tuple[str, dict[str, Any]]:
         for source in node.sources():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow import api
+from s2v_flow.cache.atomic import temporary_prefix, writing
 from s2v_flow.cache.store import Entry
 from s2v_flow.demo.catalog import demo_root
 from s2v_flow.device import device_class
@@ -20,6 +22,7 @@ from s2v_flow.graph.run import RunResult, ignore
 from s2v_flow.graph.selection import Selection
 from s2v_flow.manifest import Essence, FileRecord
 from s2v_flow.recipe.argument import Override
+from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.essence import read_essence
 from s2v_flow.runs.files import file_records
 from s2v_flow.runs.sources import FileDigests
@@ -63,8 +66,8 @@ def reproduce(
 
     Args:
         video: An mp4 that says how it was made.
-        options: Where models and inputs are looked for, and the device; inputs also beside the video and in the
-            current folder.
+        options: Where models and inputs are looked for, and the device; inputs also where the recipe stood if the
+            video has not been moved, beside the video, and in the current folder.
         output_dir: Where to put the new video; unless given, it is dropped.
         on_event: Called with every event.
 
@@ -76,8 +79,9 @@ def reproduce(
     essence = read_essence(video)
     if essence.frames_sha256 is None:
         raise MediaError(f"{video} does not say which frames it had", fix="it was written by an older version")
-    options.cache_root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="reproduce-", dir=options.cache_root) as name:
+    with writing(options.cache_root):
+        (options.cache_root / "tmp").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix(), dir=options.cache_root / "tmp") as name:
         folder = Path(name)
         recipe = folder / "recipe.yaml"
         recipe.write_text(essence.recipe, encoding="utf-8")
@@ -86,7 +90,7 @@ def reproduce(
             options,
             overrides=[Override("set", f"nodes.{essence.node}.file={target}")],
             models_dirs=[*options.locations.models_dirs, demo_root(options.cache_root)],
-            input_dirs=[*options.input_dirs, video.absolute().parent, Path.cwd()],
+            input_dirs=[*options.input_dirs, *_likely_folders(video, api.check(recipe), essence.node)],
             output_dir=output_dir if output_dir is not None else folder / "out",
             cache_dir=folder / "cache",
             selection=Selection(is_fresh=True),
@@ -101,6 +105,14 @@ def reproduce(
             return Reproduction(str(video), is_same=False, was_run=False, differences=changed)
         result = api.run_planned(planned, fresh, on_event)
         return _judged(video, essence, planned, result, output_dir)
+
+
+def _likely_folders(video: Path, recipe: Recipe, node: str) -> list[Path]:
+    """Return where the recipe's inputs may be: where the recipe stood if the video still does, beside it, and here."""
+    text = next(text for _, mark, text in recipe.nodes[node].node.files() if mark.role == "output")
+    file, folders = video.absolute(), [video.absolute().parent, Path.cwd()]
+    is_below = not os.path.isabs(os.path.expanduser(text)) and file.parts[-len(Path(text).parts) :] == Path(text).parts
+    return [file.parents[len(Path(text).parts) - 1], *folders] if is_below else folders
 
 
 def _changed_files(essence: Essence, planned: api.Planned, digests: FileDigests) -> tuple[str, ...]:

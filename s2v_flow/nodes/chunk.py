@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.fields import Conditioning
+from s2v_flow.nodes.ladder import OnRetreat, StreamDecoder, retreat_teller
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class DecodeChunk(Node):
         latent = unpack(inputs["latent"])["samples"].to(context.device)
         before = unpack(inputs["before"])
         motion = before["samples" if "samples" in before else "latent"].to(context.device)
-        groups = decoded(vae, [latent], before=motion)
+        groups = decoded(vae, [latent], retreat_teller(context, context.facts), before=motion)
         pixels = torch.cat(list(groups), dim=2)[:, :, self.drop_frames :].clamp(-1, 1)
         window = torch.cat([self._tail(inputs, pixels), pixels], dim=2)[:, :, -MOTION_FRAMES:]
         kept = max(MOTION_FRAMES - 4 * self.num_latent_frames, 0)
@@ -193,27 +194,27 @@ class DecodeChunk(Node):
         return grey
 
 
-def decoded(vae: Any, latents: Iterable[Tensor], *, before: Tensor | None, group: int = 2) -> Iterator[Tensor]:
+def decoded(
+    vae: Any, latents: Iterable[Tensor], on_retreat: OnRetreat, *, before: Tensor | None, group: int = 2
+) -> Iterator[Tensor]:
     """Decode latents one after the other as one stream.
 
     Args:
         vae: The VAE.
         latents: Raw latents [1, 16, F, H, W], in order.
+        on_retreat: Told how many latent frames are decoded at once after memory has run out.
         before: What the decoder sees first, [1, 16, n, H, W]; its own frames are not given out. None: nothing.
-        group: How many latent frames are decoded at once.
+        group: How many latent frames are decoded at once, as long as memory suffices.
 
     Yields:
         float32 pixels [1, 3, n, 8H, 8W], not clamped: 4 frames for a latent frame; without `before`, 1 for the first.
     """
-    import torch
-
-    state = None
+    decoder = StreamDecoder(vae, group, on_retreat)
     if before is not None:
-        for part in torch.split(before, group, dim=2):
-            _, state = vae.decode_next(part, state)
+        for _ in decoder.decode(before):
+            pass
     for latent in latents:
-        for part in torch.split(latent, group, dim=2):
-            pixels, state = vae.decode_next(part, state)
+        for pixels in decoder.decode(latent):
             yield pixels.float()
 
 

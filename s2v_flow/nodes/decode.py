@@ -156,7 +156,7 @@ class DecodeFrames(Node):
         from s2v_flow.nodes.frames import Frames, warned_of_flat, window
 
         def groups() -> Iterator[np.ndarray]:
-            source = self._stored(inputs) if "parts" in inputs else self._decode(context, inputs)
+            source = self._stored(inputs) if "parts" in inputs else self._decode(context, inputs, facts)
             return warned_of_flat(context, window(source, self.drop_frames, self.num_frames))
 
         def read(start: int, count: int) -> np.ndarray:
@@ -164,7 +164,8 @@ class DecodeFrames(Node):
             return np.concatenate(found) if found else np.zeros((0, height, width, 3), np.uint8)
 
         width, height = context.node.facts["width"], context.node.facts["height"]
-        return {"frames": Frames(width, height, self.num_frames, groups, read)}
+        facts: dict[str, Any] = {}
+        return {"frames": Frames(width, height, self.num_frames, groups, read, facts)}
 
     def _stored(self, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
         from s2v_flow.nodes.tensors import unpack
@@ -172,8 +173,9 @@ class DecodeFrames(Node):
         for part in inputs["parts"]:
             yield unpack(part)["frames"].numpy()
 
-    def _decode(self, context: RunContext, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    def _decode(self, context: RunContext, inputs: Mapping[str, Any], facts: dict[str, Any]) -> Iterator[np.ndarray]:
         from s2v_flow.nodes.chunk import decoded
+        from s2v_flow.nodes.ladder import retreat_teller
         from s2v_flow.nodes.tensors import to_frames, unpack
 
         vae = inputs["vae"].get()
@@ -185,5 +187,6 @@ class DecodeFrames(Node):
             before = unpack(inputs["latent"][0])["samples"][:, :, :1].to(context.device)
         latents = (unpack(part)["samples"].to(context.device) for part in inputs["latent"])
         given = latents if before is None else chain_iterables([before], latents)
-        for pixels in decoded(vae, given, before=None, group=self.frames_per_call):
+        tell = retreat_teller(context, facts)
+        for pixels in decoded(vae, given, tell, before=None, group=self.frames_per_call):
             yield to_frames(pixels).numpy()

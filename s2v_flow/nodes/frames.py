@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,8 @@ FLAT_LEVELS = 2.0
 class Frames:
     """A video's frames. Iterating makes them anew, in groups: uint8 arrays [n, 8H, 8W, 3].
 
-    `read(start, count)` gives some of them, fewer at the end.
+    `read(start, count)` gives some of them, fewer at the end. `facts` say how they were made, once they are: to be kept
+    with what is made of them.
     """
 
     width: int
@@ -26,6 +27,7 @@ class Frames:
     num_frames: int
     groups: Callable[[], Iterator[np.ndarray]]
     read: Callable[[int, int], np.ndarray]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.groups()

@@ -70,7 +70,7 @@ class SaveVideo(Node):
             for group in reported(context, frames):
                 digest.update(group.tobytes())
                 writer.write(group)
-        context.record(frames_sha256=digest.hexdigest(), frames=frames.num_frames)
+        context.record(frames_sha256=digest.hexdigest(), frames=frames.num_frames, **frames.facts)
         return {"file": path}
 
     def deliver(self, files: Files, artifacts: Mapping[str, Artifact], note: bytes) -> list[tuple[Path, bool]]:

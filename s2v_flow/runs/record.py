@@ -43,7 +43,7 @@ from s2v_flow.manifest import (
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.environment import environment, git_state
 from s2v_flow.runs.files import file_records
-from s2v_flow.runs.values import values_of, without_home, written
+from s2v_flow.runs.values import home_hidden, values_of, without_home, written
 
 
 def runs_root(cache_root: Path) -> Path:
@@ -124,7 +124,7 @@ class Recorder:
             manifest=1,
             id=self.id,
             status=status,
-            error=None if error is None else _hidden(error),
+            error=None if error is None else home_hidden(error),
             started=self._started.isoformat(timespec="milliseconds"),
             ended=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             seconds=round(time.monotonic() - self._clock, 3),
@@ -138,9 +138,7 @@ class Recorder:
             given=GivenRecord(
                 profiles=list(self.given.profiles),
                 files=[self._named(file) for file in self.given.files],
-                overrides=[
-                    text.replace(os.path.expanduser("~") + os.sep, "~" + os.sep) for text in self.given.overrides
-                ],
+                overrides=[home_hidden(given) for given in self.given.overrides],
             ),
             git=git_state(self.recipe.files),
             cells=list(self.cells),

@@ -80,3 +80,8 @@ def without_home(value: Any) -> Any:
         home = os.path.expanduser("~") + os.sep
         return f"~{os.sep}{value[len(home) :]}" if value.startswith(home) else value
     return value
+
+
+def home_hidden(text: str) -> str:
+    """Return a text for people in which paths inside the home folder begin with ~."""
+    return text.replace(os.path.expanduser("~") + os.sep, f"~{os.sep}")

@@ -367,7 +367,7 @@ def test_a_file_that_cannot_be_read_is_replaced(store: Store, tmp_path: Path, mo
 
     item = publish(store).outputs["out"]
     (tmp_path / "out.bin").write_bytes(b"payl0ad")
-    monkeypatch.setattr("s2v_flow.cache.store._file_digest", unreadable)
+    monkeypatch.setattr("s2v_flow.cache.store.file_sha256", unreadable)
     assert store.copy_to(item, tmp_path / "out.bin") is True
     assert (tmp_path / "out.bin").read_bytes() == b"payload"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -33,7 +34,10 @@ def run(workflow: Path, folder: Path, models: Path, cache: Path) -> api.RunResul
     return api.run(recipe, options)
 
 
-@pytest.mark.parametrize("name", ["template", "lightning", "fp8_scaled", "ancestral"])
+@pytest.mark.parametrize(
+    "name",
+    ["ancestral", *(pytest.param(name, marks=pytest.mark.parity) for name in ("template", "lightning", "fp8_scaled"))],
+)
 def test_imported_workflow_gives_comfyuis_latents(name: str, tmp_path: Path, tiny_models: Path, cache: Path) -> None:
     """Every chunk within 1e-4 of what ComfyUI saved, at the place where SaveLatent writes."""
     run(GOLDEN / f"{name}.json", tmp_path, tiny_models, cache)
@@ -44,6 +48,7 @@ def test_imported_workflow_gives_comfyuis_latents(name: str, tmp_path: Path, tin
     assert (tmp_path / "output/video/ComfyUI_00001_.mp4").stat().st_size > 1000
 
 
+@pytest.mark.parity
 def test_imported_workflow_gives_comfyuis_frames(tmp_path: Path, tiny_models: Path, cache: Path) -> None:
     """A SaveImage put behind ImageFromBatch gets the frames that ComfyUI had there: the doubled one dropped."""
     workflow = golden("fp8_scaled")
@@ -87,3 +92,36 @@ def test_each_edited_latent_is_what_its_nodes_say(tmp_path: Path, tiny_models: P
     wide = torch.cat([first, second], dim=4)
     assert torch.equal(saved("wide"), wide)
     assert torch.equal(saved("narrow"), wide[..., -3:-1])
+
+
+@pytest.mark.parity
+def test_a_pose_video_of_its_first_frames_is_what_every_chunk_gets(
+    tmp_path: Path, tiny_models: Path, cache: Path
+) -> None:
+    """As in ComfyUI: a clip that ends after the first chunk's frames steers the second chunk all the same."""
+    with av.open(str(tmp_path / "pose.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=16)
+        stream.width = stream.height = 64
+        for number in range(8):
+            frame = np.full((64, 64, 3), 30 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    latents = {}
+    for name, chunks in (("none", ()), ("first", ("93",)), ("both", ("93", "200"))):
+        workflow = golden("ancestral")
+        workflow["700"] = {"class_type": "LoadVideo", "inputs": {"file": "pose.mp4"}}
+        workflow["701"] = {"class_type": "GetVideoComponents", "inputs": {"video": ["700", 0]}}
+        workflow["702"] = {
+            "class_type": "ImageScaleBy",
+            "inputs": {"image": ["701", 0], "upscale_method": "area", "scale_by": 0.5},
+        }
+        for chunk in chunks:
+            workflow[chunk]["inputs"]["control_video"] = ["702", 0]
+        file = tmp_path / "workflow.json"
+        file.write_text(json.dumps(workflow))
+        run(file, tmp_path, tiny_models, cache)
+        latents[name] = load_file(tmp_path / "output/latents/s2v_00001_.latent")["latent_tensor"]
+    first = {name: latent[:, :, :2] for name, latent in latents.items()}
+    assert not torch.equal(first["none"], first["first"])
+    assert torch.equal(first["first"], first["both"])
+    assert not torch.equal(latents["first"][:, :, 2:], latents["both"][:, :, 2:])

@@ -88,7 +88,8 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         nodes[name] = {"kind": "extend", **fields, **({} if seed is None else {"seed": seed})}
         last = name
     if draw(st.booleans()):
-        cut = {"index": draw(st.integers(-3, 2)), "amount": draw(st.integers(1, 5))}
+        # not the first frame alone: in front of the video itself, that is `prefix: first`
+        cut = {"index": draw(st.integers(-3, 2)), "amount": draw(st.integers(2, 5))}
         nodes["piece"] = {"kind": "latent_cut", "latent": f"${last}", **cut}
         nodes["both"] = {"kind": "latent_concat", "first": "$piece", "second": f"${last}"}
         last = draw(st.sampled_from(["piece", "both", last]))

@@ -30,7 +30,9 @@ def test_like_nodes_that_ran_give_the_time(tmp_path: Path) -> None:
         if node.node.is_stored:
             fields = node.node.identity({}, numerics.precision)
             image = {"kind": type(node.node).kind, "fields": {**fields, **({"seed": 1} if "seed" in fields else {})}}
-            entries += [Entry("0" * 64, image, {}, {"seconds": seconds, "peak_bytes": 7}) for seconds in (1.0, 2.0, 9.0)]
+            entries += [
+                Entry("0" * 64, image, {}, {"seconds": seconds, "peak_bytes": 7}) for seconds in (1.0, 2.0, 9.0)
+            ]
     assert estimate(made.plan, made.statuses, entries, numerics).seconds == 2.0 * sum(
         node.node.is_stored for node in made.plan.nodes
     )

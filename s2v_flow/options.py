@@ -1,0 +1,82 @@
+"""What a command may be told beside its recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from s2v_flow.demo.catalog import demo_paths
+from s2v_flow.extra_models import find_extra_models, read_extra_models
+from s2v_flow.graph.interrupt import ShouldStop, never
+from s2v_flow.graph.locations import Locations
+from s2v_flow.graph.selection import Selection
+from s2v_flow.nodes.homes import HOMES
+from s2v_flow.recipe.argument import Override
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything beside the recipe that a command may be told; the fields are the command line's options.
+
+    `should_stop` is asked at the end of every denoising step and before every node; once it says yes, the run leaves a
+    checkpoint and ends with `StoppedError`.
+    """
+
+    profiles: Sequence[str] = ()
+    override_files: Sequence[Path] = ()
+    sets: Sequence[str] = ()
+    overrides: Sequence[Override] = ()
+    models_dirs: Sequence[Path] = ()
+    extra_model_paths: Sequence[Path] = ()
+    input_dirs: Sequence[Path] = ()
+    output_dir: Path | None = None
+    cache_dir: Path | None = None
+    device: str = "auto"
+    selection: Selection = field(default_factory=Selection)
+    axes: Sequence[str] = ()
+    fail_fast: bool = False
+    locked: bool = False
+    record_host: bool = False
+    share_gpu: bool = False
+    should_stop: ShouldStop = never
+
+    @cached_property
+    def cache_root(self) -> Path:
+        """The cache folder: given, S2VFLOW_CACHE_DIR, or the user's."""
+        if self.cache_dir is not None:
+            return self.cache_dir
+        if os.environ.get("S2VFLOW_CACHE_DIR"):
+            return Path(os.environ["S2VFLOW_CACHE_DIR"])
+        from platformdirs import user_cache_path
+
+        return user_cache_path("s2vflow")
+
+    @cached_property
+    def locations(self) -> Locations:
+        """The folders of a run. Unless any are given, models are looked for in ./models and ~/ComfyUI/models.
+
+        ComfyUI's extra_model_paths.yaml is the one that is given, or stands beside a models folder.
+
+        Raises:
+            RecipeError: An extra_model_paths.yaml is wrong.
+        """
+        given = [*self.models_dirs, *_paths_in("S2VFLOW_MODELS_DIR")]
+        models_dirs = given or [Path("models"), Path.home() / "ComfyUI" / "models"]
+        extra = [*self.extra_model_paths, *_paths_in("S2VFLOW_EXTRA_MODEL_PATHS")]
+        return Locations(
+            models_dirs=models_dirs,
+            model_folders=read_extra_models(extra or find_extra_models(models_dirs)),
+            input_dirs=self.input_dirs,
+            output_dir=self.output_dir,
+            cache_dir=self.cache_root,
+            homes=HOMES,
+            made_models=demo_paths(self.cache_root),
+        )
+
+
+def _paths_in(variable: str) -> list[Path]:
+    """Return the paths that an environment variable lists."""
+    return [Path(text) for text in os.environ.get(variable, "").split(os.pathsep) if text]

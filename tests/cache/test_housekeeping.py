@@ -1,0 +1,253 @@
+"""Looking after a cache: what goes, what must stay, and what dead processes leave."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from s2v_flow.cache import atomic
+from s2v_flow.cache.bundle import export_bundle, import_bundle
+from s2v_flow.cache.checkpoint import Checkpoints
+from s2v_flow.cache.housekeeping import collect, inventory, live_run, pin, remove, stats, tidy, verify
+from s2v_flow.cache.store import Store
+from s2v_flow.cli_cache import parse_size
+from s2v_flow.errors import MissingError, RefusedError, S2VFlowError
+
+OLD = time.time() - 5 * 3600
+
+
+@pytest.fixture(autouse=True)
+def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def key(number: int) -> str:
+    return f"{number:064x}"
+
+
+def put(store: Store, number: int, size: int, seconds: float, *, payload: bytes | None = None) -> None:
+    """Store a result of so many bytes that took so long, hours ago."""
+    content = bytes([number]) * size if payload is None else payload
+    entry = store.publish(key(number), {"kind": "toy"}, {"out": content}, {"seconds": seconds, "node": f"n{number}"})
+    os.utime(store.root / "entries" / key(number)[:2] / f"{key(number)}.json", (OLD, OLD))
+    for item in entry.outputs.values():
+        os.utime(store.root / "objects" / item.sha256[:2] / item.file_name, (OLD, OLD))
+
+
+def stored(store: Store) -> set[int]:
+    """The numbers of the results that can be read."""
+    found = set()
+    for path in (store.root / "entries").glob("??/*.json"):
+        entry = store.lookup(path.stem)
+        if entry is not None and all(store.read(item) for item in entry.outputs.values()):
+            found.add(int(path.stem, 16))
+    return found
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Three results of 1000 bytes: 1 took 1 s, 2 took 2 s, 3 took 3 s."""
+    store = Store(tmp_path / "cache")
+    for number in (3, 1, 2):
+        put(store, number, 1000, float(number))
+    return store
+
+
+def test_a_new_cache_is_its_owners_alone_and_one_that_is_there_keeps_its_modes(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        put(Store(tmp_path / "new"), 1, 10, 1.0)
+        (tmp_path / "team").mkdir(mode=0o775)
+        put(Store(tmp_path / "team"), 1, 10, 1.0)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "team").stat().st_mode) == 0o775
+
+
+def test_what_is_cheapest_for_its_size_goes_first(store: Store) -> None:
+    """Until the limit holds; a dry run says the same and removes nothing."""
+    put(store, 4, 100, 1.5)
+    dry = collect(store.root, 2200, is_dry=True)
+    assert stored(store) == {1, 2, 3, 4}
+    assert [item["node"] for item in dry["removed"]] == ["n1"]
+    found = collect(store.root, 2200)
+    assert {**found, "dry_run": True} == dry
+    assert found["bytes_after"] == 2100 == sum(path.stat().st_size for path in store.root.glob("objects/*/*"))
+    assert stored(store) == {2, 3, 4}
+    assert collect(store.root, 0)["within_limit"]
+    assert stored(store) == set()
+
+
+def test_pinned_young_and_needed_results_stay(store: Store) -> None:
+    """Whatever the limit."""
+    pin(store.root, [key(1)])
+    entry = store.publish(key(9), {"kind": "toy"}, {"out": b"young"}, {"seconds": 0.0, "node": "n9"})
+    assert entry
+    with live_run(store.root, [key(2)]):
+        found = collect(store.root, 0)
+        assert stored(store) == {1, 2, 9}
+        assert not found["within_limit"]
+    collect(store.root, 0)
+    assert stored(store) == {1, 9}
+    pin(store.root, [key(1)], is_pinned=False)
+    collect(store.root, 0)
+    assert stored(store) == {9}
+
+
+def test_an_object_goes_with_its_last_entry(store: Store) -> None:
+    """Two entries with equal bytes share one."""
+    put(store, 5, 1000, 0.1, payload=bytes([3]) * 1000)
+    assert collect(store.root, 2999)["bytes_after"] == 2000
+    assert stored(store) == {2, 3}, "5 freed nothing, so 1 had to go too"
+
+
+def test_orphans_go_once_they_are_old(store: Store) -> None:
+    """A young one may be waiting for its entry."""
+    folder = store.root / "objects" / "aa"
+    folder.mkdir()
+    for name, when in (("old.safetensors", OLD), ("young.safetensors", time.time())):
+        (folder / name).write_bytes(b"x")
+        os.utime(folder / name, (when, when))
+    collect(store.root, 10**9)
+    assert [path.name for path in folder.iterdir()] == ["young.safetensors"]
+    assert stored(store) == {1, 2, 3}
+
+
+def test_removing_by_name_and_figures(store: Store) -> None:
+    assert stats(store.root)["bytes"] == 3000
+    assert [item.entry.facts["node"] for item in remove(store.root, [key(2)], is_dry=True)] == ["n2"]
+    assert stored(store) == {1, 2, 3}
+    remove(store.root, [key(2)])
+    assert stored(store) == {1, 3}
+    assert (stats(store.root)["entries"], stats(store.root)["bytes"]) == (2, 2000)
+
+
+def test_verify_names_what_is_damaged_and_repairs_on_request(store: Store) -> None:
+    """Without --repair nothing is moved; with it, damaged results count as not there."""
+    (first, second, third) = inventory(store.root)
+    (item,) = first.entry.outputs.values()
+    path = store.root / "objects" / item.sha256[:2] / item.file_name
+    path.chmod(0o644)
+    path.write_bytes(bytes(1000))
+    second.path.chmod(0o644)
+    second.path.write_bytes(b"{}")
+    found = verify(store.root)
+    assert (found["sound"], [damage["fingerprint"] for damage in found["damaged"]]) == (1, [key(1), key(2)])
+    assert path.exists()
+    assert second.path.exists()
+    verify(store.root, is_repair=True)
+    assert verify(store.root) == {"sound": 1, "damaged": [], "repaired": False}
+    assert stored(store) == {3}
+    assert third.path.exists()
+    put(store, 1, 1000, 1.0)
+    assert stored(store) == {1, 3}
+
+
+def dead_pid() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def test_what_dead_processes_left_is_removed_at_the_next_start(store: Store) -> None:
+    """Files and folders of dead processes here; of others only what nobody touched for a day; nothing of the living."""
+    tmp = store.root / "tmp"
+    here = atomic.machine_id()
+    names = {
+        f".s2vflow-{here}-{dead_pid()}-a.json": (OLD, False),
+        f".s2vflow-{here}-{os.getpid()}-b.json": (0.0, True),
+        ".s2vflow-00000000-1-c.json": (OLD, True),
+        ".s2vflow-00000000-1-d.json": (OLD - 86400, False),
+        ".s2vflow-nobody": (OLD - 86400, False),
+        "something-else": (OLD - 86400, True),
+    }
+    for name, (when, _) in names.items():
+        (tmp / name).write_bytes(b"x")
+        os.utime(tmp / name, (when, when))
+    folder = tmp / f".s2vflow-{here}-{dead_pid()}-e"
+    folder.mkdir()
+    (folder / "video.mp4").write_bytes(b"half")
+    with live_run(store.root, []):
+        assert {path.name for path in tmp.iterdir()} == {name for name, (_, stays) in names.items() if stays}
+    assert not list(store.root.glob("live/*"))
+
+
+def test_markers_of_dead_runs_and_checkpoints_of_stored_results_go(store: Store) -> None:
+    live = store.root / "live"
+    live.mkdir()
+    marker = live / f"{atomic.machine_id()}-{dead_pid()}-1.json"
+    marker.write_text(json.dumps([key(1)]))
+    checkpoints = Checkpoints(store.root)
+    payload = len(b"{}").to_bytes(8, "little") + b"{}"
+    for number in (1, 7):
+        checkpoints.write(key(number), {"step": "3"}, payload)
+    assert tidy(store.root) == 2
+    assert not marker.exists()
+    assert checkpoints.peek(key(1)) is None
+    assert (checkpoints.peek(key(7)) or {})["step"] == "3"
+
+
+def test_a_bundle_brings_results_into_another_cache(store: Store, tmp_path: Path) -> None:
+    """Byte for byte, and equal results make equal bundles; a second import brings nothing."""
+    store.publish(key(8), {"kind": "toy"}, {"a": b"same", "b": b"same"}, {"node": "n8"})
+    kept = inventory(store.root)
+    for name in ("one.tar", "two.tar"):
+        export_bundle(store.root, kept, tmp_path / name)
+    assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
+    other = Store(tmp_path / "other")
+    assert import_bundle(other.root, tmp_path / "one.tar", is_dry=True)
+    assert stored(other) == set()
+    assert len(import_bundle(other.root, tmp_path / "one.tar")) == 4
+    assert stored(other) == stored(store) == {1, 2, 3, 8}
+    assert other.lookup(key(8)) == store.lookup(key(8))
+    assert import_bundle(other.root, tmp_path / "one.tar") == []
+    assert list((other.root / "tmp").iterdir()) == []
+
+
+def test_bundles_of_strangers_are_refused(store: Store, tmp_path: Path) -> None:
+    """Names that lead outside, links, flipped bytes, cut files: nothing is taken in, nothing written elsewhere."""
+    path, bad = tmp_path / "good.tar", tmp_path / "bad.tar"
+    export_bundle(store.root, inventory(store.root), path)
+    good = path.read_bytes()
+    other = tmp_path / "other"
+
+    def refused(payload: bytes) -> None:
+        bad.write_bytes(payload)
+        with pytest.raises(RefusedError):
+            import_bundle(other, bad)
+        assert stored(Store(other)) == set()
+
+    for name, kind in (("../evil", tarfile.REGTYPE), ("/etc/evil", tarfile.REGTYPE), ("entries/00/x.json", b"2")):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "/etc/passwd"
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            tar.addfile(info)
+        refused(buffer.getvalue())
+    refused(good[:512] + bytes([good[512] ^ 1]) + good[513:])
+    refused(good[:700])
+    refused(b"not a tar" * 100)
+    assert not (tmp_path / "evil").exists()
+    with pytest.raises(MissingError):
+        import_bundle(other, tmp_path / "none.tar")
+
+
+@pytest.mark.parametrize(("text", "size"), [("20G", 20 * 10**9), ("1.5 GB", 15 * 10**8), ("0", 0), ("7k", 7000)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1G", "nan", "inf", "1e400"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(S2VFlowError, match="is no size"):
+        parse_size(text)
