@@ -23,7 +23,7 @@ tests: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 parity: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m parity
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "parity or slow"
 
 soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s

@@ -239,6 +239,7 @@ def assert_goes_on(recipe: Path, where: list[str], change: list[str]) -> None:
     assert report["computed"] == ["talk[1]", "talk[2]", "video"]
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_the_next_run_goes_on_from_the_stored_chunks(tmp_path: Path, done: tuple[Path, list[str]]) -> None:
     recipe, where = done
     change = ["--set", "nodes.first.seed=130", "--output-dir", str(tmp_path / "out")]

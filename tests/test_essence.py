@@ -71,6 +71,7 @@ def test_a_second_run_leaves_the_file_alone_and_imports_no_torch(done: Place) ->
     assert (done.video.stat().st_mtime_ns, done.video.read_bytes()) == before
 
 
+@pytest.mark.slow
 def test_the_same_recipe_elsewhere_gives_the_same_file(done: Place, tmp_path: Path, tiny_models: Path) -> None:
     """Another folder, another cache, everything computed anew: bit for bit the same, note included."""
     other = ran(tmp_path, tiny_models)

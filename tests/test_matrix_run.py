@@ -15,6 +15,7 @@ from s2v_flow.media.video import probe_video
 from s2v_flow.nodes.chunk import Chunk
 
 
+@pytest.mark.slow
 def test_a_matrix_writes_each_cell_and_one_page(tmp_path: Path, tiny_models: Path) -> None:
     """Two seeds: two videos, a contact sheet and a side-by-side video as long as they are."""
     recipe = write_recipe(tmp_path, tiny())

@@ -195,6 +195,7 @@ def test_a_prompt_with_control_characters_is_refused(tmp_path: Path) -> None:
     assert "U+001B" in err
 
 
+@pytest.mark.slow
 def test_make_leaves_its_recipe_and_runs_it(tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The video beside its recipe, whatever the user's defaults; a second time, also by `run`, nothing is computed."""
     (tmp_path / "defaults.yaml").write_text("output_dir: elsewhere\n")

@@ -105,6 +105,7 @@ def test_the_second_signal_stops_at_once(scene: Scene, tmp_path: Path, monkeypat
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), SIGNALS, ids=lambda value: str(value))
 def test_outside_of_sampling_the_first_signal_stops_at_once(
     number: int, code: int, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -116,6 +117,7 @@ def test_outside_of_sampling_the_first_signal_stops_at_once(
     assert "what was finished is stored, and the same command goes on from there" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_from_python_a_callable_stops_a_run(scene: Scene, tmp_path: Path) -> None:
     """At the step's end, and before the next node where the last step was just taken."""
     for stop_at, where in ((3, "first after step 3 of 4, checkpoint written"), (STEPS, r"before talk\[1\]")):

@@ -44,7 +44,10 @@ def grey_levels_apart(actual: np.ndarray, expected: Tensor) -> float:
     return float(np.abs(actual.astype(int) - expected.numpy().astype(int)).mean())
 
 
-@pytest.mark.parametrize("name", ["template", "fp8_scaled", "lightning", "ancestral"])
+@pytest.mark.parametrize(
+    "name",
+    ["ancestral", *(pytest.param(name, marks=pytest.mark.parity) for name in ("template", "fp8_scaled", "lightning"))],
+)
 def test_a_comfyui_workflow_gives_comfyuis_latents_and_frames(
     name: str, tmp_path: Path, tiny_models: Path, cache: Path
 ) -> None:
@@ -60,6 +63,7 @@ def test_a_comfyui_workflow_gives_comfyuis_latents_and_frames(
         assert name == "ancestral"  # stored without frames
 
 
+@pytest.mark.parity
 def test_the_authors_pipeline_gives_the_authors_latents_and_frames(
     tmp_path: Path, tiny_models: Path, cache: Path
 ) -> None:

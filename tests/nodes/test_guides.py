@@ -159,12 +159,14 @@ def test_a_pose_video_and_a_clip_to_continue_each_change_the_latent(
     assert not torch.equal(posed, moving)
 
 
+@pytest.mark.slow
 def test_guided_runs_are_deterministic(folder: Path, tiny_models: Path) -> None:
     guided = {"control_video": "$clip", "motion_video": "$clip"}
     again = [sampled(folder, tiny_models, cache, guided) for cache in ("cache", "another cache")]
     assert torch.equal(*again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("motion", ["latent", "pixels"])
 def test_a_video_can_begin_with_the_portrait(motion: str, folder: Path, tiny_models: Path) -> None:
     without = sampled(folder, tiny_models, "cache", {})
