@@ -24,7 +24,7 @@ LatentInput = Annotated[Ref, Port("latent")]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Conditioning = Literal["official", "comfyui"]
 Motion = Literal["latent", "pixels"]
-Steps = Annotated[int, Field(ge=1, le=1000)]
+Steps = Annotated[int, Field(ge=1, le=500)]  # more would repeat levels of the 1000 that there are
 Cfg = Annotated[float, Field(ge=0, le=100)]
 Shift = Annotated[float, Field(gt=0, le=1000)]
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
