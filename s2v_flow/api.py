@@ -23,7 +23,7 @@ from s2v_flow.graph.node import Node
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, build_plan
 from s2v_flow.graph.run import Run, RunResult, ignore
-from s2v_flow.graph.status import TO_COMPUTE, NodeStatus, assess
+from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess
 from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.need import ModelNeed, known_needs, recipe_needs
 from s2v_flow.nodes.chain import FRAME_RATE_HZ
@@ -42,7 +42,6 @@ from s2v_flow.version import __version__
 
 KINDS: Mapping[str, type[Node]] = {kind.kind: kind for kind in NODE_KINDS}
 _HASHED_AT_ONCE_BYTES = 64 << 20
-_EARLIER = 300  # stored results that an estimate looks at
 _FIX_CACHE = "free some space, or name another folder with --cache-dir"
 
 
@@ -231,7 +230,8 @@ def _plan(recipe: Recipe, options: Options) -> Planned:
     forced = options.selection.forced(made)
     store, numerics = Store(options.cache_root), Numerics(device_class(device))
     statuses = assess(made, store, numerics, FileDigests(memory).known, forced)
-    expected = estimate(made, statuses, store.recent(_EARLIER), numerics)
+    has_work = any(status.status in TO_COMPUTE for status in statuses.values())
+    expected = estimate(made, statuses, store.recent(EARLIER) if has_work else [], numerics)
     return Planned(recipe, made, statuses, device, expected, cells, tuple(item.cell.label for item in variants))
 
 

@@ -15,7 +15,7 @@ from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode, Source
 from s2v_flow.graph.reasons import NEVER, explain
 
-_EARLIER = 300  # stored results among which the nearest one is looked for
+EARLIER = 300  # stored results among which the nearest one is looked for
 Status = Literal["HIT", "RUN", "RESUME", "LOAD", "SKIP"]
 TO_COMPUTE = frozenset({"RUN", "RESUME"})
 FileDigest = Callable[[Path], "str | None"]
@@ -120,7 +120,7 @@ def assess(
         elif node.node.is_stored and (facts := checkpoints.peek(key)) is not None:
             found[node.name] = NodeStatus("RESUME", progress_text(facts), key)
         elif node.node.is_stored:
-            earlier = store.recent(_EARLIER) if earlier is None else earlier
+            earlier = store.recent(EARLIER) if earlier is None else earlier
             found[node.name] = NodeStatus("RUN", explain(node.name, node.recipe_node, image, earlier), key)
         else:
             found[node.name] = NodeStatus("RUN", NEVER, key)
