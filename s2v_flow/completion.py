@@ -10,33 +10,58 @@ import click
 from click.shell_completion import get_completion_class
 
 if TYPE_CHECKING:
+    from s2v_flow.recipe.fields import Accepts
     from s2v_flow.recipe.layers import Merged
     from s2v_flow.recipe.tree import Tree
 
 SHELLS = ("bash", "zsh", "fish")
+# what click's script for bash says, and what stands there instead: bash takes "steps=4" for three words
+_BASH_WORDS = 'COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD=$COMP_CWORD'
+_BASH_JOINED_WORDS = 'COMP_WORDS="${words[*]}" COMP_CWORD=$last'
+_BASH_START = "    local response\n"
+_BASH_JOIN = """    local -a words
+    local -i last=-1 at
+    for ((at = 0; at <= COMP_CWORD; at++)); do
+        if ((at > 0)) && [[ ${COMP_WORDS[at]} == "=" || ${COMP_WORDS[at - 1]} == "=" ]]; then
+            words[last]+=${COMP_WORDS[at]}
+        else
+            words[++last]=${COMP_WORDS[at]}
+        fi
+    done
+    local typed=
+    if [[ $COMP_WORDBREAKS == *=* && ${words[last]} == *=* ]]; then
+        typed=${words[last]%=*}=
+    fi
+"""
 _BASH_ADDS = "COMPREPLY+=($value)"
-_BASH_NO_BLANK = f"{_BASH_ADDS}\n            [[ $value == *[=.] ]] && compopt -o nospace"
+_BASH_ADDS_REST = """COMPREPLY+=("${value#"$typed"}")
+            [[ $value == *[=.] ]] && compopt -o nospace"""
 
 
 def completion_script(shell: str, command: click.Command, name: str) -> str:
     """Return the script that teaches a shell to complete a command, as click writes it.
 
-    In bash, no blank follows `steps=`: the value comes next.
+    In bash, no blank follows `steps=`, and what comes next is completed too.
     """
     complete = get_completion_class(shell)
     assert complete is not None, shell
     shell_complete = complete(command, {}, name, f"_{name.upper()}_COMPLETE")
     # not source(), which starts a bash to ask for its version
     script = shell_complete.source_template % shell_complete.source_vars()
-    return script.replace(_BASH_ADDS, _BASH_NO_BLANK)
+    if shell == "bash":
+        script = script.replace(_BASH_START, _BASH_START + _BASH_JOIN)
+        script = script.replace(_BASH_WORDS, _BASH_JOINED_WORDS).replace(_BASH_ADDS, _BASH_ADDS_REST)
+    return script
 
 
 def complete_set(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Complete PATH of --set PATH=VALUE."""
+    """Complete PATH of --set PATH=VALUE, and VALUE where the field takes certain words."""
     merged = _merged(ctx)
-    if merged is None or "=" in incomplete:
+    if merged is None:
         return []
-    return [path for path in _paths(merged, incomplete) if path.startswith(incomplete)]
+    path, sign, _ = incomplete.partition("=")
+    found = (f"{path}={word}" for word in _words(merged, path)) if sign else _paths(merged, incomplete)
+    return [text for text in found if text.startswith(incomplete)]
 
 
 def complete_profile(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -83,6 +108,28 @@ def _paths(merged: Merged, incomplete: str) -> Iterator[str]:
             yield from (f"nodes.{name}." for name in nodes.entries)
         elif (node := nodes.get(name)) is not None:
             yield from (f"nodes.{name}.{field}=" for field in _fields(node))
+
+
+def _words(merged: Merged, path: str) -> list[str]:
+    """Return the words that a field or a parameter takes."""
+    from s2v_flow.nodes.table import NODE_KINDS
+    from s2v_flow.recipe.fields import field_at
+    from s2v_flow.recipe.param_type import param_takes
+    from s2v_flow.recipe.tree import MapValue, Scalar
+
+    kinds = {kind.kind: kind for kind in NODE_KINDS}
+    body, parts = merged.body, path.split(".")
+    takes: list[Accepts | None] = []
+    if parts[0] == "nodes" and len(parts) == 3:
+        node = body.nodes.get(parts[1])
+        kind = node.get("kind") if isinstance(node, MapValue) else None
+        known = kinds.get(str(kind.value)) if isinstance(kind, Scalar) else None
+        takes = [] if known is None else [field_at(known, (parts[2],))]
+    elif len(parts) == 1 or (parts[0] == "params" and len(parts) == 2):
+        value = body.params.get(parts[-1])
+        takes = [] if value is None else list(param_takes(parts[-1], value, body, kinds))
+    sets = [{*given.words, *(("true", "false") if bool in given.scalars else ())} for given in takes if given]
+    return sorted(set[str].intersection(*sets)) if sets else []
 
 
 def _fields(node: Tree) -> Iterator[str]:

@@ -53,10 +53,17 @@ def override_options(command: _Function) -> _Function:
 
 
 def take_overrides(given: dict[str, Any]) -> list[Override]:
-    """Take the options of `override_options` out of a command's values, and return them in the order given."""
+    """Take the options of `override_options` out of a command's values, and return them in the order given.
+
+    Raises:
+        RuntimeError: The command is no `OrderedCommand`, so that their order is not known.
+    """
     from s2v_flow.recipe.argument import Override
 
     texts = {name: list(given.pop(name, ())) for name in _KINDS}
     context = click.get_current_context(silent=True)
     order: Sequence[str] = () if context is None else context.meta.get(_ORDER, ())
-    return [Override(_KINDS[name], texts[name].pop(0)) for name in order if name in _KINDS]
+    found = [Override(_KINDS[name], texts[name].pop(0)) for name in order if name in _KINDS]
+    if any(texts.values()):
+        raise RuntimeError("a command that takes --set and its like has to be an OrderedCommand")
+    return found

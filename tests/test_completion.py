@@ -88,7 +88,41 @@ def test_without_a_readable_recipe_nothing_is_proposed(
     assert complete("run", *words, "-p", "q") == []
 
 
-@pytest.mark.parametrize("words", ["nodes.none.", "nodes.dit.kind.x", "steps=4", "other.", "params.x.y"])
+def test_words_that_a_field_takes_are_completed() -> None:
+    """Samplers, switches; of a parameter, what every field takes that it is put into."""
+    assert complete("run", DEMO, "--set", "nodes.first.sampler=uni")[0] == "nodes.first.sampler=uni_pc"
+    assert complete("run", DEMO, "--set", "nodes.first.init_first_frame=") == [
+        f"nodes.first.init_first_frame={word}" for word in ("false", "true")
+    ]
+    assert complete("run", DEMO, "--set", "nodes.first.motion=p") == ["nodes.first.motion=pixels"]
+
+
+def test_words_that_a_parameter_takes_are_completed(tmp_path: Path) -> None:
+    """Those that all the fields take."""
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "params: {how: official, solver: euler}\nnodes: {a: {kind: encode_audio, conditioning: $params.how}, "
+        "b: {kind: sample, conditioning: $params.how, sampler: $params.solver}}\n"
+    )
+    assert complete("run", path, "--set", "how=") == ["how=comfyui", "how=official"]
+    assert complete("run", path, "--set", "params.how=c") == ["params.how=comfyui"]
+    assert complete("run", path, "--set", "solver=euler_") == ["solver=euler_ancestral"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "nodes.none.",
+        "nodes.dit.kind.x",
+        "steps=4",
+        "steps=",
+        "nodes.none.x=",
+        "nodes.vae.none=",
+        "no=",
+        "other.",
+        "params.x.y",
+    ],
+)
 def test_where_no_path_leads_nothing_is_proposed(words: str) -> None:
     assert complete("run", DEMO, "--set", words) == []
 
@@ -126,6 +160,31 @@ def test_bash_takes_the_script_and_leaves_no_blank_after_an_equals_sign(tmp_path
     )
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "compopt -o nospace\nsteps= other\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--set", "nodes.first.motion", "="], "latent pixels"),
+        (["--set", "nodes.first.motion", "=", "p"], "pixels"),
+        (["--set", "nodes.first.sched"], "nodes.first.scheduler="),
+        (["--set", "steps", "=", "4", "--set", "nodes.first.motion", "=", "l"], "latent"),
+    ],
+)
+def test_bash_completes_what_follows_an_equals_sign(words: list[str], expected: str, tmp_path: Path) -> None:
+    """It splits words there, and asks for the last part alone."""
+    path = tmp_path / "script"
+    path.write_text(call("completion", "bash")[1])
+    program = tmp_path / "s2vflow"
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from s2v_flow.cli import main; main()'\n")
+    program.chmod(0o755)
+    given = " ".join(f"'{word}'" for word in ["s2vflow", "run", str(DEMO), *words])
+    code = (
+        f"source {path}; compopt() {{ :; }}; COMP_WORDS=({given}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1));"
+        f" _s2vflow_completion {program}; echo ${{COMPREPLY[@]}}"
+    )
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.strip(), done.stderr) == (expected, "")
 
 
 def test_another_shell_is_exit_code_2() -> None:

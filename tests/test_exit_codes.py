@@ -1,0 +1,141 @@
+"""The documented exit codes, each as a person meets it: one run of the program, its code and what it says."""
+
+from __future__ import annotations
+
+import errno
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from recipes_for_tests import RECIPES, call, tiny, write_recipe, write_voice
+from safetensors.torch import load_file, save_file
+
+from s2v_flow.cache import store
+from s2v_flow.cli import EXIT_CODES
+from s2v_flow.errors import ExitCode
+from s2v_flow.models.vae import WanVAE
+
+
+class Here:
+    """A small recipe in a folder of its own."""
+
+    def __init__(self, folder: Path, models: Path) -> None:
+        self.folder = folder
+        write_voice(folder / "voice.wav", 0.3)
+        self.recipe = write_recipe(folder, tiny(talk={"chunks": 0}))
+        self.where = ["--models-dir", models, "--cache-dir", folder / "cache", "--device", "cpu"]
+
+    def run(self, *more: object) -> tuple[int, str]:
+        code, _, err = call("run", self.recipe, *self.where, *more)
+        return code, err
+
+
+@pytest.fixture
+def here(tmp_path: Path, tiny_models: Path) -> Here:
+    return Here(tmp_path, tiny_models)
+
+
+def test_the_help_names_every_code_and_no_other() -> None:
+    named = [int(code) for code in re.findall(r"^ +(\d+)  ", EXIT_CODES, re.MULTILINE)]
+    assert named == sorted(ExitCode) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 75, 130, 143]
+
+
+def test_0_and_10(here: Here) -> None:
+    """A run that went well; a plan with work in it and one without."""
+    plan = ["plan", here.recipe, *here.where, "--detailed-exitcode"]
+    assert call(*plan)[0] == 10
+    assert here.run()[0] == 0
+    assert call(*plan)[0] == 0
+
+
+def test_1_a_node_failed(here: Here) -> None:
+    """Its output cannot be written: a file stands where the folder should."""
+    (here.folder / "out").write_text("")
+    code, err = here.run()
+    assert (code, "Traceback" in err, "cannot write" in err) == (1, False, True)
+
+
+@pytest.mark.parametrize("words", [["no-such-command"], ["run"], ["run", "r.yaml", "--no-such-option"]])
+def test_2_the_command_line_is_wrong(words: list[str]) -> None:
+    assert call(*words)[0] == 2
+
+
+def test_3_the_recipe_is_wrong(here: Here) -> None:
+    code, err = here.run("--set", "nodes.first.steps=0")
+    assert (code, "error[R" in err, "fix:" in err or "must be" in err) == (3, True, True)
+
+
+@pytest.mark.parametrize(
+    "change", ["nodes.voice.file=none.wav", "nodes.vae.checkpoint=none.safetensors", "nodes.voice.file=recipe.yaml"]
+)
+def test_4_a_file_is_missing_or_cannot_be_used(change: str, here: Here) -> None:
+    assert here.run("--set", change)[0] == 4
+
+
+def test_5_refused(here: Here) -> None:
+    """A pickle under a name that promises safetensors; a recipe that writes outside its folder."""
+    folder = here.folder / "models" / "vae"
+    folder.mkdir(parents=True)
+    torch.save({"x": torch.zeros(1)}, folder / "v.safetensors")
+    pickle = ["--set", "nodes.vae.checkpoint=v.safetensors", "--models-dir", folder.parent]
+    assert here.run(*pickle)[0] == 5
+    write_recipe(here.folder, tiny(talk={"chunks": 0}, video={"file": "../talk.mp4"}))
+    assert here.run()[0] == 5
+
+
+def test_6_the_disk_is_full(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not even the video itself can be written."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "finish", refuse)
+    code, err = here.run()
+    assert (code, "Traceback" in err, "no space left" in err) == (6, False, True)
+
+
+def test_7_out_of_memory(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no smaller step helps, and what is kept is said."""
+
+    def refuse(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(WanVAE, "decode_next", refuse)
+    code, err = here.run()
+    assert (code, "Traceback" in err, "every sampled chunk" in err) == (7, False, True)
+
+
+def test_8_not_a_number(here: Here, tiny_models: Path) -> None:
+    """A model file with a broken weight."""
+    tensors = load_file(tiny_models / "diffusion_models" / "tiny_s2v.safetensors")
+    tensors["head.head.bias"] = torch.full_like(tensors["head.head.bias"], torch.nan)
+    folder = here.folder / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "broken.safetensors")
+    code, err = here.run("--set", "nodes.dit.checkpoint=broken.safetensors", "--models-dir", folder.parent)
+    assert (code, "first: NaN or infinity in the latent after step 1 of 2" in err) == (8, True)
+
+
+def test_9_a_defect(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("no such thing")
+
+    monkeypatch.setattr(WanVAE, "decode_next", fail)
+    code, err = here.run()
+    assert (code, "please report it" in err) == (9, True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_130_143_and_75_signals(number: int, code: int, tmp_path: Path) -> None:
+    """In a process of its own, before anything was computed (within a chunk: tests/test_stopping.py)."""
+    program = (
+        "import os, sys; from s2v_flow import api, cli\n"
+        f"api.plan = lambda *given: os.kill(os.getpid(), {int(number)}) or sys.exit(99)\n"
+        f"sys.argv = ['s2vflow', 'run', {str(RECIPES / 'demo.yaml')!r}]\ncli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
