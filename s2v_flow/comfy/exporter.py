@@ -14,6 +14,7 @@ from s2v_flow.comfy.source_export import SourceExporter
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.params import whole_reference
 from s2v_flow.recipe.tree import plain
@@ -56,7 +57,7 @@ class _Exporter:
         self._videos: dict[str, tuple[Link, int]] = {}  # recipe node -> its latent and the latent frames
         self._mistakes: list[Diagnostic] = []
         self._chunks = {name: list(self._chunks_of(name)) for name in recipe.nodes}
-        self.seeds = [node.node.seed for nodes in self._chunks.values() for node in nodes]  # type: ignore[attr-defined]
+        self.seeds = [_as_chunk(node).seed for nodes in self._chunks.values() for node in nodes]
 
     def export(self) -> Sheet:
         """Return the sheet with all nodes."""
@@ -121,7 +122,7 @@ class _Exporter:
         return any(item.kind == "audio" for item in self._plan.missing)
 
     def _chunks_of(self, name: str) -> Iterator[PlanNode]:
-        return (node for node in self._plan.nodes if node.recipe_node == name and node.node.kind == "chunk")
+        return (node for node in self._plan.nodes if node.recipe_node == name and isinstance(node.node, Chunk))
 
     def _video(self, name: str, node: Any) -> tuple[Link, int]:
         """Export a node that gives a latent."""
@@ -149,12 +150,12 @@ class _Exporter:
         for spec in self._recipe.nodes.values():
             refs = spec.node.refs()
             if spec.node.kind == "extend" and refs["video"].node == name and self._chunks[spec.name]:
-                return int(self._chunks[spec.name][0].node.audio_offset) // 4  # type: ignore[attr-defined]
+                return _as_chunk(self._chunks[spec.name][0]).audio_offset // 4
         return 0
 
     def _chunk(self, name: str, title: str, planned: PlanNode, video: tuple[Link, int] | None) -> tuple[Link, int]:
         """Export one chunk: its preparation, its sampler, and the joining with what is there."""
-        chunk: Any = planned.node
+        chunk = _as_chunk(planned)
         if chunk.conditioning == "official":
             self._sheet.note("conditioning: official has no equivalent: numbers are as in ComfyUI")
         sources = self._sources
@@ -263,3 +264,9 @@ def _prefix(file: str, suffix: str) -> str:
     """Return an output's name without what ComfyUI puts behind it."""
     stem = file.removesuffix(suffix)
     return stem[:-7] if stem.endswith("_00001_") else stem
+
+
+def _as_chunk(planned: PlanNode) -> Chunk:
+    """Return what a plan node samples."""
+    assert isinstance(planned.node, Chunk), f"{planned.name} is no chunk"
+    return planned.node

@@ -263,7 +263,8 @@ def _concat(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     if axis != "t":
         return (Latent(ref, first.num_frames, None, first.settings),)
     is_doubled = first.cut_of == (second.ref, "t", 0, 1)
-    known = None if None in (first.num_frames, second.num_frames) else first.num_frames + second.num_frames  # type: ignore[operator]
+    counts = [latent.num_frames for latent in (first, second) if latent.num_frames is not None]
+    known = sum(counts) if len(counts) == 2 else None
     return (Latent(ref, known, first.size, first.settings, doubled=second if is_doubled else None),)
 
 

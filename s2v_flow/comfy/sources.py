@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from s2v_flow.comfy.draft import NodeRef
-from s2v_flow.comfy.graph import ComfyNode, Value
+from s2v_flow.comfy.graph import ComfyNode, Link, Value
 from s2v_flow.comfy.meaning import Context, FramesMade, Latent, Made, Model, Video, Zeroed
 
 Translator = Callable[[Context, ComfyNode], tuple[Any, ...]]
@@ -80,9 +80,10 @@ def _video_components(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     found = context.meaning(node, "video", object)
     if isinstance(found, Video):
         return found.frames, found.audio, found.fps
-    if not isinstance(found, Value):
+    link = node.inputs["video"]
+    if not isinstance(found, Value) or not isinstance(link, Link):
         raise context.refuse(node, "video takes something that recipes cannot express here")
-    source = context.graph.nodes[node.inputs["video"].node]  # type: ignore[union-attr]
+    source = context.graph.nodes[link.node]
     frames = context.draft.add("load_video", "clip", {"file": found}, source)
     audio = context.draft.add("load_audio", "clip_sound", {"file": found}, source, titled=False)
     context.mistakes.note(

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from s2v_flow.comfy.finish import Reference, Sections
+from s2v_flow.recipe.emit import scalar_text
 from s2v_flow.recipe.reader import FORBIDDEN
-from s2v_flow.recipe.scalars import read_scalar
 
 _WIDTH = 120
 _LONGEST_ALIGNED = 12  # longer names do not move the others to the right
-_PLAIN = re.compile(
-    r"[^\W_](?:[^\x00-\x1f:#{}\[\],&*!|>'\"%@`\x7f\x85\xa0\u2028\u2029\ufeff]|:(?=[^\s,\]}])|(?<=\S)#)*"
-)
-_IN_BLOCK = re.compile(r"[^\W_](?:[^\x00-\x1f:#\x7f\x85\xa0\u2028\u2029\ufeff]|:(?=\S)|(?<=\S)#)*")
 _ESCAPED = re.compile(r"\$(?=\{|params\.)")
 
 
@@ -108,35 +103,7 @@ def _flow(value: Any, *, in_flow: bool = True) -> str:
 
 
 def _scalar(value: Any, *, in_flow: bool) -> str:
-    """Write a scalar so that it is read as the same value: plain where that is safe, else in double quotes."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return _number(value)
-    text = _written(value)
-    pattern = _PLAIN if in_flow else _IN_BLOCK
-    is_plain = pattern.fullmatch(text) is not None and text == text.rstrip() and not text.endswith(":")
-    return text if is_plain and _reads_as_text(text) else _quoted(text)
-
-
-def _quoted(text: str) -> str:
-    """Write text in double quotes, with the characters escaped that YAML would take for line breaks."""
-    quoted = json.dumps(text, ensure_ascii=False)
-    return re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", quoted)
-
-
-def _number(value: float) -> str:
-    text = repr(value)
-    return text if "e" not in text or "." in text else text.replace("e", ".0e")
-
-
-def _reads_as_text(text: str) -> bool:
-    try:
-        return read_scalar(text) == text
-    except ValueError:
-        return False
+    return scalar_text(_written(value) if isinstance(value, str) else value, in_flow=in_flow)
 
 
 def _written(text: str) -> str:
