@@ -17,16 +17,23 @@ _CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts and runs
 
 
 @click.command()
+@click.option("--keep-last", type=click.IntRange(min=0), metavar="N", help="Forget all runs but the last N.")
+@click.option("--dry-run", is_flag=True, help="With --keep-last: only say which would be forgotten.")
 @_JSON
 @_CACHE
-def runs(as_json: bool, cache_dir: Path | None) -> None:
-    """List the runs, the newest first."""
+def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
+    """List the runs, the newest first. Results and videos do not depend on a run's manifest."""
     from s2v_flow import report
-    from s2v_flow.history.find import list_runs
+    from s2v_flow.history.find import forget_runs, list_runs
     from s2v_flow.history.text import listing_json, runs_text
     from s2v_flow.runs.record import runs_root
 
-    listing = list_runs(runs_root(make_options(cache_dir=cache_dir, device=None).cache_root))
+    root = runs_root(make_options(cache_dir=cache_dir, device=None).cache_root)
+    if keep_last is not None:
+        gone = forget_runs(root, keep_last, is_dry=dry_run)
+        verb = "would be forgotten" if dry_run else "forgotten"
+        report.print_message(f"{len(gone)} runs {verb}: {', '.join(gone)}" if gone else f"0 runs {verb}")
+    listing = list_runs(root)
     for note in listing.notes:
         report.print_message(f"note: skipped: {note}")
     report.print_json(listing_json(listing)) if as_json else report.print_result(runs_text(listing))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,24 @@ def test_runs_are_listed_the_newest_first(done: Place, ids: list[str]) -> None:
 def test_without_runs_the_list_says_so(tmp_path: Path) -> None:
     assert call("runs", "--cache-dir", tmp_path) == (0, "no runs\n", "")
     assert json.loads(call("runs", "--cache-dir", tmp_path, "--json")[1]) == {"runs": [], "skipped": []}
+
+
+def test_all_runs_but_the_last_ones_are_forgotten(done: Place, tmp_path: Path) -> None:
+    """Damaged manifests too; whatever else lies in a run's folder stays, and a dry run changes nothing."""
+    root = tmp_path / "runs"
+    shutil.copytree(done.cache / "runs", root)
+    (root / "19990101-000000-dead").mkdir()
+    (root / "19990101-000000-dead" / "manifest.json").write_text("{")
+    kept = max(path.name for path in root.iterdir())
+    (root / min(path.name for path in root.iterdir() if path.name > "2") / "notes.txt").write_text("mine")
+    where = ["--cache-dir", tmp_path]
+    assert "3 runs would be forgotten: " in call("runs", "--keep-last", 1, "--dry-run", *where)[2]
+    assert len(json.loads(call("runs", "--json", *where)[1])["runs"]) == 3
+    code, out, err = call("runs", "--keep-last", 1, *where)
+    assert (code, len(out.splitlines()), "3 runs forgotten: " in err) == (0, 1, True)
+    assert out.startswith(kept)
+    assert [path.name for path in root.glob("*/*") if path.parent.name != kept] == ["notes.txt"]
+    assert call("runs", "--keep-last", "-1", *where)[0] == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"manifest": 2}', b"\xff\xfe", b'{"a":' * 100_000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,25 @@ def list_runs(root: Path) -> Listing:
         except MissingError as error:
             notes.append(error.message)
     return Listing(tuple(runs), tuple(notes))
+
+
+def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
+    """Remove the manifests of all runs but the last `keep`, sound or not; return the ids of those that go.
+
+    Args:
+        root: The folder with a folder for every run; it need not be there.
+        keep: How many stay.
+        is_dry: Only say which would go.
+    """
+    gone = []
+    for path in _paths(root)[keep:]:
+        if not is_dry:
+            with suppress(OSError):  # it cannot be removed, or another process was first
+                path.unlink()
+                path.parent.rmdir()
+        if is_dry or not path.exists():
+            gone.append(path.parent.name)
+    return gone
 
 
 def find(root: Path, text: str) -> Manifest | Essence:

@@ -70,6 +70,8 @@ def _compare_files(node: str, a: Path, b: Path) -> Measure:
             return Measure(node, "video", False, note=f"{sizes[0]} cannot be compared with {sizes[1]}")
         largest, squares, count = 0, 0, 0
         for left, right in zip_longest(one, other):
+            if left is None or right is None:
+                return Measure(node, "video", False, note="one of them ends before its length")
             difference = left.astype(np.int32) - right.astype(np.int32)
             largest = max(largest, int(abs(difference).max()))
             squares += int((difference * difference).sum(dtype=np.int64))
