@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.option_order import OrderedGroup
 
 if TYPE_CHECKING:
+    from s2v_flow.api import Options
     from s2v_flow.cache.housekeeping import Kept
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
@@ -21,7 +23,6 @@ _CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts are kept
 _DRY = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 _NODE = click.option("--node", "nodes", multiple=True, metavar="NAME", help="All results of a plan node; repeatable.")
 _CHOSEN = click.argument("fingerprints", nargs=-1, metavar="[FINGERPRINT]...")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @click.group(cls=OrderedGroup)
@@ -41,11 +42,18 @@ def ls(as_json: bool, cache_dir: Path | None) -> None:
 @_JSON
 @_CACHE
 def stats(as_json: bool, cache_dir: Path | None) -> None:
-    """Print figures about the cache."""
+    """Print figures about the cache, its limit and what it leaves free on the disk."""
     from s2v_flow import report
+    from s2v_flow.cache.budget import NO_LIMIT, default_reserve, free_bytes
     from s2v_flow.cache.housekeeping import stats as figures
 
-    found = figures(_root(cache_dir))
+    limit, root = _limit(cache_dir), _root(cache_dir)
+    has_limit = limit != NO_LIMIT
+    found = figures(root) | {
+        "limit_bytes": limit if has_limit else None,
+        "reserve_bytes": default_reserve(root) if has_limit else None,
+        "free_bytes": free_bytes(root),
+    }
     text = "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.items())
     report.print_json(found) if as_json else report.print_result(text)
 
@@ -68,7 +76,7 @@ def verify(repair: bool, as_json: bool, cache_dir: Path | None) -> None:
 
 
 @cache.command()
-@click.option("--limit", metavar="SIZE", help="Such as 20G; unless given, 50G or a fifth of the disk.")
+@click.option("--limit", metavar="SIZE", help="Such as 20G; unless given, what a run is held to.")
 @_DRY
 @_JSON
 @_CACHE
@@ -78,17 +86,20 @@ def gc(limit: str | None, dry_run: bool, as_json: bool, cache_dir: Path | None) 
     Never what is pinned, younger than an hour, or of a run that lives.
     """
     from s2v_flow import report
+    from s2v_flow.cache.budget import parse_size, size_text
     from s2v_flow.cache.housekeeping import collect
 
-    found = collect(_root(cache_dir), None if limit is None else parse_size(limit), is_dry=dry_run)
+    found = collect(_root(cache_dir), _limit(cache_dir) if limit is None else parse_size(limit), is_dry=dry_run)
     if as_json:
         report.print_json(found)
         return
     _show(found["removed"], False, {})
     words = "would shrink" if dry_run else "shrank"
-    report.print_result(f"{words} from {_size(found['bytes_before'])} to {_size(found['bytes_after'])}")
+    report.print_result(f"{words} from {size_text(found['bytes_before'])} to {size_text(found['bytes_after'])}")
     if not found["within_limit"]:
-        report.print_message(f"note: the rest is pinned, young or in use; the limit is {_size(found['limit_bytes'])}")
+        report.print_message(
+            f"note: the rest is pinned, young or in use; the limit is {size_text(found['limit_bytes'])}"
+        )
 
 
 @cache.command()
@@ -200,25 +211,35 @@ def import_(source: Path, dry_run: bool, as_json: bool, cache_dir: Path | None) 
     _show(rows, as_json, {"file": str(source), "dry_run": dry_run})
 
 
-def parse_size(text: str) -> int:
-    """Read "20G", "1.5 GB" or "500000" as bytes; K, M, G and T are powers of a thousand.
-
-    Raises:
-        S2VFlowError: It is no size.
-    """
-    number = text.strip().upper().removesuffix("B").rstrip()
-    unit = number[-1:] if number[-1:] in ("K", "M", "G", "T") else ""
-    try:
-        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
-    except (ValueError, OverflowError):
-        size = -1
-    if size < 0:
-        raise S2VFlowError(f"--limit: {text!r} is no size", fix="write it like 20G", exit_code=ExitCode.USAGE)
-    return size
+def _options(cache_dir: Path | None) -> Options:
+    return make_options(cache_dir=cache_dir, device=None)
 
 
 def _root(cache_dir: Path | None) -> Path:
-    return make_options(cache_dir=cache_dir, device=None).cache_root
+    """Return the cache folder, which need not be there.
+
+    Raises:
+        S2VFlowError: It is there, and nobody may look into it.
+    """
+    root = _options(cache_dir).cache_root
+    try:
+        with os.scandir(root):
+            pass
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise S2VFlowError(
+            f"{root}: the cache cannot be read: {error.strerror}", fix="name another with --cache-dir"
+        ) from error
+    return root
+
+
+def _limit(cache_dir: Path | None) -> int:
+    """Return what a run's cache is held to: the environment's, the user's default, or the program's."""
+    from s2v_flow.cache.budget import default_limit
+
+    given = _options(cache_dir).size_limit
+    return default_limit(_root(cache_dir)) if given is None else given
 
 
 def _inventory(cache_dir: Path | None) -> list[Kept]:
@@ -253,6 +274,7 @@ def _choose(cache_dir: Path | None, fingerprints: Sequence[str], nodes: Sequence
 
 def _show(rows: Sequence[dict[str, Any]], as_json: bool, more: dict[str, Any]) -> None:
     from s2v_flow import report
+    from s2v_flow.cache.budget import size_text
 
     if as_json:
         report.print_json({**more, "entries": list(rows)})
@@ -262,13 +284,6 @@ def _show(rows: Sequence[dict[str, Any]], as_json: bool, more: dict[str, Any]) -
         seconds = row.get("seconds")
         took = f"{seconds:.1f} s" if isinstance(seconds, (int, float)) else ""
         line = f"{row['fingerprint'][:12]}  {row['node'] or '':<16}  {row['kind'] or '':<14}"
-        report.print_result(f"{line}  {_size(row['bytes']):>9}  {took:>9}{mark}")
+        report.print_result(f"{line}  {size_text(row['bytes']):>9}  {took:>9}{mark}")
     would = ", nothing was changed" if more.get("dry_run") else ""
-    report.print_message(f"{len(rows)} results, {_size(sum(row['bytes'] for row in rows))}{would}")
-
-
-def _size(count: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"
+    report.print_message(f"{len(rows)} results, {size_text(sum(row['bytes'] for row in rows))}{would}")

@@ -93,6 +93,12 @@ def record_options(command: CommandT) -> CommandT:
         click.option("--record-host", is_flag=True, help="Name the host and the user in the run's manifest."),
         click.option("--locked", is_flag=True, help="Refuse to run unless every file is as in <recipe>.lock.yaml."),
         click.option("--events", metavar="FILE|-", help="Write the run's events there, one JSON object a line."),
+        click.option(
+            "--cache-limit",
+            metavar="SIZE|none",
+            help="How large the cache may become, such as 20G; unless given, 50G or a fifth of the disk."
+            "  [env: S2VFLOW_CACHE_LIMIT]",
+        ),
     ):
         command = decorate(command)
     return command
@@ -101,6 +107,7 @@ def record_options(command: CommandT) -> CommandT:
 def make_options(**given: Any) -> Options:
     """Make `Options` from the command line's values."""
     from s2v_flow.api import Options
+    from s2v_flow.cache.budget import parse_size
     from s2v_flow.defaults import with_defaults
     from s2v_flow.graph.selection import Selection
 
@@ -116,8 +123,10 @@ def make_options(**given: Any) -> Options:
     given["profiles"] = [name for names in given.get("profiles", ()) for name in names.split(",") if name]
     given["overrides"] = take_overrides(given)
     if "device" in given:  # the commands that look for files
-        given = with_defaults(given)
+        given = with_defaults({"cache_limit": None, **given})
         given["device"] = given["device"] or "auto"
+        if isinstance(given["cache_limit"], str):
+            given["cache_limit"] = parse_size(given["cache_limit"], "--cache-limit")
     stop = click.get_current_context().find_object(StopRequest)
     if stop is not None:
         given["should_stop"] = stop

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from s2v_flow.cache.budget import parse_size
 from s2v_flow.diagnostics import did_you_mean, shortened, shown
-from s2v_flow.errors import ExitCode, RecipeError
+from s2v_flow.errors import ExitCode, RecipeError, S2VFlowError
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import ListValue, MapValue, Scalar, Tree, plain
@@ -23,6 +25,7 @@ _IN_ENVIRONMENT = {
     "models_dirs": "S2VFLOW_MODELS_DIR",
     "extra_model_paths": "S2VFLOW_EXTRA_MODEL_PATHS",
     "cache_dir": "S2VFLOW_CACHE_DIR",
+    "cache_limit": "S2VFLOW_CACHE_LIMIT",
 }
 
 
@@ -46,7 +49,7 @@ def read_defaults() -> dict[str, Any]:
             wrong command line.
     """
     path = defaults_path()
-    if path is None or (VARIABLE not in os.environ and not path.exists()):
+    if path is None or (VARIABLE not in os.environ and not os.path.exists(path)):
         return {}
     problems = Problems()
     try:
@@ -105,6 +108,18 @@ def _device(key: str, tree: Tree, problems: Problems) -> str | None:
     return _text(key, tree, problems, "auto, cpu, cuda, cuda:N or mps")
 
 
+def _size(key: str, tree: Tree, problems: Problems) -> int | None:
+    """Read a size: `20G`, a number of bytes, or none."""
+    value = tree.value if isinstance(tree, Scalar) else None
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str):
+        with suppress(S2VFlowError):
+            return parse_size(value)
+    problems.add("R012", f"{key}: expected a size like 20G, or none, got {shown(plain(tree))}", tree.origin)
+    return None
+
+
 def _text(key: str, tree: Tree, problems: Problems, expected: str) -> str | None:
     if isinstance(tree, Scalar) and isinstance(tree.value, str) and tree.value:
         return tree.value
@@ -119,5 +134,6 @@ _READERS: Mapping[str, Callable[[str, Tree, Problems], Any]] = {
     "input_dirs": _folders,
     "output_dir": _folder,
     "cache_dir": _folder,
+    "cache_limit": _size,
     "device": _device,
 }

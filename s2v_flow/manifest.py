@@ -90,6 +90,10 @@ class NodeRecord(Part):
     seconds: float | None = Field(None, description="Wall time, where it was computed in this run.")
     peak_bytes: int | None = Field(None, description="The process's peak memory when it was done.")
     outputs: dict[str, str] = Field(description="The stored results' sha256 by port.")
+    kept: bool = Field(True, description="false: the cache could not be written; the result ended with the run.")
+    degraded: dict[str, JsonValue] | None = Field(
+        None, description="What it was made with for lack of memory; its fingerprint is not that of what was asked for."
+    )
 
 
 class OutputRecord(NamedDigest):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from s2v_flow.cache.budget import parse_size
 from s2v_flow.demo.catalog import demo_paths
 from s2v_flow.extra_models import find_extra_models, read_extra_models
 from s2v_flow.graph.interrupt import ShouldStop, never
@@ -34,6 +35,7 @@ class Options:
     input_dirs: Sequence[Path] = ()
     output_dir: Path | None = None
     cache_dir: Path | None = None
+    cache_limit: int | None = None  # in bytes; `cache.budget.NO_LIMIT`: nothing is ever evicted
     device: str = "auto"
     selection: Selection = field(default_factory=Selection)
     axes: Sequence[str] = ()
@@ -53,6 +55,16 @@ class Options:
         from platformdirs import user_cache_path
 
         return user_cache_path("s2vflow")
+
+    @property
+    def size_limit(self) -> int | None:
+        """How many bytes the cache may take: given, S2VFLOW_CACHE_LIMIT, or None for the default.
+
+        Raises:
+            S2VFlowError: The variable holds no size.
+        """
+        text = os.environ.get("S2VFLOW_CACHE_LIMIT", "")
+        return parse_size(text, "S2VFLOW_CACHE_LIMIT") if self.cache_limit is None and text else self.cache_limit
 
     @cached_property
     def locations(self) -> Locations:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recipes_for_tests import call, tiny, write_recipe, write_voice
+from runs_for_tests import Place, copied
 
 from s2v_flow.cache.store import Store
 
@@ -81,3 +84,39 @@ def test_damage_makes_verify_fail_until_it_is_repaired(done: tuple[Path, list[st
     mended = Store(folder / "cache").lookup(first)
     assert mended is not None
     assert mended.outputs == entry.outputs, "the same bits again"
+
+
+def test_the_commands_tell_the_limit_and_the_reserve(
+    done: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment's limit counts for gc, too; none means that nothing goes."""
+    where = ["--cache-dir", done[0] / "cache"]
+    found = asked("stats", *where)
+    assert 0 < found["limit_bytes"] <= 50 * 10**9
+    assert 0 < found["reserve_bytes"] <= 50 * 10**9
+    assert found["free_bytes"] > 0
+    monkeypatch.setenv("S2VFLOW_CACHE_LIMIT", "2k")
+    assert asked("stats", *where)["limit_bytes"] == asked("gc", *where)["limit_bytes"] == 2000
+    monkeypatch.setenv("S2VFLOW_CACHE_LIMIT", "none")
+    assert asked("stats", *where)["limit_bytes"] is None
+    monkeypatch.setenv("S2VFLOW_CACHE_LIMIT", "2x")
+    code, _, err = call("cache", "stats", *where)
+    assert (code, "S2VFLOW_CACHE_LIMIT: '2x' is no size" in err) == (2, True)
+
+
+def test_a_run_keeps_its_cache_within_the_limit(quick_run: Place, tmp_path: Path) -> None:
+    """What it needs stays; what else is old goes, which is said."""
+    made = copied(quick_run, tmp_path / "copy")
+    for path in made.cache.glob("[eo]*/??/*"):
+        os.utime(path, (time.time() - 86400,) * 2)
+    store = Store(made.cache)
+    other = store.publish("ab" * 32, {"kind": "toy"}, {"out": b"old"}, {"seconds": 100.0})
+    for path in made.cache.glob("entries/ab/*"):
+        os.utime(path, (time.time() - 86400,) * 2)
+    code, _, err = made.run("--set", "nodes.video.crf=30", "--cache-limit", "1k")
+    assert code == 0, err
+    assert "to keep the cache within its limit" in err
+    assert store.lookup(other.fingerprint) is None
+    code, out, err = made.run("--set", "nodes.video.crf=30", "--cache-limit", "none", "--json")
+    assert (code, json.loads(out)["computed"]) == (0, []), "everything that the run needed was kept"
+    assert made.run("--cache-limit", "lots")[0] == 2

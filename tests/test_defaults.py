@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from s2v_flow import api, cli, report
+from s2v_flow.cache.budget import NO_LIMIT
+from s2v_flow.cli_options import make_options
 from s2v_flow.defaults import defaults_path, read_defaults, with_defaults
-from s2v_flow.errors import ExitCode, RecipeError
+from s2v_flow.errors import ExitCode, RecipeError, S2VFlowError
 
 RECIPE = """
 s2vflow: 1
@@ -17,6 +20,9 @@ nodes:
   clip: {kind: load_latent, file: clip.latent}
   out: {kind: save_latent, latent: $clip, file: "out-${params.steps}.latent"}
 """
+
+
+KNOWN = "models_dirs, extra_model_paths, input_dirs, output_dir, cache_dir, cache_limit, device"
 
 
 @pytest.fixture
@@ -69,23 +75,25 @@ def test_an_empty_file_has_no_defaults(file: Path) -> None:
 
 def test_mistakes_in_the_defaults_are_shown_at_their_place(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the form of a recipe's mistakes, with the exit code of a wrong command line."""
-    file.write_text("steps: 4\nmodel_dirs: [a]\ndevice: 1\nmodels_dirs: [a, {b: c}]\noutput_dir: [a]\n")
+    file.write_text(
+        "steps: 4\nmodel_dirs: [a]\ndevice: 1\nmodels_dirs: [a, {b: c}]\noutput_dir: [a]\ncache_limit: lots\n"
+    )
     with pytest.raises(RecipeError) as caught:
         read_defaults()
     assert caught.value.exit_code is ExitCode.USAGE
     report.print_error(caught.value)
     assert (
-        capsys.readouterr().err.replace(str(file), "defaults.yaml")
+        capsys.readouterr().err.replace(str(file), "defaults.yaml").replace(KNOWN, "(all of them)")
         == """\
 defaults.yaml:1:1: error[R010]: there is no default steps
     1 | steps: 4
       | ^^^^^
-  fix: known: models_dirs, extra_model_paths, input_dirs, output_dir, cache_dir, device
+  fix: known: (all of them)
 
 defaults.yaml:2:1: error[R010]: there is no default model_dirs
     2 | model_dirs: [a]
       | ^^^^^^^^^^
-  fix: did you mean models_dirs? known: models_dirs, extra_model_paths, input_dirs, output_dir, cache_dir, device
+  fix: did you mean models_dirs? known: (all of them)
 
 defaults.yaml:3:9: error[R012]: device: expected auto, cpu, cuda, cuda:N or mps, got 1
     3 | device: 1
@@ -99,7 +107,11 @@ defaults.yaml:5:13: error[R012]: output_dir: expected a path, got a list
     5 | output_dir: [a]
       |             ^
 
-5 mistakes; nothing was run
+defaults.yaml:6:14: error[R012]: cache_limit: expected a size like 20G, or none, got 'lots'
+    6 | cache_limit: lots
+      |              ^^^^
+
+6 mistakes; nothing was run
 """
     )
 
@@ -129,6 +141,31 @@ def test_the_command_line_uses_the_defaults(file: Path, monkeypatch: pytest.Monk
     assert (found[0].cache_dir, found[0].device) == (file.parent / "cache", "auto")
     file.write_text("cache: cache\n")
     assert CliRunner().invoke(cli.cli, ["check", str(recipe)]).exit_code == 0
+
+
+def test_the_caches_limit_comes_from_the_command_line_the_environment_or_the_file(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this order; as text, as a number of bytes, or none."""
+    monkeypatch.delenv("S2VFLOW_CACHE_LIMIT", raising=False)
+    context = click.Context(cli.cli)
+
+    def limit(given: str | None = None) -> int | None:
+        with context:
+            return make_options(device=None, cache_limit=given).size_limit
+
+    file.write_text("")
+    assert limit() is None
+    for text, size in (("20G", 20 * 10**9), ("500000", 500000), ("none", NO_LIMIT), ("1.5 MB", 1_500_000)):
+        file.write_text(f"cache_limit: {text}\n")
+        assert limit() == size
+    assert limit("1k") == 1000
+    monkeypatch.setenv("S2VFLOW_CACHE_LIMIT", "2k")
+    assert (limit(), limit("1k")) == (2000, 1000)
+    monkeypatch.setenv("S2VFLOW_CACHE_LIMIT", "much")
+    with pytest.raises(S2VFlowError, match="S2VFLOW_CACHE_LIMIT: 'much' is no size") as caught:
+        limit()
+    assert caught.value.exit_code == ExitCode.USAGE
 
 
 def test_changes_keep_the_order_of_the_command_line(file: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,16 @@ from s2v_flow.errors import ExitCode, S2VFlowError
 
 STALE_SECONDS = 24 * 3600.0
 _PREFIX = ".s2vflow-"
+_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "the quota is used up"}
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space or ask for more",
+    errno.EMFILE: "let a process open more files (`ulimit -n 4096`)",
+    errno.ENFILE: "end programs that hold many files open",
+    errno.EFBIG: "let a process write larger files (`ulimit -f unlimited`)",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "mount the network folder again",
+}
 _NAME = re.compile(r"\.s2vflow-(?P<machine>[0-9a-f]{8})-(?P<pid>[0-9]+)-")
 
 
@@ -88,28 +99,48 @@ def temporary(folder: Path, suffix: str, mode: int = 0o644) -> Iterator[tuple[Bi
             os.chmod(name, mode)
             yield file, name
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # renamed by now; or left for `reap`, where not even removing works
             os.unlink(name)
+
+
+@dataclass(eq=False)
+class CannotWriteError(S2VFlowError):
+    """The operating system refuses to write; `reason` says why in a few words, `number` is its errno."""
+
+    reason: str = field(default="", kw_only=True)
+    number: int | None = field(default=None, kw_only=True)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no space left, or no quota."""
+        return self.number in _FULL
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that say what to do."""
+    """Turn the operating system's refusals into errors that say what to do.
+
+    Raises:
+        CannotWriteError: Something in the block could not be written.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise S2VFlowError(
-                f"no space left while writing under {path}",
-                fix="free some space, or name another folder with --cache-dir or --output-dir",
-                kept="everything that was stored before stays usable",
-                exit_code=ExitCode.DISK_FULL,
-            ) from error
-        raise S2VFlowError(
-            f"cannot write under {path}: {error.strerror or error}",
-            fix="check the folder's permissions, or name another with --cache-dir or --output-dir",
-            kept="everything that was stored before stays usable",
-        ) from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> CannotWriteError:
+    """Return the error for people that an operating system's refusal under `path` means."""
+    is_full, other = error.errno in _FULL, "or name another folder with --cache-dir or --output-dir"
+    reason = _FULL.get(error.errno or 0) or error.strerror or str(error)
+    return CannotWriteError(
+        f"{reason} while writing under {path}" if is_full else f"cannot write under {path}: {reason}",
+        fix=f"{_ADVICE.get(error.errno or 0, 'check the permissions of the folder')}, {other}",
+        kept="everything that was stored before stays usable",
+        exit_code=ExitCode.DISK_FULL if is_full else ExitCode.FAILED,
+        reason=reason,
+        number=error.errno,
+    )
 
 
 def stale(folder: Path, now: float | None = None) -> list[Path]:

@@ -24,8 +24,12 @@ def export_bundle(root: Path, chosen: Sequence[Kept], target: Path) -> int:
     """Write entries and their objects into a tar file, whole or not at all; return how many objects there are.
 
     Raises:
-        S2VFlowError: It cannot be written.
+        DamagedObjectError: An object is damaged or gone.
+        S2VFlowError: The file cannot be written.
     """
+    store = Store(root)
+    for item in {item for kept in chosen for item in kept.entry.outputs.values()}:
+        store.check(item)
     with writing(target), temporary(target.absolute().parent, ".tar") as (file, name):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             names = {item.file_name: item for kept in chosen for item in kept.entry.outputs.values()}

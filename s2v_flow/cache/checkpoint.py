@@ -68,9 +68,9 @@ class Checkpoints:
         path = self.path(fingerprint)
         try:
             sealed = path.read_bytes()
-        except FileNotFoundError:
-            return None
         except OSError as error:
+            if not os.path.lexists(path):  # nor may be, where the cache folder is a file or is forbidden
+                return None
             self._quarantine(path)
             raise ValueError(f"it cannot be read: {error.strerror}") from error
         try:

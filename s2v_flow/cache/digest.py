@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.cache.atomic import make_root
+from s2v_flow.cache.atomic import make_root, temporary
 from s2v_flow.errors import MissingError
 
 BLOCK_BYTES = 16 * 2**20
@@ -110,11 +109,7 @@ def _remember(memory_path: Path, real_path: str, entry: dict[str, int | str]) ->
     text = json.dumps({"schema": _SCHEMA, "files": files}, indent=1, sort_keys=True)
     with suppress(OSError):  # a full or read-only disk costs time, not the run
         make_root(memory_path.parent)
-        descriptor, temporary = tempfile.mkstemp(dir=memory_path.parent, prefix=memory_path.name)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, memory_path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        with temporary(memory_path.parent / "tmp", memory_path.suffix) as (file, name):
+            file.write(text.encode())
+            file.close()
+            os.replace(name, memory_path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.cache.atomic import STALE_SECONDS, is_alive, machine_id, make_root, reap, stale
+from s2v_flow.cache.atomic import STALE_SECONDS, is_alive, machine_id, make_root, reap, stale, writing
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.lock import remove_unused
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store, read_entry
 
 YOUNG_SECONDS = 3600.0
-MAX_LIMIT_BYTES = 50 * 10**9
-_SHARE_OF_DISK = 0.2
+_QUARANTINE_SECONDS = 7 * 24 * 3600.0
+_CHECKPOINT_SECONDS = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,19 @@ class Kept:
 
 
 def tidy(root: Path) -> int:
-    """Remove what dead processes left: temporary files, markers of runs, checkpoints of what is stored by now."""
+    """Remove what dead processes left: temporary files, markers of runs, checkpoints of what is stored by now.
+
+    And what nobody comes back for: checkpoints after 30 days, damaged files in quarantine after a week.
+    """
     removed = reap(root / "tmp")
     store, checkpoints = Store(root), Checkpoints(root)
     for path in root.glob("checkpoints/??/*.safetensors"):
-        if store.lookup(path.stem) is not None:
+        if store.lookup(path.stem) is not None or _age(path) > _CHECKPOINT_SECONDS:
             checkpoints.forget(path.stem)
+            removed += 1
+    for path in root.glob("quarantine/*"):
+        if _age(path) > _QUARANTINE_SECONDS:
+            _remove(path)
             removed += 1
     removed += remove_unused(root / "locks")
     for path in root.glob("live/*.json"):
@@ -74,6 +81,21 @@ def tidy(root: Path) -> int:
     return removed
 
 
+def _age(path: Path) -> float:
+    """Return for how many seconds nothing was done with a file; 0 where it is gone."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return 0.0
+    return _seconds_since(max(status.st_mtime, status.st_ctime))
+
+
+def _seconds_since(when: float) -> float:
+    """Return how long ago a file's time is; one that lies ahead, for a clock was wrong, is long ago."""
+    seconds = time.time() - when
+    return seconds if seconds > -YOUNG_SECONDS else float("inf")
+
+
 @contextmanager
 def live_run(root: Path, fingerprints: Collection[str]) -> Iterator[None]:
     """Say, inside this block, that a run lives which needs these entries; tidy up before.
@@ -82,6 +104,7 @@ def live_run(root: Path, fingerprints: Collection[str]) -> Iterator[None]:
     """
     marker = root / "live" / f"{machine_id()}-{os.getpid()}-{time.monotonic_ns()}.json"
     with suppress(OSError):
+        reap(Path(tempfile.gettempdir()))  # where runs that cannot write here have their files
         make_root(root)
         tidy(root)
         marker.parent.mkdir(exist_ok=True)
@@ -105,7 +128,6 @@ def _is_live(marker: Path) -> bool:
 def inventory(root: Path) -> list[Kept]:
     """List the sound entries, the cheapest to lose first."""
     held, since = _held(root)
-    since = min(since, time.time() - YOUNG_SECONDS)
     found = []
     for path in sorted(root.glob("entries/??/*.json")):
         entry = read_entry(path)
@@ -113,7 +135,9 @@ def inventory(root: Path) -> list[Kept]:
             continue
         with suppress(OSError):
             written, is_pinned = path.stat().st_mtime, (root / "pins" / path.stem).exists()
-            is_held = is_pinned or written > since or path.stem in held
+            age = _seconds_since(written)
+            is_used = age < YOUNG_SECONDS or (written >= since and age < float("inf"))
+            is_held = is_pinned or is_used or path.stem in held
             size = sum(item.size for item in set(entry.outputs.values()))
             found.append(Kept(entry, path, size, written, is_pinned, is_held))
     return sorted(found, key=lambda kept: (kept.value, kept.written))
@@ -131,12 +155,6 @@ def _held(root: Path) -> tuple[set[str], float]:
     return held, since
 
 
-def default_limit(root: Path) -> int:
-    """Return how large a cache may be unless told otherwise: 50 GB, or a fifth of its disk."""
-    folder = next((path for path in (root, *root.parents) if path.exists()), Path("/"))
-    return min(MAX_LIMIT_BYTES, int(shutil.disk_usage(folder).total * _SHARE_OF_DISK))
-
-
 def stats(root: Path) -> dict[str, Any]:
     """Return figures about a cache."""
     kept = inventory(root)
@@ -144,7 +162,6 @@ def stats(root: Path) -> dict[str, Any]:
         "folder": str(root),
         "entries": len(kept),
         "bytes": objects_size(root),
-        "limit_bytes": default_limit(root),
         "seconds_to_recompute": round(sum(item.entry.facts.get("seconds") or 0 for item in kept), 1),
         "pinned": sum(item.is_pinned for item in kept),
         "quarantined": len(list(root.glob("quarantine/*"))),
@@ -155,11 +172,17 @@ def stats(root: Path) -> dict[str, Any]:
 
 def objects_size(root: Path) -> int:
     """Return how many bytes the objects take."""
-    total = 0
-    for path in root.glob("objects/??/*"):
-        with suppress(OSError):
-            total += path.stat().st_size
-    return total
+    return sum(status.st_size for _, status in _objects(root))
+
+
+def _objects(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield every object's file: some ten times as fast as globbing."""
+    with suppress(OSError), os.scandir(root / "objects") as folders:
+        for folder in folders:
+            with suppress(OSError), os.scandir(folder) as files:
+                for file in files:
+                    with suppress(OSError):
+                        yield Path(file.path), file.stat(follow_symlinks=False)
 
 
 def verify(root: Path, *, is_repair: bool = False) -> dict[str, Any]:
@@ -184,32 +207,31 @@ def verify(root: Path, *, is_repair: bool = False) -> dict[str, Any]:
     return {"sound": sound, "damaged": damaged, "repaired": is_repair}
 
 
-def collect(root: Path, limit: int | None = None, *, is_dry: bool = False) -> dict[str, Any]:
+def collect(root: Path, limit: int, *, is_dry: bool = False, is_tidy: bool = False) -> dict[str, Any]:
     """Make a cache smaller than `limit` bytes, as far as what may go allows.
 
     Args:
         root: The cache folder.
-        limit: Bytes; None: `default_limit`.
+        limit: Bytes.
         is_dry: Only say what would go.
+        is_tidy: Whether somebody has just tidied up.
     """
-    limit = default_limit(root) if limit is None else limit
-    if not is_dry:
+    if not is_dry and not is_tidy:
         tidy(root)
+    started = time.time()
     before = total = objects_size(root)
     going: list[Kept] = []
     kept = inventory(root)
     users = _users(kept)
     for path, size in _orphans(root, users):
-        total -= size
-        if not is_dry:
-            _remove(path)
+        total -= size if is_dry or _goes(path, started) else 0
     for item in kept:
         if total <= limit:
             break
-        if item.is_held:
+        if item.is_held or not (is_dry or _still_goes(root, item, started)):
             continue
         going.append(item)
-        total -= _drop(root, item, users, is_dry=is_dry)
+        total -= _free(root, item, users, started, is_dry=is_dry)
     return {
         "bytes_before": before,
         "bytes_after": total,
@@ -222,23 +244,30 @@ def collect(root: Path, limit: int | None = None, *, is_dry: bool = False) -> di
 
 def remove(root: Path, chosen: Collection[str], *, is_dry: bool = False) -> list[Kept]:
     """Remove entries by their fingerprints, and the objects that nothing else uses; return what goes."""
+    started = time.time()
     kept = inventory(root)
     users = _users(kept)
     going = [item for item in kept if item.entry.fingerprint in chosen]
     for item in going:
-        _drop(root, item, users, is_dry=is_dry)
+        if is_dry or _remove(item.path):
+            _free(root, item, users, started, is_dry=is_dry)
     return going
 
 
 def pin(root: Path, chosen: Collection[str], *, is_pinned: bool = True) -> None:
-    """Mark entries as never to be evicted, or take the mark away."""
+    """Mark entries as never to be evicted, or take the mark away.
+
+    Raises:
+        CannotWriteError: The mark cannot be written.
+    """
     folder = root / "pins"
-    folder.mkdir(parents=True, exist_ok=True)
-    for fingerprint in chosen:
-        if is_pinned:
-            (folder / fingerprint).touch()
-        else:
-            (folder / fingerprint).unlink(missing_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for fingerprint in chosen:
+            if is_pinned:
+                (folder / fingerprint).touch()
+            else:
+                (folder / fingerprint).unlink(missing_ok=True)
 
 
 def _users(kept: Collection[Kept]) -> dict[str, set[str]]:
@@ -250,29 +279,51 @@ def _users(kept: Collection[Kept]) -> dict[str, set[str]]:
     return users
 
 
-def _drop(root: Path, item: Kept, users: dict[str, set[str]], *, is_dry: bool) -> int:
-    """Remove an entry and then what only it used; return how many bytes that frees."""
-    if not is_dry:
-        _remove(item.path)
+def _still_goes(root: Path, item: Kept, started: float) -> bool:
+    """Remove an entry unless somebody has used or pinned it since the inventory; tell whether it is gone."""
+    return not os.path.exists(root / "pins" / item.path.stem) and _goes(item.path, started)
+
+
+def _free(root: Path, item: Kept, users: dict[str, set[str]], started: float, *, is_dry: bool) -> int:
+    """Remove what only a removed entry used; return how many bytes that frees.
+
+    What somebody has touched since `started` stays: a result that is just being stored uses it too.
+    """
     freed = 0
     for output in set(item.entry.outputs.values()):
         users[output.file_name].discard(item.entry.fingerprint)
         if not users[output.file_name]:
-            freed += output.size
-            if not is_dry:
-                _remove(root / "objects" / output.sha256[:2] / output.file_name)
+            path = root / "objects" / output.sha256[:2] / output.file_name
+            size = _file_size(path)  # not the entry's word: it may be damaged, or gone
+            freed += size if is_dry or _goes(path, started) else 0
     return freed
+
+
+def _goes(path: Path, started: float) -> bool:
+    """Remove a file unless it was touched since; tell whether this removed it."""
+    try:
+        touched = path.stat().st_mtime
+        return not (touched >= started and _seconds_since(touched) < YOUNG_SECONDS) and _remove(path)
+    except OSError:
+        return False
+
+
+def _file_size(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _orphans(root: Path, users: dict[str, set[str]]) -> Iterator[tuple[Path, int]]:
     """Yield the objects that no entry uses and that are not young: whoever publishes writes the object first."""
-    for path in root.glob("objects/??/*"):
-        with suppress(OSError):
-            status = path.stat()
-            if path.name not in users and time.time() - status.st_mtime > YOUNG_SECONDS:
-                yield path, status.st_size
+    for path, status in _objects(root):
+        if path.name not in users and _seconds_since(status.st_mtime) > YOUNG_SECONDS:
+            yield path, status.st_size
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path) -> bool:
+    """Remove a file; tell whether it is gone."""
     with suppress(OSError):
-        path.unlink()
+        path.unlink(missing_ok=True)
+        return True
+    return False

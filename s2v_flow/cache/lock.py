@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+
+_FCNTL: ModuleType | None = None
+if sys.platform != "win32":
+    import fcntl  # here, not on first use: a process may have no file left to open by then
+
+    _FCNTL = fcntl
 
 POLL_SECONDS = 0.2
 _MAX_NOTE_BYTES = 4096
@@ -87,8 +94,7 @@ def _take(path: Path, on_wait: Callable[[str], None], between: Callable[[], None
 
 def _try(path: Path) -> int | None:
     """Try to lock: a descriptor, _HELD where somebody else has it, None where locks do not work."""
-    fcntl = _fcntl()
-    if fcntl is None:
+    if _FCNTL is None:
         return None
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,7 +102,7 @@ def _try(path: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _FCNTL.flock(descriptor, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
         if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
             return descriptor
         result: int | None = _HELD  # its last holder has just removed it: it locks nothing any more
@@ -114,11 +120,3 @@ def _holder(path: Path) -> str:
             note = json.loads(file.read(_MAX_NOTE_BYTES))
         return f"process {int(note['pid'])}, {note['about']}, since {note['since']}"
     return ""
-
-
-def _fcntl() -> ModuleType | None:
-    if os.name != "posix":
-        return None
-    import fcntl
-
-    return fcntl

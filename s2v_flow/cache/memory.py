@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.cache.atomic import make_root
+from s2v_flow.cache.atomic import make_root, temporary
 
 _MAX_FACTS = 2000
 
@@ -44,11 +43,7 @@ def _recall(memory_path: Path) -> dict[str, Any]:
 def _write(memory_path: Path, facts: dict[str, Any]) -> None:
     with suppress(OSError):
         make_root(memory_path.parent)
-        descriptor, temporary = tempfile.mkstemp(dir=memory_path.parent, prefix=memory_path.name)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(facts, file)
-            os.replace(temporary, memory_path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        with temporary(memory_path.parent / "tmp", memory_path.suffix) as (file, name):
+            file.write(json.dumps(facts).encode())
+            file.close()
+            os.replace(name, memory_path)

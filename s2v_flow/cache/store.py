@@ -7,23 +7,26 @@ to be repaired by hand: any file may be deleted at any time.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from s2v_flow.cache.atomic import finish, flush_folder, make_root, temporary, temporary_prefix, writing
+from s2v_flow.cache.atomic import finish, flush_folder, make_root, reap, temporary, temporary_prefix, writing
 from s2v_flow.errors import S2VFlowError
 
 _BLOCK = 8 << 20
 _SCHEMA = 1
 _MAX_ENTRY_BYTES = 4 << 20
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.ESTALE})
+"""What says nothing about a file: it may be read another time."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._unusable: set[str] = set()  # bad objects that cannot be moved away: they count as not there
 
     def lookup(self, fingerprint: str) -> Entry | None:
         """Return the entry of a fingerprint if it is sound and its objects are there with the right sizes."""
@@ -83,9 +87,10 @@ class Store:
     def recent(self, limit: int) -> list[Entry]:
         """Return the sound entries that were written last, the newest first; their objects may be gone."""
         found: list[tuple[int, Path]] = []
-        for path in (self.root / "entries").glob("??/*.json"):
-            with suppress(OSError):
-                found.append((path.stat().st_mtime_ns, path))
+        with suppress(OSError):  # the folder is forbidden
+            for path in (self.root / "entries").glob("??/*.json"):
+                with suppress(OSError):
+                    found.append((path.stat().st_mtime_ns, path))
         entries = []
         for _, path in sorted(found, reverse=True)[:limit]:
             with suppress(OSError):
@@ -103,11 +108,9 @@ class Store:
         try:
             payload = path.read_bytes()
         except OSError as error:
-            self._quarantine(path)  # if it is there but cannot be read, it must not stand in the way of a new one
-            raise DamagedObjectError.at(path, error.strerror or str(error)) from error
+            raise self._unreadable(item, error) from error
         if hashlib.sha256(payload).hexdigest() != item.sha256:
-            self._quarantine(path)
-            raise DamagedObjectError.at(path, "its bytes have changed")
+            raise self._changed(item)
         return payload
 
     def copy_to(self, item: StoredObject, target: Path, trailer: bytes = b"") -> bool:
@@ -122,20 +125,10 @@ class Store:
             DamagedObjectError: The object is gone or damaged; `target` is as it was.
             S2VFlowError: `target` cannot be written.
         """
-        if _holds(target, item, trailer):
-            return False
-        with writing(target), temporary(target.parent, target.suffix) as (file, name):
-            digest = hashlib.sha256()
-            for block in self._blocks(item):
-                digest.update(block)
-                file.write(block)
-            if digest.hexdigest() != item.sha256:
-                self._quarantine(self._object_path(item))
-                raise DamagedObjectError.at(self._object_path(item), "its bytes have changed")
-            file.write(trailer)
-            finish(file)
-            os.replace(name, target)
-        return True
+        try:
+            return put_copy(self._blocks(item), item, target, trailer)
+        except ChangedBytesError as error:
+            raise self._changed(item) from error
 
     def publish(
         self,
@@ -145,6 +138,7 @@ class Store:
         facts: Mapping[str, Any],
         *,
         replaces: bool = False,
+        items: Mapping[str, StoredObject] | None = None,
     ) -> Entry:
         """Store a node's outputs and say so in an entry; where another process was first, its entry counts.
 
@@ -154,13 +148,17 @@ class Store:
             outputs: Per port the bytes of a safetensors file, or a finished file inside `scratch()`, which is moved.
             facts: Small JSON values for people; they are no part of the identity.
             replaces: Put this entry in the place of one that is there.
+            items: What `described` says of the outputs, where somebody has asked already.
 
         Raises:
-            S2VFlowError: The store cannot be written (disk full, read-only).
+            CannotWriteError: The store cannot be written (disk full, read-only). A finished file that is not in its
+                place any more is in the store, as an object.
         """
         with writing(self.root):
             self._make_root()
-            stored = {port: self._put(payload) for port, payload in outputs.items()}
+            stored = {port: described(payload) for port, payload in outputs.items()} if items is None else dict(items)
+            for port, item in stored.items():
+                self._put(outputs[port], item)
             body = {
                 "schema": _SCHEMA,
                 "fingerprint": fingerprint,
@@ -189,15 +187,28 @@ class Store:
         """Lend a folder in the store's filesystem, removed afterwards, for files that `publish` is to move.
 
         Raises:
-            S2VFlowError: The store cannot be written.
+            CannotWriteError: The store cannot be written.
         """
-        with writing(self.root):
-            self._make_root()
-            folder = Path(tempfile.mkdtemp(dir=self.root / "tmp", prefix=temporary_prefix()))
+        folder = self.make_scratch()
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def make_scratch(self) -> Path:
+        """Make a folder in the store's filesystem; whoever asks for it removes it.
+
+        Raises:
+            CannotWriteError: The store cannot be written.
+        """
+        with writing(self.root):
+            self._make_root()
+            return Path(tempfile.mkdtemp(dir=self.root / "tmp", prefix=temporary_prefix()))
+
+    def touch(self, fingerprint: str) -> None:
+        """Say that an entry is used now: what was used last is evicted last, and not while a run lives that used it."""
+        with suppress(OSError):
+            os.utime(self._entry_path(fingerprint))
 
     def check(self, item: StoredObject) -> None:
         """Read an object and compare it with its digest; nothing is moved.
@@ -221,27 +232,26 @@ class Store:
         """Move an entry to quarantine: it counts as not there."""
         self._quarantine(self._entry_path(fingerprint))
 
-    def _put(self, payload: bytes | Path) -> StoredObject:
-        if isinstance(payload, Path):
-            item = StoredObject(file_sha256(payload), payload.stat().st_size, payload.suffix)
-            if not self._has(item):
-                with payload.open("r+b") as file:  # Windows flushes only what is open for writing
-                    os.fsync(file.fileno())
-                self._place(str(payload), item)
-            return item
-        item = StoredObject(hashlib.sha256(payload).hexdigest(), len(payload), ".safetensors")
-        if not self._has(item):
+    def _put(self, payload: bytes | Path, item: StoredObject) -> None:
+        if self._has(item):
+            with suppress(OSError):
+                os.utime(self._object_path(item))  # an eviction under way spares what is younger than itself
+        elif isinstance(payload, Path):
+            with payload.open("r+b") as file:  # Windows flushes only what is open for writing
+                os.fsync(file.fileno())
+            self._place(str(payload), item)
+        else:
             with temporary(self.root / "tmp", item.suffix) as (file, name):
                 file.write(payload)
                 finish(file)
                 self._place(name, item)
-        return item
 
     def _place(self, name: str, item: StoredObject) -> None:
         path = self._object_path(item)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.chmod(name, 0o444)
         os.replace(name, path)
+        self._unusable.discard(item.file_name)
         flush_folder(path.parent)
 
     def _make_root(self) -> None:
@@ -253,6 +263,8 @@ class Store:
             tag.write_text("Signature: 8a477f597d28d172789f06886806bc55\n# Artifacts of s2vflow; safe to delete.\n")
 
     def _has(self, item: StoredObject) -> bool:
+        if item.file_name in self._unusable:
+            return False
         try:
             return self._object_path(item).stat().st_size == item.size
         except OSError:
@@ -266,8 +278,21 @@ class Store:
                 while block := file.read(_BLOCK):
                     yield block
         except OSError as error:
-            self._quarantine(path)
-            raise DamagedObjectError.at(path, error.strerror or str(error)) from error
+            raise self._unreadable(item, error) from error
+
+    def _unreadable(self, item: StoredObject, error: OSError) -> DamagedObjectError:
+        """Return the error for an object that cannot be read; it must not stand in the way of a new one."""
+        path = self._object_path(item)
+        if error.errno in _PASSING or not self._quarantine(path):
+            self._unusable.add(item.file_name)
+        return DamagedObjectError.at(path, error.strerror or str(error))
+
+    def _changed(self, item: StoredObject) -> DamagedObjectError:
+        """Return the error for an object whose bytes have changed, and put it aside."""
+        path = self._object_path(item)
+        if not self._quarantine(path):
+            self._unusable.add(item.file_name)
+        return DamagedObjectError.at(path, "its bytes have changed")
 
     def _entry_path(self, fingerprint: str) -> Path:
         return self.root / "entries" / fingerprint[:2] / f"{fingerprint}.json"
@@ -275,11 +300,13 @@ class Store:
     def _object_path(self, item: StoredObject) -> Path:
         return self.root / "objects" / item.sha256[:2] / item.file_name
 
-    def _quarantine(self, path: Path) -> None:
+    def _quarantine(self, path: Path) -> bool:
+        """Put a file aside; tell whether nothing is left in its place."""
         folder = self.root / "quarantine"
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             os.replace(path, folder / path.name)
+        return not os.path.lexists(path)
 
 
 def read_entry(path: Path) -> Entry | None:
@@ -310,6 +337,40 @@ def _entry_text(body: Mapping[str, Any]) -> bytes:
 
 def _canonical(body: object) -> bytes:
     return json.dumps(body, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+class ChangedBytesError(Exception):
+    """Bytes are not those of the object that they should be."""
+
+
+def described(payload: bytes | Path) -> StoredObject:
+    """Return what a result is as an object: bytes of a safetensors file, or a finished file."""
+    if isinstance(payload, Path):
+        return StoredObject(file_sha256(payload), payload.stat().st_size, payload.suffix)
+    return StoredObject(hashlib.sha256(payload).hexdigest(), len(payload), ".safetensors")
+
+
+def put_copy(blocks: Iterable[bytes], item: StoredObject, target: Path, trailer: bytes = b"") -> bool:
+    """Put an object's bytes and a trailer at `target`, whole or not at all; tell whether the file there had to change.
+
+    Raises:
+        ChangedBytesError: The blocks are not the object; `target` is as it was.
+        CannotWriteError: `target` cannot be written.
+    """
+    if _holds(target, item, trailer):
+        return False
+    reap(target.parent)  # what a run left that was killed just here
+    with writing(target), temporary(target.parent, target.suffix) as (file, name):
+        digest = hashlib.sha256()
+        for block in blocks:
+            digest.update(block)
+            file.write(block)
+        if digest.hexdigest() != item.sha256:
+            raise ChangedBytesError
+        file.write(trailer)
+        finish(file)
+        os.replace(name, target)
+    return True
 
 
 def _link(name: str, path: Path) -> bool:

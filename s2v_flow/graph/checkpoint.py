@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.errors import S2VFlowError
@@ -16,7 +16,8 @@ from s2v_flow.graph.interrupt import ShouldStop, StoppedError, StopRequest, exit
 class Checkpoint:
     """One node's checkpoint and the run's wish to stop.
 
-    `is_fresh`: the node is to be computed anew, so that what is there is not gone on from.
+    `is_fresh`: the node is to be computed anew, so that what is there is not gone on from. `told` is what the run has
+    said already.
     """
 
     folder: Checkpoints
@@ -25,6 +26,7 @@ class Checkpoint:
     emit: Listener
     should_stop: ShouldStop
     is_fresh: bool = False
+    told: set[str] = field(default_factory=set)
 
     def load(self) -> tuple[dict[str, str], bytes] | None:
         """Return the facts and bytes that an earlier run left, or None; a damaged checkpoint is told and put aside."""
@@ -47,7 +49,9 @@ class Checkpoint:
             self.folder.write(self.fingerprint, facts, payload)
         except S2VFlowError as error:
             text = f"the checkpoint cannot be written: {error.message}; the run goes on without one"
-            self.emit(Noted(self.node, text, is_warning=True))
+            if text not in self.told:
+                self.told.add(text)
+                self.emit(Noted(self.node, text, is_warning=True))
             return False
         return True
 

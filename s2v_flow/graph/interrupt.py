@@ -28,7 +28,10 @@ class StoppedError(BaseException):
     Attributes:
         where: What the run had come to ("talk[2] at step 3 of 20, checkpoint written"), or empty.
         exit_code: 130, 143 or 75, by what asked.
+        lost: The plan nodes that were finished and could not be stored.
     """
+
+    lost: tuple[str, ...] = ()
 
     def __init__(self, where: str = "", exit_code: ExitCode = ExitCode.INTERRUPTED) -> None:
         super().__init__(where)
@@ -37,7 +40,8 @@ class StoppedError(BaseException):
 
     def __str__(self) -> str:
         at = f": {self.where}" if self.where else ""
-        return f"{WORDS[self.exit_code]}{at}; what was finished is stored, and the same command goes on from there"
+        but = f" (except {', '.join(self.lost)}: the cache could not be written)" if self.lost else ""
+        return f"{WORDS[self.exit_code]}{at}; what was finished is stored{but}, and the same command goes on from there"
 
 
 ShouldStop = Callable[[], bool]
@@ -69,6 +73,12 @@ class StopRequest:
         for name in EXIT_CODES:
             if hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), self.handle)
+
+    def ignore(self) -> None:
+        """Let nothing more interrupt a program that is leaving."""
+        for name in EXIT_CODES:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     @contextmanager
     def patiently(self) -> Iterator[None]:

@@ -39,6 +39,14 @@ def explain(name: str, recipe_node: str, image: Mapping[str, Any], entries: Sequ
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], recipe_node: str) -> Iterator[str]:
     """Yield each difference of two pre-images, in words."""
+    found = list(_of_what_was_asked(old, new, recipe_node))
+    yield from found
+    if not found and old.get("degraded"):
+        less = ", ".join(f"{key} {shown(value)}" for key, value in old["degraded"].items())
+        yield f"its last result was made with less memory than it needs: {less}"
+
+
+def _of_what_was_asked(old: Mapping[str, Any], new: Mapping[str, Any], recipe_node: str) -> Iterator[str]:
     if old.get("version") != new.get("version"):
         yield f"the kind {new['kind']} has changed in s2vflow (version {old.get('version')} -> {new.get('version')})"
     for section in ("numerics", "fields"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from s2v_flow.cache.budget import NO_LIMIT
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import MissingError, S2VFlowError
@@ -27,10 +27,15 @@ from s2v_flow.graph.events import (
 )
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never
+from s2v_flow.graph.keeping import Results, reap_outputs
 from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.peak import peak_memory_bytes
 from s2v_flow.graph.plan import Plan, PlanNode, Source
 from s2v_flow.graph.status import NodeStatus, needed_nodes, output_digests, preimage
 from s2v_flow.graph.turns import node_turn
+
+_MENDS = 3
+UsedT = TypeVar("UsedT")
 
 
 @runtime_checkable
@@ -106,12 +111,14 @@ class RunResult:
     entries: Mapping[str, Entry]
     run_id: str = ""  # under which its manifest is kept
     failures: Mapping[str, str] = field(default_factory=dict)  # plan nodes that failed where others went on, and why
+    not_kept: tuple[str, ...] = ()  # plan nodes whose results could not be stored
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `s2vflow run --json` prints."""
         outputs = {name: [str(path) for path in paths] for name, paths in self.outputs.items()}
         run: dict[str, Any] = {"run": self.run_id} if self.run_id else {}
         run |= {"failures": dict(self.failures)} if self.failures else {}
+        run |= {"not_kept": list(self.not_kept)} if self.not_kept else {}
         return {**run, "outputs": outputs, "computed": list(self.computed), "stored": list(self.cached)}
 
 
@@ -125,7 +132,7 @@ class Run:
     """One execution of one plan.
 
     `note` gives what is to be said inside a sink's file, from the sink and the stored results; `about` are facts that
-    every result computed here gets.
+    every result computed here gets; `cache_limit` is what the cache may grow to in bytes, None: as it chooses.
     """
 
     plan: Plan
@@ -141,24 +148,39 @@ class Run:
     about: Mapping[str, Any] = field(default_factory=dict)
     should_stop: ShouldStop = never
     keeps_going: bool = False  # a node that fails takes only what depends on it along
+    cache_limit: int | None = NO_LIMIT
     _failures: dict[str, S2VFlowError | None] = field(default_factory=dict)
     _entries: dict[str, Entry] = field(default_factory=dict)
     _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _live_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     _digests: dict[Source, str] = field(default_factory=dict)
     _uses: dict[str, int] = field(default_factory=dict)
     _computed: list[str] = field(default_factory=list)
+    _told: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._results = Results(self.store, self.emit, self.cache_limit)
+        self._consumed = {source.node for node in self.plan.nodes for source in node.sources()}
 
     def execute(self) -> RunResult:
         """Run what is needed, then put the results where the recipe wants them.
 
         Raises:
-            S2VFlowError: A node failed; everything finished before is stored.
+            S2VFlowError: A node failed; everything finished before is stored, but for what `kept` names.
             StoppedError: `should_stop` said so, at the end of a step or between two nodes.
         """
+        try:
+            return self._execute()
+        except (S2VFlowError, StoppedError) as error:
+            self._results.amend(error)
+            raise
+
+    def _execute(self) -> RunResult:
         for node in self.plan.nodes:
             status = self.statuses[node.name]
             if status.entry is not None:
                 self._remember(node, status.fingerprint or "", status.entry)
+        self._results.begin(self._entries)
         needed = needed_nodes(self.plan, set(self._entries))
         to_obtain = [node for node in self.plan.nodes if node.name in needed and node.node.is_stored]
         for node in to_obtain:
@@ -183,15 +205,24 @@ class Run:
                 self.emit(Noted(node.name, f"failed: {error}", is_warning=True))
         cached = tuple(name for name in self._entries if name not in self._computed)
         failures = {name: str(error) if error else "needs a node that failed" for name, error in self._failures.items()}
-        return RunResult(tuple(self._computed), cached, outputs, dict(self._entries), failures=failures)
+        not_kept = tuple(self.not_kept)
+        return RunResult(
+            tuple(self._computed), cached, outputs, dict(self._entries), failures=failures, not_kept=not_kept
+        )
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """The stored results so far, by plan node."""
+        """The results so far, by plan node."""
         return self._entries
 
+    @property
+    def not_kept(self) -> Set[str]:
+        """The plan nodes whose results could not be stored, so far."""
+        return self._results.not_kept
+
     def close(self) -> None:
-        """Let go of everything that is still live."""
+        """Let go of everything that is still live or held."""
+        self._results.close()
         while self._live:
             self._drop(next(reversed(self._live)))  # what uses something goes before what it uses
 
@@ -208,7 +239,7 @@ class Run:
 
     def _adopt(self, node: PlanNode, key: str) -> bool:
         """Take what is stored; tell whether there was something."""
-        entry = self.store.lookup(key)
+        entry = self._results.find(node.name, key)
         if entry is None:
             return False
         self._remember(node, key, entry)
@@ -227,25 +258,58 @@ class Run:
             raise MissingError(f"{node.name}: {image}")
         return fingerprint(image), image
 
-    def _compute(self, node: PlanNode, key: str, image: Mapping[str, Any]) -> Entry:
+    def _compute(self, node: PlanNode, key: str, image: Mapping[str, Any], *, is_mend: bool = False) -> Entry:
         started = time.monotonic()
         self.emit(NodeStarted(node.name, node.kind))
-        with self.store.scratch() as scratch:
+        checkpoint = self._checkpoint(node, key)
+
+        def work(scratch: Path) -> Entry:
             facts: dict[str, Any] = {}
-            checkpoint = self._checkpoint(node, key)
             outputs = self._run(node, scratch, facts, checkpoint)
+            degraded = {**self._degraded(node), **facts.get("degraded", {})}
+            facts |= {"degraded": degraded} if degraded else {}
             facts |= {"seconds": round(time.monotonic() - started, 3), "node": node.name}
             facts |= {"peak_bytes": peak_memory_bytes(), **self.about}
-            entry = self.store.publish(key, image, outputs, facts, replaces=node.name in self.forced)
+            return self._publish(node, key, image, outputs, facts, is_mend)
+
+        entry = self._results.work(node, work)
         checkpoint.folder.forget(key)
         self._remember(node, key, entry)
         self._computed.append(node.name)
         self.emit(NodeFinished(node.name, time.monotonic() - started, peak_memory_bytes()))
         return entry
 
+    def _degraded(self, node: PlanNode) -> dict[str, Any]:
+        """Return what live values that a node has used were made with, where that is less than was asked for."""
+        found: dict[str, Any] = {}
+        for upstream in self._upstream(node):
+            if not upstream.node.is_stored:
+                found |= self._degraded(upstream)
+                found |= self._live_facts.get(upstream.name, {}).get("degraded", {})
+        return found
+
+    def _publish(
+        self,
+        node: PlanNode,
+        key: str,
+        image: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        is_mend: bool,
+    ) -> Entry:
+        """Keep a result under what it is: one that was made with less than was asked for is another result."""
+        if facts.get("degraded"):
+            image = {**image, "degraded": facts["degraded"]}
+            key = fingerprint(image)
+        is_last = not node.node.is_sink and node.name not in self._consumed
+        is_forced = node.name in self.forced
+        return self._results.publish(
+            node.name, key, image, outputs, facts, replaces=is_forced, is_last=is_last, holds=is_mend
+        )
+
     def _checkpoint(self, node: PlanNode, key: str) -> Checkpoint:
         folder, is_fresh = Checkpoints(self.store.root), node.name in self.forced
-        return Checkpoint(folder, key, node.name, self.emit, self.should_stop, is_fresh)
+        return Checkpoint(folder, key, node.name, self.emit, self.should_stop, is_fresh, self._told)
 
     def _run(
         self, node: PlanNode, scratch: Path, facts: dict[str, Any], checkpoint: Checkpoint | None = None
@@ -281,25 +345,28 @@ class Run:
         if node.name not in self._live:
             key, _ = self._identify(node)
             self._digests.update(output_digests(node, key, None))
-            self._live[node.name] = self._run(node, Path(), {})
+            facts = self._live_facts[node.name] = {}
+            self._live[node.name] = self._run(node, Path(), facts)
         return self._live[node.name][source.port]
 
     def _artifact(self, node: PlanNode, port: str) -> Artifact:
         def read() -> bytes:
-            try:
-                return self.store.read(self._entries[node.name].outputs[port])
-            except DamagedObjectError:
-                self._mend(node)
-                return self.store.read(self._entries[node.name].outputs[port])
+            return self._mending(node, lambda: self._results.read(self._entries[node.name].outputs[port]))
 
         def copy_to(target: Path, trailer: bytes = b"") -> bool:
-            try:
-                return self.store.copy_to(self._entries[node.name].outputs[port], target, trailer)
-            except DamagedObjectError:
-                self._mend(node)
-                return self.store.copy_to(self._entries[node.name].outputs[port], target, trailer)
+            return self._mending(
+                node, lambda: self._results.copy_to(self._entries[node.name].outputs[port], target, trailer)
+            )
 
         return Artifact(self._digests[Source(node.name, port)], read, copy_to)
+
+    def _mending(self, node: PlanNode, use: Callable[[], UsedT]) -> UsedT:
+        """Use a stored result; where it is damaged or gone, compute it again, more than once if somebody removes it."""
+        for _ in range(_MENDS):
+            with suppress(DamagedObjectError):
+                return use()
+            self._mend(node)
+        return use()
 
     def _mend(self, node: PlanNode) -> None:
         """Compute a damaged result again, and before it what it is made of where that is damaged too, however deep."""
@@ -320,13 +387,13 @@ class Run:
                 self.emit(Noted(item.name, text, is_warning=True))
                 key, image = self._identify(item)
                 self._claim_inputs(item)
-                self._compute(item, key, image)
+                self._compute(item, key, image, is_mend=True)
                 self._release_inputs(item)
 
     def _is_damaged(self, node: PlanNode) -> bool:
         try:
             for item in self._entries[node.name].outputs.values():
-                self.store.read(item)
+                self._results.read(item)
         except DamagedObjectError:
             return True
         return False
@@ -349,7 +416,9 @@ class Run:
     def _release_inputs(self, node: PlanNode) -> None:
         for upstream in self._upstream(node):
             self._uses[upstream.name] -= 1
-            if self._uses[upstream.name] == 0 and not upstream.node.is_stored:
+            if self._uses[upstream.name] == 0 and upstream.node.is_stored:
+                self._results.forget(upstream.name)
+            elif self._uses[upstream.name] == 0:
                 self._drop(upstream.name)
                 self._release_inputs(upstream)
 
@@ -361,20 +430,12 @@ class Run:
 
     def _deliver(self, node: PlanNode) -> tuple[Path, ...]:
         artifacts = {port: self._artifact(node, port) for port in self._entries[node.name].outputs}
+        reap_outputs(node)
         delivered = node.node.deliver(node.files, artifacts, self.note(node, self._entries))
+        self._results.forget(node.name)
         for path, changed in delivered:
             self.emit(Delivered(node.name, str(path), changed))
         return tuple(path for path, _ in delivered)
-
-
-def peak_memory_bytes() -> int:
-    """Return the process's peak resident memory in bytes; 0 where the system does not say."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def ignore(event: Event) -> None:

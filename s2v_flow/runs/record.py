@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -65,7 +65,8 @@ class Recorder:
     """Listens to a run inside a `with` statement and leaves `<folder>/<id>/manifest.json`.
 
     `digest` tells the sha256 of a file if that takes no time, else None; `entries` are to be set to the run's results,
-    which grow as it goes on, and `failures` to what failed where others went on.
+    which grow as it goes on, `not_kept` to those that could not be stored, and `failures` to what failed where others
+    went on.
     """
 
     recipe: Recipe
@@ -80,6 +81,7 @@ class Recorder:
     cells: tuple[str, ...] = ()
     entries: Mapping[str, Entry] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
+    not_kept: Container[str] = ()
     id: str = ""
     _started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     _clock: float = field(default_factory=time.monotonic)
@@ -170,6 +172,8 @@ class Recorder:
             seconds=None if done is None else round(done.seconds, 3),
             peak_bytes=None if done is None else done.peak_bytes,
             outputs={} if entry is None else {port: item.sha256 for port, item in entry.outputs.items()},
+            kept=node.name not in self.not_kept,
+            degraded=None if entry is None else entry.facts.get("degraded") or None,
         )
 
     def _state(self, node: PlanNode, status: RunStatus) -> NodeState:
@@ -213,26 +217,19 @@ class Recorder:
 
     def _write(self, manifest: Manifest) -> None:
         """Write the manifest whole or not at all, into a folder of its own."""
-        while True:
+        for is_last in (False, False, True):
             try:
                 (self.folder / self.id).mkdir(parents=True)
                 break
             except FileExistsError:  # another run of the same second and digits
+                if is_last:
+                    raise
                 self.id = _new_id(self._started)
                 manifest = manifest.model_copy(update={"id": self.id})
-        write_whole(self.folder / self.id / "manifest.json", to_text(manifest).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    with temporary(path.parent, path.suffix) as (file, name):
-        file.write(content)
-        finish(file)
-        os.replace(name, path)
+        with temporary(self.folder.parent / "tmp", ".json") as (file, name):  # a killed run's is removed there
+            file.write(to_text(manifest).encode())
+            finish(file)
+            os.replace(name, self.folder / self.id / "manifest.json")
 
 
 def _new_id(started: datetime) -> str:

@@ -7,14 +7,14 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any, TextIO
 
 from pydantic import TypeAdapter
 
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.graph.events import Event, Listener
+from s2v_flow.graph.events import Event, Listener, Noted
 from s2v_flow.version import __version__
 
 VERSION = 1  # raised when a type or a field goes away or changes its meaning; new ones may come at any time
@@ -22,11 +22,15 @@ _WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 @contextmanager
-def open_events(target: str | None) -> Iterator[tuple[Listener, ...]]:
+def open_events(target: str | None, tell: Listener) -> Iterator[tuple[Listener, ...]]:
     """Give the listener that writes events to a file, or to stdout for "-"; none where no target is given.
 
+    Args:
+        target: Where to write.
+        tell: Told, once, that the file cannot be written any more: the run is worth more than its events.
+
     Raises:
-        S2VFlowError: The file cannot be written.
+        S2VFlowError: The file cannot be opened, or stdout cannot be written.
     """
     if target is None:
         yield ()
@@ -37,8 +41,11 @@ def open_events(target: str | None) -> Iterator[tuple[Listener, ...]]:
             file = open(target, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise S2VFlowError(f"{target}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
-        with file:
-            yield (EventStream(file),)
+        try:
+            yield (_UntilItFails(file, tell),)
+        finally:
+            with suppress(OSError):  # what was still to be written: it has been told
+                file.close()
 
 
 def to_all(*listeners: Listener) -> Listener:
@@ -49,6 +56,29 @@ def to_all(*listeners: Listener) -> Listener:
             listener(event)
 
     return listen
+
+
+class _UntilItFails:
+    """Writes events to a file; where that fails, says so and leaves it."""
+
+    def __init__(self, file: TextIO, tell: Listener) -> None:
+        self._tell = tell
+        self._stream: EventStream | None = None
+        with self._failing():
+            self._stream = EventStream(file)
+
+    def __call__(self, event: Event) -> None:
+        if self._stream is not None:
+            with self._failing():
+                self._stream(event)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except S2VFlowError as error:
+            self._stream = None
+            self._tell(Noted("", f"{error.message}; the run goes on without them", is_warning=True))
 
 
 class EventStream:

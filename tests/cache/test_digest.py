@@ -71,7 +71,8 @@ def test_several_files_are_remembered_side_by_side(file: Path, tmp_path: Path) -
     other.write_bytes(b"other")
     digests = [file_digest(path, memory, clock_ns=rested) for path in (file, other)]
     assert [known_digest(path, memory) for path in (file, other)] == digests
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["digests.json", "model.safetensors", "other"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digests.json", "model.safetensors", "other", "tmp"]
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,8 @@ def test_a_failed_write_leaves_the_old_table_and_nothing_else(
     monkeypatch.setattr(digest.os, "replace", fail)
     file_digest(file, memory, clock_ns=rested)
     assert memory.read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["digests.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digests.json", "model.safetensors", "tmp"]
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

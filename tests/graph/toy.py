@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from s2v_flow.cache.atomic import writing
 from s2v_flow.cache.digest import file_digest
 from s2v_flow.cache.store import Store
 from s2v_flow.errors import Diagnostic, Place, S2VFlowError
@@ -175,7 +176,9 @@ class Save(Node):
         if "tool" in inputs:
             inputs["tool"].use(context.node.name)
         path = context.scratch / "saved.txt"
-        path.write_bytes(inputs["a"].read())
+        text = inputs["a"].read()
+        with writing(path):  # as the writer of films does
+            path.write_bytes(text)
         return {"file": path}
 
     def deliver(self, files: Any, artifacts: Mapping[str, Any], note: bytes) -> list[tuple[Path, bool]]:

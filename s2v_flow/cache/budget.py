@@ -1,0 +1,143 @@
+"""How large a cache may be, and keeping it so while a run writes into it.
+
+Unless told otherwise a cache takes 50 GB or a fifth of its disk, whichever is less, and leaves 5 GB or a twentieth of
+the disk free, whichever is more; but never asks for more than a tenth of the disk or 50 GB to be free, so that small
+disks can be used and large ones be filled.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from s2v_flow.cache.housekeeping import collect, objects_size
+from s2v_flow.errors import ExitCode, S2VFlowError
+
+NO_LIMIT = 2**63 - 1
+MAX_BYTES = 50 * 10**9
+MIN_RESERVE_BYTES = 5 * 10**9
+LOW_WATER = 0.8  # of the limit: once something goes, so much goes that the next results fit
+_WAIT = 0.05  # of the limit: what has to come before trying again where little could go
+_LIMIT_SHARE, _RESERVE_SHARE, _MAX_RESERVE_SHARE = 0.2, 0.05, 0.1
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def default_limit(root: Path) -> int:
+    """Return how many bytes a cache may take unless told otherwise."""
+    total, _ = _disk(root)
+    return min(MAX_BYTES, int(total * _LIMIT_SHARE)) if total else MAX_BYTES
+
+
+def default_reserve(root: Path) -> int:
+    """Return how many bytes a cache leaves free on its disk."""
+    total, _ = _disk(root)
+    return int(min(max(MIN_RESERVE_BYTES, total * _RESERVE_SHARE), total * _MAX_RESERVE_SHARE, MAX_BYTES))
+
+
+def free_bytes(root: Path) -> int:
+    """Return how many bytes are free on a cache's disk."""
+    return _disk(root)[1]
+
+
+def _disk(root: Path) -> tuple[int, int]:
+    """Return how large a cache's disk is and how much of it is free; zeros where nobody may look."""
+    for folder in (root, *root.absolute().parents):
+        with suppress(OSError):  # it is not there yet, or hidden
+            usage = shutil.disk_usage(folder)
+            return usage.total, usage.free
+    return 0, 0
+
+
+def parse_size(text: str, option: str = "--limit") -> int:
+    """Read "20G", "1.5 GB" or "500000" as bytes; K, M, G and T are powers of a thousand. "none" is `NO_LIMIT`.
+
+    Raises:
+        S2VFlowError: It is no size.
+    """
+    number = text.strip().upper().removesuffix("B").rstrip()
+    if number == "NONE":
+        return NO_LIMIT
+    unit = number[-1:] if number[-1:] in ("K", "M", "G", "T") else ""
+    try:
+        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        size = -1
+    if not 0 <= size < NO_LIMIT:
+        raise S2VFlowError(f"{option}: {text!r} is no size", fix="write it like 20G, or none", exit_code=ExitCode.USAGE)
+    return size
+
+
+class Budget:
+    """Keeps one cache within its limit, and its disk's reserve free, as far as what may go allows.
+
+    The size is counted once and added up from there.
+
+    Args:
+        root: The cache folder.
+        limit: Bytes; None: `default_limit`; `NO_LIMIT`: nothing ever goes, whatever the disk has left.
+        tell: Told what went, in a line.
+        reserve: Bytes; None: `default_reserve`.
+    """
+
+    def __init__(self, root: Path, limit: int | None, tell: Callable[[str], None], reserve: int | None = None) -> None:
+        self._root = root
+        self._is_off = limit == NO_LIMIT
+        self._limit, self._reserve = limit, reserve
+        self._tell = tell
+        self._size = 0
+        self._waits_for = 0  # the size from which it is worth trying again
+
+    def begin(self) -> None:
+        """Count the cache, and make it smaller where it is too large."""
+        if self._is_off or not self._root.is_dir():
+            return
+        self._size = objects_size(self._root)
+        self.keep()
+
+    def added(self, size: int) -> None:
+        """Take note of bytes that were stored."""
+        self._size += size
+        self.keep()
+
+    def keep(self) -> None:
+        """Make the cache smaller where it, or what it leaves free, is not as it should be."""
+        if self._is_off or self._size < self._waits_for:
+            return
+        if self._limit is None or self._reserve is None:
+            self._limit = default_limit(self._root) if self._limit is None else self._limit
+            self._reserve = default_reserve(self._root) if self._reserve is None else self._reserve
+        goal = int(self._limit * LOW_WATER) if self._size > self._limit else self._size
+        goal = min(goal, self._size - (self._reserve - free_bytes(self._root)))
+        if goal < self._size:
+            self._shrink(max(goal, 0))
+
+    def make_room(self, size: int) -> bool:
+        """Let something go because the disk is full; tell whether so many bytes came free."""
+        if self._is_off:
+            return False
+        before = objects_size(self._root)
+        self._shrink(max(before - size, 0))
+        return self._size <= before - size
+
+    def _shrink(self, goal: int) -> None:
+        assert not self._is_off
+        found = collect(self._root, goal, is_tidy=True)
+        self._size = found["bytes_after"]
+        step = int((default_limit(self._root) if self._limit is None else self._limit) * _WAIT)
+        self._waits_for = 0 if found["within_limit"] else self._size + max(step, 1)
+        freed = found["bytes_before"] - self._size
+        if freed:
+            count = len(found["removed"])
+            what = f"{count} stored {'result' if count == 1 else 'results'}" if count else "what nothing used any more"
+            left = f"{size_text(freed)} of {size_text(found['bytes_before'])}"
+            self._tell(f"removed {what} to keep the cache within its limit ({left}); --cache-limit sets it")
+
+
+def size_text(count: int) -> str:
+    """Return a size for people: "1.5 GB"."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,275 @@
+"""Where a run's results go: into the store; where that cannot be written, they are held until nobody needs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from s2v_flow.cache.atomic import CannotWriteError, cannot_write, reap, temporary_prefix, writing
+from s2v_flow.cache.budget import NO_LIMIT, Budget, free_bytes
+from s2v_flow.cache.store import (
+    ChangedBytesError,
+    DamagedObjectError,
+    Entry,
+    Store,
+    StoredObject,
+    described,
+    file_sha256,
+    put_copy,
+)
+from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.graph.events import Listener, Noted
+from s2v_flow.graph.interrupt import StoppedError
+from s2v_flow.graph.plan import PlanNode
+
+_BLOCK = 8 << 20
+ResultT = TypeVar("ResultT")
+
+
+class Results:
+    """The results of one run.
+
+    A store that refuses costs nobody the run: what cannot be stored is held, bytes in memory and finished files where
+    they were written, and given out as if it were stored. Each publish asks again: there may be space by then.
+
+    Args:
+        store: The store.
+        emit: Told, once for each reason, that something is not kept; and what an eviction removed.
+        limit: What the cache may grow to in bytes; None: as `Budget` chooses.
+    """
+
+    def __init__(self, store: Store, emit: Listener, limit: int | None = NO_LIMIT) -> None:
+        self.store = store
+        self._emit = emit
+        self._budget = Budget(store.root, limit, lambda text: emit(Noted("", text)))
+        self._payloads: dict[StoredObject, bytes | Path] = {}
+        self._held: dict[str, Entry] = {}  # by plan node, as long as somebody needs it
+        self._not_kept: dict[str, None] = {}
+        self._reasons: set[str] = set()
+        self._folders: list[Path] = []
+
+    @property
+    def not_kept(self) -> Set[str]:
+        """The plan nodes whose results the store has not taken, in the order of the run."""
+        return self._not_kept.keys()
+
+    def begin(self, entries: Mapping[str, Entry]) -> None:
+        """Begin a run that will use these stored results."""
+        for entry in entries.values():
+            self.store.touch(entry.fingerprint)
+        self._budget.begin()
+
+    def find(self, node: str, key: str) -> Entry | None:
+        """Return a result that is stored, or held for another plan node."""
+        entry = self.store.lookup(key)
+        if entry is not None:
+            self.store.touch(key)
+            return entry
+        held = next((entry for entry in self._held.values() if entry.fingerprint == key), None)
+        if held is not None:
+            self._held[node] = held
+            self._not_kept[node] = None
+        return held
+
+    def read(self, item: StoredObject) -> bytes:
+        """Return an output's bytes.
+
+        Raises:
+            DamagedObjectError: It is gone or damaged.
+        """
+        payload = self._payloads.get(item)
+        if payload is None:
+            return self.store.read(item)
+        return payload if isinstance(payload, bytes) else b"".join(self._blocks(item, payload))
+
+    def copy_to(self, item: StoredObject, target: Path, trailer: bytes = b"") -> bool:
+        """Put an output at a path; see `Store.copy_to`."""
+        payload = self._payloads.get(item)
+        if payload is None:
+            return self.store.copy_to(item, target, trailer)
+        blocks = iter((payload,)) if isinstance(payload, bytes) else self._blocks(item, payload)
+        return put_copy(blocks, item, target, trailer)
+
+    def publish(
+        self,
+        node: str,
+        key: str,
+        image: Mapping[str, Any],
+        outputs: Mapping[str, bytes | Path],
+        facts: Mapping[str, Any],
+        *,
+        replaces: bool,
+        is_last: bool,
+        holds: bool = False,
+    ) -> Entry:
+        """Store a node's outputs, or hold them.
+
+        Args:
+            node: The plan node's name.
+            key: Its identity.
+            image: See `Store.publish`.
+            outputs: See there.
+            facts: See there.
+            replaces: See there.
+            is_last: Nothing uses the result and no file is made of it: the store is where it is to go.
+            holds: Hold it in any case: the store has lost it once.
+
+        Raises:
+            CannotWriteError: The store cannot be written, and the result is for nothing else.
+        """
+        with writing(self.store.root):
+            items = {port: described(payload) for port, payload in outputs.items()}
+        for is_second in (False, True):
+            try:
+                entry = self.store.publish(key, image, outputs, facts, replaces=replaces, items=items)
+            except CannotWriteError as error:
+                size = sum(item.size for item in items.values())
+                if not is_second and error.is_full and self._budget.make_room(size):
+                    continue
+                if is_last:
+                    raise
+                self._tell(error.reason, error.fix)
+                break
+            self._budget.added(sum(item.size for item in set(items.values())))
+            self.forget(node)
+            self._not_kept.pop(node, None)
+            if holds:
+                self._hold(node, entry, items, outputs)
+            return entry
+        self._not_kept[node] = None
+        return self._hold(node, Entry(key, image, items, facts), items, outputs)
+
+    def _hold(
+        self, node: str, entry: Entry, items: Mapping[str, StoredObject], outputs: Mapping[str, bytes | Path]
+    ) -> Entry:
+        for port, payload in outputs.items():
+            # a file that is not there any more has become an object
+            if isinstance(payload, bytes) or os.path.isfile(payload):
+                self._payloads[items[port]] = payload
+        self._held[node] = entry
+        return entry
+
+    def work(self, node: PlanNode, work: Callable[[Path], ResultT]) -> ResultT:
+        """Do a node's work in a scratch folder; where files cannot be written there, once more in another place.
+
+        Raises:
+            S2VFlowError: What `work` raises, or there is no place.
+        """
+        failure: S2VFlowError | None = None
+        for make in self._places(node):
+            try:
+                folder = make()
+            except CannotWriteError as error:
+                failure = error
+                self._tell(error.reason, error.fix)
+                continue
+            try:
+                return work(folder)
+            except (S2VFlowError, OSError) as error:
+                if str(folder) not in str(error):
+                    raise
+                failure = error if isinstance(error, S2VFlowError) else cannot_write(folder, error)
+                self._tell(_reason(failure), failure.fix)
+            finally:
+                self._leave(folder)
+        if node.node.is_sink:
+            assert failure is not None
+            raise failure
+        return work(Path())  # what makes no files needs no place
+
+    def forget(self, node: str) -> None:
+        """Let a held result go: nobody needs it any more."""
+        entry = self._held.pop(node, None)
+        if entry is None:
+            return
+        needed = {item for other in self._held.values() for item in other.outputs.values()}
+        for item in set(entry.outputs.values()) - needed:
+            payload = self._payloads.pop(item, None)
+            if isinstance(payload, Path):
+                with suppress(OSError):
+                    payload.unlink()
+        for folder in list(self._folders):
+            self._leave(folder)
+
+    def close(self) -> None:
+        """Let everything go."""
+        for node in list(self._held):
+            self.forget(node)
+        for folder in list(self._folders):
+            self._leave(folder)
+
+    def amend(self, error: S2VFlowError | StoppedError) -> None:
+        """Make what ends a run say which results are not kept."""
+        if self._not_kept and isinstance(error, StoppedError):
+            error.lost = tuple(self._not_kept)
+        elif self._not_kept and isinstance(error, S2VFlowError):
+            error.kept = f"what the cache holds; not these, for it could not be written: {', '.join(self._not_kept)}"
+
+    def _tell(self, reason: str, fix: str | None) -> None:
+        if reason in self._reasons:
+            return
+        self._reasons.add(reason)
+        text = f"the cache folder {self.store.root} cannot be written ({reason}): the run goes on, but what cannot be "
+        text += f"stored is kept only until it ends{f'; {fix}' if fix else ''}"
+        self._emit(Noted("", text, is_warning=True))
+
+    def _places(self, node: PlanNode) -> Iterator[Callable[[], Path]]:
+        """Yield what makes a scratch folder: in the store, then wherever there is most space."""
+        yield self.store.make_scratch
+        if not node.node.is_sink:
+            return
+        parents = {node.files[path].parent for path, mark, _ in node.node.files() if mark.role == "output"}
+        with suppress(OSError):  # there is no folder for temporary files at all
+            parents.add(Path(tempfile.gettempdir()))
+        for parent in sorted(parents, key=free_bytes, reverse=True):
+            yield partial(_make_scratch, parent)
+
+    def _leave(self, folder: Path) -> None:
+        """Remove a scratch folder unless something in it is held."""
+        is_used = any(isinstance(held, Path) and held.is_relative_to(folder) for held in self._payloads.values())
+        if is_used and folder not in self._folders:
+            self._folders.append(folder)
+        elif not is_used:
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder in self._folders:
+                self._folders.remove(folder)
+
+    def _blocks(self, item: StoredObject, path: Path) -> Iterator[bytes]:
+        """Yield a held file's bytes.
+
+        Raises:
+            DamagedObjectError: They are not what they were.
+        """
+        try:
+            if file_sha256(path) != item.sha256:
+                raise ChangedBytesError
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    yield block
+        except (OSError, ChangedBytesError) as error:
+            self._payloads.pop(item)
+            raise DamagedObjectError.at(path, str(error) or "its bytes have changed") from error
+
+
+def reap_outputs(node: PlanNode) -> None:
+    """Remove what killed runs left beside a sink's files."""
+    for folder in {node.files[path].parent for path, mark, _ in node.node.files() if mark.role == "output"}:
+        reap(folder)
+
+
+def _reason(failure: S2VFlowError) -> str:
+    if isinstance(failure, CannotWriteError):
+        return failure.reason
+    return "no space left" if failure.exit_code == ExitCode.DISK_FULL else failure.message
+
+
+def _make_scratch(parent: Path) -> Path:
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=parent, prefix=temporary_prefix()))

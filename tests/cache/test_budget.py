@@ -1,0 +1,219 @@
+"""How large a cache becomes: the defaults, what an eviction spares, and what it costs at the start of a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from s2v_flow.cache.budget import NO_LIMIT, Budget, default_limit, default_reserve, free_bytes, parse_size, size_text
+from s2v_flow.cache.housekeeping import live_run, objects_size, pin
+from s2v_flow.cache.store import Store
+from s2v_flow.errors import S2VFlowError
+
+GB = 10**9
+OLD = time.time() - 5 * 3600
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def disk(monkeypatch: pytest.MonkeyPatch, total: int, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(total, total - free, free))
+
+
+def key(number: int) -> str:
+    return f"{number:064x}"
+
+
+def put(store: Store, number: int, size: int = 1000, seconds: float = 1.0) -> None:
+    """Store a result of so many bytes that took so long, hours ago; the higher its number, the later."""
+    payload = number.to_bytes(4, "big") * (size // 4)
+    entry = store.publish(key(number), {"kind": "toy"}, {"out": payload}, {"seconds": seconds, "node": f"n{number}"})
+    for item in entry.outputs.values():
+        os.utime(store.root / "objects" / item.sha256[:2] / item.file_name, (OLD, OLD))
+    os.utime(store.root / "entries" / key(number)[:2] / f"{key(number)}.json", (OLD + number, OLD + number))
+
+
+def stored(store: Store) -> set[int]:
+    return {int(path.stem, 16) for path in store.root.glob("entries/??/*.json") if store.lookup(path.stem)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Ten results of 1000 bytes that took a second each."""
+    store = Store(tmp_path / "cache")
+    for number in range(10):
+        put(store, number)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("total", "limit", "reserve"),
+    [
+        (10 * GB, 2 * GB, 1 * GB),
+        (60 * GB, 12 * GB, 5 * GB),
+        (500 * GB, 50 * GB, 25 * GB),
+        (8000 * GB, 50 * GB, 50 * GB),
+    ],
+)
+def test_the_defaults_fit_small_and_large_disks(
+    total: int, limit: int, reserve: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fifth and at most 50 GB for the cache; 5 GB or 5 % free, at most a tenth and 50 GB."""
+    disk(monkeypatch, total, total)
+    assert (default_limit(tmp_path / "no"), default_reserve(tmp_path / "no")) == (limit, reserve)
+
+
+def test_sizes_are_read_and_shown() -> None:
+    assert [parse_size(text) for text in ("20G", "1.5 GB", "500000", "0", "none")] == [
+        20 * GB, 1_500_000_000, 500_000, 0, NO_LIMIT
+    ]  # fmt: skip
+    assert [size_text(size) for size in (1_500_000_000, 20_000, 7)] == ["1.5 GB", "20.0 kB", "7 B"]
+    for text in ("", "G", "-1", "nan", "inf", "1e400", "20X"):
+        with pytest.raises(S2VFlowError, match="is no size"):
+            parse_size(text)
+
+
+def test_nothing_goes_within_the_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk(monkeypatch, 100_000, 90_000)
+    said: list[str] = []
+    Budget(store.root, 10_000, said.append).begin()
+    assert (len(stored(store)), said) == (10, [])
+
+
+def test_the_least_worth_and_then_the_least_used_go_down_to_four_fifths(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is said, in one line."""
+    disk(monkeypatch, 100_000, 90_000)
+    said: list[str] = []
+    put(store, 20, 1000, seconds=0.1)
+    store.touch(key(0))
+    budget = Budget(store.root, 10_000, said.append)
+    budget.begin()
+    assert stored(store) == {0, 3, 4, 5, 6, 7, 8, 9}
+    assert said == [
+        "removed 3 stored results to keep the cache within its limit (3.0 kB of 11.0 kB); --cache-limit sets it"
+    ]
+
+
+def test_what_a_run_adds_is_counted_and_young_results_stay(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk(monkeypatch, 100_000, 90_000)
+    said: list[str] = []
+    budget = Budget(store.root, 12_000, said.append)
+    budget.begin()
+    for number in range(20, 23):
+        store.publish(key(number), {"kind": "toy"}, {"out": bytes([number]) * 1000}, {"seconds": 0.0})
+        budget.added(1000)
+    assert len(said) == 1
+    assert stored(store) >= {20, 21, 22}
+    assert objects_size(store.root) == 9000
+
+
+def test_the_reserve_is_kept_free(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a disk of 100 kB, 10; 7.5 are free."""
+    disk(monkeypatch, 100_000, 7_500)
+    Budget(store.root, None, lambda text: None).begin()
+    assert len(stored(store)) == 7
+
+
+def test_no_limit_means_that_nothing_goes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the disk has left."""
+    disk(monkeypatch, 100_000, 0)
+    budget = Budget(store.root, NO_LIMIT, pytest.fail)
+    budget.begin()
+    budget.added(10**9)
+    assert not budget.make_room(10)
+    assert len(stored(store)) == 10
+
+
+def test_where_all_is_held_it_is_not_tried_again_with_each_result(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But after another twentieth of the limit."""
+    disk(monkeypatch, 100_000, 90_000)
+    pin(store.root, [key(number) for number in range(10)])
+    looks: list[int] = []
+    budget = Budget(store.root, 5_000, pytest.fail)
+    original = Budget._shrink
+    monkeypatch.setattr(Budget, "_shrink", lambda self, goal: (looks.append(goal), original(self, goal))[1])
+    budget.begin()
+    for _ in range(10):
+        budget.added(100)
+    assert len(looks) == 1 + 3
+
+
+def test_a_full_disk_lets_something_go_for_what_is_to_be_stored(store: Store) -> None:
+    assert Budget(store.root, 10**9, lambda text: None).make_room(2500)
+    assert len(stored(store)) == 7
+    pin(store.root, [key(number) for number in range(10)])
+    assert not Budget(store.root, 10**9, lambda text: None).make_room(10**6)
+
+
+def test_what_a_live_run_has_used_since_its_start_stays(store: Store) -> None:
+    """It did not know the fingerprint when it began: using it touches it."""
+    with live_run(store.root, [key(1)]):
+        before = os.stat(next(store.root.glob("live/*.json"))).st_mtime
+        store.touch(key(2))
+        Budget(store.root, 0, lambda text: None).begin()
+        assert stored(store) == {1, 2}
+        for path in store.root.glob("entries/??/*.json"):
+            os.utime(path, (before - 7200, before - 7200))
+        for path in store.root.glob("live/*.json"):
+            os.utime(path, (before - 7201, before - 7201))
+        Budget(store.root, 0, lambda text: None).begin()
+        assert stored(store) == {1, 2}, "older than an hour, but younger than the run"
+    for path in store.root.glob("objects/??/*"):
+        os.utime(path, (OLD, OLD))
+    Budget(store.root, 0, lambda text: None).begin()
+    assert stored(store) == set()
+
+
+def test_what_is_touched_or_pinned_during_an_eviction_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the inventory and the removal; the object that a new result uses, too."""
+    from s2v_flow.cache import housekeeping
+
+    seen = housekeeping.inventory
+
+    def inventory(root: Path) -> list[housekeeping.Kept]:
+        found = seen(root)
+        time.sleep(0.02)
+        store.touch(key(1))
+        pin(root, [key(2)])
+        payload = (3).to_bytes(4, "big") * 250
+        store.publish(key(77), {"kind": "toy"}, {"out": payload}, {"seconds": 0.0})
+        return found
+
+    monkeypatch.setattr(housekeeping, "inventory", inventory)
+    Budget(store.root, 0, lambda text: None).begin()
+    assert stored(store) == {1, 2, 77}
+
+
+def test_a_run_that_begins_with_2000_results_is_not_kept_waiting(tmp_path: Path) -> None:
+    """Counting them takes some 10 ms; 50 would be too much. The least of five measurements counts."""
+    for number in range(2000):
+        path = tmp_path / "objects" / f"{number % 256:02x}" / f"{number}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    took = []
+    for _ in range(5):
+        started = time.process_time()
+        Budget(tmp_path, 10**9, lambda text: None, reserve=0).begin()
+        took.append(time.process_time() - started)
+    assert min(took) < 0.05
+
+
+def test_an_unknown_disk_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(folder: Path) -> None:
+        raise OSError
+
+    monkeypatch.setattr(shutil, "disk_usage", unknown)
+    assert (default_limit(tmp_path), default_reserve(tmp_path), free_bytes(tmp_path)) == (50 * GB, 0, 0)

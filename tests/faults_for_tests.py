@@ -1,0 +1,97 @@
+"""A disk that refuses, as far as Python can show it: calls below one folder fail with an error number."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OPERATIONS = ("open", "mkdir", "replace", "link", "fsync", "chmod")
+
+
+class Refusal:
+    """Counts the calls of one kind below a folder, and refuses them from one on, until another."""
+
+    def __init__(self, folder: Path, number: int, first: int = 0, last: int | None = None) -> None:
+        self.folder, self.number, self.first, self.last = str(folder), number, first, last
+        self.calls = 0
+        self.refused = 0
+
+    def wraps(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def called(where: Any, *args: Any, **named: Any) -> Any:
+            self.ask([os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else where, *args])
+            return original(where, *args, **named)
+
+        return called
+
+    def ask(self, args: list[Any]) -> None:
+        if not any(isinstance(part, (str, os.PathLike)) and str(part).startswith(self.folder) for part in args[:2]):
+            return
+        self.calls += 1
+        if self.calls > self.first and (self.last is None or self.calls <= self.last):
+            self.refused += 1
+            raise OSError(self.number, os.strerror(self.number), str(args[0]))
+
+
+def refuse(
+    monkeypatch: pytest.MonkeyPatch, operation: str, folder: Path, number: int, first: int = 0, last: int | None = None
+) -> Refusal:
+    """Refuse an operation below a folder, after `first` calls and up to the `last`; "open" means for writing."""
+    refusal = Refusal(folder, number, first, last)
+    if operation != "open":
+        monkeypatch.setattr(os, operation, refusal.wraps(getattr(os, operation)))
+        return refusal
+    os_open, io_open = os.open, io.open
+
+    def opened_os(path: Any, flags: int, *args: Any, **named: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            refusal.ask([path])
+        return os_open(path, flags, *args, **named)
+
+    def opened_io(path: Any, mode: str = "r", *args: Any, **named: Any) -> Any:
+        if set(mode) & set("wax+") and not isinstance(path, int):
+            refusal.ask([path])
+        return io_open(path, mode, *args, **named)
+
+    monkeypatch.setattr(os, "open", opened_os)
+    monkeypatch.setattr(io, "open", opened_io)
+    monkeypatch.setattr(builtins, "open", opened_io)
+    return refusal
+
+
+def forked(action: Callable[[], None]) -> None:
+    """Do something in a process of its own, which has to end well."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except BaseException as error:  # noqa: BLE001
+            sys.stderr.write(f"in the child: {type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def as_a_user(action: Callable[[], None], folder: Path) -> None:
+    """Do something in a process for which file modes count: root's child becomes somebody else, who owns `folder`."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.chown(folder, 65534, 65534)
+
+    def act() -> None:
+        if is_root:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        action()
+
+    forked(act)

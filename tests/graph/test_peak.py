@@ -1,0 +1,29 @@
+"""The process's peak memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from s2v_flow.graph.peak import peak_memory_bytes
+
+
+def test_the_peak_is_read_from_the_systems_status(tmp_path: Path) -> None:
+    """In kilobytes there; where it says nothing, what `getrusage` says counts."""
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmHWM:\t  123 kB\nVmRSS:\t 1 kB\n")
+    assert peak_memory_bytes(status) == 123 * 1024
+    status.write_bytes(b"\xff")
+    assert peak_memory_bytes(status) == peak_memory_bytes(tmp_path / "none") > 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a parent's peak from the process's own")
+def test_a_large_parent_does_not_count() -> None:
+    """What a program had before it became another one is not the other one's."""
+    code = "import os, sys; big = b'x' * 200_000_000; os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    inner = "from s2v_flow.graph.peak import peak_memory_bytes; print(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", code, inner], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) < 150_000_000
