@@ -13,6 +13,7 @@ import click
 
 from s2v_flow import __version__
 from s2v_flow.cli_cache import cache
+from s2v_flow.cli_models import models
 from s2v_flow.cli_options import (
     FILE,
     folder_options,
@@ -23,7 +24,7 @@ from s2v_flow.cli_options import (
     start_options,
 )
 from s2v_flow.cli_runs import diff, lock, reproduce, runs, show
-from s2v_flow.cli_start import completion, doctor, init, models
+from s2v_flow.cli_start import completion, doctor, init
 from s2v_flow.completion import complete_kind
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, StopRequest
@@ -87,12 +88,12 @@ def _run(recipe: Path, options: Options, *, as_json: bool, events: str | None = 
     api.require_files(planned)
     for note in planned.notes:
         report.print_message(f"note: {note}")
-    with open_events(events) as stream:
-        progress = report.Progress()
-        try:
+    progress = report.Progress()
+    try:
+        with open_events(events, progress) as stream:
             result = api.run_planned(planned, options, to_all(progress, *stream))
-        finally:
-            progress.close()
+    finally:
+        progress.close()
     made = _summary(planned, result)
     if as_json:
         report.print_json(result.to_json())
@@ -294,6 +295,17 @@ def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
     stop = StopRequest(_tell)
     stop.install()
+    try:
+        try:
+            _main(stop)
+        finally:
+            stop.ignore()
+    except StoppedError as stopped:  # by one more signal, on the way out
+        stop.ignore()
+        sys.exit(stopped.exit_code)
+
+
+def _main(stop: StopRequest) -> NoReturn:
     try:
         cli(prog_name="s2vflow", standalone_mode=False, obj=stop)
     except click.ClickException as error:

@@ -1,4 +1,4 @@
-"""Commands for making a start: the first recipe, the models, the machine, the shell."""
+"""Commands for making a start: the first recipe, the machine, the shell."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from s2v_flow.cli_options import FILE, change_options, folder_options, make_options, start_options
+from s2v_flow.cli_options import FILE, folder_options, make_options, start_options
 from s2v_flow.completion import SHELLS, completion_script
 from s2v_flow.errors import ExitCode
-from s2v_flow.option_order import OrderedCommand
 
 
 @click.command()
@@ -28,29 +27,6 @@ def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | 
     start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, f"out/{output.stem}.mp4")
     write_recipe(output, recipe_text(start, output.parent), force=force)
     report.print_result(str(output))
-
-
-@click.command(cls=OrderedCommand)
-@click.argument("recipe", type=FILE, required=False)
-@change_options
-@folder_options
-@click.option("--download", is_flag=True, help="Download what is missing, into the first models folder.")
-@click.option("--only", multiple=True, metavar="FILE", help="Only this one; repeatable.")
-def models(recipe: Path | None, as_json: bool, download: bool, only: tuple[str, ...], **given: Any) -> None:
-    """List the model files that a recipe needs (or all that are known), and download them on request."""
-    from s2v_flow import api, need, report
-
-    if download and recipe is None and not only:
-        raise click.UsageError("--download needs a recipe, or --only FILE: all known models together are very large")
-    options = make_options(**given)
-    needs = need.choose(api.model_needs(recipe, options), only)
-    if download:
-        progress = report.DownloadProgress()
-        need.download(needs, options.locations.models_dirs[0], progress)
-        needs = need.choose(api.model_needs(recipe, options), only)
-    report.print_json(need.needs_json(needs)) if as_json else report.print_result(need.needs_text(needs))
-    if any(item.status == "missing" for item in needs):
-        sys.exit(ExitCode.MISSING)
 
 
 @click.command()

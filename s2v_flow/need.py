@@ -5,6 +5,7 @@ Nothing is downloaded, and no server is asked anything, unless `download` is cal
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from s2v_flow.downloads import RemoteFile, at_endpoint, check_space, fetch, look
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.graph.locations import Locations, Missing
 from s2v_flow.graph.node import FileField
+from s2v_flow.models.header import convert_command
+from s2v_flow.models.release import RELEASE_FILES, RELEASE_FOLDER
 from s2v_flow.recipe.document import Recipe
 
 Progress = Callable[[str, int, int], None]  # file name, bytes that are there, bytes in all
@@ -25,7 +28,8 @@ Progress = Callable[[str, int, int], None]  # file name, bytes that are there, b
 class ModelNeed:
     """A model file: its name in the recipe, its usual folder, and where it is (None: nowhere, see `looked_in`).
 
-    "made" files are the demo's: this program makes them itself on first use, at `path`.
+    "made" files are the demo's: this program makes them itself on first use, at `path`. `convert` is the command that
+    makes a missing one of the authors' own file, where that is there.
     """
 
     file: str
@@ -34,6 +38,7 @@ class ModelNeed:
     status: Literal["found", "made", "missing"]
     homes: tuple[str, ...] = ()
     looked_in: tuple[str, ...] = ()
+    convert: str | None = None
 
     @property
     def size(self) -> int | None:
@@ -50,6 +55,7 @@ class ModelNeed:
             "size_bytes": self.size,
             "homes": list(self.homes),
             "looked_in": list(self.looked_in),
+            "convert": self.convert,
         }
 
 
@@ -73,9 +79,27 @@ def _need(mark: FileField, text: str, base_dir: Path, locations: Locations) -> M
     folder = mark.folders[0]
     place = locations.find(mark, text, base_dir)
     if isinstance(place, Missing):
-        return ModelNeed(text, folder, None, "missing", place.homes, place.looked_in)
+        command = _conversion(text, folder, locations) if place.homes else None
+        return ModelNeed(text, folder, None, "missing", place.homes, place.looked_in, command)
     is_made = place == locations.made_models.get(text) and not place.is_file()
     return ModelNeed(text, folder, place, "made" if is_made else "found")
+
+
+def _conversion(text: str, folder: str, locations: Locations) -> str | None:
+    """Return the command that makes a well-known file of the authors' own, if that stands in a models folder.
+
+    Their files are not in fp8, and none is made: the command makes a file of another name instead, in bfloat16.
+    """
+    name = re.sub(r"_fp8\w*", "_bf16", PurePosixPath(text).name)
+    dtype = next((dtype for dtype in ("bf16", "fp16") if f"_{dtype}" in name), "keep")
+    for root in locations.models_dirs:
+        for place in (root / folder, root, root / RELEASE_FOLDER):
+            for source in (place / file for file in RELEASE_FILES.get(folder, ())):
+                if source.is_file():
+                    return convert_command(
+                        source, root / folder / name, *([] if dtype == "keep" else ["--dtype", dtype])
+                    )
+    return None
 
 
 def choose(needs: Sequence[ModelNeed], names: Sequence[str]) -> list[ModelNeed]:
@@ -114,6 +138,8 @@ def needs_text(needs: Sequence[ModelNeed]) -> str:
         if need.status == "missing":
             lines.append(f"         looked for in {', '.join(need.looked_in)}")
             lines += [f"         can be had at {home}" for home in need.homes]
+            how = " in bfloat16, to be named in the recipe instead," if "_fp8" in need.file else ""
+            lines += [f"         can be made{how} by {need.convert}"] if need.convert else []
     count = sum(need.status == "missing" for need in needs)
     lines.append(f"{len(needs) - count} of {len(needs)} are there" + (f", {count} missing" if count else ""))
     return "\n".join(lines)

@@ -115,7 +115,7 @@ def test_a_pickle_is_never_opened_whatever_its_name(name: str, tmp_path: Path, m
     code, err = refused(tmp_path, models, {"vae": {"checkpoint": name}})
     assert code == 5
     assert f"{name}: is a pickle" in err
-    assert "fix: convert it to safetensors first" in err
+    assert f"fix: convert it first: s2vflow models convert {models / 'vae' / name} -o " in err
     assert not trace.exists()
 
 

@@ -51,7 +51,7 @@ class Checkpoint:
         """
         path = Path(path)
         header = read_header(path)
-        prefix = _common_prefix(header.entries)
+        prefix = common_prefix(header.entries)
         file_keys: dict[str, str] = {}
         for stored in header.entries:
             key = stored[len(prefix) :] if stored.startswith(prefix) else stored
@@ -105,7 +105,8 @@ class Checkpoint:
         return value
 
 
-def _common_prefix(keys: Mapping[str, object]) -> str:
+def common_prefix(keys: Mapping[str, object]) -> str:
+    """Return the prefix that some files put before a model's keys, or nothing."""
     if any(key.endswith(LORA_SUFFIXES) for key in keys):
         return ""  # a LoRA's keys are reported as the file spells them
     for prefix in KEY_PREFIXES:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +21,9 @@ from s2v_flow.errors import CheckpointError, MissingError, RefusedError
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_HEADER_VALUES = 1_000_000  # 14B models need about 20,000; bounds the parser's memory
 MAX_RANK = 16
+MAX_NAME_LENGTH = 1000  # messages name tensors
+_MAX_DETAIL = 500
+_START_BYTES = 512
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -51,11 +56,12 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, any_name: bool = False) -> Header:
     """Read and check the header of a safetensors file; the data section is not touched.
 
     Args:
         path: The file. Names and contents that promise a pickle are refused unread.
+        any_name: Judge by the contents alone: the name may be a pickle's.
 
     Returns:
         The header; its tensors cover the data section without gap or overlap.
@@ -65,8 +71,26 @@ def read_header(path: Path) -> Header:
         RefusedError: The file is a pickle.
         CheckpointError: The file is damaged, truncated or of another format.
     """
-    if path.suffix.lower() in _PICKLE_SUFFIXES:
+    if path.suffix.lower() in _PICKLE_SUFFIXES and not any_name:
         raise _pickle_refused(path)
+    with _opened(path) as (file, file_bytes):
+        return _parse(path, file, file_bytes)
+
+
+def is_pickle(path: Path) -> bool:
+    """Tell by a file's first bytes whether it is a pickle: plain, in a zip or in a tar. Nothing is unpickled.
+
+    Raises:
+        MissingError: There is no such file, or it cannot be read.
+        CheckpointError: It is not a regular file.
+    """
+    with _opened(path) as (file, file_bytes):
+        start = file.read(_START_BYTES)
+    return not _is_header_start(start, file_bytes) and _is_pickle_start(start)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     try:
         # O_NONBLOCK: opening a named pipe must not wait for a writer
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -74,7 +98,7 @@ def read_header(path: Path) -> Header:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: is not a regular file", fix="name a .safetensors file")
-            return _parse(path, file, status.st_size)
+            yield file, status.st_size
     except FileNotFoundError as error:
         raise MissingError(f"{path}: no such file") from error
     except OSError as error:
@@ -82,9 +106,9 @@ def read_header(path: Path) -> Header:
 
 
 def _parse(path: Path, file: BinaryIO, file_bytes: int) -> Header:
-    start = file.read(512)
+    start = file.read(_START_BYTES)
     length = int.from_bytes(start[:8], "little")
-    if start[8:9] != b"{" or length > file_bytes:
+    if not _is_header_start(start, file_bytes):
         _explain_foreign(path, start)
     if file_bytes < 8:
         raise _damaged(path, f"it has {file_bytes} bytes; the header's length alone takes 8")
@@ -93,21 +117,29 @@ def _parse(path: Path, file: BinaryIO, file_bytes: int) -> Header:
     if 8 + length > file_bytes:
         raise _damaged(path, f"its header needs {8 + length} bytes, but the file has {file_bytes}")
     file.seek(8)
-    tree = _parse_json(path, file.read(length))
+    tree = parse_map(path, file.read(length))
     metadata = tree.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
         raise _damaged(path, "its __metadata__ is not a map of texts")
+    longest = max(map(len, tree), default=0)
+    if longest > MAX_NAME_LENGTH:
+        raise _damaged(path, f"a tensor's name has {longest} characters; at most {MAX_NAME_LENGTH} are accepted")
     entries = {name: _entry(path, name, value) for name, value in tree.items()}
     _check_layout(path, entries, file_bytes - 8 - length)
     return Header(entries, metadata)
 
 
+def _is_header_start(start: bytes, file_bytes: int) -> bool:
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= file_bytes
+
+
+def _is_pickle_start(start: bytes) -> bool:
+    is_plain = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return is_plain or start.startswith(b"PK") or start[257:262] == b"ustar"
+
+
 def _explain_foreign(path: Path, start: bytes) -> None:
-    is_zip, is_pickle = (
-        start.startswith(b"PK"),
-        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"),
-    )
-    if is_zip or is_pickle or start[257:262] == b"ustar":
+    if _is_pickle_start(start):
         raise _pickle_refused(path)
     for prefix, what in _FOREIGN_STARTS:
         if start.lstrip().startswith(prefix):
@@ -117,34 +149,59 @@ def _explain_foreign(path: Path, start: bytes) -> None:
 def _pickle_refused(path: Path) -> RefusedError:
     return RefusedError(
         f"{path}: is a pickle (PyTorch's older format), which can run code when opened; it was not opened",
-        fix="convert it to safetensors first",
+        fix=f"convert it first: {convert_command(path)}",
     )
 
 
+def convert_command(source: Path, target: Path | None = None, *more: str) -> str:
+    """Return the command line that makes a safetensors file of a model in another form.
+
+    Args:
+        source: The file.
+        target: What to make; unless given, a file beside it.
+        more: Further arguments.
+    """
+    if target is None:
+        target = source.with_suffix(".safetensors")
+        target = source.with_name(f"{source.stem}-converted.safetensors") if target == source else target
+    return shlex.join(["s2vflow", "models", "convert", str(source), "-o", str(target), *more])
+
+
 def _damaged(path: Path, what: str) -> CheckpointError:
+    what = what if len(what) <= _MAX_DETAIL else what[:_MAX_DETAIL] + "..."
     return CheckpointError(f"{path}: damaged or not a safetensors file: {what}", fix="download or copy the file again")
 
 
-def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+def parse_map(path: Path, raw: bytes, what: str = "header") -> dict[str, Any]:
+    """Parse a JSON map, its size bounded, no name twice.
+
+    Args:
+        path: The file, for messages.
+        raw: The JSON text.
+        what: Which part of the file it is, for messages.
+
+    Raises:
+        CheckpointError: It is none.
+    """
     if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_HEADER_VALUES:
-        raise _damaged(path, f"its header holds more than {MAX_HEADER_VALUES} values")
+        raise _damaged(path, f"its {what} holds more than {MAX_HEADER_VALUES} values")
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         tree: dict[str, Any] = {}
         for name, value in pairs:
             if name in tree:
-                raise _damaged(path, f"its header names {name!r} twice")
+                raise _damaged(path, f"its {what} names {name!r} twice")
             tree[name] = value
         return tree
 
     try:
         tree = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
     except RecursionError:
-        raise _damaged(path, "its header is nested too deeply") from None
+        raise _damaged(path, f"its {what} is nested too deeply") from None
     except ValueError as error:
-        raise _damaged(path, f"its header is not JSON ({error})") from error
+        raise _damaged(path, f"its {what} is not JSON ({error})") from error
     if not isinstance(tree, dict):
-        raise _damaged(path, "its header is not a map")
+        raise _damaged(path, f"its {what} is not a map")
     return tree
 
 
@@ -153,7 +210,7 @@ def _entry(path: Path, name: str, value: object) -> TensorEntry:
         raise _damaged(path, f"{name!r} lacks dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{path}: {name!r} has the dtype {dtype!r}, which is not supported")
+        raise CheckpointError(f"{path}: {name!r} has the dtype {repr(dtype)[:40]}, which is not supported")
     if not _is_counts(shape) or len(shape) > MAX_RANK or not _is_counts(offsets) or len(offsets) != 2:
         raise _damaged(path, f"{name!r} has the shape {shape!r} and data_offsets {offsets!r}")
     begin, end = offsets

@@ -153,7 +153,7 @@ def test_pickle_is_refused_and_never_run(tmp_path: Path, suffix: str, form: str)
         file.write_bytes(raw)
     with pytest.raises(RefusedError, match="it was not opened") as caught:
         read_header(file)
-    assert caught.value.fix == "convert it to safetensors first"
+    assert (caught.value.fix or "").startswith(f"convert it first: s2vflow models convert {file} -o {tmp_path}/model")
     assert caught.value.exit_code == ExitCode.REFUSED
     assert not canary.exists()
 

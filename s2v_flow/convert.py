@@ -1,0 +1,238 @@
+"""`s2vflow models convert`: one safetensors file of the authors' own files, whole or not at all.
+
+A pickle is opened in a process of its own (`models.pickled`); shards and safetensors files are copied block by block.
+Whatever made the file, it is checked as any model file is before it gets its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from s2v_flow.cache.atomic import finish, flush_folder, reap, temporary, writing
+from s2v_flow.cache.digest import file_digest
+from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.models.checkpoint import Checkpoint
+from s2v_flow.models.header import is_pickle
+from s2v_flow.models.pickled import Order, convert_pickle
+from s2v_flow.models.release import TOKENIZER_FILE, kind_of, new_names, tokenizer_pieces
+from s2v_flow.models.shards import INDEX_SUFFIX, Shards, open_shards, open_single
+from s2v_flow.models.tensor_stream import Piece, Progress, in_dtype, write_tensors
+from s2v_flow.version import __version__
+
+_VERSION, _DIGESTS = "s2vflow_version", "s2vflow_source_sha256"
+_MAX_TOKENIZER_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to convert: the source (a file, or a folder with an index of shards), the target, and how.
+
+    `kind` is what the source has to be, "auto" anything that is known; `dtype` is "keep", "bf16", "fp16" or "fp32";
+    `tokenizer` is a text encoder's, looked for beside the source unless given.
+    """
+
+    source: Path
+    target: Path
+    kind: str = "auto"
+    dtype: str = "keep"
+    tokenizer: Path | None = None
+    overwrites: bool = False
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was made: the file, the kind of model, how many tensors and bytes, the sources' sha256, remarks."""
+
+    target: Path
+    kind: str
+    num_tensors: int
+    num_bytes: int
+    source_sha256: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `s2vflow models convert --json` prints."""
+        return {
+            "target": str(self.target),
+            "kind": self.kind,
+            "tensors": self.num_tensors,
+            "bytes": self.num_bytes,
+            "source_sha256": dict(self.source_sha256),
+            "notes": list(self.notes),
+        }
+
+
+def convert(request: Request, on_progress: Progress = lambda done, total: None) -> Converted:
+    """Make a safetensors file that the loaders take, of a pickle, of shards, or of another safetensors file.
+
+    Args:
+        request: What to convert.
+        on_progress: Called with the bytes that are written, and all.
+
+    Returns:
+        What was made.
+
+    Raises:
+        MissingError: A source or the tokenizer is missing.
+        CheckpointError: A source is damaged, or is no model that is known.
+        RefusedError: A source holds more than tensors, or names files outside its folder.
+        S2VFlowError: The target is there already or cannot be written.
+    """
+    shards = _shards(request.source)
+    sources = [request.source] if shards is None else list(shards.files)
+    _check_target(request, sources)
+    tokenizer = request.tokenizer or _find_tokenizer(request.source)
+    with writing(request.target):
+        request.target.parent.mkdir(parents=True, exist_ok=True)
+    reap(request.target.parent)
+    before = [_identity(path) for path in sources]
+    digests = {path.name: file_digest(path) for path in sources}
+    metadata = {_VERSION: __version__, _DIGESTS: " ".join(digests.values())}
+    notes: tuple[str, ...] = ()
+    with writing(request.target), temporary(request.target.parent, ".safetensors") as (file, name):
+        if shards is None:
+            notes = _from_pickle(request, tokenizer, file, metadata, on_progress)
+        else:
+            metadata = {**shards.metadata, **metadata}
+            _from_shards(request, shards, tokenizer, file, metadata, on_progress)
+        finish(file)
+        if [_identity(path) for path in sources] != before:
+            raise CheckpointError(f"{request.source}: changed while it was read", "wait until it is completely written")
+        kind, num_tensors = _verify(Path(name), request, metadata)
+        num_bytes = os.stat(name).st_size
+        _publish(name, request)
+    return Converted(request.target, kind, num_tensors, num_bytes, digests, notes)
+
+
+def _shards(source: Path) -> Shards | None:
+    """Open what is no pickle: a folder's or a file's shards, or a single file."""
+    if source.is_dir():
+        indexes = sorted(source.glob(f"*{INDEX_SUFFIX}"))
+        if len(indexes) != 1:
+            raise MissingError(
+                f"{source}: a folder is converted if it holds one *{INDEX_SUFFIX}, and this one holds {len(indexes)}",
+                fix="name the file",
+            )
+        return open_shards(indexes[0])
+    if source.name.endswith(".json"):
+        return open_shards(source)
+    return None if is_pickle(source) else open_single(source)
+
+
+def _check_target(request: Request, sources: Sequence[Path]) -> None:
+    target = request.target
+    if target.suffix != ".safetensors":
+        raise S2VFlowError(f"-o {target}: its name has to end in .safetensors", exit_code=ExitCode.USAGE)
+    if target.exists():
+        if any(os.path.samefile(target, source) for source in sources):
+            raise S2VFlowError(f"-o {target}: is the source itself", "name another file", exit_code=ExitCode.USAGE)
+        if not request.overwrites or not target.is_file():
+            raise _there_already(target)
+
+
+def _there_already(target: Path) -> S2VFlowError:
+    fix = "name another file with -o, or overwrite it with --force"
+    return S2VFlowError(f"{target}: is there already", fix, exit_code=ExitCode.USAGE)
+
+
+def _find_tokenizer(source: Path) -> Path | None:
+    """Return the tokenizer at its place in the authors' release, if it is there."""
+    path = source.parent / TOKENIZER_FILE
+    return path if path.is_file() else None
+
+
+def _from_pickle(
+    request: Request,
+    tokenizer: Path | None,
+    file: BinaryIO,
+    metadata: Mapping[str, str],
+    on_progress: Progress,
+) -> tuple[str, ...]:
+    order = Order(request.kind, request.dtype, metadata, tokenizer)
+    outcome = convert_pickle(request.source, file, order, on_progress)
+    notes = []
+    if not outcome.is_offline:
+        notes.append("this system did not let the process that opened the pickle cut itself off from the network")
+    if outcome.num_left_out:
+        notes.append(f"{outcome.num_left_out} other entries beside the state dict were left out")
+    return tuple(notes)
+
+
+def _from_shards(
+    request: Request,
+    shards: Shards,
+    tokenizer: Path | None,
+    file: BinaryIO,
+    metadata: Mapping[str, str],
+    on_progress: Progress,
+) -> None:
+    try:
+        names = new_names(piece.name for piece in shards.pieces)
+        renamed = [Piece(names[piece.name], piece.dtype, piece.shape, piece.blocks) for piece in shards.pieces]
+        pieces = [in_dtype(piece, request.dtype) for piece in renamed]
+        kind = kind_of({piece.name: piece.shape for piece in pieces}, request.kind)
+        spelling = _read_tokenizer(tokenizer) if kind == "text_encoder" else None
+        pieces += tokenizer_pieces(kind, names.values(), spelling)
+        write_tensors(file, pieces, metadata, on_progress)
+    except S2VFlowError as error:
+        error.message = f"{request.source}: {error.message}"
+        raise
+
+
+def _read_tokenizer(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_TOKENIZER_BYTES + 1)
+    except OSError as error:
+        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(raw) > _MAX_TOKENIZER_BYTES:
+        raise CheckpointError(f"{path}: is too large for a tokenizer", fix=f"name {TOKENIZER_FILE} of the release")
+    return raw
+
+
+def _verify(path: Path, request: Request, metadata: Mapping[str, str]) -> tuple[str, int]:
+    """Check a finished file as if a stranger had made it; return its kind and how many tensors it has.
+
+    Raises:
+        CheckpointError, RefusedError: It is not what it should be.
+    """
+    checkpoint = Checkpoint.open(path)
+    names = checkpoint.file_keys.values()
+    if checkpoint.metadata != metadata or not all(name.isprintable() for name in names):
+        raise RefusedError(f"{request.source}: the result is not what was asked for, and was removed")
+    kind = kind_of(checkpoint.shapes, request.kind)
+    if kind == "text_encoder":
+        from s2v_flow.models.text_encoder import TOKENIZER_KEY, read_tokenizer
+
+        read_tokenizer(checkpoint.tensor(TOKENIZER_KEY).numpy().tobytes(), str(request.tokenizer or request.source))
+    elif request.tokenizer is not None:
+        raise S2VFlowError(f"--tokenizer: {request.source} is no text encoder", exit_code=ExitCode.USAGE)
+    return kind, len(checkpoint.entries)
+
+
+def _publish(name: str, request: Request) -> None:
+    """Give a finished file its name, and overwrite nothing that appeared meanwhile."""
+    target = request.target
+    if not request.overwrites:
+        try:
+            os.link(name, target)  # unlike a rename, it never replaces a file
+        except FileExistsError as error:
+            raise _there_already(target) from error
+        except OSError as error:  # a file system without links
+            if target.exists():
+                raise _there_already(target) from error
+            os.replace(name, target)
+    else:
+        os.replace(name, target)
+    flush_folder(target.parent)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,127 @@
+"""The authors' own release of the model: what its files are called, and how their keys become those of ComfyUI's files.
+
+Only the text encoder is spelt differently. The diffusion model (in shards), the VAE and the audio encoder have the same
+keys there and here.
+
+Source: Wan-Video/Wan2.2, wan/modules/t5.py, T5Encoder; wan/configs/wan_s2v_14B.py; transformers, UMT5EncoderModel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from s2v_flow.errors import CheckpointError, MissingError
+from s2v_flow.models.checkpoint import Shapes, common_prefix, describe_mismatch, detect_family
+from s2v_flow.models.tensor_stream import Piece
+
+RELEASE_FOLDER = "Wan2.2-S2V-14B"
+TOKENIZER_FILE = "google/umt5-xxl/spiece.model"  # beside the text encoder
+
+KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "text_encoder": "umt5 encoder",
+        "vae": "wan vae",
+        "diffusion_model": "wan s2v",
+        "audio_encoder": "wav2vec2",
+    }
+)
+
+# by the models folder in which what is made of them belongs
+RELEASE_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "text_encoders": ("models_t5_umt5-xxl-enc-bf16.pth",),
+        "vae": ("Wan2.1_VAE.pth",),
+        "diffusion_models": ("diffusion_pytorch_model.safetensors.index.json",),
+        "audio_encoders": (
+            "wav2vec2-large-xlsr-53-english/model.safetensors",
+            "wav2vec2-large-xlsr-53-english/pytorch_model.bin",
+        ),
+    }
+)
+
+_TEXT_KEYS: Mapping[str, str] = MappingProxyType(
+    {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+)
+_TEXT_BLOCK = re.compile(r"blocks\.([0-9]+)\.(.+)\.weight")
+_TEXT_LAYERS: Mapping[str, str] = MappingProxyType(
+    {
+        "norm1": "layer.0.layer_norm",
+        **{f"attn.{name}": f"layer.0.SelfAttention.{name}" for name in "qkvo"},
+        "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+        "norm2": "layer.1.layer_norm",
+        "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+        "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+        "ffn.fc2": "layer.1.DenseReluDense.wo",
+    }
+)
+
+
+def new_names(keys: Iterable[str]) -> dict[str, str]:
+    """Map each key of a file to the one that the loaders know; a key that has no other spelling stays.
+
+    Raises:
+        CheckpointError: Two keys would become one.
+    """
+    keys = list(keys)
+    if "token_embedding.weight" not in keys or "blocks.0.ffn.gate.0.weight" not in keys:
+        return {key: key for key in keys}
+    names = {key: _text_name(key) for key in keys}
+    if len(set(names.values())) < len(names):
+        raise CheckpointError("holds a text encoder's tensors twice, in two spellings")
+    return names
+
+
+def _text_name(key: str) -> str:
+    match = _TEXT_BLOCK.fullmatch(key)
+    if match is None or match[2] not in _TEXT_LAYERS:
+        return _TEXT_KEYS.get(key, key)
+    return f"encoder.block.{match[1]}.{_TEXT_LAYERS[match[2]]}.weight"
+
+
+def kind_of(shapes: Shapes, wanted: str = "auto") -> str:
+    """Say which kind of model a file holds.
+
+    Args:
+        shapes: Key to shape, the keys as `new_names` gives them.
+        wanted: What it has to be, or "auto".
+
+    Raises:
+        CheckpointError: It is of no kind that is known, or of another than was wanted.
+    """
+    prefix = common_prefix(shapes)
+    shapes = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
+    if wanted != "auto":
+        mismatch = describe_mismatch(KINDS[wanted], shapes)
+        if mismatch is not None:
+            raise CheckpointError(mismatch, fix="name another --kind, or leave it out")
+        return wanted
+    family = detect_family(shapes)
+    for kind, known in KINDS.items():
+        if family == known:
+            return kind
+    raise CheckpointError(f"this is a {family} file; only {', '.join(KINDS.values())} files are converted")
+
+
+def tokenizer_pieces(kind: str, names: Iterable[str], tokenizer: bytes | None) -> list[Piece]:
+    """Return the tensor in which a text encoder's file carries its tokenizer; none where none is needed.
+
+    Args:
+        kind: The kind of model.
+        names: The tensors that the file has already.
+        tokenizer: The SentencePiece model.
+
+    Raises:
+        MissingError: A tokenizer is needed, and not given.
+    """
+    if kind != "text_encoder":
+        return []
+    from s2v_flow.models.text_encoder import TOKENIZER_KEY
+
+    if TOKENIZER_KEY in names:
+        return []
+    if tokenizer is None:
+        fix = f"name it with --tokenizer; in the authors' release it is {TOKENIZER_FILE}"
+        raise MissingError("this is a text encoder without its tokenizer", fix)
+    return [Piece(TOKENIZER_KEY, "U8", (len(tokenizer),), lambda: [tokenizer])]
