@@ -75,6 +75,10 @@ class SelfAttention(Projections):
 class CrossAttention(Projections):
     """Attention of tokens to a context whose keys and values are prepared beforehand."""
 
+    def context_layers(self) -> list[nn.Module]:
+        """Return the layers that `keys_values` uses, and nothing else does."""
+        return [self.k, self.v, self.norm_k]
+
     def keys_values(self, context: Tensor) -> KeysValues:
         """Project a context [B, S, D], in the dtype to compute in, to keys and values [B, N, S, K] of that dtype."""
         keys = split_heads(self.norm_k(self.k(context))).to(context.dtype)

@@ -5,6 +5,8 @@ Audio runs at 16 frames a second, four to a latent frame.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -131,23 +133,26 @@ class AudioInjector(nn.Module):
         self.injector = nn.ModuleList(CrossAttention(dim) for _ in INJECTION_BLOCKS)
         self.injector_adain_layers = nn.ModuleList(AdaptiveNorm(dim) for _ in INJECTION_BLOCKS)
 
-    def prepare(self, global_token: Tensor, local: Tensor, num_blocks: int) -> dict[int, InjectedAudio]:
+    def prepare(
+        self, global_token: Tensor, local: Tensor, num_blocks: int, layers: Iterable[int] = range(len(INJECTION_BLOCKS))
+    ) -> dict[int, InjectedAudio]:
         """Compute what does not depend on the video.
 
         Args:
             global_token: [B, F, D], in the dtype to compute in.
             local: [B, F, 5, D], in the dtype to compute in.
             num_blocks: How many blocks the model has; injectors past the last are not used.
+            layers: The injectors' numbers, in order, each given when its weights are at hand.
 
         Returns:
             By index of the block that it is injected after.
         """
         prepared = {}
-        layers = zip(INJECTION_BLOCKS, self.injector, self.injector_adain_layers, strict=True)
-        for block, cross_attention, adaptive_norm in layers:
+        for layer in layers:
+            block, cross_attention = INJECTION_BLOCKS[layer], self.injector[layer]
             if block >= num_blocks:
                 break
-            shift, scale = adaptive_norm(global_token)
+            shift, scale = self.injector_adain_layers[layer](global_token)
             assert isinstance(cross_attention, CrossAttention)
             keys, values = cross_attention.keys_values(local.flatten(0, 1))  # [B F, N, 5, K]
             keys, values = (torch.unflatten(part, 0, local.shape[:2]) for part in (keys, values))  # [B, F, N, 5, K]

@@ -9,13 +9,15 @@ Source: Wan2.2, wan/modules/s2v/model_s2v.py, WanModel_S2V.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from s2v_flow.models.attention import CrossAttention
 from s2v_flow.models.audio_injection import (
     AUDIO_FRAMES_PER_LATENT,
     AUDIO_LAYERS,
@@ -36,12 +38,16 @@ from s2v_flow.models.dit_block import Block, Head, Step
 from s2v_flow.models.float32 import PatchEmbedding
 from s2v_flow.models.modulation import FREQUENCY_WIDTH, timestep_embedding
 from s2v_flow.models.motion_packer import BUCKETS, MotionPacker, motion_grids
+from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.rope import HEAD_WIDTH, Grid, rotation_table
+from s2v_flow.models.streaming import WeightStream, can_pin
 
 LATENT_CHANNELS = 16
 PATCH = (1, 2, 2)
 PATCH_VALUES = 64
 VIDEO, REFERENCE, MOTION = range(3)  # rows of the condition mask, and the order of the tokens
+Use = Literal["text", "audio", "step"]  # what streamed weights are for: a prompt, a chunk's sound, or a step
+STREAMED = ("blocks.", "audio_injector.")  # how the names of the parameters begin that can rest in host memory
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,44 @@ class WanS2V(nn.Module):
         self.casual_audio_encoder = CausalAudioEncoder(config.audio_dim, dim)  # sic: the checkpoint's spelling
         self.audio_injector = AudioInjector(dim)
         self.head = Head(dim, PATCH_VALUES)
+        self._streams: dict[Use, WeightStream] = {}
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the blocks' weights rest in host memory."""
+        return bool(self._streams)
+
+    def stream_weights(self, device: torch.device | str) -> None:
+        """Move the weights of blocks and injectors to host memory, unless they are there; they come for their use.
+
+        What is computed stays the same, bit for bit.
+
+        Args:
+            device: Where the model computes; what is not streamed must be there already.
+        """
+        if self.is_streamed:
+            return
+        blocks = cast("Sequence[Block]", self.blocks)
+        injectors = cast("Sequence[CrossAttention]", self.audio_injector.injector)
+        text = [block.cross_attn.context_layers() for block in blocks]
+        sound = [injector.context_layers() for injector in injectors]
+        audio = [[*layers, norm] for layers, norm in zip(sound, self.audio_injector.injector_adain_layers, strict=True)]
+        steps: list[list[nn.Module]] = [[block] for block in blocks]
+        for index, injector in zip(INJECTION_BLOCKS, injectors, strict=True):
+            if index < len(steps):
+                steps[index].append(injector)
+        besides = [layer for layers in (*text, *sound) for layer in layers]
+        is_pinned = can_pin(weight_bytes(self.blocks) + weight_bytes(self.audio_injector), torch.device(device))
+        self._streams = {
+            "text": WeightStream(text, device, is_pinned=is_pinned),
+            "audio": WeightStream(audio, device, is_pinned=is_pinned),
+            "step": WeightStream(steps, device, besides=besides, is_pinned=is_pinned),
+        }
+
+    def _passing(self, use: Use, count: int) -> AbstractContextManager[Iterable[int]]:
+        """Return the numbers of `count` layers, in order, each with its weights where it computes."""
+        stream = self._streams.get(use)
+        return nullcontext(range(count)) if stream is None else closing(iter(stream))
 
     @torch.no_grad()
     def prepare_text(self, context: Tensor) -> PreparedText:
@@ -135,7 +179,8 @@ class WanS2V(nn.Module):
         require_shape("context", context, None, None, self.config.text_dim)
         projected = self.text_embedding(context.to(self.compute_dtype))  # [B, S, D]
         blocks = cast("Sequence[Block]", self.blocks)
-        return PreparedText(tuple(block.cross_attn.keys_values(projected) for block in blocks))
+        with self._passing("text", len(blocks)) as indices:
+            return PreparedText(tuple(blocks[index].cross_attn.keys_values(projected) for index in indices))
 
     @torch.no_grad()
     def prepare_audio(
@@ -161,7 +206,8 @@ class WanS2V(nn.Module):
         num_audio_frames = AUDIO_FRAMES_PER_LATENT * num_latent_frames
         require_shape("audio_embed", audio_embed, None, AUDIO_LAYERS, self.config.audio_dim, num_audio_frames)
         global_token, local = self.casual_audio_encoder(audio_embed, conditioning, self.compute_dtype)
-        return PreparedAudio(self.audio_injector.prepare(global_token, local, self.config.num_layers))
+        with self._passing("audio", len(INJECTION_BLOCKS)) as indices:
+            return PreparedAudio(self.audio_injector.prepare(global_token, local, self.config.num_layers, indices))
 
     @torch.no_grad()
     def prepare_chunk(
@@ -250,18 +296,26 @@ class WanS2V(nn.Module):
         projected = self.time_projection(time).float().unflatten(1, (6, -1))  # [B+1, 6, D]
         step = Step(projected, chunk.num_noisy_tokens, chunk.rotations, self.compute_dtype)
 
-        video = self.patch_embedding(x) + chunk.video_offset
-        hidden = [torch.cat([video, chunk.still_tokens], dim=1)]  # [B, L, D]
-        for index, block in enumerate(self.blocks):
-            is_last = index == self.config.num_layers - 1
-            num_kept = chunk.num_video_tokens if is_last else hidden[0].shape[1]
-            hidden = block(hidden, [branch.text.blocks[index] for branch in branches], step, num_kept=num_kept)
-            for stream, branch in zip(hidden, branches, strict=True):
-                if branch.audio is not None and index in branch.audio.blocks:
-                    tokens = stream[:, : chunk.num_video_tokens]
-                    tokens += self.audio_injector(tokens, branch.audio.blocks[index], index, self.compute_dtype)
+        hidden = [torch.cat([self.patch_embedding(x) + chunk.video_offset, chunk.still_tokens], dim=1)]  # [B, L, D]
+        with self._passing("step", self.config.num_layers) as indices:
+            for index in indices:
+                hidden = self._run_block(index, hidden, chunk, branches, step)
         patches = (self.head(stream, time.float(), chunk.num_noisy_tokens, self.compute_dtype) for stream in hidden)
         return [unpatchify(stream, chunk.latent_shape) for stream in patches]
+
+    def _run_block(
+        self, index: int, hidden: list[Tensor], chunk: PreparedChunk, branches: Sequence[Branch], step: Step
+    ) -> list[Tensor]:
+        """Run a block, and the audio's injector after it, for every branch: see `Block.forward`."""
+        is_last = index == self.config.num_layers - 1
+        num_kept = chunk.num_video_tokens if is_last else hidden[0].shape[1]
+        texts = [branch.text.blocks[index] for branch in branches]
+        streams: list[Tensor] = self.blocks[index](hidden, texts, step, num_kept=num_kept)
+        for stream, branch in zip(streams, branches, strict=True):
+            if branch.audio is not None and index in branch.audio.blocks:
+                tokens = stream[:, : chunk.num_video_tokens]
+                tokens += self.audio_injector(tokens, branch.audio.blocks[index], index, self.compute_dtype)
+        return streams
 
     def _video_offset(self, control_latent: Tensor | None, shape: Sequence[int], device: torch.device | str) -> Tensor:
         """Return what is added to the embedded video: [B or 1, L video or 1, D]."""

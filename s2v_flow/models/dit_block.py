@@ -66,8 +66,10 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = split_rows(rows, step.num_noisy)
         streams = []
         for x in hidden:
-            attended = self.self_attn(_modulated(x, shift1, scale1, step.dtype), step.rotations, num_kept)
-            streams.append(add_gated_(x[:, :num_kept], attended, gate1))
+            tokens = _modulated(x, shift1, scale1, step.dtype)
+            kept = x[:, :num_kept]
+            streams.append(add_gated_(kept, self.self_attn(tokens, step.rotations, num_kept), gate1))
+            del tokens  # else held to the block's end
         if len(streams) < len(texts):
             streams += [streams[0].clone() for _ in texts[1:]]
         for x, text in zip(streams, texts, strict=True):

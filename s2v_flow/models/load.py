@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from s2v_flow.errors import CheckpointError
+from s2v_flow.models.activation import activation_bytes
 from s2v_flow.models.audio_encoder import OLD_KEYS, UNUSED_PREFIXES, AudioEncoder, build_wav2vec2
 from s2v_flow.models.checkpoint import Checkpoint, Shapes, describe_mismatch
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 _SHOWN = 5
 _FIX_FILE = "download the file again, or use another"
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # all others are expanded to float32
-_Built = TypeVar("_Built", bound=nn.Module)
+_Built = TypeVar("_Built")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class _Target:
     """Where weights go, in which dtype, and whether fp8 ones stay in fp8.
 
     Parameters named in `wide` are never made narrower than the file has them: the module computes with them in float32.
-    Those named in `rounded` lose what fp8 cannot hold, unless the file has them in fp8 with a scale.
+    Those named in `rounded` lose what fp8 cannot hold, unless the file has them in fp8 with a scale. Those whose names
+    begin like one of `streamed` rest in host memory; where they have to be computed, the device does it, one at a time.
     """
 
     dtype: torch.dtype
@@ -66,6 +69,10 @@ class _Target:
     quantized: bool = False
     wide: frozenset[str] = frozenset()
     rounded: frozenset[str] = frozenset()
+    streamed: tuple[str, ...] = ()
+
+    def home_of(self, key: str) -> torch.device:
+        return torch.device("cpu") if key.startswith(self.streamed) else self.device
 
     def dtype_of(self, key: str, stored: str) -> torch.dtype:
         if key not in self.wide:
@@ -95,6 +102,7 @@ def load_dit(
     quantized: bool,
     loras: Sequence[LoraSpec] = (),
     rounds_linears: bool = False,
+    streamed: bool = False,
 ) -> LoadedDit:
     """Load a Wan2.2-S2V diffusion model.
 
@@ -107,6 +115,8 @@ def load_dit(
         loras: LoRAs, applied in this order: merged in float32, or beside weights that stay in fp8.
         rounds_linears: If the file is fp8-scaled, round the biases and the linear weights that it keeps in 16 or 32
             bit to fp8 too, without a scale, as ComfyUI (October 2025) does when it loads such a file.
+        streamed: Let the weights of blocks and injectors rest in host memory; they are never all on the device. The
+            same bits come out.
 
     Returns:
         The module, in eval mode, and a report.
@@ -114,7 +124,7 @@ def load_dit(
     Raises:
         MissingError, RefusedError, CheckpointError: A file is missing, a pickle, damaged, or not of this family.
     """
-    from s2v_flow.models.dit import S2VConfig, WanS2V
+    from s2v_flow.models.dit import STREAMED, S2VConfig, WanS2V
 
     checkpoint = Checkpoint.open(path)
     source = _source(checkpoint)
@@ -126,10 +136,43 @@ def load_dit(
     source = _Source(checkpoint, source.quantization, source.keys, stack)
     wide = _all_but_linear(module)
     rounded = frozenset(module.state_dict()) - wide if rounds_linears and source.quantization.scales else frozenset()
-    target = _Target(dtype, torch.device(device), quantized, wide, rounded)
+    target = _Target(dtype, torch.device(device), quantized, wide, rounded, STREAMED if streamed else ())
     num_fp8 = _fill("wan s2v", module, _shapes_of(module), source, target)
+    if streamed:
+        module.stream_weights(device)
     report = LoadReport(checkpoint.path, len(source.keys), num_fp8, tuple(stack.reports))
     return LoadedDit(module, report)
+
+
+def dit_bytes(
+    path: str | Path, *, dtype: torch.dtype, quantized: bool, num_tokens: int, num_branches: int
+) -> tuple[int, int]:
+    """Estimate from a diffusion model's file what it takes: the weights, and what one step computes beside them.
+
+    Args:
+        path: See `load_dit`.
+        dtype: See `load_dit`.
+        quantized: See `load_dit`.
+        num_tokens: How many tokens are computed at once.
+        num_branches: How many branches of guidance are computed at once.
+
+    Returns:
+        Bytes of weights (LoRAs beside them not counted) and of activations.
+
+    Raises:
+        MissingError, RefusedError, CheckpointError: See `load_dit`.
+    """
+    from s2v_flow.models.dit import S2VConfig
+
+    checkpoint = Checkpoint.open(path)
+    source = _source(checkpoint)
+    config = _build("wan s2v", checkpoint, lambda: S2VConfig.from_shapes(source.shapes))
+    weights = sum(
+        math.prod(checkpoint.shapes[stored])
+        * (1 if quantized and stored in source.quantization.scales else dtype.itemsize)
+        for stored in source.keys.values()
+    )
+    return weights, activation_bytes(config.dim, config.ffn_dim, num_tokens, num_branches, dtype.itemsize)
 
 
 def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
@@ -178,6 +221,8 @@ def load_text_encoder(
             f"{checkpoint.path}: has no tokenizer inside ({TOKENIZER_KEY!r})",
             fix="use ComfyUI's repackaged text encoder",
         )
+    if checkpoint.dtypes[TOKENIZER_KEY] != "U8":
+        raise CheckpointError(f"{checkpoint.path}: its tokenizer ({TOKENIZER_KEY!r}) is no bytes", fix=_FIX_FILE)
     tokenizer = read_tokenizer(checkpoint.tensor(TOKENIZER_KEY).numpy().tobytes(), str(checkpoint.path))
     _fill("umt5 encoder", module, umt5_shapes(module), source, _Target(dtype, torch.device(device), quantized))
     return TextEncoder(module, tokenizer)
@@ -222,6 +267,8 @@ def _build(family: str, checkpoint: Checkpoint, build: Callable[[], _Built]) -> 
         raise CheckpointError(f"{checkpoint.path}: {mismatch}", fix=f"use a {family} file")
     try:
         return build()
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}", fix=error.fix) from error
     except (KeyError, IndexError, ValueError, ArithmeticError, RuntimeError) as error:
         detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{checkpoint.path}: is no complete {family} file: {detail}", fix=_FIX_FILE) from error
@@ -291,10 +338,12 @@ def _fp8_linear(name: str, bias: Tensor | None, source: _Source, target: _Target
     key = f"{name}.weight"
     stored = source.keys[key]
     scale = read_scale(source.checkpoint, source.quantization, stored)
-    linear = Fp8Linear(source.checkpoint.tensor(stored).to(target.device), scale, bias)
+    home = target.home_of(key)
+    linear = Fp8Linear(source.checkpoint.tensor(stored).to(home), scale, bias)
     branch = source.loras.side_branch(key, target.device, target.dtype)
     if branch is not None:
-        linear.set_low_rank(*branch)
+        down, up = branch
+        linear.set_low_rank(down.to(home), up.to(home))
     return linear
 
 
@@ -302,16 +351,18 @@ def _weight(key: str, source: _Source, target: _Target) -> Tensor:
     """Read one tensor, expanded from fp8 where it is, with its LoRA updates merged in float32, rounded once."""
     stored = source.keys[key]
     dtype = target.dtype_of(key, source.checkpoint.dtypes[stored])
-    value = source.checkpoint.tensor(stored).to(target.device)
-    is_changed = key in source.loras.updates
-    if stored in source.quantization.scales:
+    is_changed, is_fp8 = key in source.loras.updates, stored in source.quantization.scales
+    home = target.home_of(key)
+    # what is only rounded comes out the same everywhere; products are the device's
+    value = source.checkpoint.tensor(stored).to(target.device if is_changed or is_fp8 else home)
+    if is_fp8:
         scale = read_scale(source.checkpoint, source.quantization, stored)
         value = dequantize(value, scale, torch.float32 if is_changed else dtype)
     elif key in target.rounded:
         value = value.to(torch.float8_e4m3fn).to(value.dtype)
     if is_changed:
         value = source.loras.merge(key, value.float())
-    return value.to(dtype)
+    return value.to(home, dtype)
 
 
 def _replace(module: nn.Module, name: str, new: nn.Module) -> None:

@@ -7,6 +7,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,8 +220,11 @@ def _shape_mismatch(target: _Target, shapes: Shapes, expected: tuple[int, ...]) 
     if "down" in target.keys:
         down, up = shapes[target.keys["down"]], shapes[target.keys["up"]]
         product = (*up[:1], *down[1:])
-        if product != expected or up[1:2] != down[:1] or any(size != 1 for size in up[2:]):
+        if not down or product != expected or up[1:2] != down[:1] or any(size != 1 for size in up[2:]):
             return f"up {list(up)} times down {list(down)} does not give {list(expected)}"
+        alpha = shapes[target.keys["alpha"]] if "alpha" in target.keys else ()
+        if math.prod(alpha) != 1 or down[0] < 1:
+            return f"alpha has the shape {list(alpha)} and the factors the rank {down[0]}"
     for role in ("diff", "diff_b"):
         if role in target.keys and shapes[target.keys[role]] != expected:
             return f"{role} has the shape {list(shapes[target.keys[role]])}, expected {list(expected)}"

@@ -24,6 +24,7 @@ FP8_FORMAT = "float8_e4m3fn"
 MARKER = "scaled_fp8"
 _SCALES = (".scale_weight", ".weight_scale")
 _BOOKKEEPING = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
+_MAX_TAG_BYTES = 4096
 _UNSUPPORTED_WEIGHTS = {"F8_E5M2": "float8_e5m2", "F8_E8M0": "mxfp8", "I8": "int8"}
 
 
@@ -84,9 +85,7 @@ def _refuse_other_formats(checkpoint: Checkpoint) -> None:
     formats = _formats_in_metadata(checkpoint)
     for key in checkpoint.entries:
         if key.endswith(".comfy_quant"):
-            formats[key.removesuffix(".comfy_quant")] = _format_of(
-                checkpoint, bytes(checkpoint.tensor(key).tolist()), key
-            )
+            formats[key.removesuffix(".comfy_quant")] = _format_of(checkpoint, key)
     for layer, name in sorted(formats.items()):
         if name != FP8_FORMAT:
             raise _refused(checkpoint, f"{name} (layer {layer!r})")
@@ -108,9 +107,12 @@ def _formats_in_metadata(checkpoint: Checkpoint) -> dict[str, str]:
         raise CheckpointError(f"{checkpoint.path}: its _quantization_metadata is damaged") from error
 
 
-def _format_of(checkpoint: Checkpoint, raw: bytes, key: str) -> str:
+def _format_of(checkpoint: Checkpoint, key: str) -> str:
+    entry = checkpoint.entries[key]
     try:
-        return str(json.loads(raw)["format"])
+        if entry.dtype != "U8" or math.prod(entry.shape) > _MAX_TAG_BYTES:
+            raise ValueError("it is no short text")
+        return str(json.loads(bytes(checkpoint.tensor(key).flatten().tolist()))["format"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint.path}: {key!r} is damaged") from error
 

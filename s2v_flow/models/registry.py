@@ -72,6 +72,11 @@ class ModelRegistry:
         with self._lock:
             return sum(live.num_bytes for live in self._live.values())
 
+    def is_live(self, key: ModelKey) -> bool:
+        """Return whether the model `key` is loaded, used or not."""
+        with self._lock:
+            return key in self._live
+
     def acquire(self, key: ModelKey, load: Callable[[], Model], *, expected_bytes: int = 0) -> Model:
         """Return the model `key`, loading it if it is not live, and mark it as in use.
 

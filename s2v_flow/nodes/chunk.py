@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.fields import Conditioning
-from s2v_flow.nodes.ladder import OnRetreat, StreamDecoder, retreat_teller
+from s2v_flow.nodes.ladder import StreamDecoder, encoded
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from s2v_flow.graph.run import RunContext
 
 MOTION_FRAMES = 73
+FRAMES_PER_CALL = 2  # latent frames that are decoded at once
 START_FRAMES = 6  # how many of the motion frames the portrait fills with init_first_frame
 
 
@@ -77,7 +78,7 @@ class EncodeMotion(Node):
             clip[:, :, MOTION_FRAMES - given.shape[2] :] = given
         else:
             clip[:, :, -START_FRAMES:] = unpack(inputs["reference"])["pixels"]
-        return {"motion": pack({"samples": vae.encode(clip.to(context.device)).float()})}
+        return {"motion": pack({"samples": encoded(vae, clip, context)})}
 
 
 class EncodeControl(Node):
@@ -117,13 +118,13 @@ class EncodeControl(Node):
             black = torch.full((1, 3, missing, self.height, self.width), -1.0)
             pixels = torch.cat([pixels, black], dim=2)
             pixels = torch.cat([pixels[:, :, :1], pixels], dim=2)
-            latent = vae.encode(pixels.to(context.device)).float().cpu()[:, :, 1:]
+            latent = encoded(vae, pixels, context).cpu()[:, :, 1:]
         else:
             shape = (1, 16, self.num_latent_frames, self.height // 8, self.width // 8)
             latent = denormalise(torch.zeros(shape))
             usable = (pixels.shape[2] - 1) // 4 * 4 + 1 if pixels.shape[2] else 0
             if usable:
-                given = vae.encode(pixels[:, :, :usable].to(context.device)).float().cpu()
+                given = encoded(vae, pixels[:, :, :usable], context).cpu()
                 latent[:, :, : given.shape[2]] = given
         return {"control": pack({"samples": latent})}
 
@@ -165,17 +166,18 @@ class DecodeChunk(Node):
         from s2v_flow.nodes.tensors import pack, to_frames, unpack
 
         vae = inputs["vae"].get()
+        context.record(width=context.node.facts["width"], height=context.node.facts["height"])
         latent = unpack(inputs["latent"])["samples"].to(context.device)
         before = unpack(inputs["before"])
         motion = before["samples" if "samples" in before else "latent"].to(context.device)
-        groups = decoded(vae, [latent], retreat_teller(context, context.facts), before=motion)
+        groups = decoded(StreamDecoder(vae, FRAMES_PER_CALL, 1, context), [latent], before=motion)
         pixels = torch.cat(list(groups), dim=2)[:, :, self.drop_frames :].clamp(-1, 1)
         window = torch.cat([self._tail(inputs, pixels), pixels], dim=2)[:, :, -MOTION_FRAMES:]
         kept = max(MOTION_FRAMES - 4 * self.num_latent_frames, 0)
         tail = window[:, :, MOTION_FRAMES - kept :]
         return {
             "frames": pack({"frames": to_frames(pixels)}),
-            "motion": pack({"samples": vae.encode(window).float()}),
+            "motion": pack({"samples": encoded(vae, window, context)}),
             "tail": pack({"pixels": tail}),
         }
 
@@ -194,22 +196,17 @@ class DecodeChunk(Node):
         return grey
 
 
-def decoded(
-    vae: Any, latents: Iterable[Tensor], on_retreat: OnRetreat, *, before: Tensor | None, group: int = 2
-) -> Iterator[Tensor]:
+def decoded(decoder: StreamDecoder, latents: Iterable[Tensor], *, before: Tensor | None) -> Iterator[Tensor]:
     """Decode latents one after the other as one stream.
 
     Args:
-        vae: The VAE.
+        decoder: A decoder that has decoded nothing yet.
         latents: Raw latents [1, 16, F, H, W], in order.
-        on_retreat: Told how many latent frames are decoded at once after memory has run out.
         before: What the decoder sees first, [1, 16, n, H, W]; its own frames are not given out. None: nothing.
-        group: How many latent frames are decoded at once, as long as memory suffices.
 
     Yields:
         float32 pixels [1, 3, n, 8H, 8W], not clamped: 4 frames for a latent frame; without `before`, 1 for the first.
     """
-    decoder = StreamDecoder(vae, group, on_retreat)
     if before is not None:
         for _ in decoder.decode(before):
             pass

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Prefix = Literal["reference", "first", "none"]
 FramesPerCall = Annotated[int, Field(ge=1, le=64), Neutral()]
+Tiles = Annotated[int, Field(ge=1, le=8)]
 _LEAD = 3  # frames that the very first latent frame lacks: it decodes to one frame, all others to four
 
 
@@ -55,6 +56,11 @@ class Decode(Node):
     )
     frames_per_call: FramesPerCall = Field(
         2, description="Latent frames decoded at once: more is faster and takes more memory."
+    )
+    tiles: Tiles = Field(
+        1,
+        description="Into how many tiles a side the picture is cut for decoding: 2 means four tiles. It takes less "
+        "memory and more time; tiles overlap by 64 pixels and are blended, but the picture is not quite the same.",
     )
 
     def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
@@ -92,6 +98,7 @@ class Decode(Node):
             drop_frames=drop,
             num_frames=length,
             frames_per_call=self.frames_per_call,
+            tiles=self.tiles,
         )
         (value,) = builder.add(name, node, inputs, recipe_node=name, facts=facts).values()
         return {"frames": Value("frames", value.sources, facts)}
@@ -148,6 +155,7 @@ class DecodeFrames(Node):
     drop_frames: int
     num_frames: int
     frames_per_call: FramesPerCall
+    tiles: Tiles
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the stream; nothing is decoded before somebody iterates."""
@@ -156,7 +164,7 @@ class DecodeFrames(Node):
         from s2v_flow.nodes.frames import Frames, warned_of_flat, window
 
         def groups() -> Iterator[np.ndarray]:
-            source = self._stored(inputs) if "parts" in inputs else self._decode(context, inputs, facts)
+            source = self._stored(inputs) if "parts" in inputs else self._decode(context, inputs)
             return warned_of_flat(context, window(source, self.drop_frames, self.num_frames))
 
         def read(start: int, count: int) -> np.ndarray:
@@ -164,8 +172,7 @@ class DecodeFrames(Node):
             return np.concatenate(found) if found else np.zeros((0, height, width, 3), np.uint8)
 
         width, height = context.node.facts["width"], context.node.facts["height"]
-        facts: dict[str, Any] = {}
-        return {"frames": Frames(width, height, self.num_frames, groups, read, facts)}
+        return {"frames": Frames(width, height, self.num_frames, groups, read, context.facts)}
 
     def _stored(self, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
         from s2v_flow.nodes.tensors import unpack
@@ -173,9 +180,9 @@ class DecodeFrames(Node):
         for part in inputs["parts"]:
             yield unpack(part)["frames"].numpy()
 
-    def _decode(self, context: RunContext, inputs: Mapping[str, Any], facts: dict[str, Any]) -> Iterator[np.ndarray]:
+    def _decode(self, context: RunContext, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
         from s2v_flow.nodes.chunk import decoded
-        from s2v_flow.nodes.ladder import retreat_teller
+        from s2v_flow.nodes.ladder import StreamDecoder
         from s2v_flow.nodes.tensors import to_frames, unpack
 
         vae = inputs["vae"].get()
@@ -187,6 +194,6 @@ class DecodeFrames(Node):
             before = unpack(inputs["latent"][0])["samples"][:, :, :1].to(context.device)
         latents = (unpack(part)["samples"].to(context.device) for part in inputs["latent"])
         given = latents if before is None else chain_iterables([before], latents)
-        tell = retreat_teller(context, facts)
-        for pixels in decoded(vae, given, tell, before=None, group=self.frames_per_call):
+        decoder = StreamDecoder(vae, self.frames_per_call, self.tiles, context)
+        for pixels in decoded(decoder, given, before=None):
             yield to_frames(pixels).numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from s2v_flow.models.conditioning import Branch, PreparedChunk, PreparedText
 from s2v_flow.models.latent_space import denormalise, normalise
-from s2v_flow.models.speech import SpeechTable, chunk_embed
+from s2v_flow.models.speech import SpeechTable, chunk_embed, joined
+from s2v_flow.nodes.ladder import Ladder, Rung, no_memory
 from s2v_flow.nodes.resuming import ResumableSampling
 from s2v_flow.nodes.tensors import unpack
 from s2v_flow.sampling.guidance import denoised_from_velocity, guide
@@ -19,9 +20,11 @@ from s2v_flow.sampling.noise import initial_noise
 from s2v_flow.sampling.sampler import make_sampler
 
 if TYPE_CHECKING:
+    from s2v_flow.errors import S2VFlowError
     from s2v_flow.graph.run import Artifact, RunContext
     from s2v_flow.models.dit import WanS2V
     from s2v_flow.nodes.chunk import Chunk
+    from s2v_flow.nodes.handle import ModelHandle
 
 LATENT_CHANNELS = 16
 MOTION_LATENT_FRAMES = 19
@@ -29,15 +32,22 @@ TEXT_TOKENS = 512
 
 
 class Denoiser:
-    """One chunk's model calls: what is the same in every step is prepared once, here."""
+    """One chunk's model calls: what is the same in every step is prepared once, here.
+
+    Where memory runs out, it goes on with less: what nobody uses is freed; the model's weights rest in host memory; the
+    branches of guidance run one after the other. None of these changes a bit of the result.
+    """
 
     def __init__(self, chunk: Chunk, context: RunContext, inputs: Mapping[str, Any]) -> None:
         self._chunk = chunk
         self._context = context
         self._inputs = inputs
-        self._model: WanS2V = inputs["model"].get()
-        self._prepared = self._prepare_chunk()
-        self._branches = self._prepare_branches()
+        self._handle: ModelHandle = inputs["model"]
+        self._ladder = Ladder(context, self._rungs(), self._no_memory)
+        sizes = self._num_tokens(), 2 if "negative" in inputs else 1
+        self._model: WanS2V = self._ladder.run(lambda: self._handle.get(*sizes))
+        self._prepared = self._ladder.run(self._prepare_chunk)
+        self._branches = self._ladder.run(self._prepare_branches)
 
     def sample(self) -> Tensor:
         """Sample the chunk: its raw latent, float32 [1, 16, F, H, W], on the CPU."""
@@ -53,14 +63,37 @@ class Denoiser:
         def noise() -> Tensor:
             return initial_noise(self._prepared.latent_shape, chunk.seed)
 
-        sampling = ResumableSampling(self._context, sampler, self._inputs["model"].precision)
+        sampling = ResumableSampling(self._context, sampler, self._handle.precision, self._ladder)
         with self._context.stepwise():
             return denormalise(sampling.sample(denoise, noise)).cpu()
 
     def velocity(self, x: Tensor, timestep: Tensor) -> Tensor:
         """Return the guided velocity: of both branches, or of the one branch with cfg 1."""
-        velocities = self._model(x, timestep, self._prepared, self._branches)
+        parts = [[branch] for branch in self._branches] if self._handle.runs_in_turn else [self._branches]
+        velocities = [found for part in parts for found in self._model(x, timestep, self._prepared, part)]
         return velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], self._chunk.cfg)
+
+    def _rungs(self) -> Iterator[Rung]:
+        if self._handle.stream():
+            yield Rung("stream", "the model's weights rest in host memory and come block by block")
+        if "negative" in self._inputs and not self._handle.runs_in_turn:
+            self._handle.runs_in_turn = True
+            yield Rung("turns", "the branches of guidance run one after the other")
+
+    def _no_memory(self, failure: str) -> S2VFlowError:
+        chunk = self._chunk
+        latent = f"a latent of 16x{chunk.num_latent_frames}x{chunk.height // 8}x{chunk.width // 8}"
+        what = f"{self._context.node.name}, with {latent}, {self._num_tokens()} tokens{self._handle.weights_text()}"
+        fix = "fewer frames (length), an fp8 checkpoint, or another --device"
+        return no_memory(self._context, what, failure, kept="every chunk that was finished", fix=fix)
+
+    def _num_tokens(self) -> int:
+        """Count the tokens: the video's, the reference's, and with motion those of its last frames, roughly."""
+        chunk = self._chunk
+        frames = chunk.num_latent_frames + ("reference" in self._inputs)
+        has_motion = "history" in self._inputs or "motion" in self._inputs
+        of_a_frame = (chunk.height // 16) * (chunk.width // 16)
+        return frames * of_a_frame + has_motion * 3 * of_a_frame // 2
 
     def _prepare_chunk(self) -> PreparedChunk:
         chunk = self._chunk
@@ -104,17 +137,22 @@ class Denoiser:
     def _audio_embed(self) -> Tensor | None:
         if "speech" not in self._inputs:
             return None
-        tensors = unpack(self._inputs["speech"])
-        table = SpeechTable(tensors["rows"], int(tensors["num_features_30hz"]))
+        table = joined([_speech(part) for part in self._inputs["speech"]])
         embed = chunk_embed(table, self._chunk.audio_offset, self._chunk.num_latent_frames)
         return None if embed is None else embed.to(self._context.device)
 
     def _prepare_text(self, name: str) -> PreparedText:
         """Prepare a prompt, once for all chunks that use it."""
         artifact: Artifact = self._inputs[name]
-        memo = self._inputs["model"].memo
+        memo = self._handle.memo
         if (artifact.digest,) not in memo:
             context = unpack(artifact)["context"]  # [1, S, E]
             padded = F.pad(context, (0, 0, 0, TEXT_TOKENS - context.shape[1]))  # [1, 512, E]
             memo[artifact.digest,] = self._model.prepare_text(padded.to(self._context.device))
         return cast(PreparedText, memo[artifact.digest,])
+
+
+def _speech(segment: Artifact) -> SpeechTable:
+    tensors = unpack(segment)
+    end = tensors.get("num_features_30hz")
+    return SpeechTable(tensors["rows"], None if end is None else int(end), int(tensors["first_row"]))

@@ -2,43 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from s2v_flow.graph.run import RunContext
+
+RESERVE_BYTES = 3 * 2**29  # beside weights and activations: prepared prompts and sound, expanded weights, workspaces
+
+# how many tokens, for how many branches of guidance, are computed at once, and whether the model is live already
+ShouldStream = Callable[[int, int, bool], bool]
 
 
 class ModelHandle:
     """One user's claim on a model in the registry.
 
     `facts` say how it was loaded, once it is; `precision` is "fp32", "bf16" or "fp16". `memo` belongs to the handle:
-    results that depend on the model and are wanted again, such as prepared prompts.
+    results that depend on the model and are wanted again, such as prepared prompts. `runs_in_turn` is what sampling has
+    learnt of the memory: the branches of guidance do not fit side by side.
     """
 
     def __init__(
         self,
         registry: Any,
         key: Any,
-        load: Callable[[], Any],
+        load: Callable[[bool], Any],
         expected_bytes: int,
-        facts: Mapping[str, Any],
+        facts: dict[str, Any],
         precision: str,
+        should_stream: ShouldStream,
+        device: str,
     ) -> None:
         self.facts = facts
         self.precision = precision
         self.memo: dict[tuple[str, ...], Any] = {}
+        self.runs_in_turn = False
         self._registry = registry
         self._key = key
         self._load = load
         self._expected_bytes = expected_bytes
+        self._should_stream = should_stream
+        self._device = device
+        self._must_stream = False
         self._model: Any = None
 
-    def get(self) -> Any:
-        """Return the live model, loading it on the first call."""
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the model computes in another memory than the host's."""
+        return not self._device.startswith("cpu")
+
+    def get(self, num_tokens: int = 0, num_branches: int = 1) -> Any:
+        """Return the live model, loading it on the first call.
+
+        Args:
+            num_tokens: For a diffusion model, how many tokens are computed at once: what has to fit beside the weights.
+            num_branches: For how many branches of guidance.
+        """
         if self._model is None:
-            self._model = self._registry.acquire(self._key, self._load, expected_bytes=self._expected_bytes)
+            is_live = self._registry.is_live(self._key)  # then there was room for it
+            streams = self._must_stream or self._should_stream(num_tokens, num_branches, is_live)
+            expected = 0 if streams else self._expected_bytes
+            self._model = self._registry.acquire(self._key, lambda: self._load(streams), expected_bytes=expected)
+            if streams:  # it may be live already, and resident
+                self._model.stream_weights(self._device)
+            if hasattr(self._model, "is_streamed"):
+                self.facts["placement"] = "streamed" if self._model.is_streamed else "resident"
         return self._model
+
+    def stream(self) -> bool:
+        """Let a diffusion model's weights rest in host memory from here on; tell whether that gives any memory back."""
+        if not self.is_on_device or self.facts.get("placement") == "streamed":
+            return False
+        self._must_stream = True
+        self.facts["placement"] = "streamed"
+        if self._model is not None:
+            self._model.stream_weights(self._device)
+        return True
+
+    def weights_text(self) -> str:
+        """Say how large the weights are and where they rest: ", weights of 15.3 GiB (streamed)"; "" before loading."""
+        if self._model is None:
+            return ""
+        from s2v_flow.models.registry import weight_bytes
+
+        return f", weights of {weight_bytes(self._model) / 2**30:.1f} GiB ({self.facts.get('placement', 'resident')})"
 
     def close(self) -> None:
         """Give the claim back; the registry frees the model when its budget says so."""
@@ -46,6 +93,11 @@ class ModelHandle:
         if self._model is not None:
             self._model = None
             self._registry.release(self._key)
+
+
+def never_stream(num_tokens: int, num_branches: int, is_live: bool) -> bool:
+    """Keep weights on the device: what all models but the diffusion model do."""
+    return False
 
 
 def open_handle(
@@ -56,7 +108,8 @@ def open_handle(
     *,
     loras: tuple[tuple[str, float], ...] = (),
     lora_bytes: int = 0,
-    facts: Mapping[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
+    should_stream: ShouldStream = never_stream,
 ) -> ModelHandle:
     """Make the handle of a loader node.
 
@@ -64,23 +117,73 @@ def open_handle(
         context: The loader's context; its field `checkpoint` names the file.
         kind: What sort of model it is, for the registry.
         asked: The recipe's precision.
-        load: Called with path, dtype, device and quantized.
+        load: Called with path, dtype, device and quantized; with streamed=True where the weights are to be streamed.
         loras: Digest and strength of each LoRA, in order.
         lora_bytes: How much larger they may make the model.
         facts: What `load` fills with how it was loaded.
+        should_stream: Asked before loading whether the weights are to be streamed.
     """
     from s2v_flow.models.registry import ModelKey
     from s2v_flow.nodes.tensors import torch_dtype
 
     path: Path = context.files["checkpoint",]
     precision = context.numerics.precision(context.node.kind, asked)
-    dtype = torch_dtype(precision)
-    quantized = context.numerics.device_class != "cpu"
-    key = ModelKey(kind, (context.digests["checkpoint",],), str(dtype), context.device, quantized, loras)
+    options = {"dtype": torch_dtype(precision), "device": context.device, "quantized": keeps_fp8(context)}
+    key = ModelKey(
+        kind, (context.digests["checkpoint",],), str(options["dtype"]), context.device, keeps_fp8(context), loras
+    )
 
-    def load_now() -> Any:
-        return load(path, dtype=dtype, device=context.device, quantized=quantized)
+    def load_now(streams: bool) -> Any:
+        return load(path, **options, **({"streamed": True} if streams else {}))
 
     return ModelHandle(
-        context.models(), key, load_now, path.stat().st_size + lora_bytes, {} if facts is None else facts, precision
+        context.models(),
+        key,
+        load_now,
+        path.stat().st_size + lora_bytes,
+        {} if facts is None else facts,
+        precision,
+        should_stream,
+        context.device,
     )
+
+
+def keeps_fp8(context: RunContext) -> bool:
+    """Return whether fp8 weights stay in fp8 on the run's device; on a CPU they are expanded at loading."""
+    return context.numerics.device_class != "cpu"
+
+
+def lacks_room(context: RunContext, asked: str, lora_bytes: int, num_tokens: int, num_branches: int) -> bool:
+    """Return whether a diffusion model's weights and activations are too much for what is free on a GPU.
+
+    Args:
+        context: The loader's context; its field `checkpoint` names the file.
+        asked: The recipe's precision.
+        lora_bytes: How large the LoRAs' files are.
+        num_tokens: How many tokens are computed at once.
+        num_branches: For how many branches of guidance.
+    """
+    free = free_device_bytes(context.device)
+    if free is None:
+        return False
+    from s2v_flow.models.load import dit_bytes
+    from s2v_flow.nodes.tensors import torch_dtype
+
+    weights, activations = dit_bytes(
+        context.files["checkpoint",],
+        dtype=torch_dtype(context.numerics.precision(context.node.kind, asked)),
+        quantized=keeps_fp8(context),
+        num_tokens=num_tokens,
+        num_branches=num_branches,
+    )
+    return weights + lora_bytes + activations + RESERVE_BYTES > free
+
+
+def free_device_bytes(device: str) -> int | None:
+    """Return how much a device could still give to torch; None where it does not say."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,10 +1,12 @@
-"""Decoding that takes less memory at once where memory runs out, step by step, and says so."""
+"""Where memory runs out: less is taken at once, rung by rung, and said; when nothing helps, the message has figures."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from s2v_flow.errors import ExitCode, S2VFlowError
 
@@ -13,85 +15,239 @@ if TYPE_CHECKING:
 
     from s2v_flow.graph.run import RunContext
 
-OnRetreat = Callable[[int], None]
+Result = TypeVar("Result")
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "status_alloc_failed",  # cuBLAS and cuDNN
+)
+FREED = "frees what is unused and tries again"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One retreat: its name in the facts, what a person is told, and what it changes about the result's bytes."""
+
+    name: str
+    text: str
+    degraded: dict[str, int] = field(default_factory=dict)
+
+
+class Ladder:
+    """What a node gives up, in order, where memory runs out; each retreat is told and kept with the result.
+
+    Args:
+        context: The node's context. Its facts get "retreats", and "degraded" where the result's bytes may be others.
+        rungs: Taking the next one is the retreat. Before the first, what nobody uses is freed.
+        explain: Makes the error for when there is none left, from what the allocator said.
+    """
+
+    def __init__(self, context: RunContext, rungs: Iterator[Rung], explain: Callable[[str], S2VFlowError]) -> None:
+        self._context = context
+        self._rungs = rungs
+        self._explain = explain
+        self._has_freed = False
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Return what `work` returns, calling it again after each retreat.
+
+        Raises:
+            S2VFlowError: Memory runs out and there is no rung left.
+        """
+        while True:
+            try:
+                return work()
+            except (MemoryError, RuntimeError) as error:
+                failure = memory_failure(error)
+                if failure is None:
+                    raise
+            self.retreat(failure)  # outside of the handler, whose traceback holds the tensors that are to go
+
+    def retreat(self, failure: str) -> None:
+        """Take the next rung.
+
+        Args:
+            failure: What the allocator said.
+
+        Raises:
+            S2VFlowError: There is none.
+        """
+        rung: Rung | None = Rung("free", FREED)
+        if self._has_freed:
+            try:
+                rung = next(self._rungs, None)
+            except (MemoryError, RuntimeError) as error:  # no memory for the retreat itself
+                if memory_failure(error) is None:
+                    raise
+                rung = None
+        self._has_freed = True
+        free_unused(self._context)
+        if rung is None:
+            raise self._explain(failure)
+        facts = self._context.facts
+        self._context.record(retreats=[*facts.get("retreats", ()), rung.name])
+        if rung.degraded:
+            self._context.record(degraded={**facts.get("degraded", {}), **rung.degraded})
+        self._context.note(f"memory ran out in {self._context.node.name}: {rung.text}", is_warning=True)
 
 
 class StreamDecoder:
-    """A VAE's decoder and its state; where memory runs out it frees what is unused and goes on with half the frames.
+    """A VAE's decoder and its state; where memory runs out it takes fewer frames at once, then tiles.
 
-    The state is an argument and a result: a group that failed is decoded again from the state before it.
+    The state is an argument and a result: a group that failed is decoded again from the state before it. Another number
+    of frames at once may round float32 differently, in the last bit, and tiles are blended: results made so are marked.
 
     Args:
         vae: The VAE.
         group: How many latent frames are decoded at once, at first.
-        on_retreat: Told each time how many are decoded at once from here on.
+        tiles: Into how many tiles a side they are cut, at first.
+        context: The node's context.
     """
 
-    def __init__(self, vae: Any, group: int, on_retreat: OnRetreat) -> None:
+    def __init__(self, vae: Any, group: int, tiles: int, context: RunContext) -> None:
         self._vae = vae
         self._group = group
-        self._on_retreat = on_retreat
+        self._tiles = tiles
         self._state: Any = None
+        self._size = (0, 0)
+        self._context = context
+        self._ladder = Ladder(context, self._rungs(), self._no_memory)
 
     def decode(self, latent: Tensor) -> Iterator[Tensor]:
         """Decode the next latent, [1, 16, F, H, W], to groups of pixels [1, 3, n, 8H, 8W].
 
         Raises:
-            S2VFlowError: There is no memory for one latent frame.
+            S2VFlowError: There is no memory for the smallest tile of one latent frame.
         """
-        import torch
-
         position = 0
+        self._size = (latent.shape[3], latent.shape[4])
         while position < latent.shape[2]:
-            part, failure = latent[:, :, position : position + self._group], ""
-            try:
-                pixels, self._state = self._vae.decode_next(part, self._state)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                failure = str(error) or type(error).__name__
-            if failure:  # outside of the handler, whose traceback holds the tensors that are to go
-                free_unused()
-                if self._group == 1:
-                    raise _no_memory(latent, failure)
-                self._group //= 2
-                self._on_retreat(self._group)
-                continue
-            position += part.shape[2]
+            count, pixels = self._ladder.run(partial(self._next, latent[:, :, position:]))
+            position += count
             yield pixels
 
+    def _next(self, latent: Tensor) -> tuple[int, Tensor]:
+        """Decode a group; return how many latent frames it has, too."""
+        from s2v_flow.models.vae_tiles import decode_next_tiled
 
-def retreat_teller(context: RunContext, facts: dict[str, Any]) -> OnRetreat:
-    """Return what says that memory has run out, and keeps it in `facts` for whatever is stored.
+        part = latent[:, :, : self._group]
+        if self._tiles == 1:
+            pixels, state = self._vae.decode_next(part, self._state)
+        else:
+            pixels, state = decode_next_tiled(self._vae, part, self._state, self._tiles)
+        self._state = state
+        return part.shape[2], pixels
 
-    Another number of frames at once may round float32 differently, in the last bit: a result made so is marked.
+    def _rungs(self) -> Iterator[Rung]:
+        from s2v_flow.models.vae import DecoderState
+        from s2v_flow.models.vae_tiles import most_tiles, moved
+
+        while self._group > 1:
+            self._group //= 2
+            text = f"goes on with {self._group} latent frame{'s' if self._group > 1 else ''} at once"
+            yield Rung("group", text, {"frames_per_call": self._group})
+        if isinstance(self._state, DecoderState):
+            self._state = moved(self._state, "cpu")
+        for tiles in range(self._tiles + 1, most_tiles(*self._size) + 1):
+            self._tiles = tiles
+            yield Rung("tiles", f"goes on with {tiles}x{tiles} tiles", {"tiles": tiles})
+
+    def _no_memory(self, failure: str) -> S2VFlowError:
+        what = f"decode, with one latent frame of {_pixels(*self._size)}{_in_tiles(self._tiles)} at once"
+        kept = "every sampled chunk: the same command goes on from there"
+        return no_memory(self._context, what, failure, kept=kept)
+
+
+def encoded(vae: Any, pixels: Tensor, context: RunContext) -> Tensor:
+    """Encode a clip, in tiles where memory runs out.
+
+    Args:
+        vae: The VAE.
+        pixels: [1, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1, on any device.
+        context: The node's context.
+
+    Returns:
+        The raw latent, float32 [1, 16, k + 1, H, W], on the node's device.
+
+    Raises:
+        S2VFlowError: There is no memory for the smallest tile.
     """
+    from s2v_flow.models.vae_tiles import encode_tiled, most_tiles
 
-    def tell(group: int) -> None:
-        facts["degraded"] = {"frames_per_call": group}
-        context.note(f"memory ran out in decode: goes on with {group} latent frames at once", is_warning=True)
+    size = (pixels.shape[3] // 8, pixels.shape[4] // 8)
+    tiles = 1
 
-    return tell
+    def rungs() -> Iterator[Rung]:
+        nonlocal tiles
+        for number in range(2, most_tiles(*size) + 1):
+            tiles = number
+            yield Rung("tiles", f"encodes in {tiles}x{tiles} tiles", {"encode_tiles": tiles})
+
+    def explain(failure: str) -> S2VFlowError:
+        what = f"encode, with four frames of {_pixels(*size)}{_in_tiles(tiles)} at once"
+        return no_memory(context, what, failure, kept="everything that was stored before")
+
+    def encode() -> Tensor:
+        given = pixels.to(context.device)
+        latent: Tensor = vae.encode(given) if tiles == 1 else encode_tiled(vae, given, tiles)
+        return latent.float()
+
+    return Ladder(context, rungs(), explain).run(encode)
 
 
-def free_unused() -> None:
-    """Give back memory that nothing uses any more."""
+def memory_failure(error: BaseException) -> str | None:
+    """Return what an error says if it says that memory has run out, else None."""
+    import torch
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return text
+    return text if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _SIGNS) else None
+
+
+def free_unused(context: RunContext) -> None:
+    """Give back memory that nothing uses any more: models that no node needs, and what torch keeps for later."""
     import torch
 
     gc.collect()
+    context.models().free_unused()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _no_memory(latent: Tensor, failure: str) -> S2VFlowError:
-    height, width = 8 * latent.shape[3], 8 * latent.shape[4]
-    gigabytes = ""
-    if latent.is_cuda:
-        import torch
-
-        free, total = (count / 2**30 for count in torch.cuda.mem_get_info(latent.device))
-        gigabytes = f"; {free:.1f} of {total:.1f} GiB are free on {latent.device}"
+def no_memory(context: RunContext, what: str, failure: str, *, kept: str, fix: str = "") -> S2VFlowError:
+    """Return the error for memory that ran out for good, with figures: exit code 7."""
+    advice = "a smaller width and height" + (f", {fix}" if fix else "")
     return S2VFlowError(
-        f"out of memory in decode, with one latent frame of {width}x{height} at once{gigabytes}: {failure}",
-        fix="end other programs that use this memory, or take a smaller width and height",
-        kept="every sampled chunk: the same command goes on from there",
+        f"out of memory in {what}{memory_text(context.device)}: {failure.splitlines()[0]}",
+        fix=f"{advice}; or end other programs that use this memory",
+        kept=kept,
         exit_code=ExitCode.OUT_OF_MEMORY,
     )
+
+
+def memory_text(device: str) -> str:
+    """Say how much memory is free: "; 1.2 GiB of 24.0 GiB are free on cuda:0"; nothing where it is unknown."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        return f"; {gib(free)} of {gib(total)} are free on {device}"
+    from s2v_flow.models.streaming import available_host_bytes
+
+    available = available_host_bytes()
+    return "" if available is None else f"; {gib(available)} of memory are free"
+
+
+def gib(num_bytes: int) -> str:
+    """Return bytes as text, in GiB."""
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def _pixels(height: int, width: int) -> str:
+    return f"{8 * width}x{8 * height}"
+
+
+def _in_tiles(tiles: int) -> str:
+    return f" in {tiles}x{tiles} tiles" if tiles > 1 else ""

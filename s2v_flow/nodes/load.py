@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from s2v_flow.errors import CheckpointError
+from s2v_flow.errors import BadNumbersError, CheckpointError
 from s2v_flow.graph.node import FileField, Neutral, Node
 from s2v_flow.graph.plan import PlanBuilder, Value
 from s2v_flow.nodes.chain import FRAME_RATE_HZ, Chain, Part, Settings
 from s2v_flow.nodes.fields import Precision, Seconds, model_file
 from s2v_flow.nodes.frames import Frames
-from s2v_flow.nodes.handle import open_handle
+from s2v_flow.nodes.handle import lacks_room, open_handle
 
 if TYPE_CHECKING:
     import numpy as np
 
     from s2v_flow.graph.run import RunContext
-    from s2v_flow.media.audio import Audio
+    from s2v_flow.media.audio import AudioClip
 
 
 LATENT_KEY = "latent_tensor"
@@ -72,6 +72,12 @@ class LoadDiffusionModel(Node):
         description="For fp8-scaled files. scaled: what the file keeps in 16 or 32 bit stays so. comfyui: biases and "
         "such linear weights are rounded to fp8 as well, as ComfyUI (October 2025) does on loading; for its exact "
         "numbers.",
+    )
+    placement: Annotated[Literal["auto", "resident", "streamed"], Neutral()] = Field(
+        "auto",
+        description="Where the weights rest. resident: on the device. streamed: those of the transformer's blocks in "
+        "host memory, each on the device only while it and the one before it compute; the same bits, for a fraction of "
+        "the device's memory. auto: streamed where weights and activations would not fit into what is free on a GPU.",
     )
 
     @field_validator("loras")
@@ -124,10 +130,30 @@ class LoadDiffusionModel(Node):
                 facts.setdefault("loras", []).append(coverage)
             return loaded.module
 
+        def should_stream(num_tokens: int, num_branches: int, is_live: bool) -> bool:
+            if self.placement != "auto" or is_live:
+                return self.placement == "streamed"
+            streams = lacks_room(context, self.precision, size, num_tokens, num_branches)
+            if streams:
+                context.note(
+                    "weights and activations do not both fit: the weights rest in host memory and are streamed"
+                )
+            return streams
+
         loras = tuple(zip(digests, strengths, strict=True))
         size = sum(path.stat().st_size for path in paths)
         kind = f"dit, {self.fp8_rounding} fp8"
-        return {"model": open_handle(context, kind, self.precision, load, loras=loras, lora_bytes=size, facts=facts)}
+        handle = open_handle(
+            context,
+            kind,
+            self.precision,
+            load,
+            loras=loras,
+            lora_bytes=size,
+            facts=facts,
+            should_stream=should_stream,
+        )
+        return {"model": handle}
 
 
 class LoadTextEncoder(Node):
@@ -266,23 +292,24 @@ class LoadAudio(Node):
             return {}
         frames = -(-(last - first) * FRAME_RATE_HZ // rate)
         facts = {"frames": frames, "seconds": (last - first) / rate}
+        facts |= {"num_samples": last - first, "sample_rate_hz": rate}
         return {port: Value(value.type, value.sources, facts) for port, value in values.items()}
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give out the sound, to be read when it is needed."""
-        path = context.files["file",]
-        return {"audio": Lazy(lambda: self._read(path))}
+        """Give out the sound, to be read as it is used."""
+        return {"audio": self._clip(context.files["file",])}
 
     def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
         """Read the sound once before anything heavy starts."""
-        self._read(files["file",])
+        self._clip(files["file",])
 
-    def _read(self, path: Path) -> Audio:
-        from s2v_flow.media.audio import cut_audio, read_audio
+    def _clip(self, path: Path) -> AudioClip:
+        from s2v_flow.media.audio import open_audio
 
-        audio = read_audio(path)
-        first, last = self._part(audio.num_samples, audio.sample_rate_hz)
-        return cut_audio(audio, first, last, num_fade_samples=round(self.fade * audio.sample_rate_hz))
+        whole = open_audio(path)
+        first, last = self._part(whole.num_samples, whole.sample_rate_hz)
+        num_fade_samples = round(self.fade * whole.sample_rate_hz)
+        return replace(whole, first=first, last=last, num_fade_samples=num_fade_samples)
 
     def _part(self, num_samples: int, rate: int) -> tuple[int, int]:
         """Return the first sample to take and the one after the last."""
@@ -347,6 +374,8 @@ class LoadLatent(Node):
         from s2v_flow.nodes.tensors import pack
 
         latent = Checkpoint.open(context.files["file",]).tensor(LATENT_KEY).float()
+        if not latent.isfinite().all():
+            raise BadNumbersError(f"{context.node.name}: NaN or infinity in {self.file}", fix="make the latent again")
         return {"latent": pack({"samples": latent})}
 
 
@@ -366,7 +395,7 @@ def latent_shape(path: Path) -> tuple[int, ...]:
     from s2v_flow.models.checkpoint import Checkpoint
 
     shape = Checkpoint.open(path).shapes.get(LATENT_KEY, ())
-    if len(shape) != 5 or shape[:2] != (1, 16):
+    if len(shape) != 5 or shape[:2] != (1, 16) or 0 in shape:
         raise CheckpointError(
             f"{path} holds no latent of a video: expected {LATENT_KEY} [1, 16, F, H, W], got {list(shape)}",
             fix="use a file that save_latent or ComfyUI's SaveLatent wrote for a Wan video",

@@ -1,4 +1,4 @@
-"""A sampler's run that survives being stopped: checkpoints between steps, and no numbers that are not finite.
+"""A sampler's run that survives being stopped, and memory that runs out: checkpoints, and no numbers but finite ones.
 
 Imports torch: used inside run().
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from s2v_flow.errors import BadNumbersError
+from s2v_flow.errors import BadNumbersError, ExitCode, S2VFlowError
 from s2v_flow.nodes.finite import FiniteWatch
+from s2v_flow.nodes.ladder import Ladder, memory_failure
 from s2v_flow.nodes.tensors import pack
 from s2v_flow.sampling.state import Denoise, SolverState
 
@@ -36,11 +37,13 @@ class ResumableSampling:
         context: The node's context.
         sampler: The sampler.
         precision: What the model computes in, for messages.
+        ladder: What is given up where memory runs out.
     """
 
     context: RunContext
     sampler: Sampler
     precision: str
+    ladder: Ladder
     _saved_at: float = 0.0
     _stepped_at: float = 0.0
     _watch: FiniteWatch = field(default_factory=FiniteWatch)
@@ -55,12 +58,13 @@ class ResumableSampling:
         Raises:
             BadNumbersError: The latent is not finite; it is not stored, nor is a checkpoint of it.
             StoppedError: The run is to stop; a checkpoint is written.
+            S2VFlowError: Memory ran out for good; a checkpoint of the steps that are done is written.
         """
         total, checkpoint = self.sampler.num_steps, self.context.checkpoint
         begun = (self._resumed(checkpoint) if checkpoint else None) or self.sampler.start(noise())
         state = begun
         self._saved_at = self._stepped_at = time.monotonic()
-        for state in self.sampler.iterate(denoise, begun):
+        for state in self._states(denoise, begun):
             self.context.step(state.step, total)
             self._watch.add(state.step, state.x)
             self._check(self._watch.first_bad())
@@ -68,6 +72,32 @@ class ResumableSampling:
                 self._between_steps(checkpoint, state)
         self._check(self._watch.first_bad(waits=True))
         return self.sampler.result(state)
+
+    def _states(self, denoise: Denoise, state: SolverState) -> Iterator[SolverState]:
+        """Yield the state after each step; where memory runs out in one, take it again from the state before."""
+        while state.step < self.sampler.num_steps:
+            failure = None
+            try:
+                for state in self.sampler.iterate(denoise, state):  # noqa: B020 (goes on from the last state)
+                    yield state
+            except (MemoryError, RuntimeError) as error:
+                failure = memory_failure(error)
+                if failure is None:
+                    raise
+            if failure is not None:
+                self._retreat(failure, state)
+
+    def _retreat(self, failure: str, state: SolverState) -> None:
+        try:
+            self.ladder.retreat(failure)
+        except S2VFlowError as error:
+            checkpoint = self.context.checkpoint
+            if error.exit_code == ExitCode.OUT_OF_MEMORY and checkpoint is not None and state.step > 0:
+                self._check(self._watch.first_bad(waits=True))
+                if checkpoint.save(self._facts(state.step), pack(state.to_tensors())):
+                    steps = f"{state.step} of {self.sampler.num_steps} steps of this chunk"
+                    error.kept = f"{error.kept}, and {steps}: the same command goes on from there"
+            raise
 
     def _between_steps(self, checkpoint: Checkpoint, state: SolverState) -> None:
         now, must_stop = time.monotonic(), checkpoint.should_stop()

@@ -46,6 +46,16 @@ def test_whatever_makes_a_model_another_is_in_its_key(changes: dict[str, object]
     assert key("a", **changes) != key("a")
 
 
+def test_what_is_loaded_is_live_until_it_is_freed() -> None:
+    registry = ModelRegistry()
+    assert not registry.is_live(key("a"))
+    with registry.use(key("a"), loader()):
+        assert registry.is_live(key("a"))
+    assert registry.is_live(key("a"))
+    registry.free_unused()
+    assert not registry.is_live(key("a"))
+
+
 def test_order_and_strength_of_loras_are_in_the_key() -> None:
     assert key("a", loras=(("x", 1.0), ("y", 1.0))) != key("a", loras=(("y", 1.0), ("x", 1.0)))
     assert key("a", loras=(("x", 1.0),)) != key("a", loras=(("x", 0.5),))

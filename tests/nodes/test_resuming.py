@@ -3,92 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
+from chunk_bench import KEY, SAMPLERS, STEPS, Bench, CurvedModel
 from safetensors.torch import load, save
 from torch import Tensor
 
-from s2v_flow.cache.checkpoint import Checkpoints, seal
+from s2v_flow.cache.checkpoint import seal
 from s2v_flow.errors import BadNumbersError
-from s2v_flow.graph.checkpoint import Checkpoint
-from s2v_flow.graph.events import Event, Noted, StepDone
 from s2v_flow.graph.interrupt import StoppedError
-from s2v_flow.graph.numerics import Numerics
-from s2v_flow.graph.plan import PlanNode
-from s2v_flow.graph.run import Artifact, RunContext
 from s2v_flow.nodes import resuming
-from s2v_flow.nodes.chunk import Chunk
-from s2v_flow.sampling.catalog import SamplerName
-
-STEPS = 6
-KEY = "ab" + "0" * 62
-FIELDS = {"width": 64, "height": 64, "num_latent_frames": 2, "audio_offset": 0, "steps": STEPS, "cfg": 3.0, "seed": 7}
-SAMPLERS = get_args(SamplerName)
-
-
-class CurvedModel:
-    """A velocity that is no straight line, and differs between the branches; `spoil` puts something into it."""
-
-    def __init__(self, spoil: Callable[[int], float] = lambda call: 0.0) -> None:
-        self.calls = 0
-        self._spoil = spoil
-
-    def prepare_text(self, context: Tensor) -> Tensor:
-        return context.sum()
-
-    def prepare_audio(self, audio_embed: Tensor | None, **_: Any) -> None:
-        return None
-
-    def prepare_chunk(self, *, num_latent_frames: int, height: int, width: int, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(latent_shape=(1, 16, num_latent_frames, height, width))
-
-    def __call__(self, x: Tensor, timestep: Tensor, chunk: Any, branches: Sequence[Any]) -> list[Tensor]:
-        self.calls += 1
-        shift = timestep / 1000 + self._spoil(self.calls)
-        return [torch.tanh(x * 1.3 + branch.text) * 0.7 + torch.sin(x * 5) * shift for branch in branches]
-
-
-class Bench:
-    """One chunk with a fake model: runs it, stopping where a test wants, and remembers what happened."""
-
-    def __init__(self, folder: Path, sampler: str = "uni_pc", **fields: Any) -> None:
-        self.folder = Checkpoints(folder)
-        given = {**FIELDS, "sampler": sampler, "scheduler": "simple", "shift": 8.0, "conditioning": "official"}
-        self.chunk = Chunk(**{**given, **fields})
-        self.events: list[Event] = []
-
-    def run(
-        self, stop_after: int | None = None, *, model: CurvedModel | None = None, key: str = KEY, is_fresh: bool = False
-    ) -> Tensor:
-        """Run the chunk and return its latent; ask it to stop at the end of step `stop_after`."""
-        self.events.clear()
-        should_stop = lambda: stop_after is not None and self.steps()[-1:] == [stop_after]  # noqa: E731
-        checkpoint = Checkpoint(self.folder, key, "talk[1]", self.events.append, should_stop, is_fresh)
-        handle = SimpleNamespace(get=lambda: model or CurvedModel(), memo={}, facts={}, precision="fp32")
-        node = PlanNode("talk[1]", "talk", "extend", self.chunk, {}, {}, {})
-        numerics = Numerics("cpu")
-        context = RunContext(
-            node, "cpu", numerics, dict, {}, {}, {}, Path(), self.events.append, {}, checkpoint=checkpoint
-        )
-        inputs = {"model": handle, "positive": text(0.1), "negative": text(-0.2)}
-        return load(self.chunk.run(context, inputs)["latent"])["samples"]
-
-    def steps(self) -> list[int]:
-        """The steps that the last run took."""
-        return [event.step for event in self.events if isinstance(event, StepDone)]
-
-    def notes(self) -> list[Noted]:
-        return [event for event in self.events if isinstance(event, Noted)]
-
-
-def text(value: float) -> Artifact:
-    payload = save({"context": torch.full((1, 3, 8), value)})
-    return Artifact(f"sha256:{value}", lambda: payload, lambda path: False)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
