@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.cache.digest import file_digest
+from s2v_flow.cache.atomic import cannot_write
+from s2v_flow.cache.digest import file_digest, known_digest
 from s2v_flow.cache.housekeeping import live_run
 from s2v_flow.cache.memory import remembered
 from s2v_flow.cache.store import Store
 from s2v_flow.demo.catalog import demo_root
-from s2v_flow.device import device_class, resolve_device
+from s2v_flow.device import device_class, free_memory_bytes, resolve_device
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.graph.estimate import Estimate, estimate
 from s2v_flow.graph.events import Listener, Noted
@@ -29,6 +31,7 @@ from s2v_flow.need import ModelNeed, known_needs, recipe_needs
 from s2v_flow.nodes.chain import FRAME_RATE_HZ
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.homes import HOMES
+from s2v_flow.nodes.memory import needs
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.options import Options as Options
 from s2v_flow.recipe.document import Recipe
@@ -56,6 +59,7 @@ class Planned:
     estimate: Estimate
     cells: Mapping[str, Recipe] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    free_bytes: int | None = None  # memory where the models will run; None: not known
 
     def recipe_of(self, node: str) -> Recipe:
         """Return the recipe that a plan node belongs to: its cell's in a matrix."""
@@ -91,9 +95,17 @@ class Planned:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know before running."""
-        if any(node.node.is_sink for node in self.plan.nodes):
-            return self.plan.notes
-        return (*self.plan.notes, "the recipe writes no file: results stay in the cache (add a save_video node)")
+        notes = [*self.plan.notes]
+        if not any(node.node.is_sink for node in self.plan.nodes):
+            notes.append("the recipe writes no file: results stay in the cache (add a save_video node)")
+        largest = self.estimate.largest
+        if largest is not None and self.free_bytes is not None and (largest[1].peak_bytes or 0) > self.free_bytes:
+            gigabytes = ((largest[1].peak_bytes or 0) / 2**30, self.free_bytes / 2**30)
+            notes.append(
+                f"{largest[0]} will need about {gigabytes[0]:.1f} GB of memory, {gigabytes[1]:.1f} GB are free: take a "
+                "smaller size, a shorter length or bf16, or end other programs"
+            )
+        return tuple(notes)
 
     def _lengths(self, fact: str) -> list[Any]:
         return list(dict.fromkeys(node.facts[fact] for node in self.plan.nodes if fact in node.facts))
@@ -111,6 +123,8 @@ class Planned:
             }
             cost = self.estimate.nodes.get(node.name)
             entry |= {"estimate": vars(cost)} if cost else {}
+            memory = self.estimate.memory.get(node.name)
+            entry |= {"memory": vars(memory)} if memory else {}
             nodes.append({**entry, "fingerprint": status.fingerprint, "facts": dict(node.facts)})
         return {
             "recipe": str(self.recipe.path),
@@ -123,7 +137,9 @@ class Planned:
             "estimate": {
                 "seconds": self.estimate.seconds,
                 "disk_bytes": self.estimate.disk_bytes,
+                "known_disk_bytes": self.estimate.known_disk_bytes,
                 "peak_bytes": self.estimate.peak_bytes,
+                "free_bytes": self.free_bytes,
                 "never_ran": list(self.estimate.unknown),
                 "files_to_read": self.estimate.num_files,
                 "bytes_to_read": self.estimate.bytes_to_read,
@@ -210,9 +226,11 @@ def _plan(recipe: Recipe, options: Options) -> Planned:
     memory = _digest_memory(options)
 
     def remember(what: str, file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if file.stat().st_size > _HASHED_AT_ONCE_BYTES:
+        is_large = file.stat().st_size > _HASHED_AT_ONCE_BYTES
+        digest = known_digest(file, memory) if is_large else file_digest(file, memory)
+        if digest is None:
             return compute()
-        key = f"{what}:{file_digest(file, memory)}"
+        key = f"{what}:{digest}"
         return remembered(options.cache_root / "facts.json", key, compute)
 
     def built(of: Recipe, label: str) -> Plan:
@@ -231,8 +249,11 @@ def _plan(recipe: Recipe, options: Options) -> Planned:
     store, numerics = Store(options.cache_root), Numerics(device_class(device))
     statuses = assess(made, store, numerics, FileDigests(memory).known, forced)
     has_work = any(status.status in TO_COMPUTE for status in statuses.values())
-    expected = estimate(made, statuses, store.recent(EARLIER) if has_work else [], numerics)
-    return Planned(recipe, made, statuses, device, expected, cells, tuple(item.cell.label for item in variants))
+    to_compute = {name for name, status in statuses.items() if status.status in TO_COMPUTE}
+    computed = needs(made, {node.name for node in made.nodes if node.node.is_stored} & to_compute, numerics)
+    expected = estimate(made, statuses, store.recent(EARLIER) if has_work else [], numerics, computed)
+    labels = tuple(item.cell.label for item in variants)
+    return Planned(recipe, made, statuses, device, expected, cells, labels, free_memory_bytes(device))
 
 
 def _variants(recipe: Recipe, options: Options) -> tuple[Variant, ...]:
@@ -326,8 +347,9 @@ def run_planned(planned: Planned, options: Options, on_event: Listener = ignore)
         note=note_maker(planned.recipe_of, planned.plan, digests, numerics.device_class),
         should_stop=options.should_stop,
         about={"s2vflow": __version__, "torch": torch_version()},
+        cache_limit=options.size_limit,
     )
-    recorder.entries = execution.entries
+    recorder.entries, recorder.not_kept = execution.entries, execution.not_kept
     needed = [status.fingerprint for status in planned.statuses.values() if status.fingerprint is not None]
     waits = planned.has_work and not options.share_gpu
     on_gpu = gpu_turn(planned.device, on_event, options.should_stop, is_needed=waits)
@@ -375,12 +397,15 @@ def _make_demo_models(planned: Planned, options: Options, on_event: Listener) ->
 
     root = demo_root(options.cache_root)
     try:
-        if root.exists() and not all(file.is_file() for file in needed):  # it appears whole: a part was removed
+        if os.path.exists(root) and not all(file.is_file() for file in needed):  # it appears whole: a part was removed
             shutil.rmtree(root)
         make_demo_models(root)
     except (OSError, RefusedError) as error:
         if not all(file.is_file() for file in needed):  # else another process has just made them
-            raise S2VFlowError(f"{root}: the demo's models cannot be written: {error}", _FIX_CACHE) from error
+            is_full = isinstance(error, OSError) and cannot_write(root, error).is_full
+            code = ExitCode.DISK_FULL if is_full else ExitCode.FAILED
+            text = f"{root}: the demo's models cannot be written: {error}"
+            raise S2VFlowError(text, _FIX_CACHE, exit_code=code) from error
     return True
 
 

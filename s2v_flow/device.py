@@ -64,3 +64,14 @@ def _cuda_devices() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def free_memory_bytes(device: str, meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Return how much memory is free where a device computes; None where that is not known without asking a driver."""
+    if device_class(device) != "cpu":
+        return None
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        return None
+    return None if match is None else int(match[1]) * 1024

@@ -80,6 +80,7 @@ def print_plan(planned: Planned) -> None:
     print_result(f"{counts.count('HIT')} stored, {to_run} to run; {_length(planned)}")
     if planned.has_work:
         print_result(_cost(planned))
+        print_result(_memory(planned))
     for note in planned.notes:
         print_result(f"note: {visible(note)}")
     for item in planned.plan.missing:
@@ -96,9 +97,21 @@ def _cost(planned: Planned) -> str:
     cost = planned.estimate
     reads = f"{cost.num_files} files to read, {_size(cost.bytes_to_read)}"
     if cost.seconds is None:
-        return f"{reads}; no estimate of time: {', '.join(cost.unknown)} never ran here in this size"
-    sizes = f"{_size(cost.disk_bytes or 0)} to be stored, {_size(cost.peak_bytes or 0)} of memory"
+        sizes = f"{_size(cost.known_disk_bytes)} or more to be stored"
+        return f"{reads}; {sizes}; no estimate of time: {', '.join(cost.unknown)} never ran here in this size"
+    sizes = f"{_size(cost.disk_bytes or 0)} to be stored"
     return f"{reads}; about {cost.seconds:.0f} s, {sizes}, from past runs on this machine"
+
+
+def _memory(planned: Planned) -> str:
+    largest = planned.estimate.largest
+    unknown = [name for name, memory in planned.estimate.memory.items() if memory.peak_bytes is None]
+    missing = f"; unknown for {len(unknown)} nodes, whose files are missing" if unknown else ""
+    if largest is None:
+        return f"no estimate of memory{missing}"
+    name, memory = largest
+    how = "computed, not measured yet" if memory.source == "computed" else "measured in past runs"
+    return f"memory: at most about {_size(memory.peak_bytes or 0)} on {planned.device}, in {name} ({how}){missing}"
 
 
 def _length(planned: Planned) -> str:

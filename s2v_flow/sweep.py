@@ -26,7 +26,7 @@ def summarise(videos: Sequence[tuple[str, Path]], stem: str) -> list[Path]:
     Returns:
         The two files. The sound is the first video's.
     """
-    from s2v_flow.media.audio import read_audio
+    from s2v_flow.media.audio import open_audio
     from s2v_flow.media.sheet import contact_sheet, side_by_side
     from s2v_flow.media.video import probe_video
 
@@ -34,6 +34,6 @@ def summarise(videos: Sequence[tuple[str, Path]], stem: str) -> list[Path]:
     info = probe_video(paths[0])
     sheet, film = (paths[0].with_name(f"{stem}.{name}") for name in ("cells.png", "cells.mp4"))
     contact_sheet(paths, labels, sheet)
-    audio = read_audio(paths[0]) if info.has_audio else None
+    audio = open_audio(paths[0]) if info.has_audio else None
     side_by_side(paths, labels, film, audio, Fraction(info.fps))
     return [sheet, film]

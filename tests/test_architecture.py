@@ -35,10 +35,11 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"graph", "diagnostics", "errors"},
     "nodes": {"graph", "models", "sampling", "media", "errors"},
     "demo": {"models", "errors"},
+    "convert": {"cache", "models", "version", "errors"},
     "downloads": {"cache", "errors"},
     "extra_models": {"recipe", "graph", "diagnostics", "errors"},
-    "need": {"downloads", "recipe", "graph", "diagnostics", "errors"},
-    "options": {"recipe", "nodes", "graph", "demo", "extra_models"},
+    "need": {"downloads", "models", "recipe", "graph", "diagnostics", "errors"},
+    "options": {"recipe", "nodes", "graph", "cache", "demo", "extra_models"},
     "api": {
         "options",
         "recipe",
@@ -75,27 +76,27 @@ ALLOWED: dict[str, set[str]] = {
     "start": {"start_recipes", "recipe", "media", "errors"},
     "completion": {"nodes", "recipe"},
     "doctor": {"", "api", "need", "errors"},
-    "defaults": {"recipe", "diagnostics", "errors"},
+    "defaults": {"cache", "recipe", "diagnostics", "errors"},
     "option_order": {"completion", "recipe"},
-    "cli_options": {"api", "completion", "defaults", "graph", "option_order"},
+    "cli_options": {"api", "cache", "completion", "defaults", "graph", "option_order"},
     "cli_start": {
         "",
         "api",
         "cli_options",
         "completion",
         "doctor",
-        "need",
-        "option_order",
         "report",
         "start",
         "errors",
     },
-    "cli_cache": {"", "cache", "cli_options", "history", "option_order", "report", "runs", "errors"},
+    "cli_models": {"", "api", "cli_options", "convert", "need", "option_order", "report", "errors"},
+    "cli_cache": {"", "api", "cache", "cli_options", "history", "option_order", "report", "runs", "errors"},
     "cli_runs": {"", "api", "cli_options", "history", "option_order", "report", "runs", "errors"},
     "sweep": {"api", "graph", "media"},
     "cli": {
         "sweep",
         "cli_cache",
+        "cli_models",
         "cli_runs",
         "runs",
         "cli_start",
@@ -120,7 +121,7 @@ ALLOWED: dict[str, set[str]] = {
 HEAVY = {"torch", "transformers", "safetensors", "numpy", "av", "imageio", "soundfile", "soxr", "PIL", "sentencepiece"}
 # the rest is light: heavy packages, and the modules that import them, are imported inside functions there
 HEAVY_LAYERS = {"models", "sampling", "media", "demo"}
-HEAVY_MODULES = {"nodes.tensors", "nodes.denoising", "nodes.finite", "nodes.resuming"}
+HEAVY_MODULES = {"nodes.tensors", "nodes.denoising", "nodes.finite", "nodes.hearing", "nodes.resuming"}
 MAX_LINES = 450
 
 

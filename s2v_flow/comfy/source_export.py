@@ -65,6 +65,8 @@ class SourceExporter:
 
     def _source(self, planned: PlanNode, key: str) -> Source:
         given = planned.inputs[key]
+        if key == "speech" and not isinstance(given, Source):
+            return given[0]  # its segments are of one node
         assert isinstance(given, Source), f"{key} is a list"
         return given
 

@@ -1,11 +1,11 @@
-"""What a run will cost: time from past runs on this machine, bytes to be read from what the files' sizes say."""
+"""What a run will cost: time from past runs on this machine, memory from them or computed, bytes from files' sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from s2v_flow.cache.store import Entry
 from s2v_flow.graph.numerics import Numerics
@@ -25,16 +25,41 @@ class NodeCost:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a plan node is computed to need before the like of it ran: memory and stored bytes, None: unknown."""
+
+    peak_bytes: int | None = None
+    disk_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most memory that a plan node takes, and how that is known; None: unknown."""
+
+    peak_bytes: int | None
+    source: Literal["computed", "measured", "unknown"]
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What must run, by plan node, as far as the like of it ran before; `unknown` are the kinds that never did.
 
-    bytes_to_read: the sizes of the files that will be read; num_files: how many they are.
+    bytes_to_read: the sizes of the files that will be read; num_files: how many they are. memory: of every node that
+    must run, the process's (on a GPU the device's); known_disk_bytes: what is sure to be stored.
     """
 
     nodes: Mapping[str, NodeCost]
     unknown: tuple[str, ...]
     bytes_to_read: int
     num_files: int
+    memory: Mapping[str, Memory] = field(default_factory=dict)
+    known_disk_bytes: int = 0
+
+    @property
+    def largest(self) -> tuple[str, Memory] | None:
+        """The node that takes the most memory, of those where it is known; None where it is known of none."""
+        known = [(name, memory) for name, memory in self.memory.items() if memory.peak_bytes is not None]
+        return max(known, key=lambda item: item[1].peak_bytes or 0, default=None)
 
     @property
     def seconds(self) -> float | None:
@@ -48,11 +73,18 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most memory that the like of these nodes was seen with; None where something never ran."""
-        return None if self.unknown else max((cost.peak_bytes for cost in self.nodes.values()), default=0)
+        """The most memory that one of these nodes takes; None where that is not known of all."""
+        found = [memory.peak_bytes for memory in self.memory.values()]
+        return None if None in found else max((peak or 0 for peak in found), default=0)
 
 
-def estimate(plan: Plan, statuses: Mapping[str, NodeStatus], earlier: Sequence[Entry], numerics: Numerics) -> Estimate:
+def estimate(
+    plan: Plan,
+    statuses: Mapping[str, NodeStatus],
+    earlier: Sequence[Entry],
+    numerics: Numerics,
+    needs: Mapping[str, Needs] | None = None,
+) -> Estimate:
     """Estimate a run.
 
     Args:
@@ -60,12 +92,22 @@ def estimate(plan: Plan, statuses: Mapping[str, NodeStatus], earlier: Sequence[E
         statuses: What must run.
         earlier: Stored results with what they took, the newest first.
         numerics: The run's numerics policy.
+        needs: What nodes are computed to need; figures of past runs go before them where they mean the same memory.
     """
     known: dict[str, NodeCost] = {}
     unknown: dict[str, None] = {}
+    memory: dict[str, Memory] = {}
+    alike: dict[str, NodeCost | None] = {}
+    disk = 0
     for node in plan.nodes:
         if statuses[node.name].status in TO_COMPUTE and node.node.is_stored:
-            cost = _cost(node, earlier, numerics)
+            shape = repr((type(node.node).kind, _cost_fields(dict(node.node)), node.facts.get("frames"), node.files))
+            if shape not in alike:
+                alike[shape] = _cost(node, earlier, numerics)
+            cost = alike[shape]
+            computed = (needs or {}).get(node.name, Needs())
+            memory[node.name] = _memory(cost, computed, numerics)
+            disk += computed.disk_bytes or (cost.disk_bytes if cost else 0)
             if cost is None:
                 unknown[node.kind] = None
             else:
@@ -73,7 +115,14 @@ def estimate(plan: Plan, statuses: Mapping[str, NodeStatus], earlier: Sequence[E
     reads = [node for node in plan.nodes if statuses[node.name].status == "LOAD"]
     files = {file for node in reads for file in node.files.values() if file.is_file()}
     size = sum(file.stat().st_size for file in files)
-    return Estimate(known, tuple(unknown), size, len(files))
+    return Estimate(known, tuple(unknown), size, len(files), memory, disk)
+
+
+def _memory(cost: NodeCost | None, computed: Needs, numerics: Numerics) -> Memory:
+    """Choose between figures: a past run's is the whole process's, which on a GPU is not the device's."""
+    if cost is not None and cost.peak_bytes and numerics.device_class == "cpu":
+        return Memory(cost.peak_bytes, "measured")
+    return Memory(computed.peak_bytes, "unknown" if computed.peak_bytes is None else "computed")
 
 
 def _cost(node: PlanNode, earlier: Sequence[Entry], numerics: Numerics) -> NodeCost | None:
@@ -82,15 +131,15 @@ def _cost(node: PlanNode, earlier: Sequence[Entry], numerics: Numerics) -> NodeC
     if sources:  # it copies a file's content
         return NodeCost(0.0, sum(node.files[path].stat().st_size for path in sources if path in node.files), 0)
     wanted = _cost_fields(node.node.identity({}, numerics.precision))
-    frames = node.facts.get("frames")
     found: list[NodeCost] = []
     for entry in earlier:
         image = entry.preimage
         is_like = image.get("kind") == type(node.node).kind and _cost_fields(image.get("fields", {})) == wanted
         is_here = image.get("numerics", numerics.identity()) == numerics.identity()
-        took, had = entry.facts.get("seconds"), entry.facts.get("frames")
-        if is_like and is_here and isinstance(took, (int, float)):
-            share = frames / had if frames and had else 1.0
+        is_as_large = all(entry.facts.get(side) == node.facts.get(side) for side in ("width", "height"))
+        took = entry.facts.get("seconds")
+        if is_like and is_here and is_as_large and isinstance(took, (int, float)):
+            share = _share(node.facts, entry.facts)
             size = sum(item.size for item in entry.outputs.values())
             found.append(NodeCost(took * share, int(size * share), int(entry.facts.get("peak_bytes", 0))))
     if not found:
@@ -100,6 +149,14 @@ def _cost(node: PlanNode, earlier: Sequence[Entry], numerics: Numerics) -> NodeC
         int(median(cost.disk_bytes for cost in found)),
         max(cost.peak_bytes for cost in found),
     )
+
+
+def _share(facts: Mapping[str, Any], earlier: Mapping[str, Any]) -> float:
+    """Return how many times as long a node's work is as an earlier one's, by frames or by samples of sound."""
+    for name in ("frames", "num_samples"):
+        if facts.get(name) and earlier.get(name):
+            return float(facts[name] / earlier[name])
+    return 1.0
 
 
 def _cost_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

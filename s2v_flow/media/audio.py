@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,25 @@ from s2v_flow.media.limits import (
     MAX_SAMPLE_RATE_HZ,
     MIN_SAMPLE_RATE_HZ,
 )
+
+
+class Sound(Protocol):
+    """A sound, whole or read as it is used."""
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Samples a second."""
+
+    @property
+    def num_channels(self) -> int:
+        """The number of channels."""
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples of each channel."""
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the samples in order, [channels, n] each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +75,10 @@ class Audio:
         """The exact length."""
         return Fraction(self.num_samples, self.sample_rate_hz)
 
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the samples, [channels, n]: all at once."""
+        yield self.waveform
+
 
 @dataclass(frozen=True)
 class AudioInfo:
@@ -85,6 +109,64 @@ def probe_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SEC
     return AudioInfo(rate, num_channels, num_samples)
 
 
+@dataclass(frozen=True)
+class AudioClip:
+    """A file's sound, or a part of it, read as it is used: memory does not grow with its length.
+
+    The part runs from sample `first` to `last` (not included), faded in and out linearly over `num_fade_samples` (at
+    most half of it); of the part, the first `limit` samples count.
+    """
+
+    path: str | os.PathLike[str]
+    sample_rate_hz: int
+    num_channels: int
+    first: int
+    last: int
+    num_fade_samples: int = 0
+    limit: int | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples of each channel."""
+        length = self.last - self.first
+        return length if self.limit is None else min(length, self.limit)
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the samples in order, [channels, n] each.
+
+        Raises:
+            MissingError, MediaError, RefusedError: as `read_audio`.
+        """
+        position = -self.first  # of a block's first sample within the part
+        for _, samples in _checked_blocks(self.path, MAX_AUDIO_SECONDS):
+            start, stop = max(-position, 0), min(self.num_samples - position, samples.shape[1])
+            if start < stop:
+                yield self._faded(samples[:, start:stop], position + start)
+            position += samples.shape[1]
+            if position >= self.num_samples:
+                return
+
+    def _faded(self, samples: NDArray[np.float32], position: int) -> NDArray[np.float32]:
+        """Fade the samples that begin at `position` of the part; a copy only where there is a fade."""
+        length = min(self.num_fade_samples, (self.last - self.first) // 2)
+        places = np.arange(position, position + samples.shape[1])
+        nearest_end = np.minimum(places, self.last - self.first - 1 - places)
+        if length == 0 or nearest_end.min() >= length:
+            return samples
+        gain = (nearest_end + 1).clip(max=length + 1).astype(np.float32) / np.float32(length + 1)
+        return np.asarray(samples * gain)
+
+
+def open_audio(path: str | os.PathLike[str]) -> AudioClip:
+    """Return all of a file's sound, once its length is measured.
+
+    Raises:
+        MissingError, MediaError, RefusedError: as `read_audio`.
+    """
+    info = probe_audio(path)
+    return AudioClip(path, info.sample_rate_hz, info.num_channels, 0, info.num_samples)
+
+
 def read_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SECONDS) -> Audio:
     """Read wav, flac, ogg, mp3, aac, m4a, or the sound of an mp4, mov, mkv or webm file, at its own rate.
 
@@ -98,35 +180,15 @@ def read_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SECO
         RefusedError: it is longer than `max_seconds`, or too large for the memory.
     """
     rate, blocks = 0, []
-    for block_rate, samples in _checked_blocks(path, max_seconds):
+    for block_rate, samples in _checked_blocks(path, max_seconds, MAX_AUDIO_VALUES):
         rate = block_rate
         blocks.append(samples)
     return Audio(np.concatenate(blocks, axis=1), rate)
 
 
-def cut_audio(audio: Audio, first: int, last: int, *, num_fade_samples: int = 0) -> Audio:
-    """Take samples `first` to `last` (not included), faded in and out linearly.
-
-    Args:
-        audio: The sound.
-        first: At least 0.
-        last: At most the sound's length.
-        num_fade_samples: How long each fade is; at most half of what is taken.
-
-    Returns:
-        The part; a copy only where it is faded.
-    """
-    part = audio.waveform[:, first:last]
-    length = min(num_fade_samples, part.shape[1] // 2)
-    if length > 0:
-        ramp = np.arange(1, length + 1, dtype=np.float32) / np.float32(length + 1)
-        part = part.copy()
-        part[:, :length] *= ramp
-        part[:, -length:] *= ramp[::-1]
-    return Audio(part, audio.sample_rate_hz)
-
-
-def _checked_blocks(path: str | os.PathLike[str], max_seconds: float) -> Iterator[Block]:
+def _checked_blocks(
+    path: str | os.PathLike[str], max_seconds: float, max_values: float = float("inf")
+) -> Iterator[Block]:
     """Yield the decoded blocks: all within the limits, of one rate and channel count, one sample or more in all."""
     rate, num_channels, num_samples = 0, 0, 0
     for block_rate, samples in decode_blocks(path):
@@ -137,7 +199,7 @@ def _checked_blocks(path: str | os.PathLike[str], max_seconds: float) -> Iterato
             raise MediaError(f"{path}: its rate or channels change on the way", "re-encode it by ffmpeg")
         start = num_samples
         num_samples += samples.shape[1]
-        if num_samples > max_seconds * rate or num_samples * num_channels > MAX_AUDIO_VALUES:
+        if num_samples > max_seconds * rate or num_samples * num_channels > max_values:
             raise RefusedError(
                 f"{path}: the sound is too long (over {num_samples / rate:.0f} s, {num_channels} channels, {rate} Hz)",
                 f"cut it to {max_seconds:g} s or less, or save it as mono at a lower rate",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from math import ceil, gcd
 from typing import Literal
 
@@ -10,7 +12,7 @@ import soxr
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from s2v_flow.media.audio import Audio
+from s2v_flow.media.audio import Audio, Sound
 
 SPEECH_RATE_HZ = 16_000
 """The rate that Wav2Vec2 was trained with."""
@@ -20,11 +22,11 @@ _ROLLOFF = 0.99
 _BLOCK_SAMPLES = 65_536  # output samples at a time, which bounds the memory
 
 
-def speech_waveform(audio: Audio, conditioning: Literal["comfyui", "official"]) -> NDArray[np.float32]:
-    """Return a sound as mono float32 [samples] at 16 kHz, not normalised, as either pipeline's speech encoder gets it.
+def speech_blocks(sound: Sound, conditioning: Literal["comfyui", "official"]) -> Iterator[NDArray[np.float32]]:
+    """Yield a sound as mono float32 [n] at 16 kHz, not normalised, as either pipeline's speech encoder gets it.
 
     "comfyui" resamples each channel by a windowed sinc, then averages; "official" averages, then resamples by soxr
-    (HQ). What is at 16 kHz already is only averaged.
+    (HQ). What is at 16 kHz already is only averaged. All blocks together have `resampled_length` samples.
 
     Raises:
         ValueError: `conditioning` is neither.
@@ -32,32 +34,85 @@ def speech_waveform(audio: Audio, conditioning: Literal["comfyui", "official"]) 
     Source: Wan-Video/Wan2.2, wan/modules/s2v/audio_encoder.py (librosa.load); ComfyUI: the spec, section 3.
     """
     if conditioning == "comfyui":
-        channels = resample_windowed_sinc(audio.waveform, audio.sample_rate_hz, SPEECH_RATE_HZ)
-        return np.asarray(channels.mean(axis=0), dtype=np.float32)
-    if conditioning == "official":
-        mono = Audio(audio.waveform.mean(axis=0, keepdims=True, dtype=np.float32), audio.sample_rate_hz)
-        return np.asarray(resample(mono, SPEECH_RATE_HZ).waveform[0])
-    raise ValueError(f"conditioning must be 'comfyui' or 'official', got {conditioning!r}")
+        for block in _windowed_sinc_blocks(sound.blocks(), sound.sample_rate_hz, SPEECH_RATE_HZ):
+            yield np.asarray(block.mean(axis=0), dtype=np.float32)
+    elif conditioning == "official":
+        mono = (block.mean(axis=0, keepdims=True, dtype=np.float32) for block in sound.blocks())
+        for block in _soxr_blocks(mono, 1, sound.sample_rate_hz, SPEECH_RATE_HZ):
+            yield block[0]
+    else:
+        raise ValueError(f"conditioning must be 'comfyui' or 'official', got {conditioning!r}")
+
+
+def speech_waveform(sound: Sound, conditioning: Literal["comfyui", "official"]) -> NDArray[np.float32]:
+    """Return all of a sound as `speech_blocks` gives it: mono float32 [samples] at 16 kHz."""
+    return np.concatenate([*speech_blocks(sound, conditioning)])
+
+
+def resampled_length(num_samples: int, from_rate: int, to_rate: int) -> int:
+    """Return how many samples there are at another rate: ceil(samples * to / from)."""
+    return -(-num_samples * to_rate // from_rate)
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A sound at another rate, by soxr (quality HQ), block by block; its length is ceil(samples * new / old), exactly.
+
+    Source: librosa, core/audio.py, resample(res_type="soxr_hq").
+    """
+
+    sound: Sound
+    sample_rate_hz: int
+
+    @property
+    def num_channels(self) -> int:
+        """The number of channels."""
+        return self.sound.num_channels
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples of each channel."""
+        return resampled_length(self.sound.num_samples, self.sound.sample_rate_hz, self.sample_rate_hz)
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the samples in order, [channels, n] each."""
+        return _soxr_blocks(self.sound.blocks(), self.num_channels, self.sound.sample_rate_hz, self.sample_rate_hz)
 
 
 def resample(audio: Audio, sample_rate_hz: int) -> Audio:
-    """Resample by soxr (quality HQ); the length is ceil(samples * new / old), exactly.
+    """Resample all of a sound as `Resampled` does.
 
     Raises:
         ValueError: the rate is not positive.
-
-    Source: librosa, core/audio.py, resample(res_type="soxr_hq").
     """
     if sample_rate_hz < 1:
         raise ValueError(f"sample_rate_hz must be at least 1, got {sample_rate_hz}")
     if sample_rate_hz == audio.sample_rate_hz:
         return audio
-    length = -(-audio.num_samples * sample_rate_hz // audio.sample_rate_hz)
-    samples = np.ascontiguousarray(audio.waveform.T)  # [samples, channels]
-    resampled = soxr.resample(samples, audio.sample_rate_hz, sample_rate_hz, quality="HQ")[:length]
-    waveform = np.zeros((audio.num_channels, length), dtype=np.float32)
-    waveform[:, : len(resampled)] = resampled.T
-    return Audio(waveform, sample_rate_hz)
+    return Audio(np.concatenate([*Resampled(audio, sample_rate_hz).blocks()], axis=1), sample_rate_hz)
+
+
+def _soxr_blocks(
+    blocks: Iterable[NDArray[np.float32]], num_channels: int, from_rate: int, to_rate: int
+) -> Iterator[NDArray[np.float32]]:
+    """Resample [channels, n] blocks; soxr holds back what it needs, so they do not match those that come in."""
+    if from_rate == to_rate:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(from_rate, to_rate, num_channels, dtype="float32", quality="HQ")
+    taken, given = 0, 0
+    for block in blocks:
+        for start in range(0, block.shape[1], _BLOCK_SAMPLES):
+            part = block[:, start : start + _BLOCK_SAMPLES]
+            taken += part.shape[1]
+            resampled = stream.resample_chunk(np.ascontiguousarray(part.T)).T  # [channels, n]
+            given += resampled.shape[1]
+            yield resampled
+    length = resampled_length(taken, from_rate, to_rate)
+    rest = np.zeros((num_channels, max(length - given, 0)), dtype=np.float32)
+    last = stream.resample_chunk(np.zeros((0, num_channels), np.float32), last=True).T[:, : rest.shape[1]]
+    rest[:, : last.shape[1]] = last
+    yield rest
 
 
 def resample_windowed_sinc(waveform: NDArray[np.float32], from_rate: int, to_rate: int) -> NDArray[np.float32]:
@@ -73,22 +128,46 @@ def resample_windowed_sinc(waveform: NDArray[np.float32], from_rate: int, to_rat
     """
     if from_rate < 1 or to_rate < 1 or waveform.ndim != 2:
         raise ValueError(f"cannot resample {waveform.shape} from {from_rate} to {to_rate} Hz")
+    return np.concatenate([*_windowed_sinc_blocks([waveform], from_rate, to_rate)], axis=1)
+
+
+def _windowed_sinc_blocks(
+    blocks: Iterable[NDArray[np.float32]], from_rate: int, to_rate: int
+) -> Iterator[NDArray[np.float32]]:
+    """Resample [channels, n] blocks; each output is computed once all samples that it needs are there."""
     if from_rate == to_rate:
-        return waveform.astype(np.float32)
+        yield from (block.astype(np.float32) for block in blocks)
+        return
     divisor = gcd(from_rate, to_rate)
     old, new = from_rate // divisor, to_rate // divisor
     kernel, reach = _polyphase_kernel(old, new)
     num_taps = kernel.shape[1]
-    length = -(-waveform.shape[1] * new // old)
-    padded = np.pad(waveform.astype(np.float32), ((0, 0), (reach, num_taps)))
-    windows = sliding_window_view(padded, num_taps, axis=1)  # [channels, samples, taps], a view
-    resampled = np.empty((waveform.shape[0], length), dtype=np.float32)
-    for start in range(0, length, _BLOCK_SAMPLES):
-        index = np.arange(start, min(start + _BLOCK_SAMPLES, length), dtype=np.int64)
-        weights, position = kernel[index % new], index * old // new
-        for channel, rows in enumerate(windows):
-            resampled[channel, index] = np.einsum("mt,mt->m", rows[position], weights)
-    return resampled
+    held: NDArray[np.float32] | None = None  # the padded sound from sample `first` on
+    first, taken, given = 0, 0, 0
+
+    def outputs(stop: int) -> Iterator[NDArray[np.float32]]:
+        assert held is not None
+        windows = sliding_window_view(held, num_taps, axis=1)  # [channels, samples, taps], a view
+        for start in range(given, stop, _BLOCK_SAMPLES):
+            index = np.arange(start, min(start + _BLOCK_SAMPLES, stop), dtype=np.int64)
+            weights, position = kernel[index % new], index * old // new - first
+            yield np.stack([np.einsum("mt,mt->m", rows[position], weights) for rows in windows])
+
+    for block in blocks:
+        start = np.zeros((block.shape[0], reach), np.float32) if held is None else held
+        held = np.concatenate([start, block.astype(np.float32)], axis=1)
+        taken += block.shape[1]
+        stop = max(-(-(reach + taken - num_taps + 1) * new // old), given)  # the last needs num_taps from its place on
+        if stop > given:
+            yield from outputs(stop)
+            given = stop
+            unneeded = given * old // new - first
+            held, first = held[:, unneeded:], first + unneeded
+    assert held is not None, "there is a sound"
+    held = np.pad(held, ((0, 0), (0, num_taps)))
+    length = resampled_length(taken, from_rate, to_rate)
+    if length > given:
+        yield from outputs(length)
 
 
 def _polyphase_kernel(old: int, new: int) -> tuple[NDArray[np.float32], int]:

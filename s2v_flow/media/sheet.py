@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from s2v_flow.media.audio import Audio
+from s2v_flow.media.audio import Sound
 from s2v_flow.media.video import VideoReader
 from s2v_flow.media.writer import VideoWriter
 
@@ -49,7 +49,7 @@ def contact_sheet(videos: Sequence[Path], labels: Sequence[str], target: str | o
 
 
 def side_by_side(
-    videos: Sequence[Path], labels: Sequence[str], target: str | os.PathLike[str], audio: Audio | None, fps: Fraction
+    videos: Sequence[Path], labels: Sequence[str], target: str | os.PathLike[str], audio: Sound | None, fps: Fraction
 ) -> None:
     """Write an mp4 that shows videos in a grid, each under its label; shorter ones stand still at their end.
 

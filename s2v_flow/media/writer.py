@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.media.audio import Audio
-from s2v_flow.media.resample import resample
+from s2v_flow.media.audio import Sound
+from s2v_flow.media.resample import Resampled
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 """x264's presets, from the quickest to the smallest file."""
@@ -36,9 +36,9 @@ _LIMITED_RANGE = 1
 class VideoWriter:
     """An mp4 file in the making: H.264 (yuv420p, BT.709), sound as AAC, the index in front for streaming.
 
-    Frames are encoded as they come and none is kept; the sound is interleaved up to the same time. Everything goes to a
-    temporary file beside the target, which takes its name when the `with` block ends well, and is removed when it does
-    not. The same frames, sound and settings give the same bytes.
+    Frames are encoded as they come and none is kept; the sound is read and interleaved up to the same time. Everything
+    goes to a temporary file beside the target, which takes its name when the `with` block ends well, and is removed
+    when it does not. The same frames, sound and settings give the same bytes.
 
     The sound begins with the first frame and is as long as the caller's `audio`: cut or pad it before. Rates that AAC
     does not know are resampled to 48 kHz, more than two channels are averaged to one.
@@ -66,7 +66,7 @@ class VideoWriter:
         fps: int | Fraction = 16,
         crf: int = 18,
         preset: str = "medium",
-        audio: Audio | None = None,
+        audio: Sound | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         if width < 2 or height < 2 or width % 2 or height % 2:
@@ -79,8 +79,7 @@ class VideoWriter:
         # x264's macroblock tree now and then gives other bytes for the same frames: 88 of 300 runs at 128x96, 0 of 850
         # without it (which costs half as much again in file size, at the same crf).
         self._video_options = {"crf": str(crf), "preset": preset, "mbtree": "0"}
-        self._audio = None if audio is None else _for_aac(audio)
-        self._num_samples = 0
+        self._audio = None if audio is None else _AacFeed(audio)
         self._metadata = dict(metadata or {})
         self._stack = ExitStack()
         self._container: Any = None
@@ -158,16 +157,13 @@ class VideoWriter:
         """Encode the sound up to a time in seconds, or all that is left of it."""
         if self._audio is None:
             return
-        rate, num_samples = self._audio.sample_rate_hz, self._audio.num_samples
-        stop = num_samples if until is None else min(num_samples, int(until * rate))
-        if stop > self._num_samples:
-            samples = np.ascontiguousarray(self._audio.waveform[:, self._num_samples : stop])
-            frame = av.AudioFrame.from_ndarray(
-                samples, format="fltp", layout="mono" if self._audio.num_channels == 1 else "stereo"
-            )
-            frame.sample_rate, frame.pts, frame.time_base = rate, self._num_samples, Fraction(1, rate)
+        rate, start = self._audio.sample_rate_hz, self._audio.num_taken
+        samples = self._audio.take(None if until is None else int(until * rate) - start)
+        if samples.shape[1]:
+            layout = "mono" if self._audio.num_channels == 1 else "stereo"
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
             self._container.mux(self._audio_stream.encode(frame))
-            self._num_samples = stop
 
     def _finish(self) -> None:
         """Write what the encoders still hold, and the index."""
@@ -215,11 +211,30 @@ def write_images(directory: str | os.PathLike[str], name: str, frames: Iterable[
     return paths
 
 
-def _for_aac(audio: Audio) -> Audio:
-    """Return the sound in a form that AAC takes: one or two channels, at one of its rates."""
-    if audio.num_channels > 2:
-        audio = Audio(audio.waveform.mean(axis=0, keepdims=True, dtype=np.float32), audio.sample_rate_hz)
-    return audio if audio.sample_rate_hz in _AAC_RATES_HZ else resample(audio, _OTHER_AUDIO_RATE_HZ)
+class _AacFeed:
+    """Hands out a sound piece by piece in a form that AAC takes: one or two channels, at one of its rates."""
+
+    def __init__(self, sound: Sound) -> None:
+        self.num_taken = 0
+        if sound.sample_rate_hz not in _AAC_RATES_HZ:
+            sound = Resampled(sound, _OTHER_AUDIO_RATE_HZ)
+        self.sample_rate_hz = sound.sample_rate_hz
+        self.num_channels = sound.num_channels if sound.num_channels <= 2 else 1
+        self._blocks = sound.blocks()
+        self._held = np.zeros((self.num_channels, 0), np.float32)
+
+    def take(self, count: int | None) -> NDArray[np.float32]:
+        """Return the next `count` samples, [channels, n]; fewer at the sound's end; None: all that is left."""
+        parts = [self._held]
+        length = self._held.shape[1]
+        while (count is None or length < count) and (block := next(self._blocks, None)) is not None:
+            parts.append(block if block.shape[0] <= 2 else block.mean(axis=0, keepdims=True, dtype=np.float32))
+            length += block.shape[1]
+        joined = np.concatenate(parts, axis=1) if len(parts) > 1 else self._held
+        split = length if count is None else max(count, 0)
+        taken, self._held = np.ascontiguousarray(joined[:, :split]), joined[:, split:]
+        self.num_taken += taken.shape[1]
+        return taken
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -9,11 +10,9 @@ from torch import Tensor, nn
 
 from s2v_flow.errors import MediaError
 from s2v_flow.models.checkpoint import Shapes
+from s2v_flow.models.speech_rate import RECEPTIVE_FIELD, SAMPLES_PER_STATE
 
-SAMPLE_RATE_HZ = 16_000
 STRIDES = (5, 2, 2, 2, 2, 2, 2)  # the feature extractor's; their product is one state
-SAMPLES_PER_STATE = 320
-RECEPTIVE_FIELD = 400  # samples that the first state sees
 WINDOW_STATES = 1500  # 30 s: bounds the memory of the first convolutions
 
 # Keys of the heads for recognition and pretraining, which some files carry and nothing here needs.
@@ -52,23 +51,37 @@ class AudioEncoder:
 
         Source: Baevski et al., "wav2vec 2.0", 2020; the layers are transformers' Wav2Vec2Model's.
         """
+        mono = self.mono(waveform, conditioning)
+        return torch.cat([state[None] for state in self.states(mono, final_norm=final_norm)]).float()  # [A, T, E]
+
+    def mono(self, waveform: Tensor, conditioning: Conditioning) -> Tensor:
+        """Average channels and normalise, as `encode` does: [L], float32, on the weights' device.
+
+        Raises:
+            MediaError: The clip is shorter than one state, 400 samples.
+        """
         mono = waveform.float().reshape(-1, waveform.shape[-1]).mean(0)  # [L]
-        if mono.shape[0] < RECEPTIVE_FIELD:
-            raise MediaError(
-                f"the sound has {mono.shape[0]} samples at 16 kHz; the audio encoder needs {RECEPTIVE_FIELD} (25 ms)"
-            )
+        require_state(mono.shape[0])
+        device = next(self.module.parameters()).device
+        return normalise(mono.to(device), unbiased=conditioning == "comfyui")
+
+    @torch.no_grad()
+    def states(self, samples: Tensor, *, final_norm: bool = True) -> Iterator[Tensor]:
+        """Yield each layer's input, then the last layer's output, [T, E] each, in the weights' dtype.
+
+        Args:
+            samples: [L], 16 kHz, normalised; at least 400.
+            final_norm: As in `encode`.
+        """
         model: Any = self.module
         weight = model.feature_projection.projection.weight
-        mono = normalise(mono.to(weight.device), unbiased=conditioning == "comfyui").to(weight.dtype)
-        hidden = model.feature_projection(self._extract(mono))[0]  # [1, T, E]
+        hidden = model.feature_projection(self._extract(samples.to(weight.device, weight.dtype)))[0]  # [1, T, E]
         hidden = hidden + model.encoder.pos_conv_embed(hidden)
-        states = []
         for layer in model.encoder.layers:
-            states.append(hidden)
+            yield hidden[0]
             output = layer(hidden)
             hidden = output[0] if isinstance(output, tuple) else output  # transformers 4 returns tuples
-        states.append(model.encoder.layer_norm(hidden) if final_norm else hidden)
-        return torch.cat(states).float()  # [A, T, E]
+        yield (model.encoder.layer_norm(hidden) if final_norm else hidden)[0]
 
     def _extract(self, mono: Tensor) -> Tensor:
         """Run the convolutions over mono [L], in windows that join exactly (nothing is padded): [1, T, channels]."""
@@ -80,6 +93,18 @@ class AudioEncoder:
             samples = mono[first * SAMPLES_PER_STATE : last * SAMPLES_PER_STATE + RECEPTIVE_FIELD]
             windows.append(model.feature_extractor(samples[None]).transpose(1, 2))  # [1, t, channels]
         return torch.cat(windows, dim=1)
+
+
+def require_state(num_samples: int) -> None:
+    """Refuse a clip that is too short for one state.
+
+    Raises:
+        MediaError: It has fewer than 400 samples at 16 kHz.
+    """
+    if num_samples < RECEPTIVE_FIELD:
+        raise MediaError(
+            f"the sound has {num_samples} samples at 16 kHz; the audio encoder needs {RECEPTIVE_FIELD} (25 ms)"
+        )
 
 
 def normalise(mono: Tensor, *, unbiased: bool) -> Tensor:

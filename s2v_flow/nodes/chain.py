@@ -8,6 +8,7 @@ from typing import Any
 
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.plan import PlanBuilder, Source, Value
+from s2v_flow.models.speech_rate import segments_of
 from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
 
 FRAMES_PER_LATENT = 4
@@ -115,7 +116,11 @@ def add_chunk(
     fields = settings.fields
     num_latent_frames = (fields["length"] - 1) // FRAMES_PER_LATENT + 1
     offset = FRAMES_PER_LATENT * chain.num_latent_frames
-    inputs: PlannedInputs = {key: settings.inputs.get(key) for key in ("model", "positive", "speech", "reference")}
+    inputs: PlannedInputs = {key: settings.inputs.get(key) for key in ("model", "positive", "reference")}
+    if "speech" in settings.inputs:
+        segments = settings.inputs["speech"].sources
+        indices = segments_of(offset, FRAMES_PER_LATENT * num_latent_frames, len(segments))
+        inputs["speech"] = segments[indices.start : indices.stop]
     if fields["cfg"] != 1:
         inputs["negative"] = settings.inputs.get("negative")
     if not chain.parts:
@@ -209,6 +214,8 @@ def _add_decoding(
     dropped = FIRST_FRAMES_DROPPED if begins and chain.start is None else 0
     node = DecodeChunk(num_latent_frames=num_latent_frames, drop_frames=dropped)
     num_frames = FRAMES_PER_LATENT * num_latent_frames - dropped
-    values = builder.add(name, node, inputs, recipe_node=recipe_node, facts={"chunk_frames": num_frames})
+    values = builder.add(
+        name, node, inputs, recipe_node=recipe_node, facts={"chunk_frames": num_frames, **_size(settings)}
+    )
     part = Part(latent, num_latent_frames, values["frames"].source, num_frames)
     return part, DecodedSources(values["motion"].source, values["tail"].source)

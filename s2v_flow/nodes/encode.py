@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from s2v_flow.graph.node import Node
-from s2v_flow.graph.plan import PlanBuilder, Value
+from s2v_flow.graph.plan import PlanBuilder, Source, Value
+from s2v_flow.models.speech_rate import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, STATES_HZ, num_segments, segment_port
 from s2v_flow.nodes.fields import (
     AudioEncoderInput,
     AudioInput,
@@ -22,8 +24,8 @@ from s2v_flow.nodes.fields import (
 if TYPE_CHECKING:
     from s2v_flow.graph.run import RunContext
 
-SPEECH_RATE_HZ = 16_000
-SAMPLES_PER_FRAME = SPEECH_RATE_HZ // 16
+WHOLE_SECONDS = 600.0
+LONG_WINDOW_SECONDS = 120.0
 
 
 class EncodeText(Node):
@@ -50,9 +52,10 @@ class EncodeText(Node):
 
 
 class EncodeAudio(Node):
-    """Encode the voice: 25 layers of Wav2Vec2 features at video rate, for the whole length at once."""
+    """Encode the voice: 25 layers of Wav2Vec2 features at video rate; a long voice in windows, stored in segments."""
 
     kind: ClassVar[str] = "encode_audio"
+    version: ClassVar[int] = 2
     outputs: ClassVar = {"speech": "speech"}
     is_stored: ClassVar[bool] = True
     has_numerics: ClassVar[bool] = True
@@ -76,28 +79,48 @@ class EncodeAudio(Node):
         "false is what their code gives with transformers 5.",
     )
 
+    window_seconds: Literal["auto"] | Annotated[float, Field(ge=20, le=86_400)] = Field(
+        "auto",
+        description="A voice longer than this is encoded in windows of this length, each with 10 s of sound before and "
+        "after it; a shorter one as a whole. auto: as a whole up to 10 minutes, else in windows of 120 s. In windows "
+        "the time grows evenly with the voice, not with its square, and a change late in it leaves what comes before.",
+    )
+
     def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
-        """Pass on how long the voice is and how much silence stands in front of it."""
+        """Pass on how long the voice is, how much silence stands in front of it, and its segments."""
         audio = builder.value(self.audio)
-        return builder.add_simple(name, self, {**(audio.facts if audio else {}), "warmup_frames": self.warmup_frames})
+        known = dict(audio.facts) if audio else {}
+        own, count = {}, 1  # where the voice's file is missing
+        if "num_samples" in known:
+            own = {"num_samples": self.num_samples(known["num_samples"], known["sample_rate_hz"])}
+            count = num_segments(own["num_samples"])
+        inputs = {"audio_encoder": builder.value(self.audio_encoder), "audio": audio}
+        (value,) = builder.add(name, self, inputs, recipe_node=name, facts=own).values()
+        sources = tuple(Source(name, segment_port(index)) for index in range(count))
+        return {"speech": replace(value, sources=sources, facts={**known, "warmup_frames": self.warmup_frames})}
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Encode the voice: {"speech": {rows: float32 [T, 25, E], num_features_30hz: int64 []}}."""
-        import numpy as np
-        import torch
+        """Encode the voice: a port for each segment.
 
-        from s2v_flow.media.resample import speech_waveform
-        from s2v_flow.models.speech import to_video_rate
-        from s2v_flow.nodes.tensors import pack
+        Returns:
+            {rows: float32 [up to 320, 25, E], first_row: int64 []} each; the last has num_features_30hz: int64 [] too.
+        """
+        from s2v_flow.nodes.hearing import hear
 
-        voice = speech_waveform(inputs["audio"].read(), self.conditioning)
-        silence = np.zeros(self.warmup_frames * SAMPLES_PER_FRAME, np.float32)
-        waveform = torch.from_numpy(np.concatenate([silence, voice]))
-        encoder = inputs["audio_encoder"].get()
-        features = encoder.encode(waveform, self.conditioning, final_norm=self.final_norm)
-        table = to_video_rate(features.cpu())
-        count = torch.tensor(table.num_features_30hz, dtype=torch.int64)
-        return {"speech": pack({"rows": table.rows, "num_features_30hz": count})}
+        context.record(num_samples=context.node.facts["num_samples"])
+        segments = hear(self, context.scratch, inputs["audio"], inputs["audio_encoder"].get())
+        return {segment_port(index): path for index, path in enumerate(segments)}
+
+    def num_samples(self, of_voice: int, sample_rate_hz: int) -> int:
+        """Count what the encoder hears of a voice, at 16 kHz, with the silence in front."""
+        return self.warmup_frames * SAMPLES_PER_FRAME + -(-of_voice * SAMPLE_RATE_HZ // sample_rate_hz)
+
+    def window_states(self, num_samples: int) -> int | None:
+        """Return a window's length in states, or None for a voice that is encoded as a whole."""
+        is_auto = self.window_seconds == "auto"
+        longest = WHOLE_SECONDS if self.window_seconds == "auto" else self.window_seconds
+        window = LONG_WINDOW_SECONDS if is_auto else longest
+        return None if num_samples <= longest * SAMPLE_RATE_HZ else round(window * STATES_HZ)
 
 
 class EncodeImage(Node):
@@ -126,9 +149,10 @@ class EncodeImage(Node):
         import torch
 
         from s2v_flow.media.image import crop_resize
+        from s2v_flow.nodes.ladder import encoded
         from s2v_flow.nodes.tensors import pack, to_pixels
 
         image = crop_resize(inputs["image"].read(), self.width, self.height, antialias=self.conditioning == "official")
         pixels = to_pixels(torch.from_numpy(image)[None])
-        latent = inputs["vae"].get().encode(pixels.to(context.device)).float()
+        latent = encoded(inputs["vae"].get(), pixels, context)
         return {"reference": pack({"latent": latent, "pixels": pixels})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -48,16 +49,14 @@ class SaveVideo(Node):
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Write the video into the scratch folder: {"file": path}."""
-        from s2v_flow.media.audio import Audio
         from s2v_flow.media.writer import VideoWriter
 
         frames = inputs["frames"]
         require_frames(context, frames.num_frames)
         audio = None
         if "audio" in inputs:
-            audio = inputs["audio"].read()
-            num_samples = round(frames.num_frames * audio.sample_rate_hz / self.fps)
-            audio = Audio(audio.waveform[:, :num_samples], audio.sample_rate_hz)
+            clip = inputs["audio"]
+            audio = replace(clip, limit=round(frames.num_frames * clip.sample_rate_hz / self.fps))
         path = context.scratch / "video.mp4"
         digest = hashlib.sha256()  # of the frames as they are before encoding: what `reproduce` compares
         options: dict[str, Any] = {
@@ -70,7 +69,8 @@ class SaveVideo(Node):
             for group in reported(context, frames):
                 digest.update(group.tobytes())
                 writer.write(group)
-        context.record(frames_sha256=digest.hexdigest(), frames=frames.num_frames, **frames.facts)
+        size = {"width": context.node.facts.get("width"), "height": context.node.facts.get("height")}
+        context.record(frames_sha256=digest.hexdigest(), frames=frames.num_frames, **size, **frames.facts)
         return {"file": path}
 
     def deliver(self, files: Files, artifacts: Mapping[str, Artifact], note: bytes) -> list[tuple[Path, bool]]:
@@ -146,6 +146,7 @@ def plan_sink(builder: PlanBuilder, name: str, node: SaveVideo | SaveImages, fps
     inputs = {key: builder.value(ref) for key, ref in node.refs().items()}
     count = frames.facts.get("frames") if frames else None
     facts = {"frames": count, "seconds": None if count is None else count / fps}
+    facts |= {side: frames.facts.get(side) for side in ("width", "height")} if frames else {}
     return builder.add(name, node, inputs, recipe_node=name, facts=facts)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recipes_for_tests import options, write_recipe
+from recipes_for_tests import options, write_recipe, write_voice
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
@@ -94,3 +94,34 @@ def test_peak_memory_of_ten_chunks_is_that_of_two(tmp_path: Path, tiny_models: P
         )
         peaks[num_chunks] = int(found.stdout)
     assert peaks[10] <= 1.1 * peaks[2], peaks
+
+
+ENCODE = """
+import sys
+from pathlib import Path
+from recipes_for_tests import options
+from s2v_flow import api
+from s2v_flow.graph.run import peak_memory_bytes
+from s2v_flow.graph.selection import Selection
+
+recipe, folder, models = map(Path, sys.argv[1:])
+api.run(recipe, options(folder, models, selection=Selection(only=("speech",))))
+print(peak_memory_bytes())
+"""
+
+
+@pytest.mark.soak
+def test_peak_memory_of_encoding_a_long_voice_is_that_of_a_short_one(tmp_path: Path, tiny_models: Path) -> None:
+    """In windows of 20 s, within a tenth: 4 minutes of voice and 1. What is stored grows by 18 MB, what is held not."""
+    peaks = {}
+    for seconds in (60, 240):
+        folder = tmp_path / str(seconds)
+        folder.mkdir()
+        write_voice(folder / "voice.wav", seconds)
+        recipe = write_recipe(folder, {"speech": {"window_seconds": 20.0}})
+        command = [sys.executable, "-c", ENCODE, recipe, folder, tiny_models]
+        found = subprocess.run(
+            list(map(str, command)), cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
+        )
+        peaks[seconds] = int(found.stdout)
+    assert peaks[240] <= 1.1 * peaks[60], peaks

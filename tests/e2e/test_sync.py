@@ -42,7 +42,10 @@ LENGTHS = [(0.3, 1, 5), (1.23, 3, 20), (6.25, 13, 100)]  # seconds, chunks of 8 
 class StampingAudioEncoder(nn.Module):
     """Gives one number for each 1/16 s of the waveform; the `to_video_rate` beside it has nothing left to do."""
 
-    def encode(self, waveform: Tensor, conditioning: str, *, final_norm: bool) -> Tensor:
+    def mono(self, waveform: Tensor, conditioning: str) -> Tensor:
+        return waveform
+
+    def states(self, waveform: Tensor, *, final_norm: bool) -> Tensor:
         padded = torch.cat([waveform, waveform[-1:].expand(-len(waveform) % STEP)])
         levels = padded.reshape(-1, STEP)
         is_silent = (levels == 0).all(dim=1)

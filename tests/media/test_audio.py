@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError, MissingError, RefusedError
-from s2v_flow.media.audio import Audio, AudioInfo, probe_audio, read_audio
+from s2v_flow.media.audio import Audio, AudioClip, AudioInfo, open_audio, probe_audio, read_audio
 
 INPUTS = Path(__file__).parents[2] / "recipes" / "inputs"
 
@@ -251,3 +253,74 @@ def test_audio_refuses_what_is_not_a_waveform() -> None:
             Audio(waveform, 16_000)
     with pytest.raises(ValueError, match="sample_rate_hz"):
         Audio(np.zeros((1, 5), "f4"), 0)
+
+
+def whole(clip: AudioClip) -> np.ndarray:
+    return np.concatenate([np.zeros((clip.num_channels, 0), "f4"), *clip.blocks()], axis=1)
+
+
+def test_a_clip_gives_the_file_s_samples_block_by_block(tmp_path: Path) -> None:
+    waveform = np.random.default_rng(0).uniform(-1, 1, (2, 200_000)).astype("f4")
+    soundfile.write(tmp_path / "a.wav", waveform.T, 8_000, subtype="FLOAT")
+    clip = open_audio(tmp_path / "a.wav")
+    assert (clip.num_samples, clip.num_channels, clip.sample_rate_hz) == (200_000, 2, 8_000)
+    blocks = list(clip.blocks())
+    assert max(block.shape[1] for block in blocks) <= 65_536
+    assert np.array_equal(np.concatenate(blocks, axis=1), waveform)
+    for first, last in [(0, 200_000), (65_536, 131_072), (65_535, 65_537), (70_000, 70_000), (199_999, 200_000)]:
+        part = replace(clip, first=first, last=last)
+        assert part.num_samples == last - first
+        assert np.array_equal(whole(part), waveform[:, first:last])
+
+
+def test_a_clip_is_faded_over_its_part_however_much_of_it_is_taken(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.ones(200_000, "f4"), 8_000, subtype="FLOAT")
+    clip = replace(open_audio(tmp_path / "a.wav"), first=1000, last=151_000, num_fade_samples=100_000)
+    ramp = np.arange(1, 75_001, dtype="f4") / np.float32(75_001)  # at most half of the part
+    expected = np.concatenate([ramp, ramp[::-1]])
+    assert np.array_equal(whole(clip)[0], expected)
+    assert np.array_equal(whole(replace(clip, limit=70_000))[0], expected[:70_000])
+    short = whole(replace(clip, num_fade_samples=3))[0]
+    assert np.array_equal(short[:4], np.array([0.25, 0.5, 0.75, 1], "f4"))
+    assert np.array_equal(short[-4:], np.array([1, 0.75, 0.5, 0.25], "f4"))
+    assert short.min() > 0
+
+
+@pytest.mark.slow
+def test_a_sound_of_hours_is_measured_and_read_in_little_memory(tmp_path: Path) -> None:
+    """Six hours at 8 kHz, more than were taken before; a day's limit is kept for more."""
+    hours = 6
+    with soundfile.SoundFile(tmp_path / "a.flac", "w", 8_000, 1, "PCM_16") as file:
+        for _ in range(hours):
+            file.write(np.zeros(3600 * 8_000, "i2"))
+    tracemalloc.start()
+    clip = open_audio(tmp_path / "a.flac")
+    assert clip.num_samples == hours * 3600 * 8_000
+    assert sum(block.shape[1] for block in replace(clip, first=10, limit=10**6).blocks()) == 10**6
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
+def test_eight_channels_are_eight(tmp_path: Path) -> None:
+    """7.1 is the most that is read; FFmpeg keeps the pointers to more planes than 8 elsewhere."""
+    samples = tone(0.5, 48_000, 8)
+    soundfile.write(tmp_path / "a.ogg", samples.T, 48_000, format="OGG", subtype="OPUS")
+    with av.open(str(tmp_path / "a.ogg")) as old, av.open(str(tmp_path / "a.mkv"), "w") as new:
+        stream = new.add_stream_from_template(old.streams.audio[0])
+        for packet in old.demux():
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    audio = read_audio(tmp_path / "a.mkv")
+    assert audio.num_channels == 8
+    by_libsndfile = soundfile.read(tmp_path / "a.ogg", dtype="float32", always_2d=True)[0].T  # in another order
+    peaks = [np.sort(np.abs(sound).max(axis=1)) for sound in (audio.waveform, by_libsndfile)]
+    assert peaks[0] == pytest.approx(peaks[1], rel=1e-3)
+
+
+def test_more_channels_than_eight_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    """This file claims 29; it crashed the process."""
+    spoilt = Path(__file__).parents[1] / "fuzz" / "corpus" / "media" / "claims_29_channels.aac"
+    with pytest.raises(MediaError, match="it has 29 channels"):
+        probe_audio(spoilt)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Iterator
 from math import gcd
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from reference import load_golden, relative_error
 
 from s2v_flow.media.audio import Audio
-from s2v_flow.media.resample import resample, resample_windowed_sinc, speech_waveform
+from s2v_flow.media.resample import Resampled, resample, resample_windowed_sinc, speech_blocks, speech_waveform
 
 
 @pytest.mark.parametrize("rate", [22_050, 44_100, 48_000])
@@ -90,3 +91,41 @@ def test_resampling_refuses_wrong_rates_and_shapes() -> None:
     for waveform, old, new in ((np.zeros((1, 5)), 0, 1), (np.zeros((1, 5)), 1, 0), (np.zeros(5), 1, 2)):
         with pytest.raises(ValueError, match="cannot resample"):
             resample_windowed_sinc(waveform.astype(np.float32), old, new)
+
+
+class InPieces:
+    """A sound that comes in blocks of odd sizes."""
+
+    def __init__(self, waveform: np.ndarray, sample_rate_hz: int) -> None:
+        self.waveform, self.sample_rate_hz = waveform, sample_rate_hz
+        self.num_channels, self.num_samples = waveform.shape
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        sizes = np.random.default_rng(1).integers(1, 9000, 500)
+        yield from np.split(self.waveform, np.cumsum(sizes)[np.cumsum(sizes) < self.num_samples], axis=1)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000, 11_025])
+@pytest.mark.parametrize("num_samples", [1, 50, 99_999])
+def test_a_sound_in_pieces_is_resampled_to_the_same_bits_as_whole(rate: int, num_samples: int) -> None:
+    waveform = np.random.default_rng(0).standard_normal((2, num_samples)).astype(np.float32)
+    pieces, whole = InPieces(waveform, rate), Audio(waveform, rate)
+    for conditioning in ("official", "comfyui"):
+        found = np.concatenate([*speech_blocks(pieces, conditioning)])
+        assert np.array_equal(found, speech_waveform(whole, conditioning)), conditioning
+        assert len(found) == -(-num_samples * 16_000 // rate)
+    if rate != 48_000:
+        found = np.concatenate([*Resampled(pieces, 48_000).blocks()], axis=1)
+        assert np.array_equal(found, resample(whole, 48_000).waveform)
+
+
+def test_windowed_sinc_equals_what_it_was_before_it_came_in_blocks() -> None:
+    """The formula's own matrix on the middle of a long sound, across the blocks' borders."""
+    signal = np.random.default_rng(3).standard_normal((1, 300_000)).astype(np.float32)
+    whole = resample_windowed_sinc(signal, 44_100, 16_000)
+    pieces = np.concatenate([*speech_blocks(InPieces(signal, 44_100), "comfyui")])
+    assert np.array_equal(whole[0], pieces)
+    for start in (0, 65_000, 108_000):
+        part = resample_windowed_sinc(signal[:, start * 441 // 160 // 441 * 441 :][:, :4410], 44_100, 16_000)
+        offset = start * 441 // 160 // 441 * 160
+        assert np.array_equal(whole[0, offset + 20 : offset + 1580], part[0, 20:1580])

@@ -11,11 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import soundfile
 from numpy.typing import NDArray
 
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.media import writer as writer_module
-from s2v_flow.media.audio import Audio, read_audio
+from s2v_flow.media.audio import Audio, open_audio, read_audio
 from s2v_flow.media.image import read_image
 from s2v_flow.media.video import VideoReader, probe_video
 from s2v_flow.media.writer import VideoWriter, write_images
@@ -258,3 +259,15 @@ def test_images_refuse_folders_in_their_name_and_other_types(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="uint8"):
         write_images(tmp_path, "a", [np.zeros((4, 4, 3), np.float32)])  # type: ignore[list-item]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rate", [16_000, 11_000])
+def test_sound_that_is_read_as_it_is_written_gives_the_same_file(tmp_path: Path, rate: int) -> None:
+    """A clip of a file in blocks, and the whole of it at once; also where it is resampled for AAC."""
+    audio = click(9, 1, rate)
+    soundfile.write(tmp_path / "a.wav", audio.waveform.T, rate, subtype="FLOAT")
+    for name, sound in (("whole", audio), ("clip", open_audio(tmp_path / "a.wav"))):
+        with VideoWriter(tmp_path / f"{name}.mp4", WIDTH, HEIGHT, audio=sound) as writer:
+            for _ in range(9 * 16):
+                writer.write(np.zeros((1, HEIGHT, WIDTH, 3), np.uint8))
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "clip.mp4").read_bytes()

@@ -1,0 +1,355 @@
+"""How much memory a plan's nodes will need, before anything ran: from the model files' headers and the video's size.
+
+Nothing is loaded. What a model computes with is counted from the code, largest moment by largest moment; each formula
+says what it counts. In them c is the bytes of a number in the dtype that is computed in. What is measured beside them
+stands in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2v_flow.graph.estimate import Needs
+from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.models.activation import activation_bytes
+from s2v_flow.models.checkpoint import Checkpoint
+from s2v_flow.models.header import TensorEntry
+from s2v_flow.models.speech_rate import num_features, num_rows, num_states
+from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
+from s2v_flow.nodes.decode import DecodeFrames
+from s2v_flow.nodes.encode import EncodeAudio, EncodeImage
+from s2v_flow.nodes.load import LoadDiffusionModel
+
+PROCESS_BYTES = 345 * 2**20  # resident in a process that has imported torch and transformers (Linux, torch 2.13)
+_ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_WIDE_BYTES = {"BF16": 2, "F16": 2}  # what is not a matrix keeps its dtype, or becomes float32
+_TEXT_TOKENS = 512
+_INJECTIONS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+_PARTS = ("blocks.", "audio_injector.injector.", "audio_injector.injector_adain_layers.")
+_STREAMED = re.compile(r"(?:blocks|audio_injector\.injector(?:_adain_layers)?)\.[0-9]+\.")
+_LOADERS = frozenset({"load_diffusion_model", "load_text_encoder", "load_audio_encoder", "load_vae"})
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A loader's model as its header tells: shapes by key, what the weights take once loaded, c."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    num_bytes: int
+    item_bytes: int
+    is_fp8: bool
+    on_cpu: bool
+
+
+def needs(plan: Plan, to_compute: Collection[str], numerics: Numerics) -> dict[str, Needs]:
+    """Compute what nodes need, where the files that say so are there.
+
+    Args:
+        plan: The plan.
+        to_compute: The nodes that will be computed and stored.
+        numerics: The run's numerics policy; on a GPU the device's memory is meant.
+
+    Returns:
+        By node, what it needs while it runs: its own work, and every model that is live then.
+    """
+    return _Needs(plan, to_compute, numerics).all()
+
+
+class _Needs:
+    def __init__(self, plan: Plan, to_compute: Collection[str], numerics: Numerics) -> None:
+        self._plan = plan
+        self._numerics = numerics
+        self._order = [node for node in plan.nodes if node.name in to_compute]
+        self._weights: dict[str, Weights | None] = {}
+        self._users: dict[str, set[str]] = {}  # of a node: what it is made with that is not stored, and how far back
+        self._work: dict[object, int | None] = {}
+
+    def all(self) -> dict[str, Needs]:
+        """Return every node's needs."""
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for position, node in enumerate(self._order):
+            for name in self._loaders(node.name):
+                first.setdefault(name, position)
+                last[name] = position
+        found = {}
+        for position, node in enumerate(self._order):
+            live = [self._loaded(name) for name in first if first[name] <= position <= last[name]]
+            work = self._work_of(node)
+            sizes = [None if model is None else model.num_bytes for model in live]
+            peak = None if work is None or None in sizes else self._base() + work + sum(size or 0 for size in sizes)
+            found[node.name] = Needs(peak, self._stored(node))
+        return found
+
+    def _base(self) -> int:
+        return PROCESS_BYTES if self._numerics.device_class == "cpu" else 0
+
+    def _loaders(self, name: str) -> set[str]:
+        """Return the loaders of the models that a node uses, through whatever is made as it is used."""
+        if name not in self._users:
+            found = set()
+            for source in self._plan.node(name).sources():
+                upstream = self._plan.node(source.node)
+                if upstream.node.kind in _LOADERS:
+                    found.add(upstream.name)
+                elif not upstream.node.is_stored:
+                    found |= self._loaders(upstream.name)
+            self._users[name] = found
+        return self._users[name]
+
+    def _loaded(self, name: str) -> Weights | None:
+        """Return a loader's model; None where its file is missing."""
+        if name not in self._weights:
+            loader = self._plan.node(name)
+            path = loader.files.get(("checkpoint",))
+            is_there = path is not None and path.is_file()
+            self._weights[name] = _read(loader, path, self._numerics) if path is not None and is_there else None
+        return self._weights[name]
+
+    def _model(self, node: PlanNode, key: str) -> Weights | None:
+        given = node.inputs.get(key)
+        return None if given is None or isinstance(given, tuple) else self._loaded(given.node)
+
+    def _work_of(self, node: PlanNode) -> int | None:
+        """Return what a node's own work takes; computed once for all nodes of one shape."""
+        work = _WORK.get(type(node.node).kind)
+        if work is None:
+            return self._frames_work(node)
+        size = repr(node.node.model_copy(update={"seed": 0, "audio_offset": 0, "text": ""}))
+        key = (size, frozenset(node.inputs), tuple(sorted(self._loaders(node.name))), node.facts.get("num_samples"))
+        if key not in self._work:
+            self._work[key] = work(node, self._model)
+        return self._work[key]
+
+    def _frames_work(self, node: PlanNode) -> int | None:
+        """Return the decoder's work where frames are decoded as they are used; 0 for all that only copies."""
+        pending, work = [node.name], 0
+        while pending:
+            for source in self._plan.node(pending.pop()).sources():
+                upstream = self._plan.node(source.node)
+                if isinstance(upstream.node, DecodeFrames):
+                    decoding = self._decoding(upstream)
+                    if decoding is None:
+                        return None
+                    work = max(work, decoding)
+                elif not upstream.node.is_stored and upstream.node.kind not in _LOADERS:
+                    pending.append(upstream.name)
+        return work
+
+    def _decoding(self, node: PlanNode) -> int | None:
+        vae = self._model(node, "vae")
+        if "parts" in node.inputs:
+            return 0
+        if vae is None or None in (node.facts.get("width"), node.facts.get("height")):
+            return None
+        assert isinstance(node.node, DecodeFrames)
+        width, height = (tile_side(node.facts[side], node.node.tiles) for side in ("width", "height"))
+        return decoding_bytes(vae, width, height, node.node.frames_per_call)
+
+    def _stored(self, node: PlanNode) -> int | None:
+        """Return the bytes that a node stores, where they are known exactly."""
+        if isinstance(node.node, Chunk):
+            made = node.node
+            return _latent_bytes(made.width, made.height, made.num_latent_frames)
+        if isinstance(node.node, EncodeImage):
+            pixels = 3 * node.node.width * node.node.height * 4
+            return pixels + _latent_bytes(node.node.width, node.node.height, 1)
+        encoder = self._model(node, "audio_encoder")
+        if isinstance(node.node, EncodeAudio) and encoder is not None and "num_samples" in node.facts:
+            width, layers = _audio_sizes(encoder)
+            return num_rows(num_features(num_states(node.facts["num_samples"]))) * (layers + 1) * width * 4
+        return None
+
+
+def _latent_bytes(width: int, height: int, num_latent_frames: int) -> int:
+    return 16 * num_latent_frames * (height // 8) * (width // 8) * 4
+
+
+def _read(loader: PlanNode, path: Path, numerics: Numerics) -> Weights:
+    """Count a model's weights as its loader will have them."""
+    checkpoint = Checkpoint.open(path)
+    asked = getattr(loader.node, "precision", "auto")
+    item_bytes = _ITEM_BYTES[numerics.precision(loader.node.kind, asked)]
+    keeps_fp8 = numerics.device_class != "cpu" and loader.node.kind in ("load_diffusion_model", "load_text_encoder")
+    keeps_wide = isinstance(loader.node, LoadDiffusionModel)
+
+    def size(key: str, entry: TensorEntry) -> int:
+        is_matrix = len(entry.shape) == 2 and key.endswith(".weight")
+        if entry.dtype == "F8_E4M3" and keeps_fp8 and is_matrix:
+            return math.prod(entry.shape)
+        kept = max(item_bytes, _WIDE_BYTES.get(entry.dtype, 4)) if keeps_wide and not is_matrix else item_bytes
+        return math.prod(entry.shape) * kept
+
+    sizes = {key: size(key, entry) for key, entry in checkpoint.entries.items()}
+    num_bytes = sum(sizes.values())
+    if numerics.device_class != "cpu" and getattr(loader.node, "placement", "auto") == "streamed":
+        num_bytes = streamed_bytes(sizes)
+    is_fp8 = keeps_fp8 and any(entry.dtype == "F8_E4M3" for entry in checkpoint.entries.values())
+    return Weights(checkpoint.shapes, num_bytes, item_bytes, is_fp8, numerics.device_class == "cpu")
+
+
+def streamed_bytes(sizes: Mapping[str, int]) -> int:
+    """Count what of streamed weights is on the device: all but blocks and injectors, and two of the largest of these.
+
+    An injector comes with its block.
+    """
+    layers: dict[str, int] = {}
+    resting = 0
+    for key, size in sizes.items():
+        match = _STREAMED.match(key)
+        if match is None:
+            resting += size
+        else:
+            layers[match[0]] = layers.get(match[0], 0) + size
+    largest = (max((size for name, size in layers.items() if name.startswith(part)), default=0) for part in _PARTS)
+    return resting + 2 * sum(largest)
+
+
+Model = Callable[[PlanNode, str], "Weights | None"]
+
+
+def _text_work(node: PlanNode, model: Model) -> int | None:
+    """Encoding 512 tokens, the most that there can be: scores of all heads thrice, the feed-forward's values thrice."""
+    encoder = model(node, "text_encoder")
+    if encoder is None:
+        return None
+    heads = encoder.shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
+    wide, narrow = encoder.shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]
+    values = 3 * heads * _TEXT_TOKENS**2 + 3 * _TEXT_TOKENS * wide + 6 * _TEXT_TOKENS * narrow
+    return values * max(encoder.item_bytes, 4)
+
+
+def _audio_work(node: PlanNode, model: Model) -> int | None:
+    """Encoding a voice, whole or a window of it.
+
+    The first convolutions, over 30 s at a time: three arrays [512, samples / 5]. Then, over all states that are encoded
+    at once: the feed-forward's values twice, and six streams. And the rows of all layers, twice where the voice is
+    whole, before they are stored.
+    """
+    encoder = model(node, "audio_encoder")
+    assert isinstance(node.node, EncodeAudio)
+    if encoder is None or "num_samples" not in node.facts:
+        return None
+    width, layers = _audio_sizes(encoder)
+    channels = encoder.shapes["feature_extractor.conv_layers.0.conv.weight"][0]
+    wide = encoder.shapes["encoder.layers.0.feed_forward.intermediate_dense.weight"][0]
+    num_samples = int(node.facts["num_samples"])
+    window = node.node.window_states(num_samples)
+    states = num_states(num_samples) if window is None else min(num_states(num_samples), window + 1000)
+    convolutions = 3 * channels * min(num_samples, 480_000) // 5 * encoder.item_bytes
+    rows = num_rows(num_features(states)) * (layers + 1) * width * 4
+    waveform = 0 if window is not None else 3 * num_samples * 4
+    return max(convolutions, states * (2 * wide + 6 * width) * encoder.item_bytes + 2 * rows) + waveform
+
+
+def _audio_sizes(encoder: Weights) -> tuple[int, int]:
+    """Return the width of the audio encoder and its number of layers."""
+    width = encoder.shapes["encoder.layers.0.feed_forward.intermediate_dense.weight"][1]
+    return width, len({key.split(".")[2] for key in encoder.shapes if key.startswith("encoder.layers.")})
+
+
+def _image_work(node: PlanNode, model: Model) -> int | None:
+    vae = model(node, "vae")
+    assert isinstance(node.node, EncodeImage)
+    return None if vae is None else encoding_bytes(vae, node.node.width, node.node.height, 1)
+
+
+def _motion_work(node: PlanNode, model: Model) -> int | None:
+    vae = model(node, "vae")
+    assert isinstance(node.node, (EncodeMotion, EncodeControl))
+    count = 73 if isinstance(node.node, EncodeMotion) else 4 * node.node.num_latent_frames + 1
+    return None if vae is None else encoding_bytes(vae, node.node.width, node.node.height, count)
+
+
+def _decode_chunk_work(node: PlanNode, model: Model) -> int | None:
+    """Decoding a chunk and what was before it, two latent frames at a time, its pixels thrice, then encoding."""
+    vae = model(node, "vae")
+    assert isinstance(node.node, DecodeChunk)
+    if vae is None:
+        return None
+    width, height = int(node.facts["width"]), int(node.facts["height"])
+    pixels = 3 * 4 * node.node.num_latent_frames * width * height * 4
+    return max(decoding_bytes(vae, width, height, 2), encoding_bytes(vae, width, height, 73)) + 3 * pixels
+
+
+def tile_side(side: int, tiles: int) -> int:
+    """Return how many pixels a tile has along a side that is cut into so many; neighbours share 64."""
+    return side if tiles == 1 else min(8 * -(-(side // 8 + 8 * (tiles - 1)) // tiles), side)
+
+
+def decoding_bytes(vae: Weights, width: int, height: int, frames_per_call: int) -> int:
+    """Count what decoding takes, in arrays of one frame at full size with the narrowest layer's channels.
+
+    The state from one call to the next is 24.7 of them, twice while it is replaced. At the widest moment, in the last
+    stage (four frames for a latent frame), 20 more for each latent frame: the layer's input and its shortcut, the
+    convolution's window and its result, and upsampled ones of twice the channels; 16-bit norms add 7, in float32. What
+    convolutions need besides makes 55 and 21.5; on the CPU they turn 16 bits into float32, which makes 54.
+    """
+    per_call = 21.5 if vae.item_bytes == 4 else (54 if vae.on_cpu else 29)
+    return round(_frame_bytes(vae, width, height) * (55 + per_call * frames_per_call))
+
+
+def encoding_bytes(vae: Weights, width: int, height: int, num_frames: int) -> int:
+    """Count what encoding takes, as `decoding_bytes` does: one frame alone takes 18 arrays, a clip, four at a time, 48.
+
+    The clip itself, float32, stands beside it, twice.
+    """
+    clip = 3 * num_frames * width * height * 4
+    return (18 if num_frames == 1 else 48) * _frame_bytes(vae, width, height) + 2 * clip
+
+
+def _frame_bytes(vae: Weights, width: int, height: int) -> int:
+    return vae.shapes["decoder.head.0.gamma"][0] * width * height * vae.item_bytes
+
+
+def chunk_tokens(chunk: Chunk, inputs: Collection[str]) -> tuple[int, int]:
+    """Count a chunk's tokens: those of the video, and all (with the reference's and the motion's)."""
+    rows, columns = chunk.height // 8, chunk.width // 8
+    frame = (rows // 2) * (columns // 2)
+    still = frame if "reference" in inputs else 0
+    if "motion" in inputs or "history" in inputs:  # buckets of 1, 2 and 16 latent frames
+        still += frame + (rows // 4) * (columns // 4) + 4 * (rows // 8) * (columns // 8)
+    return chunk.num_latent_frames * frame, chunk.num_latent_frames * frame + still
+
+
+def _chunk_work(node: PlanNode, model: Model) -> int | None:
+    dit = model(node, "model")
+    assert isinstance(node.node, Chunk)
+    return None if dit is None else chunk_bytes(dit, node.node, node.inputs.keys())
+
+
+def chunk_bytes(dit: Weights, chunk: Chunk, inputs: Collection[str]) -> int:
+    """Count what one denoising step takes: the transformer's own computation, see `activation_bytes`.
+
+    Beside this, from the chunk's start: rotations, still tokens, each prompt's keys and values, the audio's, and the
+    solver's latents; with fp8 weights the largest matrix, expanded.
+    """
+    dim, c = dit.shapes["head.modulation"][2], dit.item_bytes
+    ffn = dit.shapes["blocks.0.ffn.0.weight"][0]
+    layers = len({key.split(".")[1] for key in dit.shapes if key.startswith("blocks.")})
+    branches = 2 if "negative" in inputs else 1
+    video, tokens = chunk_tokens(chunk, inputs)
+    step = activation_bytes(dim, ffn, tokens, branches, c)
+    injected = sum(block < layers for block in _INJECTIONS) if "speech" in inputs else 0
+    texts = branches * layers * 2 * _TEXT_TOKENS * dim * c
+    audio = branches * injected * chunk.num_latent_frames * (10 * c + 8) * dim
+    control = 4 * video * dim if "control" in inputs else 0
+    prepared = texts + audio + control + 4 * (tokens - video) * dim + 512 * tokens
+    latents = 6 * _latent_bytes(chunk.width, chunk.height, chunk.num_latent_frames)
+    return step + prepared + latents + (ffn * dim * c if dit.is_fp8 else 0)
+
+
+_WORK: Mapping[str, Callable[[PlanNode, Model], int | None]] = {
+    "encode_text": _text_work,
+    "encode_audio": _audio_work,
+    "encode_image": _image_work,
+    "encode_motion": _motion_work,
+    "encode_control": _motion_work,
+    "decode_chunk": _decode_chunk_work,
+    "chunk": _chunk_work,
+}
