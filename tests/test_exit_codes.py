@@ -52,6 +52,7 @@ def test_0_and_10(here: Here) -> None:
     assert call(*plan)[0] == 0
 
 
+@pytest.mark.slow
 def test_1_a_node_failed(here: Here) -> None:
     """Its output cannot be written: a file stands where the folder should."""
     (here.folder / "out").write_text("")
@@ -87,6 +88,7 @@ def test_5_refused(here: Here) -> None:
     assert here.run()[0] == 5
 
 
+@pytest.mark.slow
 def test_6_the_disk_is_full(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where not even the video itself can be written."""
 
@@ -98,6 +100,7 @@ def test_6_the_disk_is_full(here: Here, monkeypatch: pytest.MonkeyPatch) -> None
     assert (code, "Traceback" in err, "no space left" in err) == (6, False, True)
 
 
+@pytest.mark.slow
 def test_7_out_of_memory(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no smaller step helps, and what is kept is said."""
 
@@ -109,6 +112,7 @@ def test_7_out_of_memory(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, "Traceback" in err, "every sampled chunk" in err) == (7, False, True)
 
 
+@pytest.mark.slow
 def test_8_not_a_number(here: Here, tiny_models: Path) -> None:
     """A model file with a broken weight."""
     tensors = load_file(tiny_models / "diffusion_models" / "tiny_s2v.safetensors")
@@ -120,6 +124,7 @@ def test_8_not_a_number(here: Here, tiny_models: Path) -> None:
     assert (code, "first: NaN or infinity in the latent after step 1 of 2" in err) == (8, True)
 
 
+@pytest.mark.slow
 def test_9_a_defect(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise ZeroDivisionError("no such thing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ class Box:
         """Return how far two boxes are apart."""
         across = max(other.left - self.right, self.left - other.right, 0.0)
         down = max(other.top - self.bottom, self.top - other.bottom, 0.0)
-        return float((across**2 + down**2) ** 0.5)
+        return math.hypot(across, down)  # which does not overflow
 
     def holds(self, other: Box) -> bool:
         """Tell whether the other's corner lies in this box."""

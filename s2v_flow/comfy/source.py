@@ -65,7 +65,7 @@ def _texts(file: BinaryIO, head: bytes, path: Path) -> Mapping[str, str | bytes]
     if (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[:3] == b"\xff\xd8\xff":
         return _wanted(_exif_texts(file, path))
     if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":
-        return _wanted(_video_texts(path))
+        return _wanted(_video_texts(file, "mov" if head[4:8] == b"ftyp" else "matroska", path))
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < os.fstat(file.fileno()).st_size:
         return _wanted(_safetensors_texts(file, path))
     if os.fstat(file.fileno()).st_size > MAX_BYTES:
@@ -137,14 +137,15 @@ def _exif_texts(file: BinaryIO, path: Path) -> Iterator[tuple[str, str]]:
             yield key, text
 
 
-def _video_texts(path: Path) -> Iterator[tuple[str, str]]:
+def _video_texts(file: BinaryIO, form: str, path: Path) -> Iterator[tuple[str, str]]:
     """Yield a container's tags; some nodes put one JSON object with both into the comment."""
     import av
 
+    options = {"protocol_whitelist": "none"}  # nothing but this file is read, and as nothing else than its format
     try:
-        with av.open(str(path)) as container:
+        with av.open(file, format=form, container_options=options, metadata_errors="replace") as container:
             tags = dict(container.metadata)
-    except (OSError, ValueError) as error:  # av's errors are both
+    except (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise bad_file(path, f"a damaged video ({error})") from error
     for key, text in tags.items():
         if len(text) > MAX_BYTES:

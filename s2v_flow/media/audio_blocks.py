@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import FileIO
 from typing import Any
 
@@ -17,8 +17,10 @@ import soundfile
 from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError
+from s2v_flow.media.limits import MAX_AUDIO_CHANNELS
 from s2v_flow.media.source import (
     AV_ERRORS,
+    bare_packets,
     damaged,
     id3_end,
     open_container,
@@ -32,6 +34,13 @@ _BLOCK_SAMPLES = 65_536
 _LARGEST_OGG_PAGE = 65_307
 _STREAMED_WAV_BYTES = 0x7F00_0000  # programs that write a wav into a pipe put a huge length into its header
 _MP3_FRAME_SAMPLES = 1152
+_SAMPLE_TYPES: Mapping[str, Any] = {
+    "u8": np.uint8,
+    "s16": np.int16,
+    "s32": np.int32,
+    "flt": np.float32,
+    "dbl": np.float64,
+}
 
 Block = tuple[int, NDArray[np.float32]]
 """Sample rate in Hz, and samples [channels, n] in [-1, 1] (float formats may go beyond)."""
@@ -98,7 +107,8 @@ def _ffmpeg_blocks(file: FileIO, name: str, path: str | os.PathLike[str]) -> Ite
             raise MediaError(f"{path}: has no sound in it", "give a file with a sound track")
         stream = container.streams.audio[0]
         num_samples, rate, failure = 0, 0, None
-        for packet in container.demux(stream) if is_bare else whole_packets(container, stream, path):
+        packets = bare_packets if is_bare else whole_packets
+        for packet in packets(container, stream, path):
             try:
                 frames = packet.decode()
             except AV_ERRORS as error:
@@ -128,13 +138,19 @@ def _has_xing_header(file: FileIO) -> bool:
 
 def _frame_samples(frame: Any, path: str | os.PathLike[str]) -> NDArray[np.float32]:
     """Return an `av.AudioFrame` as float32 [channels, samples], integers divided by their full scale."""
-    values: NDArray[Any] = frame.to_ndarray()
+    name, count = frame.format.name, frame.layout.nb_channels
+    dtype = _SAMPLE_TYPES.get(name.removesuffix("p"))
+    if dtype is None:
+        raise MediaError(f"{path}: samples of type {name} are not supported", "convert it to wav by ffmpeg")
+    if count > MAX_AUDIO_CHANNELS:
+        raise MediaError(f"{path}: it has {count} channels", f"mix it down to at most {MAX_AUDIO_CHANNELS}")
+    # PyAV finds more planes than there are from 8 channels on, and to_ndarray reads them: garbage, or a crash
+    planes, size = (frame.planes[:count], frame.samples) if frame.format.is_planar else (frame.planes[:1], -1)
+    values = np.stack([np.frombuffer(plane, dtype=dtype, count=size) for plane in planes])
     if not frame.format.is_planar:
-        values = values.reshape(frame.samples, -1).T  # [channels, samples]
-    if values.dtype == np.uint8:
+        values = values[0, : frame.samples * count].reshape(-1, count).T  # [channels, samples]
+    if dtype == np.uint8:
         return np.asarray((values.astype(np.float32) - np.float32(128)) / np.float32(128))
-    if values.dtype in (np.int16, np.int32):
+    if dtype in (np.int16, np.int32):
         return np.asarray(values.astype(np.float32) * np.float32(2.0 ** (1 - 8 * values.itemsize)))
-    if values.dtype in (np.float32, np.float64):
-        return np.asarray(values, dtype=np.float32)
-    raise MediaError(f"{path}: samples of type {values.dtype} are not supported", "convert it to wav by ffmpeg")
+    return np.asarray(values, dtype=np.float32)

@@ -18,8 +18,9 @@ import av
 
 from s2v_flow.errors import MediaError, MissingError
 
-AV_ERRORS = (av.error.FFmpegError, ValueError, OverflowError, MemoryError)
-"""What PyAV raises for a file that is damaged, or is not what it claims to be."""
+AV_ERRORS = (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError)
+"""What PyAV raises for a file that is damaged, or is not what it claims to be; OSError where that sends it before the
+file's start."""
 
 _ALLOWED_GAP_SECONDS = Fraction(1, 4)  # between the length that a header promises and the last packet
 _QUICKTIME_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
@@ -112,6 +113,18 @@ def open_container(file: FileIO, format_name: str, path: str | os.PathLike[str])
             container_options={"protocol_whitelist": "none"},
             metadata_errors="replace",
         )
+    except AV_ERRORS as error:
+        raise damaged(path, error) from error
+
+
+def bare_packets(container: Any, stream: Any, path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Yield one stream's packets, the flushing one included, from a file that does not say how long it is.
+
+    Raises:
+        MediaError: They cannot be read.
+    """
+    try:
+        yield from container.demux(stream)
     except AV_ERRORS as error:
         raise damaged(path, error) from error
 

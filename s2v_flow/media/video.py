@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError, RefusedError
-from s2v_flow.media.limits import MAX_IMAGE_PIXELS, MAX_VIDEO_FRAMES
+from s2v_flow.media.limits import MAX_IMAGE_PIXELS, MAX_VIDEO_FRAMES, MAX_VIDEO_SECONDS
 from s2v_flow.media.source import AV_ERRORS, damaged, open_container, open_source, sniff, whole_packets
 
 _TIMESTAMP_TOLERANCE_SECONDS = Fraction(2, 1000)  # Matroska rounds its times to milliseconds
@@ -47,7 +47,7 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
     Raises:
         MissingError: the file is not there, or may not be read.
         MediaError: it is not an mp4, mov, mkv or webm file, has no video in it, is damaged or cut short.
-        RefusedError: it has more than 864000 frames, or frames of more than 64 megapixels.
+        RefusedError: it is longer than 4 hours, or has more than 864000 frames, or frames of more than 64 megapixels.
     """
     with _opened(path) as (container, stream):
         first: Any = None
@@ -67,7 +67,10 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
             raise MediaError(f"{path}: the video has no frames", "give a video that has some")
         height, width = _upright_pixels(first, path).shape[:2]
         fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        return VideoInfo(width, height, num_frames, fps, max(end - start, 1 / fps), bool(container.streams.audio))
+        duration = max(end - start, 1 / fps)
+        if duration > MAX_VIDEO_SECONDS:
+            raise RefusedError(f"{path}: the video lasts {float(duration):.0f} s", f"cut it to {MAX_VIDEO_SECONDS} s")
+        return VideoInfo(width, height, num_frames, fps, duration, bool(container.streams.audio))
 
 
 class VideoReader:

@@ -175,7 +175,7 @@ DOCUMENTS = [json.loads(template_path().read_text()), golden("lightning"), edito
 PATHS = [list(_paths(document)) for document in DOCUMENTS]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.booleans())
 def test_a_damaged_workflow_is_imported_or_refused(seed: int, modernises: bool) -> None:
     """Whatever is put, taken out or copied anywhere: a recipe or an error of ours, nothing else."""

@@ -183,3 +183,12 @@ def test_a_mutated_video_gives_frames_or_a_typed_error(tmp_path: Path) -> None:
         else:
             outcomes["read"] += 1
     assert min(outcomes.values()) > 0
+
+
+def test_a_few_frames_that_are_shown_for_years_are_refused(tmp_path: Path) -> None:
+    """At a constant rate they would be billions."""
+    content = bytearray(written(tmp_path / "a.mp4", 4, 16).read_bytes())
+    struct.pack_into(">I", content, content.index(b"stts") + 16, 0x7FFF_FFFF)  # how long each frame is shown
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(RefusedError, match="the video lasts 131072 s"):
+        probe_video(tmp_path / "a.mp4")
