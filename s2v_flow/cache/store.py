@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from s2v_flow.cache.atomic import finish, flush_folder, make_root, reap, temporary, temporary_prefix, writing
+from s2v_flow.cache.atomic import finish, flush_folder, make_root, temporary, temporary_prefix, writing
 from s2v_flow.errors import S2VFlowError
 
 _BLOCK = 8 << 20
@@ -359,7 +359,6 @@ def put_copy(blocks: Iterable[bytes], item: StoredObject, target: Path, trailer:
     """
     if _holds(target, item, trailer):
         return False
-    reap(target.parent)  # what a run left that was killed just here
     with writing(target), temporary(target.parent, target.suffix) as (file, name):
         digest = hashlib.sha256()
         for block in blocks:
