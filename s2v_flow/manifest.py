@@ -89,6 +89,7 @@ class NodeRecord(Part):
     fingerprint: str | None = Field(description="Its identity; null where it was not found out.")
     seconds: float | None = Field(None, description="Wall time, where it was computed in this run.")
     peak_bytes: int | None = Field(None, description="The process's peak memory when it was done.")
+    peak_device_bytes: int | None = Field(None, description="The most on one GPU so far, where the run used one.")
     outputs: dict[str, str] = Field(description="The stored results' sha256 by port.")
     kept: bool = Field(True, description="false: the cache could not be written; the result ended with the run.")
     degraded: dict[str, JsonValue] | None = Field(

@@ -17,7 +17,10 @@ _NO_COST = frozenset({"seed", "text", "audio_offset", "offset"})  # fields that 
 
 @dataclass(frozen=True)
 class NodeCost:
-    """What a plan node took in past runs on this machine: seconds (median), bytes stored, the process's peak memory."""
+    """What a plan node took in past runs on this machine: seconds (median), bytes stored, peak memory.
+
+    That is the process's, and on a GPU the device's.
+    """
 
     seconds: float
     disk_bytes: int
@@ -106,7 +109,7 @@ def estimate(
                 alike[shape] = _cost(node, earlier, numerics)
             cost = alike[shape]
             computed = (needs or {}).get(node.name, Needs())
-            memory[node.name] = _memory(cost, computed, numerics)
+            memory[node.name] = _memory(cost, computed)
             disk += computed.disk_bytes or (cost.disk_bytes if cost else 0)
             if cost is None:
                 unknown[node.kind] = None
@@ -118,9 +121,9 @@ def estimate(
     return Estimate(known, tuple(unknown), size, len(files), memory, disk)
 
 
-def _memory(cost: NodeCost | None, computed: Needs, numerics: Numerics) -> Memory:
-    """Choose between figures: a past run's is the whole process's, which on a GPU is not the device's."""
-    if cost is not None and cost.peak_bytes and numerics.device_class == "cpu":
+def _memory(cost: NodeCost | None, computed: Needs) -> Memory:
+    """Choose between figures: what a past run had goes before what is computed."""
+    if cost is not None and cost.peak_bytes:
         return Memory(cost.peak_bytes, "measured")
     return Memory(computed.peak_bytes, "unknown" if computed.peak_bytes is None else "computed")
 
@@ -141,7 +144,8 @@ def _cost(node: PlanNode, earlier: Sequence[Entry], numerics: Numerics) -> NodeC
         if is_like and is_here and is_as_large and isinstance(took, (int, float)):
             share = _share(node.facts, entry.facts)
             size = sum(item.size for item in entry.outputs.values())
-            found.append(NodeCost(took * share, int(size * share), int(entry.facts.get("peak_bytes", 0))))
+            peak = entry.facts.get("peak_bytes" if numerics.device_class == "cpu" else "peak_device_bytes")
+            found.append(NodeCost(took * share, int(size * share), int(peak or 0)))
     if not found:
         return None
     return NodeCost(

@@ -1,4 +1,4 @@
-"""How much memory this process has had at most."""
+"""How much memory this process has had at most, and on GPUs."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def peak_memory_bytes(status: Path = Path("/proc/self/status")) -> int:
         return 1024 * int(match[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes() -> int | None:
+    """Return the most that torch has allocated on one GPU so far, without waiting for it; None where it used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return max(int(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count()))

@@ -29,7 +29,7 @@ from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never
 from s2v_flow.graph.keeping import Results, reap_outputs
 from s2v_flow.graph.numerics import Numerics
-from s2v_flow.graph.peak import peak_memory_bytes
+from s2v_flow.graph.peak import peak_device_bytes, peak_memory_bytes
 from s2v_flow.graph.plan import Plan, PlanNode, Source
 from s2v_flow.graph.status import NodeStatus, needed_nodes, output_digests, preimage
 from s2v_flow.graph.turns import node_turn
@@ -269,6 +269,8 @@ class Run:
             degraded = {**self._degraded(node), **facts.get("degraded", {})}
             facts |= {"degraded": degraded} if degraded else {}
             facts |= {"seconds": round(time.monotonic() - started, 3), "node": node.name}
+            on_gpu = peak_device_bytes()
+            facts |= {} if on_gpu is None else {"peak_device_bytes": on_gpu}
             facts |= {"peak_bytes": peak_memory_bytes(), **self.about}
             return self._publish(node, key, image, outputs, facts, is_mend)
 

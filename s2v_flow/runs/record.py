@@ -171,6 +171,7 @@ class Recorder:
             fingerprint=self._fingerprint(node),
             seconds=None if done is None else round(done.seconds, 3),
             peak_bytes=None if done is None else done.peak_bytes,
+            peak_device_bytes=None if done is None or entry is None else entry.facts.get("peak_device_bytes"),
             outputs={} if entry is None else {port: item.sha256 for port, item in entry.outputs.items()},
             kept=node.name not in self.not_kept,
             degraded=None if entry is None else entry.facts.get("degraded") or None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from s2v_flow.api import Options, plan
@@ -42,7 +43,7 @@ def test_like_nodes_that_ran_give_the_time(tmp_path: Path) -> None:
 
 
 def test_what_was_measured_here_goes_before_what_is_computed(tmp_path: Path) -> None:
-    """On a CPU. On a GPU, what was measured is the process's memory, not the device's; the plan says which it is."""
+    """On a CPU the process's memory, on a GPU the device's, where a past run says it; the plan says which it is."""
     made = plan(DEMO, Options(cache_dir=tmp_path, device="cpu"))
     computed = {name: Needs(5_000, 10) for name in ("first", "reference")}
     fields = made.plan.node("first").node.identity({}, Numerics("cpu").precision)
@@ -56,6 +57,9 @@ def test_what_was_measured_here_goes_before_what_is_computed(tmp_path: Path) -> 
     assert found.known_disk_bytes == 20
     on_gpu = estimate(made.plan, made.statuses, [entry], Numerics("cuda"), computed)
     assert on_gpu.memory["first"] == Memory(5_000, "computed")
+    entry = replace(entry, facts={**entry.facts, "peak_device_bytes": 3_000})
+    on_gpu = estimate(made.plan, made.statuses, [entry], Numerics("cuda"), computed)
+    assert on_gpu.memory["first"] == Memory(3_000, "measured")
 
 
 def test_a_film_of_another_size_tells_nothing(tmp_path: Path) -> None:

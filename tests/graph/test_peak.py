@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from s2v_flow.graph.peak import peak_memory_bytes
+from s2v_flow.graph.peak import peak_device_bytes, peak_memory_bytes
 
 
 def test_the_peak_is_read_from_the_systems_status(tmp_path: Path) -> None:
@@ -27,3 +28,17 @@ def test_a_large_parent_does_not_count() -> None:
     inner = "from s2v_flow.graph.peak import peak_memory_bytes; print(peak_memory_bytes())"
     done = subprocess.run([sys.executable, "-c", code, inner], capture_output=True, text=True, timeout=60, check=True)
     assert int(done.stdout) < 150_000_000
+
+
+def test_the_peak_of_a_gpu_is_asked_only_where_one_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two, the larger; torch is never imported for it. Played: no GPU is needed here."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert peak_device_bytes() is None
+    for is_used, expected in ((False, None), (True, 70)):
+        cuda = SimpleNamespace(
+            is_initialized=lambda is_used=is_used: is_used,
+            device_count=lambda: 2,
+            max_memory_allocated=lambda index: (70, 30)[index],
+        )
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+        assert peak_device_bytes() == expected
