@@ -108,6 +108,27 @@ def dit_lines(models: Path) -> list[str]:
     ]
 
 
+def cache_line() -> str:
+    """Compare what a run's start does with a cache of 2,000 results: count their bytes, or read every entry too."""
+    from s2v_flow.cache.budget import Budget
+    from s2v_flow.cache.housekeeping import inventory
+    from s2v_flow.cache.store import Store
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for number in range(2000):
+            Store(root).publish(f"{number * 2**240:064x}", {"kind": "toy"}, {"out": str(number).encode()}, {})
+
+        def count() -> None:
+            Budget(root, 10**9, lambda text: None, reserve=0).begin()
+
+        def read() -> None:
+            count()
+            inventory(root)
+
+        return compare("start with 2,000 results: reading every entry / counting bytes", count, read)
+
+
 def run_line() -> str:
     """Compare the first run of the demo with the second one, as processes, by the clock."""
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +145,7 @@ def main() -> None:
     """Print one line for each ratio."""
     from s2v_flow.demo.models import make_demo_models
 
-    lines = [run_line()]
+    lines = [run_line(), cache_line()]
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
         make_demo_models(models)
