@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from s2v_flow.cli_options import FILE, FOLDER, make_options
+from s2v_flow.cli_options import FILE, FOLDER, CommandT, make_options
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.option_order import OrderedGroup
 
@@ -23,6 +23,13 @@ _CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts are kept
 _DRY = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 _NODE = click.option("--node", "nodes", multiple=True, metavar="NAME", help="All results of a plan node; repeatable.")
 _CHOSEN = click.argument("fingerprints", nargs=-1, metavar="[FINGERPRINT]...")
+
+
+def _of_results(command: CommandT) -> CommandT:
+    """Add the options of a command that changes the results which it is given."""
+    for decorate in (_CACHE, _JSON, _DRY, _NODE, _CHOSEN):
+        command = decorate(command)
+    return command
 
 
 @click.group(cls=OrderedGroup)
@@ -60,18 +67,19 @@ def stats(as_json: bool, cache_dir: Path | None) -> None:
 
 @cache.command()
 @click.option("--repair", is_flag=True, help="Move what is damaged to quarantine; it is computed again when needed.")
+@_DRY
 @_JSON
 @_CACHE
-def verify(repair: bool, as_json: bool, cache_dir: Path | None) -> None:
+def verify(repair: bool, dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
     """Read every entry and object and compare digests; leave with 1 if something is damaged."""
     from s2v_flow import report
     from s2v_flow.cache.housekeeping import verify as verified
 
-    found = verified(_root(cache_dir), is_repair=repair)
+    found = verified(_root(cache_dir), is_repair=repair and not dry_run)
     damaged = [f"damaged: {item['fingerprint'][:12]}: {item['reason']}" for item in found["damaged"]]
     text = "\n".join([*damaged, f"{found['sound']} sound, {len(damaged)} damaged"])
     report.print_json(found) if as_json else report.print_result(text)
-    if damaged and not repair:
+    if damaged and not found["repaired"]:
         sys.exit(ExitCode.FAILED)
 
 
@@ -103,11 +111,7 @@ def gc(limit: str | None, dry_run: bool, as_json: bool, cache_dir: Path | None) 
 
 
 @cache.command()
-@_CHOSEN
-@_NODE
-@_DRY
-@_JSON
-@_CACHE
+@_of_results
 def rm(fingerprints: Sequence[str], nodes: Sequence[str], dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
     """Remove results, by the beginnings of their fingerprints or by node."""
     from s2v_flow.cache.housekeeping import remove
@@ -118,11 +122,7 @@ def rm(fingerprints: Sequence[str], nodes: Sequence[str], dry_run: bool, as_json
 
 
 @cache.command()
-@_CHOSEN
-@_NODE
-@_DRY
-@_JSON
-@_CACHE
+@_of_results
 def pin(
     fingerprints: Sequence[str], nodes: Sequence[str], dry_run: bool, as_json: bool, cache_dir: Path | None
 ) -> None:
@@ -131,11 +131,7 @@ def pin(
 
 
 @cache.command()
-@_CHOSEN
-@_NODE
-@_DRY
-@_JSON
-@_CACHE
+@_of_results
 def unpin(
     fingerprints: Sequence[str], nodes: Sequence[str], dry_run: bool, as_json: bool, cache_dir: Path | None
 ) -> None:

@@ -78,6 +78,8 @@ def test_damage_makes_verify_fail_until_it_is_repaired(done: tuple[Path, list[st
     code, out, _ = call("cache", "verify", *where)
     assert code == 1
     assert f"damaged: {first[:12]}" in out
+    assert call("cache", "verify", "--repair", "--dry-run", *where)[0] == 1
+    assert path.exists(), "nothing was changed"
     assert call("cache", "verify", "--repair", *where)[0] == 0
     assert call("cache", "verify", *where)[0] == 0
     assert call(*command, folder / "cache")[0] == 0
