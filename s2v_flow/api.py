@@ -10,14 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.cache.atomic import cannot_write
-from s2v_flow.cache.digest import file_digest, known_digest
 from s2v_flow.cache.housekeeping import live_run
-from s2v_flow.cache.memory import remembered
 from s2v_flow.cache.store import Store
 from s2v_flow.demo.catalog import demo_root
-from s2v_flow.device import device_class, free_memory_bytes, resolve_device
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.files.atomic import cannot_write
+from s2v_flow.files.facts import file_digest, known_digest, remembered
 from s2v_flow.graph.estimate import Estimate, estimate
 from s2v_flow.graph.events import Listener, Noted
 from s2v_flow.graph.merge import merge_plans
@@ -27,6 +25,7 @@ from s2v_flow.graph.plan import Plan, build_plan
 from s2v_flow.graph.run import Run, RunResult, ignore
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess
 from s2v_flow.graph.turns import gpu_turn
+from s2v_flow.machine import device_class, free_memory_bytes, resolve_device
 from s2v_flow.need import ModelNeed, known_needs, recipe_needs
 from s2v_flow.nodes.chain import FRAME_RATE_HZ
 from s2v_flow.nodes.chunk import Chunk

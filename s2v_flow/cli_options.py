@@ -47,7 +47,7 @@ def change_options(command: CommandT) -> CommandT:
 def folder_options(command: CommandT) -> CommandT:
     """Add the options that say where things are."""
     for decorate in (
-        click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."),
+        click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N."),
         click.option("--cache-dir", type=FOLDER, help="Where artifacts are kept.  [env: S2VFLOW_CACHE_DIR]"),
         click.option("--output-dir", type=FOLDER, help="Where relative outputs go."),
         click.option("--input-dir", "input_dirs", type=FOLDER, multiple=True, help="Where inputs are looked for too."),

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from s2v_flow.cache.atomic import finish, flush_folder, reap, temporary, writing
-from s2v_flow.cache.digest import file_digest
 from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.files.atomic import finish, flush_folder, reap, temporary, writing
+from s2v_flow.files.facts import file_digest
 from s2v_flow.models.checkpoint import Checkpoint
 from s2v_flow.models.header import is_pickle
 from s2v_flow.models.pickled import Order, convert_pickle

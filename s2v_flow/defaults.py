@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.cache.budget import parse_size
-from s2v_flow.diagnostics import did_you_mean, shortened, shown
 from s2v_flow.errors import ExitCode, RecipeError, S2VFlowError
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import ListValue, MapValue, Scalar, Tree, plain
+from s2v_flow.wording import did_you_mean, shortened, shown
 
 VARIABLE = "S2VFLOW_DEFAULTS"
 _IN_ENVIRONMENT = {
@@ -105,7 +105,7 @@ def _folder(key: str, tree: Tree, problems: Problems) -> Path | None:
 
 
 def _device(key: str, tree: Tree, problems: Problems) -> str | None:
-    return _text(key, tree, problems, "auto, cpu, cuda, cuda:N or mps")
+    return _text(key, tree, problems, "auto, cpu, cuda or cuda:N")
 
 
 def _size(key: str, tree: Tree, problems: Problems) -> int | None:

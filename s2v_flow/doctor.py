@@ -106,10 +106,8 @@ def _torch() -> Iterator[Finding]:
     for device in devices:
         text = f"{device['device']}: {device['name']}, {device['memory_bytes'] / 2**30:.0f} GB, {device['capability']}"
         yield Finding("device", "ok", text, None, device)
-    if torch.backends.mps.is_available():
-        yield Finding("device", "ok", "mps: Apple GPU", None, {"device": "mps"})
-    elif not devices:
-        fix = None if torch.version.cuda or torch.version.hip else "for an NVIDIA GPU, install a torch build with CUDA"
+    if not devices:
+        fix = None if torch.version.cuda or torch.version.hip else "for a GPU, install a torch build with CUDA or ROCm"
         yield Finding("device", "note", "no GPU: recipes run on the CPU, the full models very slowly", fix)
 
 

@@ -25,8 +25,8 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from s2v_flow.cache.digest import file_digest
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.files.facts import file_digest
 
 if sys.platform == "win32":
     import msvcrt

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from s2v_flow.diagnostics import did_you_mean
 from s2v_flow.downloads import RemoteFile, at_endpoint, check_space, fetch, look_up
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.graph.locations import Locations, Missing
@@ -20,6 +19,7 @@ from s2v_flow.graph.node import FileField
 from s2v_flow.models.header import convert_command
 from s2v_flow.models.release import RELEASE_FILES, RELEASE_FOLDER
 from s2v_flow.recipe.document import Recipe
+from s2v_flow.wording import did_you_mean
 
 Progress = Callable[[str, int, int], None]  # file name, bytes that are there, bytes in all
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from s2v_flow.diagnostics import format_diagnostic, visible
 from s2v_flow.errors import RecipeError, S2VFlowError
 from s2v_flow.graph.events import (
     Delivered,
@@ -22,6 +21,7 @@ from s2v_flow.graph.events import (
     RunStarted,
     StepDone,
 )
+from s2v_flow.wording import format_diagnostic, visible
 
 if TYPE_CHECKING:
     from rich.live import Live

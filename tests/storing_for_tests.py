@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from s2v_flow.cache.atomic import writing
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import Store
+from s2v_flow.files.atomic import writing
 
 KEYS = 6
 SIZE = 200_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from s2v_flow.device import free_memory_bytes
+from s2v_flow.machine import free_memory_bytes
 
 
 def test_free_memory_is_what_the_system_calls_available(tmp_path: Path) -> None:

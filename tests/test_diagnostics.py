@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from s2v_flow.diagnostics import format_diagnostic, listed, nearest, shown, visible
 from s2v_flow.errors import Diagnostic, Place
+from s2v_flow.wording import format_diagnostic, listed, nearest, shown, visible
 
 
 def test_a_diagnostic_has_the_form_of_the_design_page() -> None:

@@ -9,10 +9,10 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2v_flow.cache.atomic import finish, temporary, writing
 from s2v_flow.cache.housekeeping import Kept
 from s2v_flow.cache.store import Entry, Store, file_sha256, read_entry
 from s2v_flow.errors import MissingError, RefusedError
+from s2v_flow.files.atomic import finish, temporary, writing
 
 _ENTRY = re.compile(r"entries/[0-9a-f]{2}/[0-9a-f]{64}\.json")
 _OBJECT = re.compile(r"objects/[0-9a-f]{2}/[0-9a-f]{64}\.[a-z0-9]{1,16}")

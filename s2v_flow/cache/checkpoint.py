@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from s2v_flow.cache.atomic import finish, flush_folder, temporary, writing
+from s2v_flow.files.atomic import finish, flush_folder, temporary, writing
 
 SCHEMA = "s2vflow/checkpoint/1"
 _MAX_HEADER_BYTES = 64 << 10

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.cache.atomic import STALE_SECONDS, is_alive, machine_id, make_root, reap, stale, writing
 from s2v_flow.cache.checkpoint import Checkpoints
-from s2v_flow.cache.lock import remove_unused
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store, read_entry
+from s2v_flow.files.atomic import STALE_SECONDS, is_alive, machine_id, make_root, reap, stale, writing
+from s2v_flow.files.lock import remove_unused
 
 YOUNG_SECONDS = 3600.0
 _QUARANTINE_SECONDS = 7 * 24 * 3600.0

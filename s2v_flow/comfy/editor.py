@@ -9,8 +9,8 @@ from typing import Any
 from s2v_flow.comfy.catalog import NOTES, VIRTUAL, classes, is_stock_title
 from s2v_flow.comfy.graph import Box, ComfyNode, Graph, Link, Mistakes, Note, Value
 from s2v_flow.comfy.widgets import instance_values, list_in, maps_in, widget_values
-from s2v_flow.diagnostics import shortened
 from s2v_flow.errors import RecipeError
+from s2v_flow.wording import shortened
 
 MAX_NODES = 20_000
 MAX_DEPTH = 32

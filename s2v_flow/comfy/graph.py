@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from s2v_flow.diagnostics import shortened
 from s2v_flow.errors import Diagnostic, RecipeError
+from s2v_flow.wording import shortened
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.draft import Draft, NodeRef
 from s2v_flow.comfy.graph import ComfyNode, Graph, Link, Mistakes, Value
 from s2v_flow.comfy.widgets import fits
-from s2v_flow.diagnostics import shown
+from s2v_flow.wording import shown
 
 MeaningT = TypeVar("MeaningT")
 

@@ -26,8 +26,8 @@ from s2v_flow.comfy.meaning import (
 )
 from s2v_flow.comfy.names import lora_id
 from s2v_flow.comfy.sources import Translator
-from s2v_flow.diagnostics import did_you_mean
 from s2v_flow.nodes.sample import Sample
+from s2v_flow.wording import did_you_mean
 
 _WHOLE = 4096  # ImageFromBatch takes no more frames than this; the template uses it for "all"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from s2v_flow.comfy.catalog import CONTROL_WORDS, ComfyClass
-from s2v_flow.diagnostics import shown
+from s2v_flow.wording import shown
 
 _PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
     "STRING": (str,),

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from s2v_flow.cache.atomic import CannotWriteError, cannot_write, reap, temporary_prefix, writing
 from s2v_flow.cache.budget import NO_LIMIT, Budget, free_bytes
 from s2v_flow.cache.store import (
     ChangedBytesError,
@@ -24,6 +23,7 @@ from s2v_flow.cache.store import (
     put_copy,
 )
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.files.atomic import CannotWriteError, cannot_write, reap, temporary_prefix, writing
 from s2v_flow.graph.events import Listener, Noted
 from s2v_flow.graph.interrupt import StoppedError
 from s2v_flow.graph.plan import PlanNode

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Numerics:
-    """The class of device ("cpu", "cuda", "mps"; never its index) and the attention backend of a run."""
+    """The class of device ("cpu", "cuda"; never its index) and the attention backend of a run."""
 
     device_class: str
     attention: str = "sdpa"

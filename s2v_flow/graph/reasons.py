@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from s2v_flow.cache.store import Entry
-from s2v_flow.diagnostics import shown
+from s2v_flow.wording import shown
 
 NEVER = "never ran with these inputs and settings"
 _SHOWN = 3

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from s2v_flow.diagnostics import did_you_mean, listed
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
 from s2v_flow.graph.plan import Plan
 from s2v_flow.graph.status import TO_COMPUTE, NodeStatus
+from s2v_flow.wording import did_you_mean, listed
 
 
 @dataclass(frozen=True)

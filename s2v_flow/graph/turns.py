@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s2v_flow.cache.lock import gpu_lock_path, turn
+from s2v_flow.files.lock import gpu_lock_path, turn
 from s2v_flow.graph.events import Listener, Noted
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of
 

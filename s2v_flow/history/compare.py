@@ -8,10 +8,10 @@ from typing import Any
 
 from s2v_flow.api import Options
 from s2v_flow.cache.store import Store
-from s2v_flow.diagnostics import shown
 from s2v_flow.history.measure import Measure, compare_latents, compare_videos
 from s2v_flow.history.side import Side, side
 from s2v_flow.manifest import FileRecord
+from s2v_flow.wording import shown
 
 _SHORT = 12  # digits of a digest that people are shown
 

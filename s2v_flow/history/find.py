@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from s2v_flow.diagnostics import did_you_mean
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
 from s2v_flow.manifest import Essence, Manifest
 from s2v_flow.runs.essence import read_essence
+from s2v_flow.wording import did_you_mean
 
 LAST = "last"
 _NAME = "manifest.json"

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow import api
-from s2v_flow.cache.atomic import temporary_prefix, writing
 from s2v_flow.cache.store import Entry
 from s2v_flow.demo.catalog import demo_root
-from s2v_flow.device import device_class
 from s2v_flow.errors import MediaError
+from s2v_flow.files.atomic import temporary_prefix, writing
 from s2v_flow.graph.events import Listener
 from s2v_flow.graph.run import RunResult, ignore
 from s2v_flow.graph.selection import Selection
+from s2v_flow.machine import device_class
 from s2v_flow.manifest import Essence, FileRecord
 from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.document import Recipe

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from s2v_flow.diagnostics import shortened
 from s2v_flow.errors import Place
 from s2v_flow.graph.node import NAME
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import FORBIDDEN, Source, read_text
 from s2v_flow.recipe.tree import Origin, Tree
+from s2v_flow.wording import shortened
 
 MAX_TEXT_FILE_BYTES = 64_000
 _PART = re.compile(rf"(?P<name>{NAME})(?P<items>(?:\[[A-Za-z0-9_-]+\])*)(?P<dot>\.|$)")

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from s2v_flow.diagnostics import nearest, shortened, shown
 from s2v_flow.recipe.argument import Argument, FaultyOverrideError, faulty
 from s2v_flow.recipe.fields import Accepts
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import FORBIDDEN, MAX_DEPTH, MAX_EVENTS, read_yaml
 from s2v_flow.recipe.scalars import read_scalar
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Scalar, ScalarValue, Tree, plain
+from s2v_flow.wording import nearest, shortened, shown
 
 _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from s2v_flow.diagnostics import visible
+from s2v_flow.wording import visible
 
 FieldPath = tuple[str | int, ...]
 _Data = object  # None, bool, int, float, str, lists and maps of these

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from s2v_flow.diagnostics import listed
 from s2v_flow.graph.node import Ref
+from s2v_flow.wording import listed
 
 _WORDS: tuple[tuple[type, str], ...] = (
     (bool, "true or false"),

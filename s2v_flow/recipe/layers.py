@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from s2v_flow.diagnostics import did_you_mean, shortened
 from s2v_flow.errors import Place
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.sections import Body, Layer, read_layer
 from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, origins_of
+from s2v_flow.wording import did_you_mean, shortened
 
 MAX_CHAIN = 8
 

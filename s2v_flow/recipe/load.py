@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2v_flow.diagnostics import shortened
 from s2v_flow.graph.link import link
 from s2v_flow.graph.node import Node
 from s2v_flow.recipe.argument import Argument, Override, parse_overrides
@@ -21,6 +20,7 @@ from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.sections import Body
 from s2v_flow.recipe.tree import Entry, MapValue, plain
 from s2v_flow.recipe.validate import CheckedNode, check_node, check_profile
+from s2v_flow.wording import shortened
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from s2v_flow.diagnostics import did_you_mean, shortened, shown
 from s2v_flow.recipe.argument import Argument, FaultyOverrideError, parse_path
 from s2v_flow.recipe.emit import scalar_text
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, plain
+from s2v_flow.wording import did_you_mean, shortened, shown
 
 MAX_CELLS = 1_000
 _MAX_SHOWN = 24  # characters of a value in a label

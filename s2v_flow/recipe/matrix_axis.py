@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from s2v_flow.diagnostics import shortened
 from s2v_flow.recipe.argument import Argument, FaultyOverrideError, check_characters, faulty, parse_path
 from s2v_flow.recipe.matrix import MAX_CELLS, Axis
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import Source, read_yaml
 from s2v_flow.recipe.scalars import read_scalar
 from s2v_flow.recipe.tree import Origin, Scalar, Tree
+from s2v_flow.wording import shortened
 
 _RANGE = re.compile(r"(-?[0-9]{1,20})\.\.(-?[0-9]{1,20})")
 _FIX = "write PATH=VALUES, like seed=1..8 or cfg=1.0,4.5"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from s2v_flow.diagnostics import did_you_mean, nearest, shortened, shown
 from s2v_flow.graph.node import NAME
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, plain
+from s2v_flow.wording import did_you_mean, nearest, shortened, shown
 
 MAX_DEPTH = 16
 MAX_TEXT = 64_000

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from s2v_flow.diagnostics import did_you_mean, shortened, shown
 from s2v_flow.graph.node import NAME
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, plain
+from s2v_flow.wording import did_you_mean, shortened, shown
 
 LANGUAGE_VERSION = 1
 TOP_KEYS = ("s2vflow", "description", "extends", "params", "nodes", "profiles", "matrix")

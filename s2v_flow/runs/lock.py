@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from s2v_flow.diagnostics import shown
 from s2v_flow.errors import Diagnostic, ExitCode, MissingError, RecipeError, S2VFlowError
 from s2v_flow.graph.plan import Plan
 from s2v_flow.recipe.document import Recipe
@@ -18,6 +17,7 @@ from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import MapValue, Origin, Scalar, plain
 from s2v_flow.runs.files import NamedFile, files_of
 from s2v_flow.runs.values import without_home
+from s2v_flow.wording import shown
 
 VERSION = 1
 LOCK_CODES: Mapping[str, str] = MappingProxyType(

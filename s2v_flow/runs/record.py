@@ -11,10 +11,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
-from s2v_flow.cache.atomic import finish, temporary
-from s2v_flow.cache.digest import file_digest
 from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MissingError
+from s2v_flow.files.atomic import finish, temporary
+from s2v_flow.files.facts import file_digest
 from s2v_flow.graph.events import (
     Delivered,
     Event,

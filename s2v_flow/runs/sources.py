@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from s2v_flow.cache.digest import file_digest, known_digest
+from s2v_flow.files.facts import file_digest, known_digest
 
 _HASHED_AT_ONCE_BYTES = 64 << 20
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from s2v_flow.cache import digest
-from s2v_flow.cache.digest import file_digest, known_digest
 from s2v_flow.errors import MissingError
+from s2v_flow.files import facts
+from s2v_flow.files.facts import file_digest, known_digest
 
 LATER_NS = 10 * 10**9
 
@@ -29,7 +29,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_digest_is_the_sha256_of_all_bytes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest, "BLOCK_BYTES", 3)
+    monkeypatch.setattr(facts, "BLOCK_BYTES", 3)
     assert file_digest(file) == hashlib.sha256(b"weights").hexdigest()
 
 
@@ -38,7 +38,7 @@ def test_a_remembered_file_is_not_read_again(file: Path, tmp_path: Path, monkeyp
     assert known_digest(file, memory) is None
     first = file_digest(file, memory, clock_ns=rested)
     assert known_digest(file, memory) == first
-    monkeypatch.setattr(digest.hashlib, "sha256", lambda: pytest.fail("read again"))
+    monkeypatch.setattr(facts.hashlib, "sha256", lambda: pytest.fail("read again"))
     assert file_digest(file, memory) == first
 
 
@@ -50,9 +50,9 @@ def test_a_link_is_the_file_it_points_at(file: Path, tmp_path: Path) -> None:
 
 def test_a_file_younger_than_two_seconds_is_not_remembered(file: Path, tmp_path: Path) -> None:
     memory = tmp_path / "digests.json"
-    file_digest(file, memory, clock_ns=lambda: os.stat(file).st_ctime_ns + digest.REST_NS - 1)
+    file_digest(file, memory, clock_ns=lambda: os.stat(file).st_ctime_ns + facts.REST_NS - 1)
     assert known_digest(file, memory) is None
-    file_digest(file, memory, clock_ns=lambda: os.stat(file).st_ctime_ns + digest.REST_NS)
+    file_digest(file, memory, clock_ns=lambda: os.stat(file).st_ctime_ns + facts.REST_NS)
     assert known_digest(file, memory) is not None
 
 
@@ -109,7 +109,7 @@ def test_a_failed_write_leaves_the_old_table_and_nothing_else(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(digest.os, "replace", fail)
+    monkeypatch.setattr(facts.os, "replace", fail)
     file_digest(file, memory, clock_ns=rested)
     assert memory.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digests.json", "model.safetensors", "tmp"]
@@ -123,7 +123,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(file: Path, monkeypatc
         file.write_bytes(b"longer than before")
         return real()
 
-    monkeypatch.setattr(digest.hashlib, "sha256", sha256)
+    monkeypatch.setattr(facts.hashlib, "sha256", sha256)
     with pytest.raises(MissingError, match="changed while it was read"):
         file_digest(file)
 

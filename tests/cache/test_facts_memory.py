@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from s2v_flow.cache.memory import remembered
+from s2v_flow.files.facts import remembered
 
 
 def test_a_fact_is_computed_once(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from s2v_flow.cache import atomic
 from s2v_flow.cache.budget import parse_size
 from s2v_flow.cache.bundle import export_bundle, import_bundle
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.housekeeping import collect, inventory, live_run, pin, remove, stats, tidy, verify
 from s2v_flow.cache.store import Store
 from s2v_flow.errors import MissingError, RefusedError, S2VFlowError
+from s2v_flow.files import atomic
 
 OLD = time.time() - 5 * 3600
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from storing_for_tests import KEYS, assert_sound, content, key, publish_all
 
-from s2v_flow.cache.atomic import is_alive
 from s2v_flow.cache.housekeeping import tidy, verify
 from s2v_flow.cache.store import DamagedObjectError, Store
+from s2v_flow.files.atomic import is_alive
 
 
 def kill_at_random(root: Path, kills: int, seed: int) -> tuple[int, int]:

@@ -19,11 +19,11 @@ import pytest
 from recipe_mutation import mutated, override
 
 from s2v_flow import api
-from s2v_flow.diagnostics import format_diagnostic
 from s2v_flow.errors import Diagnostic, ExitCode, RecipeError, S2VFlowError
 from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.config import config_text
 from s2v_flow.recipe.reader import _LINE_BREAK
+from s2v_flow.wording import format_diagnostic
 
 TESTS = Path(__file__).parents[1]
 FOLDERS = ("../recipes", "recipe/good", "recipe/bad", "comfy/recipes", "e2e/recipes")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from s2v_flow.graph.peak import peak_device_bytes, peak_memory_bytes
+from s2v_flow.machine import peak_device_bytes, peak_memory_bytes
 
 
 def test_the_peak_is_read_from_the_systems_status(tmp_path: Path) -> None:

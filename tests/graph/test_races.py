@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 from toy import Join, Save, Word, Workshop
 
-from s2v_flow.cache import housekeeping, lock
+from s2v_flow.cache import housekeeping
 from s2v_flow.cache.housekeeping import collect, inventory, live_run, remove, verify
 from s2v_flow.cache.store import Store
+from s2v_flow.files import lock
 from s2v_flow.graph.node import Node, Ref
 from s2v_flow.graph.turns import node_turn
 

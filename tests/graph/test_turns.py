@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 from toy import Save, Workshop
 
-from s2v_flow.cache.lock import gpu_lock_path, remove_unused, turn
+from s2v_flow.files.lock import gpu_lock_path, remove_unused, turn
 from s2v_flow.graph.events import Event, NodeCached, Noted
 from s2v_flow.graph.interrupt import StoppedError
 from s2v_flow.graph.node import Node, Ref
@@ -24,7 +24,7 @@ from s2v_flow.graph.turns import gpu_turn, node_turn
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr("s2v_flow.cache.lock.POLL_SECONDS", 0.005)
+    monkeypatch.setattr("s2v_flow.files.lock.POLL_SECONDS", 0.005)
 
 
 class Slow(Node):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from s2v_flow.cache.atomic import writing
-from s2v_flow.cache.digest import file_digest
 from s2v_flow.cache.store import Store
 from s2v_flow.errors import Diagnostic, Place, S2VFlowError
+from s2v_flow.files.atomic import writing
+from s2v_flow.files.facts import file_digest
 from s2v_flow.graph.events import Event, NodeStarted, Noted
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.node import FileField, Neutral, Node, Port, Ref

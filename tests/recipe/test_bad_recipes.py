@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 import s2v_flow
-from s2v_flow.diagnostics import format_diagnostic
 from s2v_flow.errors import ExitCode, RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.codes import CODES
 from s2v_flow.recipe.load import load_matrix, load_recipe
+from s2v_flow.wording import format_diagnostic
 
 BAD = Path(__file__).parent / "bad"
 KINDS: Mapping[str, Any] = {f"--{kind}": kind for kind in ("set", "set-json", "set-file", "unset")}

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import model_validator
 
-from s2v_flow.diagnostics import format_diagnostic
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.fields import field_at
 from s2v_flow.recipe.load import load_recipe
+from s2v_flow.wording import format_diagnostic
 
 Load = Callable[..., Recipe]
 DESIGN = Path(__file__).parent / "good" / "design.yaml"

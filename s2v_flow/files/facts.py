@@ -1,4 +1,7 @@
-"""The sha256 of large files, computed once and remembered by what the file system says about the file.
+"""What is remembered of files: the sha256 of large ones, and small facts about their content, such as a sound's length.
+
+Both stand in JSON tables. A damaged table is as good as none, one that cannot be written is not an error, and of two
+writers at once one may be forgotten: then something is computed again.
 
 A digest is remembered only once a file has rested for two seconds: a later change within the clock's granularity
 would go unseen (the "racily clean" problem of version control).
@@ -15,12 +18,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.cache.atomic import make_root, temporary
 from s2v_flow.errors import MissingError
+from s2v_flow.files.atomic import make_root, temporary
 
 BLOCK_BYTES = 16 * 2**20
 REST_NS = 2 * 10**9
 _SCHEMA = 1
+_MAX_ENTRIES = 2000
+
+
+def remembered(memory_path: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return a fact from memory, or compute it and remember it.
+
+    Args:
+        memory_path: The JSON table.
+        key: What the fact is and of which content ("audio:<sha256>").
+        compute: Finds the fact out: small JSON values.
+    """
+    facts = _read_table(memory_path)
+    known = facts.get(key)
+    if isinstance(known, dict):
+        return known
+    fact = compute()
+    _write_table(memory_path, _newest(facts, key, fact))
+    return fact
 
 
 def file_digest(path: Path, memory_path: Path | None = None, *, clock_ns: Callable[[], int] = time.time_ns) -> str:
@@ -28,8 +49,7 @@ def file_digest(path: Path, memory_path: Path | None = None, *, clock_ns: Callab
 
     Args:
         path: The file; links are followed.
-        memory_path: The JSON table that remembers; None: always read. A damaged table is as good as none, and one that
-            cannot be written is not an error.
+        memory_path: The JSON table; None: always read.
         clock_ns: The time, comparable with the file's times.
 
     Returns:
@@ -55,7 +75,8 @@ def file_digest(path: Path, memory_path: Path | None = None, *, clock_ns: Callab
     digest = sha256.hexdigest()
     is_at_rest = max(after["mtime_ns"], after["ctime_ns"]) <= clock_ns() - REST_NS
     if memory_path is not None and is_at_rest:
-        _remember(memory_path, os.path.realpath(path), {**after, "sha256": digest})
+        files = _newest(_digests(memory_path), os.path.realpath(path), {**after, "sha256": digest})
+        _write_table(memory_path, {"schema": _SCHEMA, "files": files})
     return digest
 
 
@@ -64,7 +85,7 @@ def known_digest(path: Path, memory_path: Path | None) -> str | None:
 
     Args:
         path: The file; links are followed.
-        memory_path: The JSON table that remembers.
+        memory_path: The JSON table.
 
     Raises:
         MissingError: The file is missing.
@@ -75,7 +96,7 @@ def known_digest(path: Path, memory_path: Path | None) -> str | None:
         raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
     if memory_path is None:
         return None
-    entry = _recall(memory_path).get(os.path.realpath(path))
+    entry = _digests(memory_path).get(os.path.realpath(path))
     if not isinstance(entry, dict) or any(entry.get(name) != value for name, value in identity.items()):
         return None
     digest = entry.get("sha256")
@@ -92,24 +113,31 @@ def _identity(status: os.stat_result) -> dict[str, int]:
     }
 
 
-def _recall(memory_path: Path) -> dict[str, Any]:
+def _digests(memory_path: Path) -> dict[str, Any]:
+    table = _read_table(memory_path)
+    files = table.get("files") if table.get("schema") == _SCHEMA else None
+    return files if isinstance(files, dict) else {}
+
+
+def _newest(entries: dict[str, Any], key: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Add an entry as the last, and forget the oldest beyond the limit."""
+    others = [item for item in entries.items() if item[0] != key]
+    return {**dict(others[1 - _MAX_ENTRIES :]), key: entry}
+
+
+def _read_table(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(memory_path.read_bytes())
+        table = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(table, dict) or table.get("schema") != _SCHEMA or not isinstance(table.get("files"), dict):
-        return {}
-    files: dict[str, Any] = table["files"]
-    return files
+    return table if isinstance(table, dict) else {}
 
 
-def _remember(memory_path: Path, real_path: str, entry: dict[str, int | str]) -> None:
-    """Add one entry to the table, written whole or not at all; of two writers at once, one may be forgotten."""
-    files = {**_recall(memory_path), real_path: entry}
-    text = json.dumps({"schema": _SCHEMA, "files": files}, indent=1, sort_keys=True)
-    with suppress(OSError):  # a full or read-only disk costs time, not the run
-        make_root(memory_path.parent)
-        with temporary(memory_path.parent / "tmp", memory_path.suffix) as (file, name):
-            file.write(text.encode())
+def _write_table(path: Path, table: dict[str, Any]) -> None:
+    """Replace a table, written whole or not at all; a full or read-only disk costs time, not the run."""
+    with suppress(OSError):
+        make_root(path.parent)
+        with temporary(path.parent / "tmp", path.suffix) as (file, name):
+            file.write(json.dumps(table, indent=1).encode())
             file.close()
-            os.replace(name, memory_path)
+            os.replace(name, path)

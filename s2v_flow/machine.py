@@ -1,0 +1,135 @@
+"""This machine: which device a run uses, how much memory is free and was used; found out without importing torch."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+
+from s2v_flow.errors import ExitCode, S2VFlowError
+
+if sys.platform != "win32":
+    import resource  # here, not on first use: a process may have no file left to open by then
+
+
+def peak_memory_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Return the process's peak resident memory in bytes; 0 where the system does not say.
+
+    On Linux by its status, where that can be read: `getrusage` counts what the parent had before exec, too.
+    """
+    if sys.platform == "win32":
+        return 0
+    try:
+        match = re.search(r"^VmHWM:\s+([0-9]+) kB$", status.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        match = None
+    if match is not None:
+        return 1024 * int(match[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes() -> int | None:
+    """Return the most that torch has allocated on one GPU so far, without waiting for it; None where it used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return max(int(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count()))
+
+
+_NAMES = re.compile(r"cpu|cuda(:\d{1,3})?")
+_VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+
+
+def resolve_device(asked: str) -> str:
+    """Return torch's name of the device to use.
+
+    Args:
+        asked: "auto", "cpu", "cuda" or "cuda:N"; AMD's GPUs are "cuda" too, as in torch.
+
+    Returns:
+        What is asked for; for auto a GPU if torch was built for it and the driver sees one, else the CPU.
+
+    Raises:
+        S2VFlowError: The name is unknown, or the device is not there.
+    """
+    if asked == "auto":
+        return "cuda" if num_gpus() > 0 else "cpu"
+    if asked.partition(":")[0] == "mps":
+        message = "Apple GPUs (mps) are not supported yet: nobody has run the models there, which need float64 and fp8"
+        raise S2VFlowError(message, fix="use --device cpu", exit_code=ExitCode.USAGE)
+    if not _NAMES.fullmatch(asked):
+        raise S2VFlowError(f"unknown device {asked!r}", fix="use auto, cpu, cuda or cuda:N", exit_code=ExitCode.USAGE)
+    index = int(asked.partition(":")[2] or 0)
+    if asked.startswith("cuda") and index >= num_gpus():
+        raise S2VFlowError(
+            f"there is no device {asked}: torch and the driver see {num_gpus()} GPUs",
+            fix="use --device cpu, or install a torch build for your GPU",
+            exit_code=ExitCode.USAGE,
+        )
+    return asked
+
+
+def device_class(device: str) -> str:
+    """Return a device's class, "cpu" or "cuda", without its index."""
+    return device.partition(":")[0]
+
+
+def num_gpus() -> int:
+    """Count the GPUs that torch could use: its build's version file and the driver are asked, not torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return 0
+    version = Path(next(iter(spec.submodule_search_locations))) / "version.py"
+    built_for = gpu_build(version.read_text(encoding="utf-8")) if version.is_file() else None
+    if built_for == "rocm":
+        return _amd_gpus()
+    return _nvidia_gpus() if built_for == "cuda" else 0
+
+
+def gpu_build(version: str) -> str | None:
+    """Tell for which GPUs torch was built, by its version file's text: "cuda", "rocm" or None."""
+    for name, value in re.findall(r"^(cuda|hip)\b[^=\n]*=\s*(.+)$", version, re.MULTILINE):
+        if value.strip() != "None":
+            return "rocm" if name == "hip" else "cuda"
+    return None
+
+
+def _nvidia_gpus() -> int:
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _amd_gpus(topology: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> int:
+    """Count the kernel driver's nodes that have vector units; the CPU's have none."""
+    count = 0
+    for properties in topology.glob("*/properties"):
+        try:
+            match = re.search(r"^simd_count (\d+)$", properties.read_text(encoding="ascii"), re.MULTILINE)
+        except (OSError, ValueError):
+            continue
+        count += match is not None and int(match[1]) > 0
+    for name in _VISIBLE:
+        if name in os.environ:
+            count = min(count, len([item for item in os.environ[name].split(",") if item.strip()]))
+    return count
+
+
+def free_memory_bytes(device: str, meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Return how much memory is free where a device computes; None where that is not known without asking a driver."""
+    if device_class(device) != "cpu":
+        return None
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        return None
+    return None if match is None else int(match[1]) * 1024
