@@ -1,5 +1,5 @@
 """`python -m s2v_flow`."""
 
-from s2v_flow.cli import main
+from s2v_flow.cli.main import main
 
 main()

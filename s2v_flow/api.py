@@ -25,11 +25,10 @@ from s2v_flow.graph.plan import Plan, build_plan
 from s2v_flow.graph.run import Run, RunResult, ignore
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess
 from s2v_flow.graph.turns import gpu_turn
+from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, recipe_needs
 from s2v_flow.machine import device_class, free_memory_bytes, resolve_device
-from s2v_flow.need import ModelNeed, known_needs, recipe_needs
-from s2v_flow.nodes.chain import FRAME_RATE_HZ
 from s2v_flow.nodes.chunk import Chunk
-from s2v_flow.nodes.homes import HOMES
+from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
 from s2v_flow.nodes.memory import needs
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.options import Options as Options
@@ -37,7 +36,7 @@ from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import Variant, load_matrix, load_recipe
 from s2v_flow.runs.environment import torch_version
 from s2v_flow.runs.essence import note_maker
-from s2v_flow.runs.lock import check_lock, lock_path
+from s2v_flow.runs.lockfile import check_lock, lock_path
 from s2v_flow.runs.record import Given, Recorder, runs_root
 from s2v_flow.runs.sources import FileDigests
 from s2v_flow.version import __version__

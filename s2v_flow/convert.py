@@ -15,13 +15,13 @@ from typing import Any, BinaryIO
 from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import finish, flush_folder, reap, temporary, writing
 from s2v_flow.files.facts import file_digest
-from s2v_flow.models.checkpoint import Checkpoint
-from s2v_flow.models.header import is_pickle
 from s2v_flow.models.pickled import Order, convert_pickle
 from s2v_flow.models.release import TOKENIZER_FILE, kind_of, new_names, tokenizer_pieces
-from s2v_flow.models.shards import INDEX_SUFFIX, Shards, open_shards, open_single
-from s2v_flow.models.tensor_stream import Piece, Progress, in_dtype, write_tensors
 from s2v_flow.version import __version__
+from s2v_flow.weights.header import is_pickle
+from s2v_flow.weights.reader import Checkpoint
+from s2v_flow.weights.shards import INDEX_SUFFIX, Shards, open_shards, open_single
+from s2v_flow.weights.tensor_stream import Piece, Progress, in_dtype, write_tensors
 
 _VERSION, _DIGESTS = "s2vflow_version", "s2vflow_source_sha256"
 _MAX_TOKENIZER_BYTES = 64 * 2**20

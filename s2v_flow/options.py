@@ -10,11 +10,11 @@ from pathlib import Path
 
 from s2v_flow.cache.budget import parse_size
 from s2v_flow.demo.catalog import demo_paths
-from s2v_flow.extra_models import find_extra_models, read_extra_models
 from s2v_flow.graph.interrupt import ShouldStop, never
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.selection import Selection
-from s2v_flow.nodes.homes import HOMES
+from s2v_flow.library.extra_models import find_extra_models, read_extra_models
+from s2v_flow.library.needs import HOMES
 from s2v_flow.recipe.argument import Override
 
 

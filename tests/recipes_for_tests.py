@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from s2v_flow import api, cli
+from s2v_flow import api
+from s2v_flow.cli import main
 from s2v_flow.media.writer import VideoWriter
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -115,7 +116,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
+            main.main()
     except SystemExit as left:
         code = int(left.code or 0)
     finally:

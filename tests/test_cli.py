@@ -17,8 +17,8 @@ import pytest
 from recipes_for_tests import call, tiny, write_recipe, write_voice
 
 from s2v_flow import __version__
+from s2v_flow.cli.report import Progress
 from s2v_flow.graph.events import Event, NodeFinished, NodeStarted, Noted, RunStarted, StepDone
-from s2v_flow.report import Progress
 
 QUICK = tiny(talk={"chunks": 2, "seed": [1, 2]}, video={"preset": "ultrafast"})
 

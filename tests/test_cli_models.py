@@ -12,8 +12,8 @@ from pickles_for_tests import Calls, forge
 from recipes_for_tests import RECIPES, call, write_recipe
 from safetensors.torch import load_file
 
-from s2v_flow.cli import cli
-from s2v_flow.nodes.homes import HOMES
+from s2v_flow.cli.main import cli
+from s2v_flow.library.needs import HOMES
 
 VAE, ENCODER, DIT = "wan_2.1_vae.safetensors", "umt5_xxl_fp16.safetensors", "wan2.2_s2v_14B_fp8_scaled.safetensors"
 ALL = {"vae": {"checkpoint": VAE}, "umt5": {"checkpoint": ENCODER}, "dit": {"checkpoint": DIT}}

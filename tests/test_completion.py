@@ -12,8 +12,8 @@ from click.shell_completion import BashComplete
 from recipes_for_tests import RECIPES, call
 
 from s2v_flow.api import KINDS
-from s2v_flow.cli import cli
-from s2v_flow.completion import SHELLS
+from s2v_flow.cli.completion import SHELLS
+from s2v_flow.cli.main import cli
 
 DEMO, QUALITY = RECIPES / "demo.yaml", RECIPES / "s2v_quality.yaml"
 

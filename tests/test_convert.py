@@ -22,9 +22,9 @@ from torch import Tensor
 from s2v_flow.convert import Converted, Request, convert
 from s2v_flow.demo import models as demo
 from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
-from s2v_flow.models.header import read_header
 from s2v_flow.models.load import load_audio_encoder, load_dit, load_text_encoder, load_vae
 from s2v_flow.models.release import KINDS, TOKENIZER_FILE, kind_of, new_names
+from s2v_flow.weights.header import read_header
 
 Weights = Mapping[str, Tensor]
 SPIECE = Path(demo.__file__).with_name("tiny_spiece.model")

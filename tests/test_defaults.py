@@ -7,10 +7,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from s2v_flow import api, cli, report
+from s2v_flow import api
 from s2v_flow.cache.budget import NO_LIMIT
-from s2v_flow.cli_options import make_options
-from s2v_flow.defaults import defaults_path, read_defaults, with_defaults
+from s2v_flow.cli import main, report
+from s2v_flow.cli.defaults import defaults_path, read_defaults, with_defaults
+from s2v_flow.cli.options import make_options
 from s2v_flow.errors import ExitCode, RecipeError, S2VFlowError
 
 RECIPE = """
@@ -136,11 +137,11 @@ def test_the_command_line_uses_the_defaults(file: Path, monkeypatch: pytest.Monk
         raise RecipeError("stop here")
 
     monkeypatch.setattr(api, "plan", plan)
-    result = CliRunner().invoke(cli.cli, ["plan", str(recipe)])
+    result = CliRunner().invoke(main.cli, ["plan", str(recipe)])
     assert isinstance(result.exception, RecipeError)
     assert (found[0].cache_dir, found[0].device) == (file.parent / "cache", "auto")
     file.write_text("cache: cache\n")
-    assert CliRunner().invoke(cli.cli, ["check", str(recipe)]).exit_code == 0
+    assert CliRunner().invoke(main.cli, ["check", str(recipe)]).exit_code == 0
 
 
 def test_the_caches_limit_comes_from_the_command_line_the_environment_or_the_file(
@@ -148,7 +149,7 @@ def test_the_caches_limit_comes_from_the_command_line_the_environment_or_the_fil
 ) -> None:
     """In this order; as text, as a number of bytes, or none."""
     monkeypatch.delenv("S2VFLOW_CACHE_LIMIT", raising=False)
-    context = click.Context(cli.cli)
+    context = click.Context(main.cli)
 
     def limit(given: str | None = None) -> int | None:
         with context:
@@ -174,7 +175,7 @@ def test_changes_keep_the_order_of_the_command_line(file: Path, tmp_path: Path) 
     recipe.write_text(RECIPE)
 
     def steps(*arguments: str) -> object:
-        result = CliRunner().invoke(cli.cli, ["config", str(recipe), "--json", *arguments], catch_exceptions=False)
+        result = CliRunner().invoke(main.cli, ["config", str(recipe), "--json", *arguments], catch_exceptions=False)
         return json.loads(result.stdout)["params"]["steps"]
 
     assert steps() == 4
@@ -189,7 +190,7 @@ def test_config_prints_yaml_and_where_it_comes_from(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     arguments = ["config", str(recipe), "--origin", "--set", "steps=5"]
-    result = CliRunner().invoke(cli.cli, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(main.cli, arguments, catch_exceptions=False)
     assert (
         result.stdout.replace(str(recipe), "recipe.yaml")
         == """\
@@ -208,5 +209,5 @@ nodes:
     file: out-5.latent  # recipe.yaml:6
 """
     )
-    result = CliRunner().invoke(cli.cli, ["config", str(recipe), "--references"], catch_exceptions=False)
+    result = CliRunner().invoke(main.cli, ["config", str(recipe), "--references"], catch_exceptions=False)
     assert "out-${params.steps}.latent" in result.stdout

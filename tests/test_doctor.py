@@ -17,9 +17,9 @@ import pytest
 import torch
 from recipes_for_tests import call
 
-from s2v_flow import doctor
 from s2v_flow.api import Options
-from s2v_flow.doctor import Finding, examine, findings_text
+from s2v_flow.cli import doctor
+from s2v_flow.cli.doctor import Finding, examine, findings_text
 
 VAE = "wan_2.1_vae.safetensors"
 

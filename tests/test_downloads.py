@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from s2v_flow import downloads
-from s2v_flow.downloads import RemoteFile, at_endpoint, check_space, fetch, look_up, part_path
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.library import downloads
+from s2v_flow.library.downloads import RemoteFile, at_endpoint, check_space, fetch, look_up, part_path
 
 BODY = bytes(range(256)) * 20_000  # 5 MB: several blocks
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -12,7 +12,7 @@ import pytest
 from recipes_for_tests import call
 from runs_for_tests import Place, copied
 
-from s2v_flow.describe import schema_text
+from s2v_flow.cli.describe import schema_text
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph import events
 from s2v_flow.runs.stream import EventStream, type_name

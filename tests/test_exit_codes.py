@@ -15,7 +15,7 @@ from recipes_for_tests import RECIPES, call, tiny, write_recipe, write_voice
 from safetensors.torch import load_file, save_file
 
 from s2v_flow.cache import store
-from s2v_flow.cli import EXIT_CODES
+from s2v_flow.cli.main import EXIT_CODES
 from s2v_flow.errors import ExitCode
 from s2v_flow.models.vae import WanVAE
 

@@ -26,9 +26,9 @@ import pytest
 from recipes_for_tests import call, tiny
 from runs_for_tests import Place, copied, place
 
-from s2v_flow import cli
 from s2v_flow.cache.housekeeping import verify
 from s2v_flow.cache.store import DamagedObjectError, Store, read_entry
+from s2v_flow.cli import main
 from s2v_flow.graph.interrupt import StoppedError
 
 CHANGES = tiny(first={"steps": 6, "cfg": 2.0}, talk={"chunks": 2}, video={"preset": "ultrafast"})
@@ -139,7 +139,7 @@ def _run(order: dict[str, Any], told: int) -> None:
     os.write(told, b"r")
     _count_changes(order["folder"], order["last_change"], told)
     try:
-        cli.main()
+        main.main()
     except SystemExit as left:
         code = int(left.code or 0)
     except BaseException:  # noqa: BLE001
@@ -356,8 +356,8 @@ def test_a_signal_on_the_way_out_changes_nothing(monkeypatch: pytest.MonkeyPatch
     def stop(*_: object, **__: object) -> None:
         raise StoppedError
 
-    monkeypatch.setattr(cli, "cli", stop)
-    monkeypatch.setattr(cli, "_leave", leave)
+    monkeypatch.setattr(main, "cli", stop)
+    monkeypatch.setattr(main, "_leave", leave)
     assert call("run", "recipe.yaml") == (130, "", "")
 
 

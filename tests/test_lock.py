@@ -12,7 +12,7 @@ import pytest
 from recipes_for_tests import call, write_voice
 from runs_for_tests import QUICK, Place, place
 
-from s2v_flow.runs.lock import LOCK_CODES
+from s2v_flow.runs.lockfile import LOCK_CODES
 
 EXTRA = "profiles:\n  fp8: {nodes: {dit: {checkpoint: tiny_s2v_fp8_scaled.safetensors}}}"
 

@@ -16,7 +16,7 @@ from recipes_for_tests import call, options, write_recipe
 from runs_for_tests import QUICK, Place, copied, place
 
 from s2v_flow import __version__, api
-from s2v_flow.describe import schema_text
+from s2v_flow.cli.describe import schema_text
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.events import Event, NodeStarted, Noted, RunFinished
 from s2v_flow.runs import record

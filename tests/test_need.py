@@ -16,8 +16,7 @@ from recipes_for_tests import call, write_recipe
 
 from s2v_flow import api
 from s2v_flow.errors import MissingError, RefusedError
-from s2v_flow.need import ModelNeed, choose, download, target_path
-from s2v_flow.nodes.homes import HOMES
+from s2v_flow.library.needs import HOMES, ModelNeed, choose, download, target_path
 
 VAE, ENCODER = "wan_2.1_vae.safetensors", "umt5_xxl_fp16.safetensors"
 CHANGES = {"vae": {"checkpoint": VAE}, "umt5": {"checkpoint": ENCODER}}

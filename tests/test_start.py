@@ -14,8 +14,8 @@ from PIL import Image
 from recipes_for_tests import PORTRAIT, RECIPES, call, write_voice
 
 from s2v_flow import api
-from s2v_flow.start import Start, fitting_size, recipe_text, write_recipe
-from s2v_flow.start_recipes import RECIPES as LIKENESSES
+from s2v_flow.start.project import Start, fitting_size, recipe_text, write_recipe
+from s2v_flow.start.recipes import RECIPES as LIKENESSES
 
 OFFICIAL_AREA = 704 * 1024
 SHIPPED = {

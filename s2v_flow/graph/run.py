@@ -27,9 +27,9 @@ from s2v_flow.graph.events import (
 )
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never
-from s2v_flow.graph.keeping import Results, reap_outputs
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode, Source
+from s2v_flow.graph.results import Results, reap_outputs
 from s2v_flow.graph.status import NodeStatus, needed_nodes, output_digests, preimage
 from s2v_flow.graph.turns import node_turn
 from s2v_flow.machine import peak_device_bytes, peak_memory_bytes

@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
-from s2v_flow.manifest import Essence, Manifest
 from s2v_flow.runs.essence import read_essence
+from s2v_flow.runs.manifest import Essence, Manifest
 from s2v_flow.wording import did_you_mean
 
 LAST = "last"

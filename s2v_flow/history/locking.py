@@ -7,7 +7,7 @@ from pathlib import Path
 from s2v_flow.api import Options, plan, require_files
 from s2v_flow.errors import MissingError
 from s2v_flow.runs.files import files_of
-from s2v_flow.runs.lock import lock_path, lock_text, read_lock
+from s2v_flow.runs.lockfile import lock_path, lock_text, read_lock
 from s2v_flow.runs.sources import FileDigests
 
 

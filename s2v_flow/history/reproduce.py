@@ -20,11 +20,11 @@ from s2v_flow.graph.events import Listener
 from s2v_flow.graph.run import RunResult, ignore
 from s2v_flow.graph.selection import Selection
 from s2v_flow.machine import device_class
-from s2v_flow.manifest import Essence, FileRecord
 from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.essence import read_essence
 from s2v_flow.runs.files import file_records
+from s2v_flow.runs.manifest import Essence, FileRecord
 from s2v_flow.runs.sources import FileDigests
 
 

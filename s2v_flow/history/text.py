@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from s2v_flow.history.find import Listing
-from s2v_flow.manifest import Essence, FileRecord, Manifest
+from s2v_flow.runs.manifest import Essence, FileRecord, Manifest
 
 _SHORT = 12  # digits of a digest that people are shown
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError, RefusedError
 from s2v_flow.media.audio_blocks import Block, decode_blocks
-from s2v_flow.media.limits import (
+from s2v_flow.media.source import (
     MAX_AUDIO_CHANNELS,
     MAX_AUDIO_SECONDS,
     MAX_AUDIO_VALUES,

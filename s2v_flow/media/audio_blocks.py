@@ -17,9 +17,9 @@ import soundfile
 from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError
-from s2v_flow.media.limits import MAX_AUDIO_CHANNELS
 from s2v_flow.media.source import (
     AV_ERRORS,
+    MAX_AUDIO_CHANNELS,
     bare_packets,
     damaged,
     id3_end,

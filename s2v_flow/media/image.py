@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from s2v_flow.errors import MediaError, RefusedError
-from s2v_flow.media.limits import MAX_IMAGE_PIXELS
-from s2v_flow.media.source import open_source
+from s2v_flow.media.source import MAX_IMAGE_PIXELS, open_source
 
 Background = Literal["white", "black", "grey", "ignore"]
 

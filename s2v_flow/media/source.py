@@ -18,12 +18,46 @@ import av
 
 from s2v_flow.errors import MediaError, MissingError
 
+MAX_IMAGE_PIXELS = 64 * 2**20
+"""Pixels of an image, or of one frame of a video (64 megapixels)."""
+
+
+MAX_AUDIO_SECONDS = 24 * 3600
+"""Length of a sound that is read as it is used."""
+
+
+MAX_AUDIO_VALUES = 1_500_000_000
+"""Samples times channels of a sound that is held whole: 4 hours of 48 kHz stereo fit; float32 takes 6 GB."""
+
+
+MAX_AUDIO_CHANNELS = 8
+
+
+MIN_SAMPLE_RATE_HZ = 8_000
+
+
+MAX_SAMPLE_RATE_HZ = 192_000
+
+
+MAX_VIDEO_SECONDS = 24 * 3600
+"""Length of an input video: at a constant rate, a few frames that are shown for years are billions."""
+
+
+MAX_VIDEO_FRAMES = MAX_VIDEO_SECONDS * 60
+"""Frames of an input video: 24 hours at 60 frames a second."""
+
+
 AV_ERRORS = (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError)
 """What PyAV raises for a file that is damaged, or is not what it claims to be; OSError where that sends it before the
 file's start."""
 
+
 _ALLOWED_GAP_SECONDS = Fraction(1, 4)  # between the length that a header promises and the last packet
+
+
 _QUICKTIME_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+
+
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<?xml", b"<smil", b"http:", b"https:")
 
 

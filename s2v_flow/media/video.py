@@ -15,8 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError, RefusedError
-from s2v_flow.media.limits import MAX_IMAGE_PIXELS, MAX_VIDEO_FRAMES, MAX_VIDEO_SECONDS
-from s2v_flow.media.source import AV_ERRORS, damaged, open_container, open_source, sniff, whole_packets
+from s2v_flow.media.source import (
+    AV_ERRORS,
+    MAX_IMAGE_PIXELS,
+    MAX_VIDEO_FRAMES,
+    MAX_VIDEO_SECONDS,
+    damaged,
+    open_container,
+    open_source,
+    sniff,
+    whole_packets,
+)
 
 _TIMESTAMP_TOLERANCE_SECONDS = Fraction(2, 1000)  # Matroska rounds its times to milliseconds
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from s2v_flow.errors import MediaError
-from s2v_flow.models.checkpoint import Shapes
 from s2v_flow.models.speech_rate import RECEPTIVE_FIELD, SAMPLES_PER_STATE
+from s2v_flow.weights.reader import Shapes
 
 STRIDES = (5, 2, 2, 2, 2, 2, 2)  # the feature extractor's; their product is one state
 WINDOW_STATES = 1500  # 30 s: bounds the memory of the first convolutions

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from s2v_flow.errors import CheckpointError
 from s2v_flow.models.activation import activation_bytes
 from s2v_flow.models.audio_encoder import OLD_KEYS, UNUSED_PREFIXES, AudioEncoder, build_wav2vec2
-from s2v_flow.models.checkpoint import Checkpoint, Shapes, describe_mismatch
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
 from s2v_flow.models.quantization import Fp8Linear, Quantization, dequantize, read_quantization, read_scale
 from s2v_flow.models.text_encoder import (
@@ -26,6 +25,7 @@ from s2v_flow.models.text_encoder import (
     read_tokenizer,
     umt5_shapes,
 )
+from s2v_flow.weights.reader import Checkpoint, Shapes, describe_mismatch
 
 if TYPE_CHECKING:
     from s2v_flow.models.dit import WanS2V

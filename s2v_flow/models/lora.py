@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.checkpoint import Checkpoint, Shapes, describe_mismatch
+from s2v_flow.weights.reader import Checkpoint, Shapes, describe_mismatch
 
 # (suffix, role), tried in order; "down" and "up" are the two factors
 _ROLES: Sequence[tuple[str, str]] = (

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
-from s2v_flow.models.tensor_stream import Progress
+from s2v_flow.weights.tensor_stream import Progress
 
 _MAX_LINE = 1 << 16
 _LAST_WORDS = 2000  # bytes of what a crashed process wrote

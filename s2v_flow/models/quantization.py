@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.checkpoint import Checkpoint
+from s2v_flow.weights.reader import Checkpoint
 
 FP8_FORMAT = "float8_e4m3fn"
 MARKER = "scaled_fp8"

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from s2v_flow.errors import CheckpointError, MissingError
-from s2v_flow.models.checkpoint import Shapes, common_prefix, describe_mismatch, detect_family
-from s2v_flow.models.tensor_stream import Piece
+from s2v_flow.weights.reader import Shapes, common_prefix, describe_mismatch, detect_family
+from s2v_flow.weights.tensor_stream import Piece
 
 RELEASE_FOLDER = "Wan2.2-S2V-14B"
 TOKENIZER_FILE = "google/umt5-xxl/spiece.model"  # beside the text encoder

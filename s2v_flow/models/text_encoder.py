@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.checkpoint import Shapes
+from s2v_flow.weights.reader import Shapes
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2v_flow.errors import CheckpointError, ExitCode, RefusedError, S2VFlowError
-from s2v_flow.models.header import MAX_RANK
 from s2v_flow.models.release import kind_of, new_names, tokenizer_pieces
-from s2v_flow.models.tensor_stream import BLOCK_BYTES, Piece, in_dtype, stored_name, write_tensors
+from s2v_flow.weights.header import MAX_RANK
+from s2v_flow.weights.tensor_stream import BLOCK_BYTES, Piece, in_dtype, stored_name, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.fields import Conditioning
-from s2v_flow.nodes.ladder import StreamDecoder, encoded
+from s2v_flow.nodes.shortage import StreamDecoder, encoded
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from s2v_flow.graph.node import Neutral, Node
 from s2v_flow.graph.plan import PlanBuilder, Source, Value
-from s2v_flow.nodes.chain import (
+from s2v_flow.nodes.chunk_plan import (
     FRAME_RATE_HZ,
     FRAMES_PER_LATENT,
     MOTION_LATENT_FRAMES,
@@ -182,7 +182,7 @@ class DecodeFrames(Node):
 
     def _decode(self, context: RunContext, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
         from s2v_flow.nodes.chunk import decoded
-        from s2v_flow.nodes.ladder import StreamDecoder
+        from s2v_flow.nodes.shortage import StreamDecoder
         from s2v_flow.nodes.tensors import to_frames, unpack
 
         vae = inputs["vae"].get()

@@ -12,8 +12,8 @@ from torch import Tensor
 from s2v_flow.models.conditioning import Branch, PreparedChunk, PreparedText
 from s2v_flow.models.latent_space import denormalise, normalise
 from s2v_flow.models.speech import SpeechTable, chunk_embed, joined
-from s2v_flow.nodes.ladder import Ladder, Rung, no_memory
 from s2v_flow.nodes.resuming import ResumableSampling
+from s2v_flow.nodes.shortage import Ladder, Rung, no_memory
 from s2v_flow.nodes.tensors import unpack
 from s2v_flow.sampling.guidance import denoised_from_velocity, guide
 from s2v_flow.sampling.noise import initial_noise

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.plan import PlanBuilder, Value
-from s2v_flow.nodes.chain import Chain, Part, Settings
+from s2v_flow.nodes.chunk_plan import Chain, Part, Settings
 from s2v_flow.nodes.fields import FramesInput, ImageInput, LatentInput
 from s2v_flow.nodes.frames import Frames, window
 

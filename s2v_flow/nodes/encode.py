@@ -149,7 +149,7 @@ class EncodeImage(Node):
         import torch
 
         from s2v_flow.media.image import crop_resize
-        from s2v_flow.nodes.ladder import encoded
+        from s2v_flow.nodes.shortage import encoded
         from s2v_flow.nodes.tensors import pack, to_pixels
 
         image = crop_resize(inputs["image"].read(), self.width, self.height, antialias=self.conditioning == "official")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from s2v_flow.errors import BadNumbersError, CheckpointError
 from s2v_flow.graph.node import FileField, Neutral, Node
 from s2v_flow.graph.plan import PlanBuilder, Value
-from s2v_flow.nodes.chain import FRAME_RATE_HZ, Chain, Part, Settings
+from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ, Chain, Part, Settings
 from s2v_flow.nodes.fields import Precision, Seconds, model_file
 from s2v_flow.nodes.frames import Frames
 from s2v_flow.nodes.handle import lacks_room, open_handle
@@ -103,8 +103,8 @@ class LoadDiffusionModel(Node):
 
     def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
         """Match the LoRAs' headers with the model's before anything heavy starts."""
-        from s2v_flow.models.checkpoint import Checkpoint
         from s2v_flow.models.lora import LoraSpec, open_loras
+        from s2v_flow.weights.reader import Checkpoint
 
         specs = [LoraSpec(files["loras", index, "file"], lora.strength) for index, lora in enumerate(self.loras)]
         shapes = Checkpoint.open(files["checkpoint",]).shapes if specs else {}
@@ -370,8 +370,8 @@ class LoadLatent(Node):
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Store the file's latent as the first chunk: {"latent": {samples: [1, 16, F, H, W]}}."""
-        from s2v_flow.models.checkpoint import Checkpoint
         from s2v_flow.nodes.tensors import pack
+        from s2v_flow.weights.reader import Checkpoint
 
         latent = Checkpoint.open(context.files["file",]).tensor(LATENT_KEY).float()
         if not latent.isfinite().all():
@@ -392,7 +392,7 @@ def latent_shape(path: Path) -> tuple[int, ...]:
     Raises:
         CheckpointError: It holds no such latent.
     """
-    from s2v_flow.models.checkpoint import Checkpoint
+    from s2v_flow.weights.reader import Checkpoint
 
     shape = Checkpoint.open(path).shapes.get(LATENT_KEY, ())
     if len(shape) != 5 or shape[:2] != (1, 16) or 0 in shape:
@@ -412,7 +412,7 @@ def check_header(builder: PlanBuilder, name: str, family: str, *field_path: str 
     path = builder.file(name, *(field_path or ("checkpoint",)))
     if path is None or not path.is_file():
         return
-    from s2v_flow.models.checkpoint import Checkpoint, describe_mismatch
+    from s2v_flow.weights.reader import Checkpoint, describe_mismatch
 
     mismatch = describe_mismatch(family, Checkpoint.open(path).shapes)
     if mismatch is not None:

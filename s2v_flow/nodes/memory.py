@@ -17,13 +17,13 @@ from s2v_flow.graph.estimate import Needs
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.models.activation import activation_bytes
-from s2v_flow.models.checkpoint import Checkpoint
-from s2v_flow.models.header import TensorEntry
 from s2v_flow.models.speech_rate import num_features, num_rows, num_states
 from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
 from s2v_flow.nodes.decode import DecodeFrames
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage
 from s2v_flow.nodes.load import LoadDiffusionModel
+from s2v_flow.weights.header import TensorEntry
+from s2v_flow.weights.reader import Checkpoint
 
 PROCESS_BYTES = 345 * 2**20  # resident in a process that has imported torch and transformers (Linux, torch 2.13)
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from s2v_flow.errors import BadNumbersError, ExitCode, S2VFlowError
 from s2v_flow.nodes.finite import FiniteWatch
-from s2v_flow.nodes.ladder import Ladder, memory_failure
+from s2v_flow.nodes.shortage import Ladder, memory_failure
 from s2v_flow.nodes.tensors import pack
 from s2v_flow.sampling.state import Denoise, SolverState
 

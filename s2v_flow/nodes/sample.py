@@ -9,15 +9,7 @@ from pydantic import AfterValidator, Field
 
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.plan import PlanBuilder, Value
-from s2v_flow.nodes.chain import (
-    FIELDS,
-    FRAMES_PER_LATENT,
-    Chain,
-    Settings,
-    add_chunk,
-    voice_frames,
-    warmup_frames,
-)
+from s2v_flow.nodes.chunk_plan import FIELDS, FRAMES_PER_LATENT, Chain, Settings, add_chunk, voice_frames, warmup_frames
 from s2v_flow.nodes.fields import (
     Cfg,
     Conditioning,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.decode import Decode
 from s2v_flow.nodes.edit import FramesDelay, FramesFromImage, FramesSlice, ImageFromFrames, LatentConcat, LatentCut
@@ -19,6 +22,31 @@ from s2v_flow.nodes.load import (
 from s2v_flow.nodes.sample import Extend, Sample
 from s2v_flow.nodes.save import SaveImages, SaveLatent, SaveVideo
 from s2v_flow.nodes.scale import FramesScale, ImageScale
+
+PLANNING_CODES: Mapping[str, str] = MappingProxyType(
+    {
+        "R100": "motion: pixels cannot follow chunks that hand over latents",
+        "R101": "the length of chunks changes under motion: pixels",
+        "R102": "there are not as many seeds as chunks",
+        "R103": "chunks: auto without a voice",
+        "R104": "a reference has another size than the video",
+        "R105": "two videos cannot be joined, because their sizes differ",
+        "R110": "picture and sound cannot be kept in time with this prefix and warm-up",
+        "R111": "no frame is left to show",
+        "R120": "an input is missing and cannot be inherited",
+        "R121": "the video's size is unknown",
+        "R122": "guidance without a negative prompt",
+        "R123": "the VAE is missing",
+        "R124": "the reference is missing",
+        "R125": "two settings exclude each other",
+        "R126": "too few steps for this sampler and scheduler",
+        "R127": "a setting is missing and cannot be inherited",
+        "R128": "a size contradicts the reference's",
+        "R130": "nothing is left of the sound",
+        "R131": "two nodes write the same file",
+    }
+)
+
 
 NODE_KINDS: tuple[type[Node], ...] = (
     LoadDiffusionModel,

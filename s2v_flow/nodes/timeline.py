@@ -9,7 +9,7 @@ from itertools import pairwise
 from pydantic import BaseModel, ConfigDict, Field
 
 from s2v_flow.graph.plan import PlanBuilder, Value
-from s2v_flow.nodes.chain import FRAME_RATE_HZ, Settings
+from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ, Settings
 from s2v_flow.nodes.encode import EncodeText
 from s2v_flow.nodes.fields import Cfg, Seconds, Seed, Shift, Steps
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from s2v_flow.recipe.document import NodeSpec, Recipe
 from s2v_flow.recipe.emit import to_yaml
+from s2v_flow.recipe.layers import LANGUAGE_VERSION
 from s2v_flow.recipe.params import Parameters
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.sections import LANGUAGE_VERSION
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir, path_text, plain
 
 FieldPath = tuple[str | int, ...]

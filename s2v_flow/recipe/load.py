@@ -11,13 +11,11 @@ from s2v_flow.graph.link import link
 from s2v_flow.graph.node import Node
 from s2v_flow.recipe.argument import Argument, Override, parse_overrides
 from s2v_flow.recipe.document import NodeSpec, Recipe
-from s2v_flow.recipe.layers import merge_layers
-from s2v_flow.recipe.matrix import Cell, Matrix, expand, read_matrix, with_axes
-from s2v_flow.recipe.matrix_axis import parse_axes
+from s2v_flow.recipe.layers import Body, merge_layers
+from s2v_flow.recipe.matrix import Cell, Matrix, expand, parse_axes, read_matrix, with_axes
 from s2v_flow.recipe.overrides import apply_overrides
 from s2v_flow.recipe.params import Parameters
 from s2v_flow.recipe.problems import Problems, StopReadingError
-from s2v_flow.recipe.sections import Body
 from s2v_flow.recipe.tree import Entry, MapValue, plain
 from s2v_flow.recipe.validate import CheckedNode, check_node, check_profile
 from s2v_flow.wording import shortened

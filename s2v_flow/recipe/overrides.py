@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from s2v_flow.graph.node import Node
-from s2v_flow.recipe.argument import Argument, FaultyOverrideError, Step, faulty
-from s2v_flow.recipe.argument_value import read_value
+from s2v_flow.recipe.argument import Argument, FaultyOverrideError, Step, faulty, read_value
 from s2v_flow.recipe.fields import Accepts, field_at
-from s2v_flow.recipe.param_type import param_takes
+from s2v_flow.recipe.layers import Body
+from s2v_flow.recipe.params import param_takes
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.sections import Body
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened
 

@@ -17,8 +17,7 @@ import yaml
 
 from s2v_flow.errors import Place
 from s2v_flow.recipe.problems import Problems, StopReadingError
-from s2v_flow.recipe.scalars import read_scalar
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir, read_scalar
 from s2v_flow.wording import nearest, shortened
 
 MAX_BYTES = 1_000_000

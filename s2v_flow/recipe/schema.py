@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from s2v_flow.graph.node import NAME, Node
-from s2v_flow.recipe.sections import LANGUAGE_VERSION
+from s2v_flow.recipe.layers import LANGUAGE_VERSION
 
 Schema = dict[str, Any]
 

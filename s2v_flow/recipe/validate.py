@@ -12,8 +12,18 @@ from s2v_flow.graph.node import Node, Ref
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.params import Parameters, whole_reference
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.scalars import read_scalar
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, origins_of, path_text, plain
+from s2v_flow.recipe.tree import (
+    Entry,
+    ListValue,
+    MapValue,
+    Origin,
+    Scalar,
+    Tree,
+    origins_of,
+    path_text,
+    plain,
+    read_scalar,
+)
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened, shown
 
 FieldPath = tuple[str | int, ...]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from s2v_flow.manifest import EnvironmentRecord, GitRecord
+from s2v_flow.runs.manifest import EnvironmentRecord, GitRecord
 from s2v_flow.version import __version__
 
 _GIT_SECONDS = 3.0

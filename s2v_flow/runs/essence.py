@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MediaError
 from s2v_flow.graph.plan import Plan, PlanNode
-from s2v_flow.manifest import Essence, EssenceNode, to_note
 from s2v_flow.media.provenance import MAX_NOTE_BYTES, read_note
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.files import ancestors, file_records
+from s2v_flow.runs.manifest import Essence, EssenceNode, to_note
 from s2v_flow.runs.values import written
 
 SOFTWARE = ("s2vflow", "torch")  # the facts of a stored result that say what computed it

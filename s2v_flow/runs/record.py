@@ -29,7 +29,10 @@ from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus, preimage
-from s2v_flow.manifest import (
+from s2v_flow.recipe.document import Recipe
+from s2v_flow.runs.environment import environment, git_state
+from s2v_flow.runs.files import file_records
+from s2v_flow.runs.manifest import (
     GivenRecord,
     LoraRecord,
     Manifest,
@@ -40,9 +43,6 @@ from s2v_flow.manifest import (
     RecipeRecord,
     to_text,
 )
-from s2v_flow.recipe.document import Recipe
-from s2v_flow.runs.environment import environment, git_state
-from s2v_flow.runs.files import file_records
 from s2v_flow.runs.values import home_hidden, values_of, without_home, written
 
 

@@ -13,7 +13,7 @@ from comfy_workflows import TEMPLATE, template_path
 
 from s2v_flow import api
 from s2v_flow.comfy.importer import import_workflow
-from s2v_flow.nodes.homes import HOMES
+from s2v_flow.library.needs import HOMES
 
 STORED = Path(__file__).parent / "recipes" / "video_wan2_2_14B_s2v.yaml"
 MODELS = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from s2v_flow.demo import models
 from s2v_flow.demo.models import make_demo_models
 from s2v_flow.errors import RefusedError
-from s2v_flow.models.checkpoint import Checkpoint
+from s2v_flow.weights.reader import Checkpoint
 
 FILES = {
     "audio_encoders/tiny_wav2vec2.safetensors": (422, "wav2vec2"),

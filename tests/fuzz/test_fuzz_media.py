@@ -29,14 +29,14 @@ from PIL import Image, PngImagePlugin
 from s2v_flow.errors import ExitCode, MediaError, MissingError, RefusedError, S2VFlowError
 from s2v_flow.media.audio import Audio, probe_audio, read_audio
 from s2v_flow.media.image import probe_image, read_image
-from s2v_flow.media.limits import (
+from s2v_flow.media.provenance import note_box
+from s2v_flow.media.source import (
     MAX_AUDIO_CHANNELS,
     MAX_IMAGE_PIXELS,
     MAX_SAMPLE_RATE_HZ,
     MAX_VIDEO_FRAMES,
     MIN_SAMPLE_RATE_HZ,
 )
-from s2v_flow.media.provenance import note_box
 from s2v_flow.media.video import VideoReader, probe_video
 from s2v_flow.media.writer import VideoWriter
 

@@ -10,7 +10,7 @@ from reference import load_keys
 from safetensors.torch import save_file
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.checkpoint import Checkpoint, describe_mismatch, detect_family
+from s2v_flow.weights.reader import Checkpoint, describe_mismatch, detect_family
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "wav2vec2."])

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
-from s2v_flow.models.header import MAX_HEADER_BYTES, read_header
+from s2v_flow.weights.header import MAX_HEADER_BYTES, read_header
 
 
 def write(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.checkpoint import Checkpoint
 from s2v_flow.models.quantization import Fp8Linear, Quantization, dequantize, read_quantization, read_scale
+from s2v_flow.weights.reader import Checkpoint
 
 WEIGHT = torch.arange(-8, 8).reshape(4, 4).to(torch.float8_e4m3fn)
 SCALE = torch.tensor(0.37)

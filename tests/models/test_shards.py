@@ -20,9 +20,9 @@ from s2v_flow.errors import (
     RefusedError,
     S2VFlowError,
 )
-from s2v_flow.models import tensor_stream
-from s2v_flow.models.shards import open_shards, open_single
-from s2v_flow.models.tensor_stream import Piece, in_dtype, write_tensors
+from s2v_flow.weights import tensor_stream
+from s2v_flow.weights.shards import open_shards, open_single
+from s2v_flow.weights.tensor_stream import Piece, in_dtype, write_tensors
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 VALUES = {"x": torch.arange(6.0).reshape(2, 3), "y": torch.ones(3, dtype=torch.bfloat16), "z": torch.tensor(7)}
@@ -40,7 +40,7 @@ def make(folder: Path, weight_map: Any = None, **more: torch.Tensor) -> Path:
 
 def test_shards_are_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block by block; the file that comes of them is the one that safetensors reads, aligned and without gaps."""
-    monkeypatch.setattr("s2v_flow.models.shards.BLOCK_BYTES", 8)
+    monkeypatch.setattr("s2v_flow.weights.shards.BLOCK_BYTES", 8)
     shards = open_shards(make(tmp_path))
     assert shards.files == (tmp_path / A, tmp_path / B)
     steps: list[tuple[int, int]] = []

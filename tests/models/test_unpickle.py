@@ -16,8 +16,8 @@ from pickles_for_tests import Calls, FakeStorage, FakeTensor, forge, forge_legac
 
 from s2v_flow.errors import CheckpointError, ExitCode, RefusedError, S2VFlowError
 from s2v_flow.models import unpickle
-from s2v_flow.models.header import is_pickle
 from s2v_flow.models.unpickle import Unpickled, check_container, check_name, check_version, read_pickle
+from s2v_flow.weights.header import is_pickle
 
 
 def open_it(path: Path) -> Unpickled:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import s2v_flow
-from s2v_flow.nodes.codes import PLANNING_CODES
-from s2v_flow.recipe.codes import CODES
+from s2v_flow.nodes.table import PLANNING_CODES
+from s2v_flow.recipe.problems import CODES
 
 
 def test_every_code_in_use_is_explained_and_every_explained_one_is_in_use() -> None:

@@ -18,7 +18,7 @@ from s2v_flow.models.registry import ModelRegistry
 from s2v_flow.models.vae import DecoderState, VAEConfig, WanVAE
 from s2v_flow.models.vae_tiles import decode_next_tiled, encode_tiled
 from s2v_flow.nodes.chunk import decoded
-from s2v_flow.nodes.ladder import StreamDecoder, encoded
+from s2v_flow.nodes.shortage import StreamDecoder, encoded
 
 
 class SmallVae:

@@ -11,7 +11,7 @@ from recipes_for_tests import options, write_recipe, write_voice
 
 from s2v_flow import api
 from s2v_flow.errors import Diagnostic, RecipeError
-from s2v_flow.recipe.codes import CODES
+from s2v_flow.recipe.problems import CODES
 
 Changes = Mapping[str, Mapping[str, Any] | None]
 LOADED: Changes = {

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.models.activation import activation_bytes
 from s2v_flow.models.dit import S2VConfig, WanS2V
-from s2v_flow.nodes import handle, ladder
+from s2v_flow.nodes import handle, shortage
 from s2v_flow.nodes.handle import ModelHandle, lacks_room
-from s2v_flow.nodes.ladder import memory_failure
+from s2v_flow.nodes.shortage import memory_failure
 
 SMALL = S2VConfig(dim=128, ffn_dim=128, num_layers=2, text_dim=8, audio_dim=8)
 SOME_SAMPLERS = (
@@ -204,7 +204,7 @@ def test_when_nothing_helps_the_message_has_figures_and_the_steps_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 7; what is done of the chunk is a checkpoint, from which it goes on to the same bits."""
-    monkeypatch.setattr(ladder, "memory_text", lambda device: "; 1.2 GiB of 24.0 GiB are free on cuda:0")
+    monkeypatch.setattr(shortage, "memory_text", lambda device: "; 1.2 GiB of 24.0 GiB are free on cuda:0")
     bench = Bench(tmp_path)
     whole = bench.run()
     with pytest.raises(S2VFlowError) as caught:

@@ -19,8 +19,8 @@ from s2v_flow.errors import ExitCode, RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.argument import Override
-from s2v_flow.recipe.codes import CODES
 from s2v_flow.recipe.load import load_matrix, load_recipe
+from s2v_flow.recipe.problems import CODES
 from s2v_flow.wording import format_diagnostic
 
 BAD = Path(__file__).parent / "bad"

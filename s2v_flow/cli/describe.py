@@ -7,10 +7,10 @@ from typing import Any
 
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.node import Node
-from s2v_flow.manifest import manifest_schema
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.fields import accepts
 from s2v_flow.recipe.schema import recipe_schema
+from s2v_flow.runs.manifest import manifest_schema
 from s2v_flow.runs.stream import events_schema
 from s2v_flow.wording import did_you_mean
 

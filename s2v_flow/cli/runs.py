@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from s2v_flow.cli_options import FILE, FOLDER, folder_options, make_options, recipe_options
+from s2v_flow.cli.options import FILE, FOLDER, OrderedCommand, folder_options, make_options, recipe_options
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.option_order import OrderedCommand
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 _CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts and runs are kept.  [env: S2VFLOW_CACHE_DIR]")
@@ -23,7 +22,7 @@ _CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts and runs
 @_CACHE
 def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
     """List the runs, the newest first. Results and videos do not depend on a run's manifest."""
-    from s2v_flow import report
+    from s2v_flow.cli import report
     from s2v_flow.history.find import forget_runs, list_runs
     from s2v_flow.history.text import listing_json, runs_text
     from s2v_flow.runs.record import runs_root
@@ -45,7 +44,7 @@ def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | 
 @_CACHE
 def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
     """Show a run (its id, the beginning of one, or `last`), or how an mp4 was made."""
-    from s2v_flow import report
+    from s2v_flow.cli import report
     from s2v_flow.history.find import find
     from s2v_flow.history.text import show_text
     from s2v_flow.runs.record import runs_root
@@ -61,7 +60,7 @@ def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
 @_CACHE
 def diff(a: str, b: str, as_json: bool, cache_dir: Path | None) -> None:
     """Compare two runs, mp4s or recipes: values, models, inputs, environment, times, results."""
-    from s2v_flow import report
+    from s2v_flow.cli import report
     from s2v_flow.history.compare import compare
 
     found = compare(a, b, make_options(cache_dir=cache_dir, device=None))
@@ -75,7 +74,7 @@ def diff(a: str, b: str, as_json: bool, cache_dir: Path | None) -> None:
 @folder_options
 def reproduce(video: Path, as_json: bool, output: Path | None, **given: Any) -> None:
     """Make an mp4 again from what it says of itself; leave with 1, and name what differs, if its frames do."""
-    from s2v_flow import report
+    from s2v_flow.cli import report
     from s2v_flow.history.reproduce import reproduce as make_again
 
     progress = report.Progress()
@@ -94,9 +93,9 @@ def reproduce(video: Path, as_json: bool, output: Path | None, **given: Any) -> 
 @folder_options
 def lock(recipe: Path, as_json: bool, output: Path | None, **given: Any) -> None:
     """Write down the digests of a recipe's models and inputs; `run --locked` refuses any others."""
-    from s2v_flow import report
+    from s2v_flow.cli import report
     from s2v_flow.history.locking import make_lock
-    from s2v_flow.runs.lock import lock_path
+    from s2v_flow.runs.lockfile import lock_path
 
     target = output or lock_path(recipe)
     text = make_lock(recipe, make_options(**given))

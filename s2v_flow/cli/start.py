@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from s2v_flow.cli_options import FILE, folder_options, make_options, start_options
-from s2v_flow.completion import SHELLS, completion_script
+from s2v_flow.cli.completion import SHELLS, completion_script
+from s2v_flow.cli.options import FILE, folder_options, make_options, start_options
 from s2v_flow.errors import ExitCode
 
 
@@ -21,8 +21,8 @@ from s2v_flow.errors import ExitCode
 @start_options
 def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | None, like: str, force: bool) -> None:
     """Write a first recipe, for a portrait and a voice."""
-    from s2v_flow import report
-    from s2v_flow.start import DEFAULT_PROMPT, Start, recipe_text, write_recipe
+    from s2v_flow.cli import report
+    from s2v_flow.start.project import DEFAULT_PROMPT, Start, recipe_text, write_recipe
 
     start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, f"out/{output.stem}.mp4")
     write_recipe(output, recipe_text(start, output.parent), force=force)
@@ -34,8 +34,8 @@ def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | 
 @folder_options
 def doctor(as_json: bool, **given: Any) -> None:
     """Look at this machine: Python, torch and devices, codecs, the cache, models, packages."""
-    from s2v_flow import report
-    from s2v_flow.doctor import examine, findings_json, findings_text
+    from s2v_flow.cli import report
+    from s2v_flow.cli.doctor import examine, findings_json, findings_text
 
     findings = examine(make_options(**given))
     report.print_json(findings_json(findings)) if as_json else report.print_result(findings_text(findings))
@@ -53,6 +53,6 @@ def completion(shell: str) -> None:
       zsh:  s2vflow completion zsh > a folder of $fpath, as _s2vflow
       fish: s2vflow completion fish > ~/.config/fish/completions/s2vflow.fish
     """
-    from s2v_flow import report
+    from s2v_flow.cli import report
 
     report.print_result(completion_script(shell, click.get_current_context().find_root().command, "s2vflow"))

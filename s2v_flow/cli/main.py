@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from s2v_flow import __version__
-from s2v_flow.cli_cache import cache
-from s2v_flow.cli_models import models
-from s2v_flow.cli_options import (
+from s2v_flow.cli.cache import cache
+from s2v_flow.cli.completion import complete_kind
+from s2v_flow.cli.models import models
+from s2v_flow.cli.options import (
     FILE,
+    OrderedGroup,
     folder_options,
     make_options,
     recipe_options,
@@ -23,12 +25,10 @@ from s2v_flow.cli_options import (
     selection_options,
     start_options,
 )
-from s2v_flow.cli_runs import diff, lock, reproduce, runs, show
-from s2v_flow.cli_start import completion, doctor, init
-from s2v_flow.completion import complete_kind
+from s2v_flow.cli.runs import diff, lock, reproduce, runs, show
+from s2v_flow.cli.start import completion, doctor, init
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, StopRequest
-from s2v_flow.option_order import OrderedGroup
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options, Planned
@@ -79,7 +79,8 @@ def run(recipe: Path, as_json: bool, events: str | None, **given: Any) -> None:
 
 
 def _run(recipe: Path, options: Options, *, as_json: bool, events: str | None = None) -> None:
-    from s2v_flow import api, report
+    from s2v_flow import api
+    from s2v_flow.cli import report
     from s2v_flow.runs.stream import open_events, to_all
 
     planned = api.plan(recipe, options)
@@ -112,7 +113,7 @@ def _summary(planned: Planned, result: RunResult) -> list[Path]:
     """Put a matrix's videos on one page, where there are at least two."""
     if not planned.labels:
         return []
-    from s2v_flow.sweep import cell_videos, summarise
+    from s2v_flow.history.side import cell_videos, summarise
 
     videos = cell_videos(planned, result)
     return summarise(videos, planned.recipe.path.stem) if len(videos) > 1 else []
@@ -122,7 +123,8 @@ def _summary(planned: Planned, result: RunResult) -> list[Path]:
 @recipe_options
 def check(recipe: Path, as_json: bool, **given: Any) -> None:
     """Check a recipe, without looking at models or inputs."""
-    from s2v_flow import api, report
+    from s2v_flow import api
+    from s2v_flow.cli import report
 
     checked = api.check(recipe, make_options(**given))
     if as_json:
@@ -138,7 +140,8 @@ def check(recipe: Path, as_json: bool, **given: Any) -> None:
 @click.option("--detailed-exitcode", is_flag=True, help="Leave with 10 if a run would compute something.")
 def plan(recipe: Path, as_json: bool, detailed_exitcode: bool, **given: Any) -> None:
     """Show what a run would do: the order, the chunks, what is stored, what must run and why, what is missing."""
-    from s2v_flow import api, report
+    from s2v_flow import api
+    from s2v_flow.cli import report
 
     planned = api.plan(recipe, make_options(**given))
     report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
@@ -155,8 +158,9 @@ def plan(recipe: Path, as_json: bool, detailed_exitcode: bool, **given: Any) -> 
 @click.option("--format", "form", type=click.Choice(["ascii", "mermaid", "dot"]), default="ascii")
 def graph(recipe: Path, as_json: bool, form: str, **given: Any) -> None:
     """Draw the plan, with every node's status."""
-    from s2v_flow import api, report
-    from s2v_flow.graph.draw import DRAWERS
+    from s2v_flow import api
+    from s2v_flow.cli import report
+    from s2v_flow.cli.draw import DRAWERS
 
     planned = api.plan(recipe, make_options(**given))
     text = DRAWERS[form](planned.plan, planned.statuses)
@@ -169,7 +173,8 @@ def graph(recipe: Path, as_json: bool, form: str, **given: Any) -> None:
 @click.option("--resolved/--references", default=True, help="Put parameters in (the default), or keep $params.NAME.")
 def config(recipe: Path, as_json: bool, with_origins: bool, resolved: bool, **given: Any) -> None:
     """Print a recipe as one text, with everything that is laid over it."""
-    from s2v_flow import api, report
+    from s2v_flow import api
+    from s2v_flow.cli import report
     from s2v_flow.recipe.config import config_json, config_text
 
     checked = api.check(recipe, make_options(**given))
@@ -186,8 +191,8 @@ def config(recipe: Path, as_json: bool, with_origins: bool, resolved: bool, **gi
 @click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
 def import_(workflow: Path, output: Path | None, modernise: bool, force: bool) -> None:
     """Make a recipe of a ComfyUI workflow: JSON, or a picture or video with the workflow in it."""
-    from s2v_flow import report
     from s2v_flow.api import KINDS
+    from s2v_flow.cli import report
     from s2v_flow.comfy.importer import import_workflow
 
     imported = import_workflow(workflow, KINDS, modernises=modernise)
@@ -206,7 +211,8 @@ def import_(workflow: Path, output: Path | None, modernise: bool, force: bool) -
 @click.option("--force", is_flag=True, help="Overwrite the workflow that is there.")
 def export(recipe: Path, as_json: bool, output: Path | None, form: Literal["editor", "api"], **given: Any) -> None:
     """Make a ComfyUI workflow of a recipe; what ComfyUI does differently is said."""
-    from s2v_flow import api, report
+    from s2v_flow import api
+    from s2v_flow.cli import report
     from s2v_flow.comfy.exporter import export_workflow
 
     force = given.pop("force")
@@ -219,8 +225,8 @@ def export(recipe: Path, as_json: bool, output: Path | None, form: Literal["edit
 
 def _deliver(text: str, output: Path | None, *, force: bool) -> None:
     """Write a text to a file, or print it."""
-    from s2v_flow import report
-    from s2v_flow.start import write_recipe
+    from s2v_flow.cli import report
+    from s2v_flow.start.project import write_recipe
 
     if output is None:
         report.print_result(text.rstrip("\n"))
@@ -233,8 +239,8 @@ def _deliver(text: str, output: Path | None, *, force: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def nodes(kind: str | None, as_json: bool) -> None:
     """List the kinds of nodes; with KIND, its fields."""
-    from s2v_flow import report
-    from s2v_flow.describe import describe_kinds, kinds_text
+    from s2v_flow.cli import report
+    from s2v_flow.cli.describe import describe_kinds, kinds_text
 
     described = describe_kinds(kind)
     report.print_json(described) if as_json else report.print_result(kinds_text(described, in_full=kind is not None))
@@ -252,8 +258,8 @@ def nodes(kind: str | None, as_json: bool) -> None:
 )
 def schema(output: Path | None, what: str) -> None:
     """Print the JSON Schema of recipes, for editors, or of what programs read."""
-    from s2v_flow import report
-    from s2v_flow.describe import schema_text
+    from s2v_flow.cli import report
+    from s2v_flow.cli.describe import schema_text
 
     text = schema_text(what)
     if output is None:
@@ -278,8 +284,8 @@ def make(
     portrait: Path, voice: Path, prompt: str, output: Path, as_json: bool, like: str, force: bool, **given: Any
 ) -> None:
     """Make a video without a recipe; one is left beside it, to change and to run again."""
-    from s2v_flow import report
-    from s2v_flow.start import Start, recipe_path, recipe_text, write_recipe
+    from s2v_flow.cli import report
+    from s2v_flow.start.project import Start, recipe_path, recipe_text, write_recipe
 
     recipe = recipe_path(output)
     start = Start(portrait, voice, prompt, like, output.name)
@@ -316,7 +322,7 @@ def _main(stop: StopRequest) -> NoReturn:
     except StoppedError as stopped:
         _leave(str(stopped), stopped.exit_code)
     except S2VFlowError as error:
-        from s2v_flow import report
+        from s2v_flow.cli import report
 
         report.print_error(error)
         sys.exit(error.exit_code)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from s2v_flow.errors import BadNumbersError, CheckpointError, ExitCode, S2VFlowError
-from s2v_flow.models.header import ITEM_BYTES, MAX_HEADER_BYTES
+from s2v_flow.weights.header import ITEM_BYTES, MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
     import torch

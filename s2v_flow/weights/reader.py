@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.header import TensorEntry, read_header
+from s2v_flow.weights.header import TensorEntry, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from s2v_flow import __version__
 from s2v_flow.errors import S2VFlowError
-from s2v_flow.need import known_needs
+from s2v_flow.library.needs import known_needs
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options

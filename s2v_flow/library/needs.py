@@ -10,16 +10,39 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, Literal
 
-from s2v_flow.downloads import RemoteFile, at_endpoint, check_space, fetch, look_up
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.graph.locations import Locations, Missing
 from s2v_flow.graph.node import FileField
-from s2v_flow.models.header import convert_command
+from s2v_flow.library.downloads import RemoteFile, at_endpoint, check_space, fetch, look_up
 from s2v_flow.models.release import RELEASE_FILES, RELEASE_FOLDER
 from s2v_flow.recipe.document import Recipe
+from s2v_flow.weights.header import convert_command
 from s2v_flow.wording import did_you_mean
+
+_WAN22 = "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
+
+
+_WAN21 = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
+
+
+HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        name: (f"{repository}/{folder}/{name}",)
+        for repository, folder, name in (
+            (_WAN22, "diffusion_models", "wan2.2_s2v_14B_fp8_scaled.safetensors"),
+            (_WAN22, "diffusion_models", "wan2.2_s2v_14B_bf16.safetensors"),
+            (_WAN22, "audio_encoders", "wav2vec2_large_english_fp16.safetensors"),
+            (_WAN22, "loras", "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors"),
+            (_WAN21, "text_encoders", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
+            (_WAN21, "text_encoders", "umt5_xxl_fp16.safetensors"),
+            (_WAN22, "vae", "wan_2.1_vae.safetensors"),
+        )
+    }
+)
+
 
 Progress = Callable[[str, int, int], None]  # file name, bytes that are there, bytes in all
 

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from s2v_flow.errors import CheckpointError, MissingError, RefusedError
-from s2v_flow.models.header import MAX_HEADER_BYTES, Header, parse_map, read_header
-from s2v_flow.models.tensor_stream import BLOCK_BYTES, Piece
+from s2v_flow.weights.header import MAX_HEADER_BYTES, Header, parse_map, read_header
+from s2v_flow.weights.tensor_stream import BLOCK_BYTES, Piece
 
 INDEX_SUFFIX = ".safetensors.index.json"
 

@@ -9,9 +9,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from s2v_flow.cli_options import FILE, change_options, folder_options, make_options
+from s2v_flow.cli.options import FILE, OrderedGroup, change_options, folder_options, make_options
 from s2v_flow.errors import ExitCode
-from s2v_flow.option_order import OrderedGroup
 
 
 class _ModelsGroup(OrderedGroup):
@@ -48,18 +47,20 @@ def models() -> None:
 @click.option("--only", multiple=True, metavar="FILE", help="Only this one; repeatable.")
 def list_(recipe: Path | None, as_json: bool, download: bool, only: tuple[str, ...], **given: Any) -> None:
     """List the model files that a recipe needs (or all that are known), and download them on request."""
-    from s2v_flow import api, need, report
+    from s2v_flow import api
+    from s2v_flow.cli import report
+    from s2v_flow.library import needs
 
     if download and recipe is None and not only:
         raise click.UsageError("--download needs a recipe, or --only FILE: all known models together are very large")
     options = make_options(**given)
-    needs = need.choose(api.model_needs(recipe, options), only)
+    found = needs.choose(api.model_needs(recipe, options), only)
     if download:
         progress = report.DownloadProgress()
-        need.download(needs, options.locations.models_dirs[0], progress)
-        needs = need.choose(api.model_needs(recipe, options), only)
-    report.print_json(need.needs_json(needs)) if as_json else report.print_result(need.needs_text(needs))
-    if any(item.status == "missing" for item in needs):
+        needs.download(found, options.locations.models_dirs[0], progress)
+        found = needs.choose(api.model_needs(recipe, options), only)
+    report.print_json(needs.needs_json(found)) if as_json else report.print_result(needs.needs_text(found))
+    if any(item.status == "missing" for item in found):
         sys.exit(ExitCode.MISSING)
 
 
@@ -94,7 +95,7 @@ def convert(source: Path, output: Path, as_json: bool, force: bool, **given: Any
       s2vflow models convert Wan2.2-S2V-14B/Wan2.1_VAE.pth -o models/vae/wan_2.1_vae.safetensors
       s2vflow models convert Wan2.2-S2V-14B -o models/diffusion_models/wan2.2_s2v_14B_bf16.safetensors
     """
-    from s2v_flow import report
+    from s2v_flow.cli import report
     from s2v_flow.convert import Request, convert
 
     progress = report.DownloadProgress()

@@ -14,7 +14,7 @@ from typing import Any
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
 from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.reader import FORBIDDEN
-from s2v_flow.start_recipes import ABOVE, BEHIND, RECIPES, start_data
+from s2v_flow.start.recipes import ABOVE, BEHIND, RECIPES, start_data
 
 DEFAULT_PROMPT = "The person looks into the camera and speaks calmly."
 _UNIT = 64  # the authors' sizes are multiples of this

@@ -114,7 +114,7 @@ def _words(merged: Merged, path: str) -> list[str]:
     """Return the words that a field or a parameter takes."""
     from s2v_flow.nodes.table import NODE_KINDS
     from s2v_flow.recipe.fields import field_at
-    from s2v_flow.recipe.param_type import param_takes
+    from s2v_flow.recipe.params import param_takes
     from s2v_flow.recipe.tree import MapValue, Scalar
 
     kinds = {kind.kind: kind for kind in NODE_KINDS}

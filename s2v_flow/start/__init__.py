@@ -1,0 +1,1 @@
+"""The first recipe: a project's folder, recipes to begin with."""

@@ -1,0 +1,1 @@
+"""Weight files: headers, shards, tensors as streams; no nets."""
