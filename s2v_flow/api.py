@@ -16,12 +16,12 @@ from s2v_flow.demo.catalog import demo_root
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import cannot_write
 from s2v_flow.files.facts import file_digest, known_digest, remembered
+from s2v_flow.graph.build import build_plan, merge_plans
 from s2v_flow.graph.estimate import Estimate, estimate
 from s2v_flow.graph.events import Listener, Noted
-from s2v_flow.graph.merge import merge_plans
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.numerics import Numerics
-from s2v_flow.graph.plan import Plan, build_plan
+from s2v_flow.graph.plan import Plan
 from s2v_flow.graph.run import Run, RunResult, ignore
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess
 from s2v_flow.graph.turns import gpu_turn

@@ -19,108 +19,48 @@ RECIPES = PACKAGE.parent / "recipes"
 
 # A layer may import itself and these; single modules at the top of the package are layers of their own.
 ALLOWED: dict[str, set[str]] = {
-    "": {"api", "version"},  # the package itself
+    # the ground floor
     "version": set(),
-    "manifest": set(),
-    "runs": {"recipe", "graph", "cache", "media", "manifest", "version", "diagnostics", "errors"},
-    "__main__": {"cli"},
     "errors": set(),
-    "diagnostics": {"errors"},
-    "device": {"errors"},
-    "cache": {"errors"},
-    "models": {"errors"},
+    "wording": {"errors"},
+    "machine": {"errors"},
+    "files": {"errors"},
+    # what knows no recipe
+    "cache": {"files", "errors"},
+    "weights": {"errors"},
+    "models": {"weights", "machine", "errors"},
     "sampling": {"errors"},
-    "media": {"errors"},
-    "graph": {"cache", "diagnostics", "errors"},
-    "recipe": {"graph", "diagnostics", "errors"},
-    "nodes": {"graph", "models", "sampling", "media", "errors"},
-    "demo": {"models", "errors"},
-    "convert": {"cache", "models", "version", "errors"},
-    "downloads": {"cache", "errors"},
-    "extra_models": {"recipe", "graph", "diagnostics", "errors"},
-    "need": {"downloads", "models", "recipe", "graph", "diagnostics", "errors"},
-    "options": {"recipe", "nodes", "graph", "cache", "demo", "extra_models"},
+    "media": {"files", "errors"},
+    "demo": {"files", "models", "errors"},
+    "convert": {"files", "models", "weights", "version", "errors"},
+    # graph and recipe
+    "graph": {"cache", "files", "machine", "wording", "errors"},
+    "recipe": {"graph", "wording", "errors"},
+    "nodes": {"graph", "models", "weights", "sampling", "media", "machine", "errors"},
+    "library": {"files", "models", "weights", "recipe", "graph", "wording", "errors"},
+    "comfy": {"nodes", "recipe", "graph", "wording", "errors"},
+    "start": {"files", "recipe", "media", "errors"},
+    # runs and the Python face
+    "runs": {"recipe", "graph", "cache", "files", "media", "version", "wording", "errors"},
+    "options": {"recipe", "nodes", "graph", "cache", "demo", "library"},
     "api": {
-        "options",
-        "recipe",
-        "nodes",
-        "graph",
-        "cache",
-        "models",
-        "demo",
-        "device",
-        "extra_models",
-        "need",
-        "runs",
-        "version",
-        "errors",
+        *("options", "recipe", "nodes", "graph", "cache", "files", "models", "demo", "machine", "library", "runs"),
+        *("version", "errors"),
     },
+    "": {"api", "version"},  # the package itself
     "history": {
-        "",
-        "api",
-        "runs",
-        "recipe",
-        "graph",
-        "cache",
-        "media",
-        "demo",
-        "device",
-        "manifest",
-        "diagnostics",
-        "errors",
+        *("", "api", "runs", "recipe", "graph", "cache", "files", "media", "demo", "machine", "wording", "errors"),
     },
-    "describe": {"nodes", "recipe", "runs", "manifest", "graph", "diagnostics", "errors"},
-    "report": {"api", "need", "graph", "diagnostics", "errors"},
-    "comfy": {"nodes", "recipe", "graph", "diagnostics", "errors"},
-    "start_recipes": set(),
-    "start": {"start_recipes", "recipe", "media", "errors"},
-    "completion": {"nodes", "recipe"},
-    "doctor": {"", "api", "need", "errors"},
-    "defaults": {"cache", "recipe", "diagnostics", "errors"},
-    "option_order": {"completion", "recipe"},
-    "cli_options": {"api", "cache", "completion", "defaults", "graph", "option_order"},
-    "cli_start": {
-        "",
-        "api",
-        "cli_options",
-        "completion",
-        "doctor",
-        "report",
-        "start",
-        "errors",
-    },
-    "cli_models": {"", "api", "cli_options", "convert", "need", "option_order", "report", "errors"},
-    "cli_cache": {"", "api", "cache", "cli_options", "history", "option_order", "report", "runs", "errors"},
-    "cli_runs": {"", "api", "cli_options", "history", "option_order", "report", "runs", "errors"},
-    "sweep": {"api", "graph", "media"},
+    # the terminal
     "cli": {
-        "sweep",
-        "cli_cache",
-        "cli_models",
-        "cli_runs",
-        "runs",
-        "cli_start",
-        "cli_options",
-        "start",
-        "doctor",
-        "completion",
-        "defaults",
-        "option_order",
-        "",
-        "api",
-        "comfy",
-        "describe",
-        "report",
-        "need",
-        "downloads",
-        "recipe",
-        "graph",
-        "errors",
+        *("", "api", "history", "runs", "start", "comfy", "convert", "library", "nodes", "recipe", "graph", "cache"),
+        *("files", "media", "machine", "wording", "errors"),
     },
+    "__main__": {"cli"},
 }
 HEAVY = {"torch", "transformers", "safetensors", "numpy", "av", "imageio", "soundfile", "soxr", "PIL", "sentencepiece"}
 # the rest is light: heavy packages, and the modules that import them, are imported inside functions there
-HEAVY_LAYERS = {"models", "sampling", "media", "demo"}
+HEAVY_LAYERS = {"models", "weights", "sampling", "media", "demo", "convert"}
 HEAVY_MODULES = {"nodes.tensors", "nodes.denoising", "nodes.finite", "nodes.hearing", "nodes.resuming"}
 MAX_LINES = 450
 
@@ -140,7 +80,7 @@ def layer(module: str) -> str:
     return module.split(".")[0]
 
 
-def imports(tree: ast.AST, *, at_import: bool = False, types: bool = True) -> Iterator[str]:
+def imports(tree: ast.AST, *, at_import: bool = False) -> Iterator[str]:
     """Yield what is imported, by full name; `at_import`: only what importing the module imports.
 
     Names taken from a package are given with it where they are modules of ours.
@@ -149,7 +89,7 @@ def imports(tree: ast.AST, *, at_import: bool = False, types: bool = True) -> It
         if at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             continue
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            if types and not at_import:
+            if not at_import:
                 yield from imports(node)
             continue
         if isinstance(node, ast.Import):
@@ -160,7 +100,7 @@ def imports(tree: ast.AST, *, at_import: bool = False, types: bool = True) -> It
             yield node.module
             yield from (full for alias in node.names if _our(full := f"{node.module}.{alias.name}") in modules())
         else:
-            yield from imports(node, at_import=at_import, types=types)
+            yield from imports(node, at_import=at_import)
 
 
 def _our(full_name: str) -> str | None:
@@ -175,7 +115,7 @@ def ours(names: Iterator[str]) -> set[str]:
 
 def test_there_are_modules_to_look_at() -> None:
     """The rules below are not kept by an empty list."""
-    assert {"", "cli", "graph.plan", "cache.store", "models.dit", "nodes.table"} <= modules().keys()
+    assert {"", "cli.main", "graph.plan", "cache.store", "models.dit", "nodes.table"} <= modules().keys()
 
 
 def test_imports_point_one_way() -> None:
@@ -197,10 +137,10 @@ def test_the_rules_themselves_have_no_cycles() -> None:
 
 
 def test_no_module_needs_itself() -> None:
-    """Imports, those in functions included, make no circles; those for types only are free."""
+    """Imports make no circles, those in functions and for types included."""
     graph: nx.DiGraph[str] = nx.DiGraph()
     for module, tree in modules().items():
-        graph.add_edges_from((module, name) for name in ours(imports(tree, types=False)) if name != module)
+        graph.add_edges_from((module, name) for name in ours(imports(tree)) if name != module)
     assert list(nx.simple_cycles(graph)) == []
 
 
@@ -229,11 +169,11 @@ def test_only_the_report_prints() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func) in writers
     }
-    assert found == {("report", "print"), ("cli", "click.echo")}
+    assert found == {("cli.report", "print"), ("cli.main", "click.echo")}
 
 
 def test_everything_is_caught_in_one_place_only() -> None:
-    """`except Exception` stands once, in cli.py; a bare except or BaseException nowhere."""
+    """`except Exception` stands once, in cli/main.py; a bare except or BaseException nowhere."""
     broad = []
     for module, tree in modules().items():
         for node in ast.walk(tree):
@@ -243,7 +183,7 @@ def test_everything_is_caught_in_one_place_only() -> None:
                     broad.append((module, caught))
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
                 assert "Exception" not in [ast.unparse(each) for each in node.args], module
-    assert broad == [("cli", "Exception")]
+    assert broad == [("cli.main", "Exception")]
 
 
 def test_files_can_be_read_in_one_go() -> None:
@@ -257,8 +197,11 @@ def test_files_can_be_read_in_one_go() -> None:
 
 def test_the_table_of_kinds_is_written_out() -> None:
     """A literal tuple of names: nothing registers itself, nothing is computed."""
-    (table,) = (node for node in modules()["nodes.table"].body if isinstance(node, ast.AnnAssign))
-    assert ast.unparse(table.target) == "NODE_KINDS"
+    (table,) = (
+        node
+        for node in modules()["nodes.table"].body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "NODE_KINDS"
+    )
     assert isinstance(table.value, ast.Tuple)
     assert all(isinstance(item, ast.Name) for item in table.value.elts)
 
@@ -294,7 +237,7 @@ def command(arguments: list[str], forbidden: tuple[str, ...]) -> str:
     """Return a program that runs a command and leaves with an error if it imported what is forbidden."""
     return f"""
 import sys
-from s2v_flow.cli import cli
+from s2v_flow.cli.main import cli
 try:
     cli.main({arguments!r}, prog_name="s2vflow", standalone_mode=False)
 except SystemExit as left:

@@ -8,7 +8,8 @@ from typing import Any
 from s2v_flow.comfy.graph import Link
 from s2v_flow.comfy.sheet import Sheet
 from s2v_flow.comfy.sources import WHOLE_SECONDS
-from s2v_flow.graph.plan import Plan, PlanNode, Source
+from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.ports import Source
 from s2v_flow.recipe.document import NodeSpec
 
 _SCALERS = (

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from s2v_flow.graph.node import Node, Port, Ref
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.ports import Port, Ref
 from s2v_flow.wording import did_you_mean, nearest, shortened
 
 if TYPE_CHECKING:

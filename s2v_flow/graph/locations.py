@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from s2v_flow.errors import RefusedError
-from s2v_flow.graph.node import FileField
+from s2v_flow.graph.ports import FileField
 
 
 @dataclass(frozen=True)

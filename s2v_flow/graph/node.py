@@ -10,96 +10,53 @@ A kind is a subclass of `Node` with a docstring, described fields and its output
 
 from __future__ import annotations
 
-import re
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
-from pydantic_core import core_schema
 
-if TYPE_CHECKING:
-    from s2v_flow.graph.plan import PlanBuilder, Value
-    from s2v_flow.graph.run import Artifact, RunContext
+from s2v_flow.graph.context import Artifact, RunContext
+from s2v_flow.graph.ports import FileField, Neutral, Port, PortType, Ref, Source, Value, marks
 
-NAME = r"[A-Za-z_][A-Za-z0-9_-]*"
-_REF = re.compile(rf"\$(?P<node>{NAME})(?:\.(?P<port>{NAME}))?")
+Given = Value | Source | tuple[Source, ...] | None
+"""What a plan node's input may be given as; None: nothing."""
 
 
-@dataclass(frozen=True)
-class Ref:
-    """A reference to another node's output: `$node`, or `$node.port` where the node has several ports."""
+class Planner(Protocol):
+    """What a node may ask and say while it plans itself."""
 
-    node: str
-    port: str | None = None
+    def value(self, ref: Ref | None) -> Value | None:
+        """Return what a reference means; None for no reference, or where planning its node failed."""
 
-    @classmethod
-    def parse(cls, text: str) -> Ref:
-        """Read `$node` or `$node.port`.
+    def add(
+        self,
+        name: str,
+        node: Node,
+        inputs: Mapping[str, Given],
+        *,
+        recipe_node: str,
+        facts: Mapping[str, Any] | None = None,
+    ) -> dict[str, Value]:
+        """Add one plan node and return a value for each of its ports. Inputs that are None are left out."""
 
-        Raises:
-            ValueError: The text is no reference.
-        """
-        match = _REF.fullmatch(text)
-        if match is None:
-            raise ValueError(f"expected a reference like $node or $node.port, got {text!r}")
-        return cls(match["node"], match["port"])
+    def add_simple(self, name: str, node: Node, facts: Mapping[str, Any] | None = None) -> dict[str, Value]:
+        """Add a node that is one vertex with its references as inputs; `facts` go with its outputs."""
 
-    def __str__(self) -> str:
-        return f"${self.node}" if self.port is None else f"${self.node}.{self.port}"
+    def problem(self, name: str, field_name: str, code: str, message: str, fix: str | None = None) -> None:
+        """Record a mistake that only planning can see, at a field of a recipe's node."""
 
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
-        def check(value: object) -> Ref:
-            if isinstance(value, Ref):
-                return value
-            if not isinstance(value, str):
-                raise ValueError(f"expected a reference like $node, got {value!r}")
-            return cls.parse(value)
+    def note(self, name: str, text: str) -> None:
+        """Record something a person should know before running, about a recipe's node."""
 
-        return core_schema.no_info_plain_validator_function(
-            check, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
+    def file(self, name: str, *field_path: str | int) -> Path | None:
+        """Return the file found for a field of a plan node, or None where it is missing."""
 
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: core_schema.CoreSchema, handler: Any) -> dict[str, Any]:
-        return {"type": "string", "pattern": rf"^\${NAME}(\.{NAME})?$"}
+    def made_model(self, name: str) -> Path | None:
+        """Return where a model of that name will stand that is made on first use, None if it is not of that sort."""
 
-
-PortType = Literal[
-    "diffusion_model", "text_encoder", "audio_encoder", "vae", "image", "audio", "frames",
-    "conditioning", "speech", "reference", "latent",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Port:
-    """Marks a field as an input that takes values of one type."""
-
-    type: PortType
-
-
-@dataclass(frozen=True)
-class FileField:
-    """Marks a text field as a file's name.
-
-    role "model": looked for by name under the models folders, in `folders` (the first is the usual one);
-    role "input": a path relative to the file that wrote it, else under the input folders;
-    role "output": a path relative to the output folder, else to the file that wrote it.
-    `what` names the content in messages ("image", "LoRA").
-    """
-
-    role: Literal["model", "input", "output"]
-    what: str
-    folders: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Neutral:
-    """Marks a field that cannot change the result's bytes."""
+    def remember(self, what: str, file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a small fact about a file's content, computed if it is not remembered."""
 
 
 class Node(BaseModel):
@@ -119,18 +76,18 @@ class Node(BaseModel):
     def input_ports(cls) -> dict[str, tuple[Port, bool]]:
         """Return the input fields: name -> (port, whether it is required)."""
         return {
-            name: (port, info.is_required()) for name, info in cls.model_fields.items() for port in _marks(info, Port)
+            name: (port, info.is_required()) for name, info in cls.model_fields.items() for port in marks(info, Port)
         }
 
     @classmethod
     def file_fields(cls) -> dict[str, FileField]:
         """Return the top-level fields that name files: name -> mark."""
-        return {name: mark for name, info in cls.model_fields.items() for mark in _marks(info, FileField)}
+        return {name: mark for name, info in cls.model_fields.items() for mark in marks(info, FileField)}
 
     @classmethod
     def neutral_fields(cls) -> frozenset[str]:
         """Return the names of the fields that stay out of the fingerprint."""
-        return frozenset(name for name, info in cls.model_fields.items() for _ in _marks(info, Neutral))
+        return frozenset(name for name, info in cls.model_fields.items() for _ in marks(info, Neutral))
 
     def files(self) -> Iterator[tuple[tuple[str | int, ...], FileField, str]]:
         """Yield the files that are named, also inside lists of records: (field path, mark, text)."""
@@ -153,9 +110,9 @@ class Node(BaseModel):
         given = {name: getattr(self, name) for name in self.input_ports()}
         return {name: ref for name, ref in given.items() if ref is not None}
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Add this node to the plan and return what each output port means there. One vertex, unless overridden."""
-        return builder.add_simple(name, self)
+        return planner.add_simple(name, self)
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Compute the outputs: port name -> value. `inputs` holds one value (or a list of chunks) per input field.
@@ -194,7 +151,7 @@ Precision = Callable[[str, str], str]  # (kind of loader, what the recipe says) 
 def _files(record: BaseModel, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], FileField, str]]:
     for name, info in type(record).model_fields.items():
         value = getattr(record, name)
-        for mark in _marks(info, FileField):
+        for mark in marks(info, FileField):
             if value is not None:
                 yield (*path, name), mark, value
         if isinstance(value, list):
@@ -210,9 +167,9 @@ def _identity(
     for name, info in type(record).model_fields.items():
         value = getattr(record, name)
         here = (*path, name)
-        if any(_marks(info, Neutral)) or any(_marks(info, Port)):
+        if any(marks(info, Neutral)) or any(marks(info, Port)):
             continue
-        if any(_marks(info, FileField)) and value is not None:
+        if any(marks(info, FileField)) and value is not None:
             fields[name] = digests[here]
         elif isinstance(value, list):
             fields[name] = [
@@ -222,19 +179,3 @@ def _identity(
         else:
             fields[name] = value
     return fields
-
-
-MarkT = typing.TypeVar("MarkT")
-
-
-def _marks(info: Any, mark: type[MarkT]) -> Iterator[MarkT]:
-    """Yield the marks of one type on a field, also where they stand inside `X | None`."""
-    yield from (item for item in info.metadata if isinstance(item, mark))
-    pending = [info.annotation]
-    while pending:
-        annotation = pending.pop()
-        if typing.get_origin(annotation) is typing.Annotated:
-            yield from (item for item in annotation.__metadata__ if isinstance(item, mark))
-            pending.append(typing.get_args(annotation)[0])
-        elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
-            pending.extend(typing.get_args(annotation))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from s2v_flow.cache.budget import NO_LIMIT
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.graph.checkpoint import Checkpoint
+from s2v_flow.graph.context import Artifact, Closable, RunContext
 from s2v_flow.graph.events import (
     Delivered,
     Event,
@@ -23,82 +24,21 @@ from s2v_flow.graph.events import (
     NodeStarted,
     Noted,
     RunStarted,
-    StepDone,
 )
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never
 from s2v_flow.graph.numerics import Numerics
-from s2v_flow.graph.plan import Plan, PlanNode, Source
+from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.ports import Source
 from s2v_flow.graph.results import Results, reap_outputs
 from s2v_flow.graph.status import NodeStatus, needed_nodes, output_digests, preimage
 from s2v_flow.graph.turns import node_turn
 from s2v_flow.machine import peak_device_bytes, peak_memory_bytes
 
 _MENDS = 3
+
+
 UsedT = TypeVar("UsedT")
-
-
-@runtime_checkable
-class Closable(Protocol):
-    """A live value that holds something: told when nobody needs it any more."""
-
-    def close(self) -> None:
-        """Let go."""
-
-
-class CopyTo(Protocol):
-    """Puts a stored output's bytes, and a trailer behind them, at a path; tells whether the file had to change."""
-
-    def __call__(self, target: Path, trailer: bytes = b"") -> bool:
-        """See `Store.copy_to`."""
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A stored output. Its bytes are read, and verified, each time they are asked for, and not kept."""
-
-    digest: str
-    read: Callable[[], bytes]
-    copy_to: CopyTo
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What a node may use while it runs.
-
-    `device` is torch's name ("cpu", "cuda:0"); `models` gives the model registry, made on the first call (graph knows
-    no tensors, so it is untyped here); `files` and `digests` are the node's files by field path; `input_digests` are
-    its inputs' digests; `scratch` is a folder for files in the making; `checkpoint` keeps half-done work (stored nodes
-    only).
-    """
-
-    node: PlanNode
-    device: str
-    numerics: Numerics
-    models: Callable[[], Any]
-    files: Mapping[tuple[str | int, ...], Path]
-    digests: Mapping[tuple[str | int, ...], str]
-    input_digests: Mapping[str, tuple[str, ...]]
-    scratch: Path
-    emit: Listener
-    facts: dict[str, Any] = field(default_factory=dict)
-    checkpoint: Checkpoint | None = None
-
-    def record(self, **facts: Any) -> None:
-        """Keep small JSON values with the node's result, for people; they are no part of its identity."""
-        self.facts.update(facts)
-
-    def stepwise(self) -> AbstractContextManager[None]:
-        """Return a block in which a request to stop waits for the end of a step."""
-        return nullcontext() if self.checkpoint is None else self.checkpoint.stepwise()
-
-    def step(self, step: int, total: int, unit: str = "step") -> None:
-        """Report that `step` of `total` is done."""
-        self.emit(StepDone(self.node.name, step, total, unit))
-
-    def note(self, text: str, *, is_warning: bool = False) -> None:
-        """Report something a person should know."""
-        self.emit(Noted(self.node.name, text, is_warning))
 
 
 @dataclass(frozen=True)
@@ -326,7 +266,9 @@ class Run:
         read = {path for path, mark, _ in node.node.files() if mark.role != "output"}
         files = {path: f"sha256:{self.file_digest(file)}" for path, file in node.files.items() if path in read}
         context = RunContext(
-            node,
+            node.name,
+            node.kind,
+            node.facts,
             self.device,
             self.numerics,
             self.models,

@@ -12,7 +12,8 @@ from s2v_flow.cache.store import Entry, Store
 from s2v_flow.graph.checkpoint import progress_text
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.numerics import Numerics
-from s2v_flow.graph.plan import Plan, PlanNode, Source
+from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.ports import Source
 from s2v_flow.graph.reasons import NEVER, explain
 
 EARLIER = 300  # stored results among which the nearest one is looked for

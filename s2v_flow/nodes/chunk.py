@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.fields import Conditioning
+from s2v_flow.nodes.settings import SamplingSettings
 from s2v_flow.nodes.shortage import StreamDecoder, encoded
-from s2v_flow.sampling.catalog import SamplerName, SchedulerName
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from s2v_flow.graph.run import RunContext
+    from s2v_flow.graph.context import RunContext
 
 MOTION_FRAMES = 73
 FRAMES_PER_CALL = 2  # latent frames that are decoded at once
 START_FRAMES = 6  # how many of the motion frames the portrait fills with init_first_frame
 
 
-class Chunk(Node):
+class Chunk(SamplingSettings, Node):
     """One sampled window of the video."""
 
     kind: ClassVar[str] = "chunk"
@@ -29,24 +29,15 @@ class Chunk(Node):
     is_stored: ClassVar[bool] = True
     has_numerics: ClassVar[bool] = True
 
-    width: int
-    height: int
     num_latent_frames: int
     audio_offset: int
-    steps: int
-    cfg: float
-    seed: int
-    sampler: SamplerName
-    scheduler: SchedulerName
-    shift: float
-    conditioning: Conditioning
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Sample the chunk: {"latent": {samples: float32 [1, 16, F, H, W], raw}}."""
         from s2v_flow.nodes.denoising import Denoiser
         from s2v_flow.nodes.tensors import pack
 
-        latent = Denoiser(self, context, inputs).sample()
+        latent = Denoiser(self, self.num_latent_frames, self.audio_offset, context, inputs).sample()
         context.record(**inputs["model"].facts)
         return {"latent": pack({"samples": latent})}
 
@@ -166,7 +157,7 @@ class DecodeChunk(Node):
         from s2v_flow.nodes.tensors import pack, to_frames, unpack
 
         vae = inputs["vae"].get()
-        context.record(width=context.node.facts["width"], height=context.node.facts["height"])
+        context.record(width=context.planned["width"], height=context.planned["height"])
         latent = unpack(inputs["latent"])["samples"].to(context.device)
         before = unpack(inputs["before"])
         motion = before["samples" if "samples" in before else "latent"].to(context.device)

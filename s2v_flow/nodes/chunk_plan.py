@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from s2v_flow.graph.node import Node
-from s2v_flow.graph.plan import PlanBuilder, Source, Value
+from s2v_flow.graph.node import Planner
+from s2v_flow.graph.ports import Source, Value
 from s2v_flow.models.speech_rate import segments_of
 from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
+from s2v_flow.nodes.settings import Settings
 
 FRAMES_PER_LATENT = 4
+
+
 MOTION_LATENT_FRAMES = 19
+
+
 FRAME_RATE_HZ = 16
+
+
 FIRST_FRAMES_DROPPED = 3  # what the authors drop from the first chunk
 
+
 PlannedInputs = dict[str, "Value | Source | tuple[Source, ...] | None"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a chunk is sampled with: values of its inputs, and its plain fields. `extend` inherits it."""
-
-    inputs: Mapping[str, Value] = field(default_factory=dict)
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-    def updated(self, builder: PlanBuilder, node: Node, names: tuple[str, ...]) -> Settings:
-        """Return these settings with what `node` gives itself laid over them."""
-        refs = node.refs()
-        given = {key: builder.value(ref) for key, ref in refs.items() if key in INPUTS}
-        inputs = {**self.inputs, **{key: value for key, value in given.items() if value is not None}}
-        own = {name: getattr(node, name) for name in names if name in type(node).model_fields}
-        return Settings(inputs, {**self.fields, **{name: value for name, value in own.items() if value is not None}})
-
-
-INPUTS = ("model", "positive", "negative", "speech", "reference", "control_video", "motion_video", "vae")
-FIELDS = ("width", "height", "length", "steps", "cfg", "sampler", "scheduler", "shift", "conditioning", "motion")
 
 
 @dataclass(frozen=True)
@@ -93,7 +79,7 @@ class Chain:
 
 
 def add_chunk(
-    builder: PlanBuilder,
+    planner: Planner,
     name: str,
     recipe_node: str,
     chain: Chain,
@@ -105,7 +91,7 @@ def add_chunk(
     """Plan one more chunk (in pixel mode also its decoding) and return the video that it continues.
 
     Args:
-        builder: The plan in the making.
+        planner: The plan in the making.
         name: The plan node's name.
         recipe_node: The recipe's node that asks for the chunk.
         chain: The video so far; empty for the first chunk.
@@ -124,7 +110,7 @@ def add_chunk(
     if fields["cfg"] != 1:
         inputs["negative"] = settings.inputs.get("negative")
     if not chain.parts:
-        start = _add_start(builder, f"{name}.motion", recipe_node, settings)
+        start = _add_start(planner, f"{name}.motion", recipe_node, settings)
         chain = replace(chain, start=start, reference=settings.inputs.get("reference"))
         inputs["motion"] = chain.start
     elif chain.pixels is not None:
@@ -132,7 +118,7 @@ def add_chunk(
     else:
         inputs["history"] = chain.history()
     if "control_video" in settings.inputs:
-        inputs["control"] = _add_control(builder, f"{name}.control", recipe_node, settings, offset, num_latent_frames)
+        inputs["control"] = _add_control(planner, f"{name}.control", recipe_node, settings, offset, num_latent_frames)
     chunk = Chunk(
         num_latent_frames=num_latent_frames,
         audio_offset=offset,
@@ -144,14 +130,14 @@ def add_chunk(
     )
     facts = {"chunk": len(chain.parts) + 1, "seed": seed, "steps": fields["steps"], "latent_frames": num_latent_frames}
     facts |= {} if since is None else {"since": since}
-    latent = builder.add(name, chunk, inputs, recipe_node=recipe_node, facts=facts)["latent"].source
+    latent = planner.add(name, chunk, inputs, recipe_node=recipe_node, facts=facts)["latent"].source
     if fields["motion"] == "latent":
         return replace(chain, parts=(*chain.parts, Part(latent, num_latent_frames)), settings=settings)
-    part, pixels = _add_decoding(builder, f"{name}.pixels", recipe_node, chain, settings, latent, num_latent_frames)
+    part, pixels = _add_decoding(planner, f"{name}.pixels", recipe_node, chain, settings, latent, num_latent_frames)
     return replace(chain, parts=(*chain.parts, part), settings=settings, pixels=pixels)
 
 
-def _add_start(builder: PlanBuilder, name: str, recipe_node: str, settings: Settings) -> Source | None:
+def _add_start(planner: Planner, name: str, recipe_node: str, settings: Settings) -> Source | None:
     """Plan the motion latent in front of the first chunk, where something asks for one."""
     from_reference = bool(settings.fields.get("init_first_frame"))
     if not from_reference and "motion_video" not in settings.inputs:
@@ -160,11 +146,11 @@ def _add_start(builder: PlanBuilder, name: str, recipe_node: str, settings: Sett
     inputs |= {"reference": settings.inputs.get("reference")} if from_reference else {}
     inputs |= {} if from_reference else {"motion_video": settings.inputs["motion_video"]}
     node = EncodeMotion(**_size(settings), conditioning=settings.fields["conditioning"])
-    return builder.add(name, node, inputs, recipe_node=recipe_node)["motion"].source
+    return planner.add(name, node, inputs, recipe_node=recipe_node)["motion"].source
 
 
 def _add_control(
-    builder: PlanBuilder, name: str, recipe_node: str, settings: Settings, offset: int, num_latent_frames: int
+    planner: Planner, name: str, recipe_node: str, settings: Settings, offset: int, num_latent_frames: int
 ) -> Source:
     inputs: PlannedInputs = {"vae": settings.inputs.get("vae"), "control_video": settings.inputs["control_video"]}
     node = EncodeControl(
@@ -174,7 +160,7 @@ def _add_control(
         num_latent_frames=num_latent_frames,
         conditioning=settings.fields["conditioning"],
     )
-    return builder.add(name, node, inputs, recipe_node=recipe_node)["control"].source
+    return planner.add(name, node, inputs, recipe_node=recipe_node)["control"].source
 
 
 def warmup_frames(settings: Settings) -> int:
@@ -195,7 +181,7 @@ def _size(settings: Settings) -> dict[str, int]:
 
 
 def _add_decoding(
-    builder: PlanBuilder,
+    planner: Planner,
     name: str,
     recipe_node: str,
     chain: Chain,
@@ -214,7 +200,7 @@ def _add_decoding(
     dropped = FIRST_FRAMES_DROPPED if begins and chain.start is None else 0
     node = DecodeChunk(num_latent_frames=num_latent_frames, drop_frames=dropped)
     num_frames = FRAMES_PER_LATENT * num_latent_frames - dropped
-    values = builder.add(
+    values = planner.add(
         name, node, inputs, recipe_node=recipe_node, facts={"chunk_frames": num_frames, **_size(settings)}
     )
     part = Part(latent, num_latent_frames, values["frames"].source, num_frames)

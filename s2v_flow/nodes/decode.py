@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from s2v_flow.graph.node import Neutral, Node
-from s2v_flow.graph.plan import PlanBuilder, Source, Value
+from s2v_flow.graph.node import Node, Planner
+from s2v_flow.graph.ports import Neutral, Source, Value
 from s2v_flow.nodes.chunk_plan import (
     FRAME_RATE_HZ,
     FRAMES_PER_LATENT,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from s2v_flow.graph.run import RunContext
+    from s2v_flow.graph.context import RunContext
 
 Prefix = Literal["reference", "first", "none"]
 FramesPerCall = Annotated[int, Field(ge=1, le=64), Neutral()]
@@ -63,9 +63,9 @@ class Decode(Node):
         "memory and more time; tiles overlap by 64 pixels and are blended, but the picture is not quite the same.",
     )
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Resolve what is dropped and how long the video is."""
-        video, vae = builder.value(self.latent), builder.value(self.vae)
+        video, vae = planner.value(self.latent), planner.value(self.vae)
         if video is None or vae is None:
             return {}
         chain: Chain = video.facts["chain"]
@@ -73,19 +73,19 @@ class Decode(Node):
         inputs: PlannedInputs = {"vae": vae, "latent": video}
         if in_pixels:
             inputs = {"parts": tuple(part.frames for part in chain.parts if part.frames)}
-            total, drop = self._pixel_frames(builder, name, chain)
+            total, drop = self._pixel_frames(planner, name, chain)
         else:
             before, num_before = self._before(chain)
             inputs["before"] = before
-            total, drop = self._latent_frames(builder, name, chain, num_before)
+            total, drop = self._latent_frames(planner, name, chain, num_before)
         frames = voice_frames(chain.settings)
         available = max(total - drop, 0)
         length = min(available, frames) if frames is not None and self.trim == "audio" else available
         if length == 0 and not chain.is_open:
             message = f"drop_frames: no frame is left, {drop} of {total} are dropped"
-            builder.problem(name, "drop_frames", "R111", message, "drop fewer frames, or add chunks")
+            planner.problem(name, "drop_frames", "R111", message, "drop fewer frames, or add chunks")
         if frames is not None and length < frames:
-            builder.note(
+            planner.note(
                 name,
                 f"{name}: the chunks cover {length / FRAME_RATE_HZ:.2f} s of {frames / FRAME_RATE_HZ:.2f} s of sound; "
                 "the rest of the sound is cut (chunks: auto covers all of it)",
@@ -100,7 +100,7 @@ class Decode(Node):
             frames_per_call=self.frames_per_call,
             tiles=self.tiles,
         )
-        (value,) = builder.add(name, node, inputs, recipe_node=name, facts=facts).values()
+        (value,) = planner.add(name, node, inputs, recipe_node=name, facts=facts).values()
         return {"frames": Value("frames", value.sources, facts)}
 
     def _before(self, chain: Chain) -> tuple[Source | None, int]:
@@ -114,7 +114,7 @@ class Decode(Node):
             return chain.start, MOTION_LATENT_FRAMES
         return (reference.source, 1) if reference else (None, 1)
 
-    def _latent_frames(self, builder: PlanBuilder, name: str, chain: Chain, num_before: int) -> tuple[int, int]:
+    def _latent_frames(self, planner: Planner, name: str, chain: Chain, num_before: int) -> tuple[int, int]:
         """Return how many frames the decoder gives out, and how many of them are to be dropped."""
         total = FRAMES_PER_LATENT * (chain.num_latent_frames + num_before) - _LEAD
         if self.drop_frames != "auto":
@@ -122,25 +122,25 @@ class Decode(Node):
         warmup = warmup_frames(chain.settings)
         if num_before:
             return total, FRAMES_PER_LATENT * num_before - _LEAD + warmup
-        self._require_warmup(builder, name, "prefix", "prefix: none", chain, _LEAD)
+        self._require_warmup(planner, name, "prefix", "prefix: none", chain, _LEAD)
         return total, max(warmup - _LEAD, 0)
 
-    def _pixel_frames(self, builder: PlanBuilder, name: str, chain: Chain) -> tuple[int, int]:
+    def _pixel_frames(self, planner: Planner, name: str, chain: Chain) -> tuple[int, int]:
         total = sum(part.num_frames for part in chain.parts)
         if self.drop_frames != "auto":
             return total, self.drop_frames
         dropped = FRAMES_PER_LATENT * chain.num_latent_frames - total
-        self._require_warmup(builder, name, "latent", "motion: pixels", chain, dropped)
+        self._require_warmup(planner, name, "latent", "motion: pixels", chain, dropped)
         return total, max(warmup_frames(chain.settings) - dropped, 0)
 
     @staticmethod
-    def _require_warmup(builder: PlanBuilder, name: str, key: str, what: str, chain: Chain, lacking: int) -> None:
+    def _require_warmup(planner: Planner, name: str, key: str, what: str, chain: Chain, lacking: int) -> None:
         """Record a mistake where frames are lacking at the start that no warm-up stands for."""
         warmup = warmup_frames(chain.settings)
         if "speech" in chain.settings.inputs and warmup < lacking:
             message = f"{what} needs warmup_frames of at least {lacking} to keep picture and sound in time"
             fix = "set warmup_frames in the encode_audio node, or drop_frames here"
-            builder.problem(name, key, "R110", f"{message}, got {warmup}", fix)
+            planner.problem(name, key, "R110", f"{message}, got {warmup}", fix)
 
 
 class DecodeFrames(Node):
@@ -171,7 +171,7 @@ class DecodeFrames(Node):
             found = list(window(groups(), start, count))
             return np.concatenate(found) if found else np.zeros((0, height, width, 3), np.uint8)
 
-        width, height = context.node.facts["width"], context.node.facts["height"]
+        width, height = context.planned["width"], context.planned["height"]
         return {"frames": Frames(width, height, self.num_frames, groups, read, context.facts)}
 
     def _stored(self, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:

@@ -21,10 +21,10 @@ from s2v_flow.sampling.sampler import make_sampler
 
 if TYPE_CHECKING:
     from s2v_flow.errors import S2VFlowError
-    from s2v_flow.graph.run import Artifact, RunContext
+    from s2v_flow.graph.context import Artifact, RunContext
     from s2v_flow.models.dit import WanS2V
-    from s2v_flow.nodes.chunk import Chunk
     from s2v_flow.nodes.handle import ModelHandle
+    from s2v_flow.nodes.settings import SamplingSettings
 
 LATENT_CHANNELS = 16
 MOTION_LATENT_FRAMES = 19
@@ -38,8 +38,17 @@ class Denoiser:
     branches of guidance run one after the other. None of these changes a bit of the result.
     """
 
-    def __init__(self, chunk: Chunk, context: RunContext, inputs: Mapping[str, Any]) -> None:
-        self._chunk = chunk
+    def __init__(
+        self,
+        settings: SamplingSettings,
+        num_latent_frames: int,
+        audio_offset: int,
+        context: RunContext,
+        inputs: Mapping[str, Any],
+    ) -> None:
+        self._settings = settings
+        self._num_latent_frames = num_latent_frames
+        self._audio_offset = audio_offset
         self._context = context
         self._inputs = inputs
         self._handle: ModelHandle = inputs["model"]
@@ -51,17 +60,16 @@ class Denoiser:
 
     def sample(self) -> Tensor:
         """Sample the chunk: its raw latent, float32 [1, 16, F, H, W], on the CPU."""
-        chunk = self._chunk
-        sampler = make_sampler(
-            chunk.sampler, chunk.scheduler, chunk.steps, chunk.shift, chunk.seed, device=self._context.device
-        )
+        of = self._settings
+        device = self._context.device
+        sampler = make_sampler(of.sampler, of.scheduler, of.steps, of.shift, of.seed, device=device)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             timestep = torch.full((1,), sampler.timestep(sigma), device=x.device)  # filled there: nothing is copied
             return denoised_from_velocity(x, self.velocity(x, timestep), sigma)
 
         def noise() -> Tensor:
-            return initial_noise(self._prepared.latent_shape, chunk.seed)
+            return initial_noise(self._prepared.latent_shape, of.seed)
 
         sampling = ResumableSampling(self._context, sampler, self._handle.precision, self._ladder)
         with self._context.stepwise():
@@ -71,7 +79,7 @@ class Denoiser:
         """Return the guided velocity: of both branches, or of the one branch with cfg 1."""
         parts = [[branch] for branch in self._branches] if self._handle.runs_in_turn else [self._branches]
         velocities = [found for part in parts for found in self._model(x, timestep, self._prepared, part)]
-        return velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], self._chunk.cfg)
+        return velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], self._settings.cfg)
 
     def _rungs(self) -> Iterator[Rung]:
         if self._handle.stream():
@@ -81,31 +89,31 @@ class Denoiser:
             yield Rung("turns", "the branches of guidance run one after the other")
 
     def _no_memory(self, failure: str) -> S2VFlowError:
-        chunk = self._chunk
-        latent = f"a latent of 16x{chunk.num_latent_frames}x{chunk.height // 8}x{chunk.width // 8}"
-        what = f"{self._context.node.name}, with {latent}, {self._num_tokens()} tokens{self._handle.weights_text()}"
+        settings = self._settings
+        latent = f"a latent of 16x{self._num_latent_frames}x{settings.height // 8}x{settings.width // 8}"
+        what = f"{self._context.name}, with {latent}, {self._num_tokens()} tokens{self._handle.weights_text()}"
         fix = "fewer frames (length), an fp8 checkpoint, or another --device"
         return no_memory(self._context, what, failure, kept="every chunk that was finished", fix=fix)
 
     def _num_tokens(self) -> int:
         """Count the tokens: the video's, the reference's, and with motion those of its last frames, roughly."""
-        chunk = self._chunk
-        frames = chunk.num_latent_frames + ("reference" in self._inputs)
+        settings = self._settings
+        frames = self._num_latent_frames + ("reference" in self._inputs)
         has_motion = "history" in self._inputs or "motion" in self._inputs
-        of_a_frame = (chunk.height // 16) * (chunk.width // 16)
+        of_a_frame = (settings.height // 16) * (settings.width // 16)
         return frames * of_a_frame + has_motion * 3 * of_a_frame // 2
 
     def _prepare_chunk(self) -> PreparedChunk:
-        chunk = self._chunk
+        settings = self._settings
         reference, control = self._latent("reference", "latent"), self._latent("control", "samples")
         return self._model.prepare_chunk(
-            num_latent_frames=chunk.num_latent_frames,
-            height=chunk.height // 8,
-            width=chunk.width // 8,
+            num_latent_frames=self._num_latent_frames,
+            height=settings.height // 8,
+            width=settings.width // 8,
             reference_latent=reference,
             motion_latent=self._motion(),
             control_latent=torch.zeros(1, LATENT_CHANNELS, 1, 2, 2) if control is None else control,
-            conditioning=chunk.conditioning,
+            conditioning=settings.conditioning,
             device=self._context.device,
         )
 
@@ -122,14 +130,14 @@ class Denoiser:
         return normalise(unpack(self._inputs[name])[tensor]) if name in self._inputs else None
 
     def _prepare_branches(self) -> list[Branch]:
-        chunk = self._chunk
+        settings = self._settings
         embed = self._audio_embed()
         branches = []
         for name, factor in (("positive", 1.0), ("negative", 0.0)):
             if name in self._inputs:
                 audio = None if embed is None else embed * factor
                 prepared = self._model.prepare_audio(
-                    audio, num_latent_frames=chunk.num_latent_frames, conditioning=chunk.conditioning
+                    audio, num_latent_frames=self._num_latent_frames, conditioning=settings.conditioning
                 )
                 branches.append(Branch(self._prepare_text(name), prepared))
         return branches
@@ -138,7 +146,7 @@ class Denoiser:
         if "speech" not in self._inputs:
             return None
         table = joined([_speech(part) for part in self._inputs["speech"]])
-        embed = chunk_embed(table, self._chunk.audio_offset, self._chunk.num_latent_frames)
+        embed = chunk_embed(table, self._audio_offset, self._num_latent_frames)
         return None if embed is None else embed.to(self._context.device)
 
     def _prepare_text(self, name: str) -> PreparedText:

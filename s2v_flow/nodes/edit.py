@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from s2v_flow.graph.node import Node
-from s2v_flow.graph.plan import PlanBuilder, Value
-from s2v_flow.nodes.chunk_plan import Chain, Part, Settings
+from s2v_flow.graph.node import Node, Planner
+from s2v_flow.graph.ports import Value
+from s2v_flow.nodes.chunk_plan import Chain, Part
 from s2v_flow.nodes.fields import FramesInput, ImageInput, LatentInput
 from s2v_flow.nodes.frames import Frames, window
+from s2v_flow.nodes.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from s2v_flow.graph.run import RunContext
+    from s2v_flow.graph.context import RunContext
 
 Axis = Literal["t", "x", "y"]
 _AXES: dict[str, int] = {"t": 2, "y": 3, "x": 4}  # of [1, 16, F, H, W]
@@ -36,9 +37,9 @@ class LatentConcat(Node):
     second: LatentInput = Field(description="What comes second.")
     axis: Axis = Field("t", description="t: one after the other; x: side by side; y: one above the other.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the joined video. In time nothing is computed: it has the parts of both."""
-        first, second = builder.value(self.first), builder.value(self.second)
+        first, second = planner.value(self.first), planner.value(self.second)
         if first is None or second is None:
             return {}
         one, two = first.facts["chain"], second.facts["chain"]
@@ -47,12 +48,12 @@ class LatentConcat(Node):
         unequal = [key for key, size in _sizes(one).items() if size != _sizes(two)[key] and key != own]
         if unequal and not is_open:
             sizes = ", ".join(f"{key} {_sizes(one)[key]} and {_sizes(two)[key]}" for key in unequal)
-            builder.problem(name, "second", "R105", f"second: these videos cannot be joined along {self.axis}: {sizes}")
+            planner.problem(name, "second", "R105", f"second: these videos cannot be joined along {self.axis}: {sizes}")
             return {}
         if self.axis == "t":
             parts = tuple(Part(part.latent, part.num_latent_frames) for part in (*one.parts, *two.parts))
             return Chain(parts, one.settings, one.seed, one.start, is_open).value()
-        values = builder.add(name, self, {"first": first, "second": second}, recipe_node=name)
+        values = planner.add(name, self, {"first": first, "second": second}, recipe_node=name)
         side = _SIDES[self.axis]
         size = {side: _sizes(one)[side] + _sizes(two)[side]}
         return _single(values["latent"], one, one.num_latent_frames, size, is_open=is_open)
@@ -79,13 +80,13 @@ class LatentCut(Node):
     index: int = Field(0, ge=-16384, le=16384, description="Where the piece begins; below 0 counted from the end.")
     amount: int = Field(1, ge=1, le=16384, description="How much of it; less where there is no more.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the piece, with its length where the video's is known."""
-        video = builder.value(self.latent)
+        video = planner.value(self.latent)
         if video is None:
             return {}
         chain: Chain = video.facts["chain"]
-        values = builder.add(name, self, {"latent": video}, recipe_node=name)
+        values = planner.add(name, self, {"latent": video}, recipe_node=name)
         if self.axis == "t":
             _, amount = piece(chain.num_latent_frames, self.index, self.amount)
             return _single(values["latent"], chain, amount, {}, is_open=chain.is_open)
@@ -114,14 +115,14 @@ class FramesSlice(Node):
     start: int = Field(0, ge=0, description="The first frame to take; the last one where there are not so many.")
     length: int | None = Field(None, ge=1, description="How many; all the rest unless given.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on what is known of the frames, with their new number."""
-        frames = builder.value(self.frames)
+        frames = planner.value(self.frames)
         if frames is None:
             return {}
         known = frames.facts.get("frames")
         length = None if known is None else self._part(known)[1]
-        return builder.add_simple(name, self, {**frames.facts, "frames": length})
+        return planner.add_simple(name, self, {**frames.facts, "frames": length})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the stream of the frames taken."""
@@ -151,12 +152,12 @@ class FramesDelay(Node):
     frames: FramesInput = Field(description="The frames.")
     count: int = Field(ge=0, le=1_000_000, description="How many frames are put in front.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on what is known of the frames, with their new number."""
-        frames = builder.value(self.frames)
+        frames = planner.value(self.frames)
         known = frames.facts.get("frames") if frames else None
         facts = {**(frames.facts if frames else {}), "frames": None if known is None else known + self.count}
-        return builder.add_simple(name, self, facts)
+        return planner.add_simple(name, self, facts)
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the longer stream."""
@@ -207,9 +208,9 @@ class FramesFromImage(Node):
     image: ImageInput = Field(description="The image.")
     count: int = Field(1, ge=1, le=4096, description="How many frames.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on how many frames there are."""
-        return builder.add_simple(name, self, {"frames": self.count})
+        return planner.add_simple(name, self, {"frames": self.count})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the frames."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from s2v_flow.graph.node import Node
-from s2v_flow.graph.plan import PlanBuilder, Source, Value
+from s2v_flow.graph.node import Node, Planner
+from s2v_flow.graph.ports import Source, Value
 from s2v_flow.models.speech_rate import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, STATES_HZ, num_segments, segment_port
 from s2v_flow.nodes.fields import (
     AudioEncoderInput,
@@ -22,7 +22,7 @@ from s2v_flow.nodes.fields import (
 )
 
 if TYPE_CHECKING:
-    from s2v_flow.graph.run import RunContext
+    from s2v_flow.graph.context import RunContext
 
 WHOLE_SECONDS = 600.0
 LONG_WINDOW_SECONDS = 120.0
@@ -39,10 +39,10 @@ class EncodeText(Node):
     text_encoder: TextEncoderInput = Field(description="The text encoder.")
     text: str = Field(description="The prompt, as it is: no weights, no escapes.", max_length=20_000)
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on the encoder: a timeline's prompts need it."""
-        encoder = builder.value(self.text_encoder)
-        return builder.add_simple(name, self, {"text_encoder": encoder} if encoder else {})
+        encoder = planner.value(self.text_encoder)
+        return planner.add_simple(name, self, {"text_encoder": encoder} if encoder else {})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Encode the prompt: {"conditioning": {context: [1, S, D], the prompt's own tokens}}."""
@@ -86,16 +86,16 @@ class EncodeAudio(Node):
         "the time grows evenly with the voice, not with its square, and a change late in it leaves what comes before.",
     )
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on how long the voice is, how much silence stands in front of it, and its segments."""
-        audio = builder.value(self.audio)
+        audio = planner.value(self.audio)
         known = dict(audio.facts) if audio else {}
         own, count = {}, 1  # where the voice's file is missing
         if "num_samples" in known:
             own = {"num_samples": self.num_samples(known["num_samples"], known["sample_rate_hz"])}
             count = num_segments(own["num_samples"])
-        inputs = {"audio_encoder": builder.value(self.audio_encoder), "audio": audio}
-        (value,) = builder.add(name, self, inputs, recipe_node=name, facts=own).values()
+        inputs = {"audio_encoder": planner.value(self.audio_encoder), "audio": audio}
+        (value,) = planner.add(name, self, inputs, recipe_node=name, facts=own).values()
         sources = tuple(Source(name, segment_port(index)) for index in range(count))
         return {"speech": replace(value, sources=sources, facts={**known, "warmup_frames": self.warmup_frames})}
 
@@ -105,10 +105,21 @@ class EncodeAudio(Node):
         Returns:
             {rows: float32 [up to 320, 25, E], first_row: int64 []} each; the last has num_features_30hz: int64 [] too.
         """
+        from s2v_flow.models.audio_encoder import require_state
         from s2v_flow.nodes.hearing import hear
 
-        context.record(num_samples=context.node.facts["num_samples"])
-        segments = hear(self, context.scratch, inputs["audio"], inputs["audio_encoder"].get())
+        num_samples = context.planned["num_samples"]
+        context.record(num_samples=num_samples)
+        require_state(num_samples)
+        segments = hear(
+            inputs["audio"],
+            inputs["audio_encoder"].get(),
+            context.scratch,
+            warmup_frames=self.warmup_frames,
+            conditioning=self.conditioning,
+            final_norm=self.final_norm,
+            window_states=self.window_states(num_samples),
+        )
         return {segment_port(index): path for index, path in enumerate(segments)}
 
     def num_samples(self, of_voice: int, sample_rate_hz: int) -> int:
@@ -140,9 +151,9 @@ class EncodeImage(Node):
         description="How the portrait is scaled: smoothed when shrunk, or as ComfyUI does, without smoothing.",
     )
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on the video's size."""
-        return builder.add_simple(name, self, {"width": self.width, "height": self.height})
+        return planner.add_simple(name, self, {"width": self.width, "height": self.height})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Encode the portrait: {"reference": {latent: [1, 16, 1, H, W], raw; pixels: [1, 3, 1, 8H, 8W] in [-1, 1]}}."""

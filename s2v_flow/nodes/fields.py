@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from s2v_flow.graph.node import FileField, Port, Ref
+from s2v_flow.graph.ports import FileField, Port, Ref
 
 ModelInput = Annotated[Ref, Port("diffusion_model")]
 TextEncoderInput = Annotated[Ref, Port("text_encoder")]

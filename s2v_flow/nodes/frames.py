@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from s2v_flow.graph.run import RunContext
+    from s2v_flow.graph.context import RunContext
 
 FLAT_LEVELS = 2.0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.graph.run import RunContext
+from s2v_flow.graph.context import RunContext
 
 RESERVE_BYTES = 3 * 2**29  # beside weights and activations: prepared prompts and sound, expanded weights, workspaces
 
@@ -127,7 +127,7 @@ def open_handle(
     from s2v_flow.nodes.tensors import torch_dtype
 
     path: Path = context.files["checkpoint",]
-    precision = context.numerics.precision(context.node.kind, asked)
+    precision = context.numerics.precision(context.kind, asked)
     options = {"dtype": torch_dtype(precision), "device": context.device, "quantized": keeps_fp8(context)}
     key = ModelKey(
         kind, (context.digests["checkpoint",],), str(options["dtype"]), context.device, keeps_fp8(context), loras
@@ -171,7 +171,7 @@ def lacks_room(context: RunContext, asked: str, lora_bytes: int, num_tokens: int
 
     weights, activations = dit_bytes(
         context.files["checkpoint",],
-        dtype=torch_dtype(context.numerics.precision(context.node.kind, asked)),
+        dtype=torch_dtype(context.numerics.precision(context.kind, asked)),
         quantized=keeps_fp8(context),
         num_tokens=num_tokens,
         num_branches=num_branches,

@@ -1,8 +1,9 @@
-"""Where sound and the audio encoder meet: a voice, as a whole or in windows, to files. Imports torch: used in run()."""
+"""Encoding a voice, as a whole or in windows, into files. Imports torch: used in run()."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,55 +14,64 @@ from torch import Tensor
 
 from s2v_flow.media.resample import speech_blocks
 from s2v_flow.models import speech
-from s2v_flow.models.audio_encoder import AudioEncoder, require_state
+from s2v_flow.models.audio_encoder import AudioEncoder
 from s2v_flow.models.speech import Loudness, SpeechTable
 from s2v_flow.models.speech_rate import SAMPLES_PER_FRAME, segment_port
 
 if TYPE_CHECKING:
     from s2v_flow.media.audio import Sound
-    from s2v_flow.nodes.encode import EncodeAudio
+    from s2v_flow.nodes.fields import Conditioning
 
 
-def hear(node: EncodeAudio, scratch: Path, sound: Sound, encoder: AudioEncoder) -> Iterator[Path]:
+def hear(
+    sound: Sound,
+    encoder: AudioEncoder,
+    scratch: Path,
+    *,
+    warmup_frames: int,
+    conditioning: Conditioning,
+    final_norm: bool,
+    window_states: int | None,
+) -> Iterator[Path]:
     """Encode a voice and write its segments, one safetensors file each, as they come.
 
     Args:
-        node: How.
-        scratch: A folder for the files.
         sound: The voice.
         encoder: The audio encoder.
+        scratch: A folder for the files.
+        warmup_frames: So many frames of silence stand in front.
+        conditioning: How the voice is resampled and normalised.
+        final_norm: Whether the last layer's features are normed.
+        window_states: A window's length in states; None: the voice is encoded as a whole.
 
     Raises:
         MediaError: The voice is shorter than one state of the encoder.
     """
-    num_samples = node.num_samples(sound.num_samples, sound.sample_rate_hz)
-    require_state(num_samples)
-    window = node.window_states(num_samples)
-    if window is None:
-        waveform = torch.from_numpy(np.concatenate([*_waveform(node, sound)]))
-        mono = encoder.mono(waveform, node.conditioning)
-        tables = speech.to_video_rate(encoder.states(mono, final_norm=node.final_norm)).segments()
+    silence = np.zeros(warmup_frames * SAMPLES_PER_FRAME, np.float32)
+    blocks = chain([silence], speech_blocks(sound, conditioning))  # what the encoder hears: mono float32 at 16 kHz
+    if window_states is None:
+        waveform = torch.from_numpy(np.concatenate([*blocks]))
+        mono = encoder.mono(waveform, conditioning)
+        tables = speech.to_video_rate(encoder.states(mono, final_norm=final_norm)).segments()
     else:
-        tables = _in_windows(node, scratch / "waveform", sound, encoder, window)
+        read, count = _normalised(blocks, scratch / "waveform")
+        tables = speech.windowed_video_rate(encoder, read, count, window_states, final_norm=final_norm)
     for index, table in enumerate(tables):
         path = scratch / f"{segment_port(index)}.safetensors"
         save_file(_tensors(table), path)
         yield path
 
 
-def _waveform(node: EncodeAudio, sound: Sound) -> Iterator[np.ndarray]:
-    """Yield what the encoder hears: silence, then the voice, mono float32 [n] at 16 kHz."""
-    yield np.zeros(node.warmup_frames * SAMPLES_PER_FRAME, np.float32)
-    yield from speech_blocks(sound, node.conditioning)
+def _normalised(blocks: Iterable[np.ndarray], path: Path) -> tuple[Callable[[int, int], Tensor], int]:
+    """Put a waveform into a file at `path`, so that memory does not grow with its length.
 
-
-def _in_windows(
-    node: EncodeAudio, path: Path, sound: Sound, encoder: AudioEncoder, window_states: int
-) -> Iterator[SpeechTable]:
-    """Encode in windows; the waveform lies in a file at `path`, so that memory does not grow with its length."""
+    Returns:
+        What reads samples from start to stop, float32 [n], normalised by the whole waveform's loudness; and how many
+        there are.
+    """
     loudness = Loudness()
     with path.open("wb") as file:
-        for block in _waveform(node, sound):
+        for block in blocks:
             loudness.add(torch.from_numpy(block))
             file.write(np.ascontiguousarray(block).tobytes())
 
@@ -69,7 +79,7 @@ def _in_windows(
         samples = np.fromfile(path, np.float32, stop - start, offset=start * 4)
         return loudness.normalise(torch.from_numpy(samples))
 
-    return speech.windowed_video_rate(encoder, read, loudness.count, window_states, final_norm=node.final_norm)
+    return read, loudness.count
 
 
 def _tensors(table: SpeechTable) -> dict[str, Tensor]:

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from s2v_flow.errors import BadNumbersError, CheckpointError
-from s2v_flow.graph.node import FileField, Neutral, Node
-from s2v_flow.graph.plan import PlanBuilder, Value
-from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ, Chain, Part, Settings
+from s2v_flow.graph.node import Node, Planner
+from s2v_flow.graph.ports import FileField, Neutral, Value
+from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ, Chain, Part
 from s2v_flow.nodes.fields import Precision, Seconds, model_file
 from s2v_flow.nodes.frames import Frames
 from s2v_flow.nodes.handle import lacks_room, open_handle
+from s2v_flow.nodes.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from s2v_flow.graph.run import RunContext
+    from s2v_flow.graph.context import RunContext
     from s2v_flow.media.audio import AudioClip
 
 
@@ -90,15 +91,15 @@ class LoadDiffusionModel(Node):
             raise ValueError(f"the id {twice} is given to two LoRAs")
         return loras
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Check the files' headers."""
-        values = builder.add_simple(name, self)
-        check_header(builder, name, "wan s2v")
-        path = builder.file(name, "checkpoint")
-        if path is not None and path == builder.locations.made_models.get(self.checkpoint):
-            builder.note(name, f"{self.checkpoint} is the demo's model: it is untrained, so the picture is abstract")
+        values = planner.add_simple(name, self)
+        check_header(planner, name, "wan s2v")
+        path = planner.file(name, "checkpoint")
+        if path is not None and path == planner.made_model(self.checkpoint):
+            planner.note(name, f"{self.checkpoint} is the demo's model: it is untrained, so the picture is abstract")
         for index in range(len(self.loras)):
-            check_header(builder, name, "lora", "loras", index, "file")
+            check_header(planner, name, "lora", "loras", index, "file")
         return values
 
     def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
@@ -167,10 +168,10 @@ class LoadTextEncoder(Node):
     )
     precision: Precision = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Check the file's header."""
-        values = builder.add_simple(name, self)
-        check_header(builder, name, "umt5 encoder")
+        values = planner.add_simple(name, self)
+        check_header(planner, name, "umt5 encoder")
         return values
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,10 +196,10 @@ class LoadAudioEncoder(Node):
     )
     precision: Precision = Field("auto", description="auto: float32.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Check the file's header."""
-        values = builder.add_simple(name, self)
-        check_header(builder, name, "wav2vec2")
+        values = planner.add_simple(name, self)
+        check_header(planner, name, "wav2vec2")
         return values
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,10 +224,10 @@ class LoadVae(Node):
     )
     precision: Precision = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Check the file's header."""
-        values = builder.add_simple(name, self)
-        check_header(builder, name, "wan vae")
+        values = planner.add_simple(name, self)
+        check_header(planner, name, "wan vae")
         return values
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,18 +278,18 @@ class LoadAudio(Node):
     max_duration: Seconds | None = Field(None, description="At most so long.")
     fade: Seconds = Field(0.0, description="Fade in and out over so long.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Count the samples: the voice's length decides how many chunks there are."""
-        values = builder.add_simple(name, self)
-        path = builder.file(name, "file")
+        values = planner.add_simple(name, self)
+        path = planner.file(name, "file")
         if path is None:
             return values
-        info = builder.remember("audio", path, lambda: _probe(path))
+        info = planner.remember("audio", path, lambda: _probe(path))
         num_samples, rate = info["num_samples"], info["sample_rate_hz"]
         first, last = self._part(num_samples, rate)
         if first >= last:
             length = f"the file lasts {num_samples / rate:.2f} s"
-            builder.problem(name, "start", "R130", f"nothing is left between start and end: {length}")
+            planner.problem(name, "start", "R130", f"nothing is left between start and end: {length}")
             return {}
         frames = -(-(last - first) * FRAME_RATE_HZ // rate)
         facts = {"frames": frames, "seconds": (last - first) / rate}
@@ -360,10 +361,10 @@ class LoadLatent(Node):
 
     file: Annotated[str, FileField("input", "latent")] = Field(description="The file, safetensors inside.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Take the size off the file's header: the latent is a video of one part."""
-        values = builder.add_simple(name, self)
-        path = builder.file(name, "file")
+        values = planner.add_simple(name, self)
+        path = planner.file(name, "file")
         shape = [1, 16, 1, 0, 0] if path is None else latent_shape(path)
         settings = Settings(fields={"width": 8 * shape[4], "height": 8 * shape[3]})
         return Chain((Part(values["latent"].source, shape[2]),), settings, is_open=path is None).value()
@@ -375,7 +376,7 @@ class LoadLatent(Node):
 
         latent = Checkpoint.open(context.files["file",]).tensor(LATENT_KEY).float()
         if not latent.isfinite().all():
-            raise BadNumbersError(f"{context.node.name}: NaN or infinity in {self.file}", fix="make the latent again")
+            raise BadNumbersError(f"{context.name}: NaN or infinity in {self.file}", fix="make the latent again")
         return {"latent": pack({"samples": latent})}
 
 
@@ -403,13 +404,13 @@ def latent_shape(path: Path) -> tuple[int, ...]:
     return shape
 
 
-def check_header(builder: PlanBuilder, name: str, family: str, *field_path: str | int) -> None:
+def check_header(planner: Planner, name: str, family: str, *field_path: str | int) -> None:
     """Look at a model file's header, where the file is there: is it sound, and is it what the recipe takes it for?
 
     Raises:
         CheckpointError, RefusedError: It is damaged, a pickle, or of another family.
     """
-    path = builder.file(name, *(field_path or ("checkpoint",)))
+    path = planner.file(name, *(field_path or ("checkpoint",)))
     if path is None or not path.is_file():
         return
     from s2v_flow.weights.reader import Checkpoint, describe_mismatch

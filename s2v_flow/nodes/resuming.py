@@ -23,7 +23,7 @@ from s2v_flow.sampling.state import Denoise, SolverState
 
 if TYPE_CHECKING:
     from s2v_flow.graph.checkpoint import Checkpoint
-    from s2v_flow.graph.run import RunContext
+    from s2v_flow.graph.context import RunContext
     from s2v_flow.sampling.sampler import Sampler
 
 INTERVAL_SECONDS = 60.0
@@ -144,7 +144,7 @@ class ResumableSampling:
     def _check(self, bad_step: int | None) -> None:
         if bad_step is not None:
             raise BadNumbersError(
-                f"{self.context.node.name}: NaN or infinity in the latent after step {bad_step} of "
+                f"{self.context.name}: NaN or infinity in the latent after step {bad_step} of "
                 f"{self.sampler.num_steps} (sampler {self.sampler.name}, precision {self.precision}, attention "
                 f"{self.context.numerics.attention}, device {self.context.device})",
                 fix="try precision: fp32 in the model's node, or another sampler; check the checkpoint and the LoRAs",

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from s2v_flow.graph.node import Node
-from s2v_flow.graph.plan import PlanBuilder, Value
-from s2v_flow.nodes.chunk_plan import FIELDS, FRAMES_PER_LATENT, Chain, Settings, add_chunk, voice_frames, warmup_frames
+from s2v_flow.graph.node import Node, Planner
+from s2v_flow.graph.ports import Value
+from s2v_flow.nodes.chunk_plan import FRAMES_PER_LATENT, Chain, add_chunk, voice_frames, warmup_frames
 from s2v_flow.nodes.fields import (
     Cfg,
     Conditioning,
@@ -27,6 +27,7 @@ from s2v_flow.nodes.fields import (
     Steps,
     VaeInput,
 )
+from s2v_flow.nodes.settings import FIELDS, Settings
 from s2v_flow.nodes.timeline import Timeline, TimelineEntry, check_timeline
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName, minimum_steps
 
@@ -72,18 +73,18 @@ class Sample(Node):
         False, description="Begin with the portrait itself as the last frames before the video."
     )
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the first chunk."""
-        given = Settings().updated(builder, self, (*FIELDS, "init_first_frame"))
+        given = Settings().updated(planner, self, (*FIELDS, "init_first_frame"))
         settings = _with_size(given)
         for key in ("width", "height"):
             if key in given.fields and given.fields[key] != settings.fields[key]:
                 message = f"{key}: the reference has {settings.fields[key]}, got {given.fields[key]}"
-                builder.problem(name, key, "R128", message, f"leave {key} out, or change it in the reference's node")
+                planner.problem(name, key, "R128", message, f"leave {key} out, or change it in the reference's node")
                 return {}
-        if not check_settings(builder, name, self, settings):
+        if not check_settings(planner, name, self, settings):
             return {}
-        return add_chunk(builder, name, name, Chain(seed=self.seed), settings, self.seed).value()
+        return add_chunk(planner, name, name, Chain(seed=self.seed), settings, self.seed).value()
 
 
 class Extend(Node):
@@ -120,44 +121,44 @@ class Extend(Node):
         [], description="What changes as the voice goes on: prompts, seeds and settings from given times on."
     )
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the further chunks; `auto` needs the voice's length, which its file tells."""
-        video = builder.value(self.video)
+        video = planner.value(self.video)
         if video is None:
             return {}
         chain: Chain = video.facts["chain"]
-        settings = _with_size(chain.settings.updated(builder, self, FIELDS))
-        if not check_settings(builder, name, self, settings):
+        settings = _with_size(chain.settings.updated(planner, self, FIELDS))
+        if not check_settings(planner, name, self, settings):
             return {}
         old, new = ([made.fields.get(key) for key in ("width", "height")] for made in (chain.settings, settings))
         if old != new and not chain.is_open:
             message = f"reference: {new[0]}x{new[1]} cannot follow a video of {old[0]}x{old[1]}"
-            builder.problem(name, "reference", "R104", message, "encode the portrait at the video's size")
+            planner.problem(name, "reference", "R104", message, "encode the portrait at the video's size")
             return {}
         if chain.parts and chain.pixels is None and settings.fields["motion"] == "pixels":
-            builder.problem(name, "motion", "R100", "motion: pixels cannot follow chunks that hand over latents")
+            planner.problem(name, "motion", "R100", "motion: pixels cannot follow chunks that hand over latents")
             return {}
         if chain.pixels is not None and settings.fields["length"] != chain.settings.fields["length"]:
-            builder.problem(name, "length", "R101", "length cannot change between chunks with motion: pixels")
+            planner.problem(name, "length", "R101", "length cannot change between chunks with motion: pixels")
             return {}
-        count = self._num_chunks(builder, name, chain, settings)
+        count = self._num_chunks(planner, name, chain, settings)
         if isinstance(self.seed, list) and self.chunks != "auto" and len(self.seed) != count:
-            builder.problem(name, "seed", "R102", f"seed: expected {count} seeds, one per chunk, got {len(self.seed)}")
+            planner.problem(name, "seed", "R102", f"seed: expected {count} seeds, one per chunk, got {len(self.seed)}")
             return {}
         is_open = self.chunks == "auto" and voice_frames(settings) is None
         chain = replace(chain, is_open=chain.is_open or is_open)
-        return self._add_chunks(builder, name, chain, settings, count).value()
+        return self._add_chunks(planner, name, chain, settings, count).value()
 
-    def _add_chunks(self, builder: PlanBuilder, name: str, chain: Chain, settings: Settings, count: int) -> Chain:
-        timeline = Timeline(builder, name, self.timeline, settings)
+    def _add_chunks(self, planner: Planner, name: str, chain: Chain, settings: Settings, count: int) -> Chain:
+        timeline = Timeline(planner, name, self.timeline, settings)
         num_frames = FRAMES_PER_LATENT * ((settings.fields["length"] - 1) // FRAMES_PER_LATENT + 1)
         inherited = chain.seed + len(chain.parts)
         for position in range(count):
             cue = timeline.cue(FRAMES_PER_LATENT * chain.num_latent_frames - warmup_frames(settings), num_frames)
-            if not check_settings(builder, name, self, cue.settings):
+            if not check_settings(planner, name, self, cue.settings):
                 return chain
             seed = self._seed(inherited, position) if cue.seed is None else cue.seed
-            chain = add_chunk(builder, f"{name}[{position + 1}]", name, chain, cue.settings, seed, since=cue.since)
+            chain = add_chunk(planner, f"{name}[{position + 1}]", name, chain, cue.settings, seed, since=cue.since)
         timeline.close()
         return replace(chain, settings=settings)
 
@@ -167,13 +168,13 @@ class Extend(Node):
         last = min(position, len(given) - 1)
         return (given[last] + position - last if given else inherited + position) % 2**64
 
-    def _num_chunks(self, builder: PlanBuilder, name: str, chain: Chain, settings: Settings) -> int:
+    def _num_chunks(self, planner: Planner, name: str, chain: Chain, settings: Settings) -> int:
         if isinstance(self.chunks, int):
             return self.chunks
         frames = voice_frames(settings)
         if frames is None:
             if "speech" not in settings.inputs:
-                builder.problem(
+                planner.problem(
                     name, "chunks", "R103", "chunks: auto needs a voice", "give speech, or a number of chunks"
                 )
             return 0
@@ -191,7 +192,7 @@ def _with_size(settings: Settings) -> Settings:
     return Settings(settings.inputs, {**settings.fields, **size})
 
 
-def check_settings(builder: PlanBuilder, name: str, node: Node, settings: Settings) -> bool:
+def check_settings(planner: Planner, name: str, node: Node, settings: Settings) -> bool:
     """Record what a chunk lacks or what does not go together; tell whether all is well."""
     fields = settings.fields
     # an input whose own node could not be planned is not lacking: what is wrong is said there
@@ -224,5 +225,5 @@ def check_settings(builder: PlanBuilder, name: str, node: Node, settings: Settin
     missing = [key for key in FIELDS if key not in fields and key not in ("width", "height")]
     problems += [(key, "R127", f"{key} is missing and cannot be inherited", f"add {key}: ...") for key in missing]
     for problem in problems:
-        builder.problem(name, *problem)
+        planner.problem(name, *problem)
     return not problems and inputs <= {*settings.inputs, "video"}

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from s2v_flow.errors import S2VFlowError
-from s2v_flow.graph.node import FileField, Neutral, Node
-from s2v_flow.graph.plan import PlanBuilder, Value
+from s2v_flow.graph.node import Node, Planner
+from s2v_flow.graph.ports import FileField, Neutral, Value
 from s2v_flow.nodes.fields import AudioInput, FramesInput, LatentInput
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from s2v_flow.graph.run import Artifact, RunContext
+    from s2v_flow.graph.context import Artifact, RunContext
 
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 Files = Mapping[tuple[str | int, ...], Path]
@@ -43,9 +43,9 @@ class SaveVideo(Node):
     crf: int = Field(18, ge=0, le=51, description="Quality: lower is better and larger.")
     preset: Preset = Field("medium", description="How hard the encoder tries.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the file; its length is that of the frames."""
-        return plan_sink(builder, name, self, self.fps)
+        return plan_sink(planner, name, self, self.fps)
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Write the video into the scratch folder: {"file": path}."""
@@ -69,7 +69,7 @@ class SaveVideo(Node):
             for group in reported(context, frames):
                 digest.update(group.tobytes())
                 writer.write(group)
-        size = {"width": context.node.facts.get("width"), "height": context.node.facts.get("height")}
+        size = {"width": context.planned.get("width"), "height": context.planned.get("height")}
         context.record(frames_sha256=digest.hexdigest(), frames=frames.num_frames, **size, **frames.facts)
         return {"file": path}
 
@@ -94,9 +94,9 @@ class SaveImages(Node):
         description="Where to write; _00001 and so on is put before .png.", pattern=r"\.png$"
     )
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the files."""
-        return plan_sink(builder, name, self, 16.0)
+        return plan_sink(planner, name, self, 16.0)
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Write the images into the scratch folder: a port for each, by its number."""
@@ -140,14 +140,14 @@ class SaveLatent(Node):
         return [(files["file",], artifacts["file"].copy_to(files["file",]))]
 
 
-def plan_sink(builder: PlanBuilder, name: str, node: SaveVideo | SaveImages, fps: float) -> dict[str, Value]:
+def plan_sink(planner: Planner, name: str, node: SaveVideo | SaveImages, fps: float) -> dict[str, Value]:
     """Plan a node that writes frames, with how many there are and how long they last."""
-    frames = builder.value(node.frames)
-    inputs = {key: builder.value(ref) for key, ref in node.refs().items()}
+    frames = planner.value(node.frames)
+    inputs = {key: planner.value(ref) for key, ref in node.refs().items()}
     count = frames.facts.get("frames") if frames else None
     facts = {"frames": count, "seconds": None if count is None else count / fps}
     facts |= {side: frames.facts.get(side) for side in ("width", "height")} if frames else {}
-    return builder.add(name, node, inputs, recipe_node=name, facts=facts)
+    return planner.add(name, node, inputs, recipe_node=name, facts=facts)
 
 
 def reported(context: RunContext, frames: Any) -> Iterator[np.ndarray]:
@@ -166,4 +166,4 @@ def require_frames(context: RunContext, count: int) -> None:
         S2VFlowError: There are none.
     """
     if count < 1:
-        raise S2VFlowError(f"{context.node.name}: there are no frames to write", fix="drop fewer frames, or add chunks")
+        raise S2VFlowError(f"{context.name}: there are no frames to write", fix="drop fewer frames, or add chunks")

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from s2v_flow.graph.node import Node
-from s2v_flow.graph.plan import PlanBuilder, Value
+from s2v_flow.graph.node import Node, Planner
+from s2v_flow.graph.ports import Value
 from s2v_flow.nodes.fields import FramesInput, ImageInput
 from s2v_flow.nodes.frames import Frames
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from s2v_flow.graph.run import RunContext
+    from s2v_flow.graph.context import RunContext
 
 Method = Literal["nearest-exact", "bilinear", "area", "bicubic", "lanczos"]
 Side = Annotated[int, Field(ge=1, le=16384)]
@@ -92,14 +92,14 @@ class FramesScale(_Scale):
 
     frames: FramesInput = Field(description="The frames.")
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on how many frames there are."""
-        frames = builder.value(self.frames)
+        frames = planner.value(self.frames)
         facts = frames.facts if frames else {}
         sides = facts.get("width"), facts.get("height")
         if sides[0] and sides[1]:
             facts = {**facts, **dict(zip(("width", "height"), self.target(sides[0], sides[1]), strict=True))}
-        return builder.add_simple(name, self, facts)
+        return planner.add_simple(name, self, facts)
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the scaled frames as a stream."""

@@ -13,7 +13,7 @@ from s2v_flow.errors import ExitCode, S2VFlowError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from s2v_flow.graph.run import RunContext
+    from s2v_flow.graph.context import RunContext
 
 Result = TypeVar("Result")
 _SIGNS = (
@@ -89,7 +89,7 @@ class Ladder:
         self._context.record(retreats=[*facts.get("retreats", ()), rung.name])
         if rung.degraded:
             self._context.record(degraded={**facts.get("degraded", {}), **rung.degraded})
-        self._context.note(f"memory ran out in {self._context.node.name}: {rung.text}", is_warning=True)
+        self._context.note(f"memory ran out in {self._context.name}: {rung.text}", is_warning=True)
 
 
 class StreamDecoder:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from s2v_flow.graph.run import Artifact
+from s2v_flow.graph.context import Artifact
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:

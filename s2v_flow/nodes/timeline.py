@@ -8,10 +8,12 @@ from itertools import pairwise
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from s2v_flow.graph.plan import PlanBuilder, Value
-from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ, Settings
+from s2v_flow.graph.node import Planner
+from s2v_flow.graph.ports import Value
+from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
 from s2v_flow.nodes.encode import EncodeText
 from s2v_flow.nodes.fields import Cfg, Seconds, Seed, Shift, Steps
+from s2v_flow.nodes.settings import Settings
 
 
 class TimelineEntry(BaseModel):
@@ -55,8 +57,8 @@ class Cue:
 class Timeline:
     """Walks along an `extend` node's chunks; prompts are planned where they are first used."""
 
-    def __init__(self, builder: PlanBuilder, name: str, entries: Sequence[TimelineEntry], settings: Settings) -> None:
-        self._builder = builder
+    def __init__(self, planner: Planner, name: str, entries: Sequence[TimelineEntry], settings: Settings) -> None:
+        self._builder = planner
         self._name = name
         self._waiting = list(enumerate(entries, start=1))
         self._cue = Cue(settings)

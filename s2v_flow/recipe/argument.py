@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from s2v_flow.errors import Place
-from s2v_flow.graph.node import NAME
+from s2v_flow.graph.ports import NAME
 from s2v_flow.recipe.fields import Accepts
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import FORBIDDEN, MAX_DEPTH, MAX_EVENTS, Source, read_text, read_yaml

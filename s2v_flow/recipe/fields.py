@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from s2v_flow.graph.node import Ref
+from s2v_flow.graph.ports import Ref
 from s2v_flow.wording import listed
 
 _WORDS: tuple[tuple[type, str], ...] = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from s2v_flow.errors import Place
-from s2v_flow.graph.node import NAME
+from s2v_flow.graph.ports import NAME
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, origins_of, plain

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from s2v_flow.graph.node import NAME, Node
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.ports import NAME
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.layers import Body
 from s2v_flow.recipe.problems import Problems

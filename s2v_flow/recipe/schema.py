@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from s2v_flow.graph.node import NAME, Node
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.ports import NAME
 from s2v_flow.recipe.layers import LANGUAGE_VERSION
 
 Schema = dict[str, Any]

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from s2v_flow.graph.node import Node, Ref
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.ports import Ref
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.params import Parameters, whole_reference
 from s2v_flow.recipe.problems import Problems

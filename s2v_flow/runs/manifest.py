@@ -65,7 +65,7 @@ class EnvironmentRecord(Part):
     torch: str | None = Field(description="The installed version; null where there is none.")
     system: str
     machine: str
-    device: str = Field(description="The class of device: cpu, cuda or mps.")
+    device: str = Field(description="The class of device: cpu or cuda.")
     gpu: str | None = Field(None, description="The GPU's name, where the run used one.")
     host: str | None = Field(None, description="Only with --record-host.")
     user: str | None = Field(None, description="Only with --record-host.")

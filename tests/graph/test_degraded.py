@@ -11,7 +11,8 @@ import pytest
 from toy import Save, Text, Tool, Word, Workshop
 
 from s2v_flow.graph.fingerprint import fingerprint
-from s2v_flow.graph.node import Node, Ref
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.ports import Ref
 
 R = Ref.parse
 

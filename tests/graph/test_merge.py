@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from s2v_flow.api import Options, plan
-from s2v_flow.graph.merge import merge_plans
+from s2v_flow.graph.build import merge_plans
 from s2v_flow.graph.plan import Plan
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"

@@ -24,7 +24,7 @@ from toy import Join, Save, Word, Workshop
 from s2v_flow.cache.housekeeping import live_run, tidy, verify
 from s2v_flow.cache.store import Store
 from s2v_flow.errors import S2VFlowError
-from s2v_flow.graph.node import Ref
+from s2v_flow.graph.ports import Ref
 
 COUNT = 2
 TOLD = 7

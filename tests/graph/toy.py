@@ -11,11 +11,13 @@ from s2v_flow.cache.store import Store
 from s2v_flow.errors import Diagnostic, Place, S2VFlowError
 from s2v_flow.files.atomic import writing
 from s2v_flow.files.facts import file_digest
+from s2v_flow.graph.build import PlanBuilder, build_plan
 from s2v_flow.graph.events import Event, NodeStarted, Noted
 from s2v_flow.graph.locations import Locations
-from s2v_flow.graph.node import FileField, Neutral, Node, Port, Ref
+from s2v_flow.graph.node import Node
 from s2v_flow.graph.numerics import Numerics
-from s2v_flow.graph.plan import Plan, PlanBuilder, Value, build_plan
+from s2v_flow.graph.plan import Plan
+from s2v_flow.graph.ports import FileField, Neutral, Port, Ref, Value
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import NodeStatus, assess
 
@@ -54,7 +56,7 @@ class Join(Node):
         if self.fails:
             raise S2VFlowError(self.fails)
         if "tool" in inputs:
-            inputs["tool"].use(context.node.name)
+            inputs["tool"].use(context.name)
         texts = [inputs[name].read() for name in ("a", "b") if name in inputs]
         return {"text": b"".join(texts) + self.suffix.encode()}
 
@@ -96,7 +98,7 @@ class LoadTool(Node):
     made_with: Tool | None = None
 
     def run(self, context: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {"tool": Hammer(context.node.name, context.models())}
+        return {"tool": Hammer(context.name, context.models())}
 
 
 class Read(Node):
@@ -174,7 +176,7 @@ class Save(Node):
 
     def run(self, context: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if "tool" in inputs:
-            inputs["tool"].use(context.node.name)
+            inputs["tool"].use(context.name)
         path = context.scratch / "saved.txt"
         text = inputs["a"].read()
         with writing(path):  # as the writer of films does

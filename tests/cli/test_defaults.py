@@ -96,7 +96,7 @@ defaults.yaml:2:1: error[R010]: there is no default model_dirs
       | ^^^^^^^^^^
   fix: did you mean models_dirs? known: (all of them)
 
-defaults.yaml:3:9: error[R012]: device: expected auto, cpu, cuda, cuda:N or mps, got 1
+defaults.yaml:3:9: error[R012]: device: expected auto, cpu, cuda or cuda:N, got 1
     3 | device: 1
       |         ^
 

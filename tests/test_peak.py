@@ -25,7 +25,7 @@ def test_the_peak_is_read_from_the_systems_status(tmp_path: Path) -> None:
 def test_a_large_parent_does_not_count() -> None:
     """What a program had before it became another one is not the other one's."""
     code = "import os, sys; big = b'x' * 200_000_000; os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
-    inner = "from s2v_flow.graph.peak import peak_memory_bytes; print(peak_memory_bytes())"
+    inner = "from s2v_flow.machine import peak_memory_bytes; print(peak_memory_bytes())"
     done = subprocess.run([sys.executable, "-c", code, inner], capture_output=True, text=True, timeout=60, check=True)
     assert int(done.stdout) < 150_000_000
 

@@ -19,7 +19,8 @@ from toy import Join, Save, Word, Workshop, damage
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.events import Event, NodeFinished, Noted
 from s2v_flow.graph.interrupt import StoppedError
-from s2v_flow.graph.node import Node, Ref
+from s2v_flow.graph.node import Node
+from s2v_flow.graph.ports import Ref
 from s2v_flow.graph.run import Run
 
 R = Ref.parse

@@ -174,7 +174,7 @@ def test_pythons_that_are_too_old_or_too_new_are_a_problem(
 
 
 def test_the_table_of_packages_is_that_of_the_project() -> None:
-    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     section = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     assert section is not None
     assert tuple(re.findall(r'"([A-Za-z0-9_-]+)', section[1])) == doctor.DEPENDENCIES

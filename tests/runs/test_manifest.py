@@ -22,7 +22,7 @@ from s2v_flow.graph.events import Event, NodeStarted, Noted, RunFinished
 from s2v_flow.runs import record
 from s2v_flow.runs.environment import git_state
 
-SCHEMA = Path(__file__).parent.parent / "schemas" / "manifest.schema.json"
+SCHEMA = Path(__file__).parents[2] / "schemas" / "manifest.schema.json"
 LORA = {"id": "light", "file": "tiny_lightning_lora.safetensors", "allow_partial": True}
 CHANGES = {**QUICK, "dit": {"loras": [LORA]}}
 EXTRA = "params: {seed: 20}\nprofiles:\n  other: {nodes: {first: {seed: $params.seed}}}"
