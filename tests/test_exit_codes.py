@@ -138,9 +138,9 @@ def test_9_a_defect(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_130_143_and_75_signals(number: int, code: int, tmp_path: Path) -> None:
     """In a process of its own, before anything was computed (within a chunk: tests/test_stopping.py)."""
     program = (
-        "import os, sys; from s2v_flow import api, cli\n"
+        "import os, sys; from s2v_flow import api\nfrom s2v_flow.cli import main\n"
         f"api.plan = lambda *given: os.kill(os.getpid(), {int(number)}) or sys.exit(99)\n"
-        f"sys.argv = ['s2vflow', 'run', {str(RECIPES / 'demo.yaml')!r}]\ncli.main()"
+        f"sys.argv = ['s2vflow', 'run', {str(RECIPES / 'demo.yaml')!r}]\nmain.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, "Traceback" in done.stderr) == (code, False)

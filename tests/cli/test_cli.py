@@ -152,7 +152,7 @@ def test_the_schema_is_printed_or_written(tmp_path: Path) -> None:
 def test_a_second_run_computes_nothing_and_never_imports_torch(done: tuple[Path, list[str]]) -> None:
     recipe, where = done
     code = (
-        "import sys; from s2v_flow import cli; sys.argv[0] = 's2vflow'\n"
+        "import sys; from s2v_flow.cli import main as cli; sys.argv[0] = 's2vflow'\n"
         "try: cli.main()\n"
         "finally: print('torch' in sys.modules, 'transformers' in sys.modules)"
     )

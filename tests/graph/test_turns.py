@@ -112,7 +112,7 @@ def test_where_locks_are_refused_the_run_goes_on(number: int, tmp_path: Path, mo
 def test_a_killed_process_holds_nothing_up(tmp_path: Path) -> None:
     """Its lock's file is taken over, and where nobody wants it, removed."""
     code = (
-        "import sys, time; from pathlib import Path; from s2v_flow.cache.lock import turn\n"
+        "import sys, time; from pathlib import Path; from s2v_flow.files.lock import turn\n"
         "with turn(Path(sys.argv[1]), 'node x', print, lambda: None):\n print('held', flush=True); time.sleep(60)"
     )
     path = tmp_path / "locks" / "ab"

@@ -16,7 +16,6 @@ from s2v_flow.graph.checkpoint import Checkpoint
 from s2v_flow.graph.context import Artifact, RunContext
 from s2v_flow.graph.events import Event, Noted, StepDone
 from s2v_flow.graph.numerics import Numerics
-from s2v_flow.graph.plan import PlanNode
 from s2v_flow.models.registry import ModelKey, ModelRegistry
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.handle import ModelHandle, never_stream
@@ -88,9 +87,20 @@ class Bench:
 
     def context(self, registry: ModelRegistry | None = None, checkpoint: Checkpoint | None = None) -> RunContext:
         """Return the chunk's context."""
-        node = PlanNode("talk[1]", "talk", "extend", self.chunk, {}, {}, {})
         return RunContext(
-            *(node, "cpu", Numerics("cpu"), lambda: registry, {}, {}, {}, Path(), self.events.append),
+            *(
+                "talk[1]",
+                "extend",
+                {},
+                "cpu",
+                Numerics("cpu"),
+                lambda: registry,
+                {},
+                {},
+                {},
+                Path(),
+                self.events.append,
+            ),
             facts=self.facts,
             checkpoint=checkpoint,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,10 +61,9 @@ class Place:
 
     def __init__(self) -> None:
         self.told: list[str] = []
-        node: Any = SimpleNamespace(name="frames")
         registry = ModelRegistry()
         self.context = RunContext(
-            *(node, "cpu", Numerics("cpu"), lambda: registry, {}, {}, {}, Path()),
+            *("frames", "decode", {}, "cpu", Numerics("cpu"), lambda: registry, {}, {}, {}, Path()),
             lambda event: self.told.append(event.text),  # type: ignore[union-attr]
         )
 

@@ -319,8 +319,8 @@ def test_auto_streams_where_weights_and_activations_would_not_fit(
         loaded = weight_bytes(load_dit(file, **options, device="cpu").module)
         assert abs(weights / loaded - 1) < 0.2  # norms and embeddings keep the file's float32
 
-    node = SimpleNamespace(kind="load_diffusion_model")
-    context: Any = SimpleNamespace(device="cuda:0", files={("checkpoint",): file}, numerics=Numerics("cuda"), node=node)
+    kind = "load_diffusion_model"
+    context: Any = SimpleNamespace(device="cuda:0", files={("checkpoint",): file}, numerics=Numerics("cuda"), kind=kind)
     weights, activations = dit_bytes(file, dtype=torch.bfloat16, quantized=True, num_tokens=1000, num_branches=2)
     needed = weights + activations + 77 + handle.RESERVE_BYTES
     for free, expected in ((needed, False), (needed - 1, True), (None, False)):

@@ -60,7 +60,7 @@ def test_it_says_nothing_of_the_run(done: Place) -> None:
 def test_a_second_run_leaves_the_file_alone_and_imports_no_torch(done: Place) -> None:
     before = done.video.stat().st_mtime_ns, done.video.read_bytes()
     code = (
-        "import sys; from s2v_flow import cli; sys.argv[0] = 's2vflow'\n"
+        "import sys; from s2v_flow.cli import main as cli; sys.argv[0] = 's2vflow'\n"
         "try: cli.main()\n"
         "finally: print('torch' in sys.modules, 'numpy' in sys.modules and 'safetensors' in sys.modules)"
     )

@@ -198,7 +198,7 @@ def test_mutated_files_are_read_or_refused_never_a_crash(tmp_path: Path) -> None
 def test_opening_a_checkpoint_needs_no_torch(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", {"head.modulation": entry(0, 4)}, b"1234")
     code = (
-        "import sys; from s2v_flow.models.checkpoint import Checkpoint; "
+        "import sys; from s2v_flow.weights.reader import Checkpoint; "
         f"print(Checkpoint.open({str(file)!r}).shapes, 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
