@@ -171,7 +171,7 @@ def test_the_parser_is_not_asked_for_more_than_the_limit(monkeypatch: pytest.Mon
     for text, most in (("[" + "a," * 490_000 + "]", reader.MAX_EVENTS + 1), ("[" * 490_000, reader.MAX_DEPTH + 3)):
         taken = 0
         assert codes(text) == ["R004"]
-        assert taken == most
+        assert taken in (most, 1)  # 1: libyaml's scanner, which reads ahead, refused the depth itself
 
 
 def test_the_parser_without_libyaml_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
