@@ -40,6 +40,7 @@ from s2v_flow.runs.lockfile import check_lock, lock_path
 from s2v_flow.runs.record import Given, Recorder, runs_root
 from s2v_flow.runs.sources import FileDigests
 from s2v_flow.version import __version__
+from s2v_flow.wording import size_text
 
 KINDS: Mapping[str, type[Node]] = {kind.kind: kind for kind in NODE_KINDS}
 _HASHED_AT_ONCE_BYTES = 64 << 20
@@ -98,9 +99,9 @@ class Planned:
             notes.append("the recipe writes no file: results stay in the cache (add a save_video node)")
         largest = self.estimate.largest
         if largest is not None and self.free_bytes is not None and (largest[1].peak_bytes or 0) > self.free_bytes:
-            gigabytes = ((largest[1].peak_bytes or 0) / 2**30, self.free_bytes / 2**30)
+            needed, free = (size_text(size, is_memory=True) for size in (largest[1].peak_bytes or 0, self.free_bytes))
             notes.append(
-                f"{largest[0]} will need about {gigabytes[0]:.1f} GB of memory, {gigabytes[1]:.1f} GB are free: take a "
+                f"{largest[0]} will need about {needed} of memory, {free} are free: take a "
                 "smaller size, a shorter length or bf16, or end other programs"
             )
         return tuple(notes)

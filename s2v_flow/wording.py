@@ -86,6 +86,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return folded[matches[0]] if matches else None
 
 
+def size_text(count: int, *, is_memory: bool = False) -> str:
+    """Return a number of bytes for people: "1.5 GB" of a disk, in powers of 1000, "1.5 GiB" of memory, in 1024."""
+    base, units = (1024, ("GiB", "MiB", "KiB")) if is_memory else (1000, ("GB", "MB", "kB"))
+    for power, unit in zip((3, 2, 1), units, strict=True):
+        if count >= base**power:
+            return f"{count / base**power:.1f} {unit}"
+    return f"{count} B"
+
+
 def did_you_mean(name: str, known: Iterable[str], what: str = "known") -> str | None:
     """Return the usual advice on an unknown name: the nearest known one, and all of them."""
     known = list(known)

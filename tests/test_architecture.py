@@ -26,8 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "machine": {"errors"},
     "files": {"errors"},
     # what knows no recipe
-    "cache": {"files", "errors"},
-    "weights": {"errors"},
+    "cache": {"files", "wording", "errors"},
+    "weights": {"wording", "errors"},
     "models": {"weights", "machine", "errors"},
     "sampling": {"errors"},
     "media": {"files", "errors"},
@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     # graph and recipe
     "graph": {"cache", "files", "machine", "wording", "errors"},
     "recipe": {"graph", "wording", "errors"},
-    "nodes": {"graph", "models", "weights", "sampling", "media", "machine", "errors"},
+    "nodes": {"graph", "models", "weights", "sampling", "media", "machine", "wording", "errors"},
     "library": {"files", "models", "weights", "recipe", "graph", "wording", "errors"},
     "comfy": {"nodes", "recipe", "graph", "wording", "errors"},
     "start": {"files", "recipe", "media", "errors"},
@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"recipe", "nodes", "graph", "cache", "demo", "library"},
     "api": {
         *("options", "recipe", "nodes", "graph", "cache", "files", "models", "demo", "machine", "library", "runs"),
-        *("version", "errors"),
+        *("version", "wording", "errors"),
     },
     "": {"api", "version"},  # the package itself
     "history": {

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+import s2v_flow
 from s2v_flow.errors import Diagnostic, Place
-from s2v_flow.wording import format_diagnostic, listed, nearest, shown, visible
+from s2v_flow.wording import format_diagnostic, listed, nearest, shown, size_text, visible
 
 
 def test_a_diagnostic_has_the_form_of_the_design_page() -> None:
@@ -74,3 +78,17 @@ def test_the_nearest_name_is_found_or_none() -> None:
     assert nearest("zzz", ["width", "dtype"]) is None
     assert nearest("x" * 1_000_000, ["x" * 1_000_000]) is None
     assert listed([str(number) for number in range(30)], 3) == "0, 1, 2 and 27 more"
+
+
+def test_a_size_on_disk_counts_in_thousands_and_memory_in_1024() -> None:
+    """As disks are sold, and as memory is: one text for each, in every message."""
+    assert [size_text(size) for size in (1_500_000_000, 2**30, 20_000, 7)] == ["1.5 GB", "1.1 GB", "20.0 kB", "7 B"]
+    assert [size_text(size, is_memory=True) for size in (3 * 2**29, 10**9, 2048)] == ["1.5 GiB", "953.7 MiB", "2.0 KiB"]
+
+
+def test_no_module_but_wording_makes_a_text_of_a_size() -> None:
+    """Who divides bytes by hand ends with a GB that is none."""
+    package = Path(s2v_flow.__file__).parent
+    by_hand = re.compile(r"/ (?:2\*\*[123]0|10\*\*[369]|1e[369]|\(?1 ?<< ?[123]0):")
+    found = [path for path in package.rglob("*.py") if by_hand.search(path.read_text(encoding="utf-8"))]
+    assert [path.name for path in found] == []

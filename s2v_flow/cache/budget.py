@@ -14,6 +14,7 @@ from pathlib import Path
 
 from s2v_flow.cache.housekeeping import collect, objects_size
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.wording import size_text
 
 NO_LIMIT = 2**63 - 1
 MAX_BYTES = 50 * 10**9
@@ -133,11 +134,3 @@ class Budget:
             what = f"{count} stored {'result' if count == 1 else 'results'}" if count else "what nothing used any more"
             left = f"{size_text(freed)} of {size_text(found['bytes_before'])}"
             self._tell(f"removed {what} to keep the cache within its limit ({left}); --cache-limit sets it")
-
-
-def size_text(count: int) -> str:
-    """Return a size for people: "1.5 GB"."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"

@@ -12,6 +12,7 @@ import click
 
 from s2v_flow.cli.options import FILE, FOLDER, CommandT, OrderedGroup, make_options
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.wording import size_text
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options
@@ -92,7 +93,7 @@ def gc(limit: str | None, dry_run: bool, as_json: bool, cache_dir: Path | None) 
 
     Never what is pinned, younger than an hour, or of a run that lives.
     """
-    from s2v_flow.cache.budget import parse_size, size_text
+    from s2v_flow.cache.budget import parse_size
     from s2v_flow.cache.housekeeping import collect
     from s2v_flow.cli import report
 
@@ -268,7 +269,6 @@ def _choose(cache_dir: Path | None, fingerprints: Sequence[str], nodes: Sequence
 
 
 def _show(rows: Sequence[dict[str, Any]], as_json: bool, more: dict[str, Any]) -> None:
-    from s2v_flow.cache.budget import size_text
     from s2v_flow.cli import report
 
     if as_json:

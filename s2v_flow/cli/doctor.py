@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from s2v_flow import __version__
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.library.needs import known_needs
+from s2v_flow.wording import size_text
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options
@@ -30,7 +31,7 @@ _PYTHONS = ((3, 10), (3, 14))  # the first that will do, the first that will not
 _ENCODERS = ("libx264", "aac")
 _DECODERS = ("h264", "hevc", "vp9", "aac", "mp3", "opus")
 _IMPORT_ERRORS = (ImportError, OSError, RuntimeError)  # what a broken installation raises
-_LOW_SPACE_BYTES = 5 << 30
+_LOW_SPACE_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def _torch() -> Iterator[Finding]:
     yield Finding("torch", "ok", f"{torch.__version__}, built with {build}", None, facts)
     devices = [_gpu(torch, index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     for device in devices:
-        text = f"{device['device']}: {device['name']}, {device['memory_bytes'] / 2**30:.0f} GB, {device['capability']}"
+        size = size_text(device["memory_bytes"], is_memory=True)
+        text = f"{device['device']}: {device['name']}, {size}, {device['capability']}"
         yield Finding("device", "ok", text, None, device)
     if not devices:
         fix = None if torch.version.cuda or torch.version.hip else "for a GPU, install a torch build with CUDA or ROCm"
@@ -157,7 +159,7 @@ def _cache(root: Path) -> Finding:
     size = sum(_size(Path(folder) / name) for folder, _, names in os.walk(root) for name in names)
     shown = _private(str(root))
     facts = {"path": shown, "size_bytes": size, "free_bytes": free}
-    text = f"{shown}: {size / 2**30:.2f} GB stored, {free / 2**30:.1f} GB free"
+    text = f"{shown}: {size_text(size)} stored, {size_text(free)} free"
     fix = "name another folder with --cache-dir or S2VFLOW_CACHE_DIR"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return Finding("cache", "problem", f"{shown}: cannot be written", fix, facts)

@@ -21,7 +21,7 @@ from s2v_flow.graph.events import (
     RunStarted,
     StepDone,
 )
-from s2v_flow.wording import format_diagnostic, visible
+from s2v_flow.wording import format_diagnostic, size_text, visible
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -89,17 +89,13 @@ def print_plan(planned: Planned) -> None:
             print_result(f"  can be had at {home}")
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.1f} MB"
-
-
 def _cost(planned: Planned) -> str:
     cost = planned.estimate
-    reads = f"{cost.num_files} files to read, {_size(cost.bytes_to_read)}"
+    reads = f"{cost.num_files} files to read, {size_text(cost.bytes_to_read)}"
     if cost.seconds is None:
-        sizes = f"{_size(cost.known_disk_bytes)} or more to be stored"
+        sizes = f"{size_text(cost.known_disk_bytes)} or more to be stored"
         return f"{reads}; {sizes}; no estimate of time: {', '.join(cost.unknown)} never ran here in this size"
-    sizes = f"{_size(cost.disk_bytes or 0)} to be stored"
+    sizes = f"{size_text(cost.disk_bytes or 0)} to be stored"
     return f"{reads}; about {cost.seconds:.0f} s, {sizes}, from past runs on this machine"
 
 
@@ -111,7 +107,8 @@ def _memory(planned: Planned) -> str:
         return f"no estimate of memory{missing}"
     name, memory = largest
     how = "computed, not measured yet" if memory.source == "computed" else "measured in past runs"
-    return f"memory: at most about {_size(memory.peak_bytes or 0)} on {planned.device}, in {name} ({how}){missing}"
+    size = size_text(memory.peak_bytes or 0, is_memory=True)
+    return f"memory: at most about {size} on {planned.device}, in {name} ({how}){missing}"
 
 
 def _length(planned: Planned) -> str:
@@ -154,7 +151,7 @@ class _Row:
     def text(self) -> str:
         """Return "step 3/20, 1.20 s/step, 20 s left"."""
         if self.status == "done":
-            return f"{self.seconds:.1f} s, peak {self.peak_bytes / 2**30:.2f} GB"
+            return f"{self.seconds:.1f} s, peak {size_text(self.peak_bytes, is_memory=True)}"
         if not self.step:
             return ""
         pace = self.per_step()
@@ -257,5 +254,5 @@ class DownloadProgress:
         self._last_line = now
         started, before = self._started
         speed = (done - before) / max(now - started, 1e-3)
-        pace = f", {speed / 2**20:.0f} MB/s, {(total - done) / speed:.0f} s left" if speed and done < total else ""
-        print_message(f"{visible(file)}: {done / 2**20:.0f} of {total / 2**20:.0f} MB{pace}")
+        pace = f", {size_text(int(speed))}/s, {(total - done) / speed:.0f} s left" if speed and done < total else ""
+        print_message(f"{visible(file)}: {size_text(done)} of {size_text(total)}{pace}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from s2v_flow.history.find import Listing
 from s2v_flow.runs.manifest import Essence, FileRecord, Manifest
+from s2v_flow.wording import size_text
 
 _SHORT = 12  # digits of a digest that people are shown
 
@@ -53,7 +54,8 @@ def _run_lines(run: Manifest) -> list[str]:
     lines += [_file_line(item) for item in run.files]
     lines += [f"lora: {item.id} in {item.node}: {item.matched} of {item.total} keys" for item in run.loras]
     for node in run.nodes:
-        cost = "" if node.seconds is None else f", {node.seconds:.1f} s, peak {(node.peak_bytes or 0) / 2**30:.2f} GB"
+        peak = size_text(node.peak_bytes or 0, is_memory=True)
+        cost = "" if node.seconds is None else f", {node.seconds:.1f} s, peak {peak}"
         lines.append(f"node: {node.name} ({node.kind}): {node.status.replace('_', ' ')}{cost}")
     for item in run.outputs:
         frames = "" if item.frames is None else f", {item.frames} frames"

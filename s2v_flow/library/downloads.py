@@ -27,6 +27,7 @@ from typing import IO, Any, BinaryIO
 
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.facts import file_digest
+from s2v_flow.wording import size_text
 
 if sys.platform == "win32":
     import msvcrt
@@ -110,7 +111,7 @@ def check_space(files: list[tuple[RemoteFile, Path]]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise S2VFlowError(
-            f"{folder}: {needed / 2**30:.1f} GB are to be downloaded, {free / 2**30:.1f} GB are free",
+            f"{folder}: {size_text(needed)} are to be downloaded, {size_text(free)} are free",
             fix="free some space, or name another folder with --models-dir",
             exit_code=ExitCode.DISK_FULL,
         )
@@ -173,7 +174,7 @@ def _fill(file: BinaryIO, remote: RemoteFile, on_progress: Progress, pause: Call
             reason = _reason(error)
         failures = 0 if file.seek(0, os.SEEK_END) > have else failures + 1
         if failures == _ATTEMPTS:
-            kept = f"{have / 2**30:.2f} of {remote.size / 2**30:.2f} GB; the same command goes on from there"
+            kept = f"{size_text(have)} of {size_text(remote.size)}; the same command goes on from there"
             raise S2VFlowError(f"{remote.url}: {reason}", _FIX_NETWORK, kept)
         if file.tell() < remote.size:
             pause(2.0**failures)

@@ -20,7 +20,7 @@ from s2v_flow.library.downloads import RemoteFile, at_endpoint, check_space, fet
 from s2v_flow.models.release import RELEASE_FILES, RELEASE_FOLDER
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.weights.header import convert_command
-from s2v_flow.wording import did_you_mean
+from s2v_flow.wording import did_you_mean, size_text
 
 _WAN22 = "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 
@@ -155,7 +155,7 @@ def needs_text(needs: Sequence[ModelNeed]) -> str:
         where = str(need.path) if need.status == "found" else ""
         if need.status == "made":
             where = "by this program, on first use"
-        size = "" if need.size is None else _gigabytes(need.size)
+        size = "" if need.size is None else size_text(need.size)
         row = f"{need.status:<7}  {need.folder:<{folder_width}}  {need.file:<{name_width}}  {size:>9}  {where}"
         lines.append(row.rstrip())
         if need.status == "missing":
@@ -166,10 +166,6 @@ def needs_text(needs: Sequence[ModelNeed]) -> str:
     count = sum(need.status == "missing" for need in needs)
     lines.append(f"{len(needs) - count} of {len(needs)} are there" + (f", {count} missing" if count else ""))
     return "\n".join(lines)
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.1f} MB"
 
 
 def target_path(need: ModelNeed, models_dir: Path) -> Path:

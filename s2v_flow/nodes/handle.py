@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.graph.context import RunContext
+from s2v_flow.wording import size_text
 
 RESERVE_BYTES = 3 * 2**29  # beside weights and activations: prepared prompts and sound, expanded weights, workspaces
 
@@ -85,7 +86,8 @@ class ModelHandle:
             return ""
         from s2v_flow.models.registry import weight_bytes
 
-        return f", weights of {weight_bytes(self._model) / 2**30:.1f} GiB ({self.facts.get('placement', 'resident')})"
+        size = size_text(weight_bytes(self._model), is_memory=True)
+        return f", weights of {size} ({self.facts.get('placement', 'resident')})"
 
     def close(self) -> None:
         """Give the claim back; the registry frees the model when its budget says so."""

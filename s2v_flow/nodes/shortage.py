@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.wording import size_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,16 +234,11 @@ def memory_text(device: str) -> str:
         import torch
 
         free, total = torch.cuda.mem_get_info(device)
-        return f"; {gib(free)} of {gib(total)} are free on {device}"
+        return f"; {size_text(free, is_memory=True)} of {size_text(total, is_memory=True)} are free on {device}"
     from s2v_flow.models.streaming import available_host_bytes
 
     available = available_host_bytes()
-    return "" if available is None else f"; {gib(available)} of memory are free"
-
-
-def gib(num_bytes: int) -> str:
-    """Return bytes as text, in GiB."""
-    return f"{num_bytes / 2**30:.1f} GiB"
+    return "" if available is None else f"; {size_text(available, is_memory=True)} of memory are free"
 
 
 def _pixels(height: int, width: int) -> str:

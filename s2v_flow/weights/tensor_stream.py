@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from s2v_flow.errors import BadNumbersError, CheckpointError, ExitCode, S2VFlowError
 from s2v_flow.weights.header import ITEM_BYTES, MAX_HEADER_BYTES
+from s2v_flow.wording import size_text
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +131,7 @@ def _check_space(file: BinaryIO, needed: int) -> None:
     free = status.f_bavail * status.f_frsize
     if needed > free:
         raise S2VFlowError(
-            f"{needed / 2**30:.1f} GB are to be written, {free / 2**30:.1f} GB are free",
+            f"{size_text(needed)} are to be written, {size_text(free)} are free",
             fix="free some space, or name a target on another disk with -o",
             exit_code=ExitCode.DISK_FULL,
         )

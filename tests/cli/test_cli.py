@@ -34,7 +34,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> tuple[P
     assert (code, out) == (0, f"{folder / 'out' / 'talk.mp4'}\n"), err
     lines = err.splitlines()
     assert "first: started (sample)" in lines
-    assert any(re.fullmatch(r"talk\[2\]: done, \d+\.\d s, peak \d+\.\d\d GB", line) for line in lines)
+    assert any(re.fullmatch(r"talk\[2\]: done, \d+\.\d s, peak \d+\.\d [GM]iB", line) for line in lines)
     assert "\x1b" not in err
     return recipe, where
 
@@ -334,7 +334,7 @@ def test_in_a_terminal_progress_is_a_table_without_colours_where_no_color_is_set
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     text = shown(Terminal())
-    assert re.search(r"first +sample +done +1\.5 s, peak 1\.00 GB", text)
+    assert re.search(r"first +sample +done +1\.5 s, peak 1\.0 GiB", text)
     assert "1 more" in text
     assert "warning: first: odd [red]text[/red] \\x1b[31m" in text
     assert not re.search(r"\x1b\[[0-9;]*[34][0-9;]*m", text)
@@ -345,7 +345,7 @@ def test_elsewhere_progress_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(io.StringIO()).splitlines() == [
         "first: started (sample)",
         "warning: first: odd [red]text[/red] \\x1b[31m",
-        "first: done, 1.5 s, peak 1.00 GB",
+        "first: done, 1.5 s, peak 1.0 GiB",
     ]
 
 

@@ -148,7 +148,7 @@ def test_gpus_are_listed(options: Options, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties())
     devices = [finding.text for finding in by_topic(options, "device") if finding.facts.get("device") != "mps"]
-    assert devices == [f"cuda:{index}: Card, 80 GB, compute capability 9.0" for index in range(2)]
+    assert devices == [f"cuda:{index}: Card, 80.0 GiB, compute capability 9.0" for index in range(2)]
 
 
 def test_a_package_that_is_missing_is_a_problem(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def test_a_run_is_shown_by_its_id_its_beginning_or_its_file(done: Place, ids: li
     code, text, _ = done.call("show", ids[0])
     assert code == 0
     assert text.startswith(f"run {ids[0]}: finished")
-    assert re.search(r"^node: first \(sample\): computed, \d+\.\d s, peak \d\.\d\d GB$", text, re.M)
+    assert re.search(r"^node: first \(sample\): computed, \d+\.\d s, peak \d+\.\d [GM]iB$", text, re.M)
     assert re.search(
         r"^model: tiny_vae\.safetensors \(nodes\.vae\.checkpoint\), \d+ bytes, sha256 [0-9a-f]{12}$", text, re.M
     )

@@ -101,7 +101,7 @@ def test_each_file_of_a_recipe_is_listed_once_with_what_is_known_of_it(tmp_path:
     assert (vae["status"], vae["path"], vae["size_bytes"]) == ("missing", None, None)
     assert (vae["homes"], vae["looked_in"]) == (list(HOMES[VAE]), [str(tmp_path / "models/vae")])
     _, text, _ = call("models", recipe, *where(tmp_path))
-    assert ["found", "text_encoders", ENCODER, "3.0", "MB", str(found)] in [line.split() for line in text.splitlines()]
+    assert ["found", "text_encoders", ENCODER, "3.1", "MB", str(found)] in [line.split() for line in text.splitlines()]
     assert f"can be had at {HOMES[VAE][0]}" in text
     assert text.endswith("3 of 4 are there, 1 missing\n")
 
@@ -147,7 +147,7 @@ def test_download_brings_what_is_missing_into_its_folder(hub: Hub, tmp_path: Pat
     assert statuses(out)[f"wan/{VAE}"] == "found"
     assert (tmp_path / "models/vae/wan" / VAE).read_bytes() == b"a whole VAE"
     assert hub.asked == [f"HEAD {VAE_PATH}", f"GET {VAE_PATH}"]
-    assert f"{VAE}: 0 of 0 MB" in err
+    assert f"{VAE}: 11 B of 11 B" in err
     assert call("models", recipe, *where(tmp_path), "--download")[0] == 0
     assert len(hub.asked) == 2
 

@@ -225,7 +225,7 @@ def test_a_plan_warns_where_memory_will_not_do(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(tmp_path, tiny_models)
-    assert not [note for note in plan.notes if "GB of memory" in note]
+    assert not [note for note in plan.notes if " of memory, " in note]
     monkeypatch.setattr(api, "free_memory_bytes", lambda device: 2**20)
-    (note,) = [note for note in planned(tmp_path, tiny_models).notes if "GB of memory" in note]
-    assert "0.0 GB are free" in note
+    (note,) = [note for note in planned(tmp_path, tiny_models).notes if " of memory, " in note]
+    assert "1.0 MiB are free" in note
