@@ -33,7 +33,7 @@ from s2v_flow.nodes.memory import needs
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.options import Options as Options
 from s2v_flow.recipe.document import Recipe
-from s2v_flow.recipe.load import Variant, load_matrix, load_recipe
+from s2v_flow.recipe.load import Variant, load_cells, load_recipe
 from s2v_flow.runs.environment import torch_version
 from s2v_flow.runs.essence import note_maker
 from s2v_flow.runs.lockfile import check_lock, lock_path
@@ -57,8 +57,13 @@ class Planned:
     device: str
     estimate: Estimate
     cells: Mapping[str, Recipe] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = ()  # a matrix's cells
     free_bytes: int | None = None  # memory where the models will run; None: not known
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of a matrix's cells."""
+        return tuple(variant.cell.label for variant in self.variants)
 
     def recipe_of(self, node: str) -> Recipe:
         """Return the recipe that a plan node belongs to: its cell's in a matrix."""
@@ -152,44 +157,21 @@ class Planned:
         }
 
 
-def _options(options: Options | None, fields: Mapping[str, Any]) -> Options:
-    """Return the options with single fields changed; paths may be text."""
-    changes = dict(fields)
-    for name in ("models_dirs", "input_dirs", "override_files"):
-        if name in changes:
-            changes[name] = [Path(path) for path in changes[name]]
-    for name in ("output_dir", "cache_dir"):
-        if changes.get(name) is not None:
-            changes[name] = Path(changes[name])
-    return replace(options or Options(), **changes)
-
-
-def load(path: Path | str, options: Options | None = None, **fields: Any) -> Recipe:
-    """Read and check a recipe: the same as `check`."""
-    return check(path, options, **fields)
-
-
 def check(path: Path | str, options: Options | None = None, **fields: Any) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: The recipe file.
-        options: Profiles, override files, `sets` and then `overrides` count here.
+        options: Profiles, override files, `sets` and `overrides` count here.
         fields: Single fields of `Options`.
 
     Raises:
         RecipeError: With every mistake that was found; also where a recipe's file cannot be read.
     """
-    options = _options(options, fields)
-    return load_recipe(
-        Path(path),
-        kinds=KINDS,
-        profiles=options.profiles,
-        override_files=options.override_files,
-        sets=options.sets,
-        overrides=options.overrides,
-        base_dir_for_sets=Path.cwd(),
-    )
+    return load_recipe(Path(path), kinds=KINDS, changes=replace(options or Options(), **fields).changes)
+
+
+load = check  # the name that some look for first
 
 
 def model_needs(path: Path | None, options: Options | None = None) -> list[ModelNeed]:
@@ -216,11 +198,11 @@ def plan(path: Path | str, options: Options | None = None, **fields: Any) -> Pla
         RecipeError: With every mistake that was found.
         S2VFlowError: A file that is there cannot be used, or the device is not there.
     """
-    options = _options(options, fields)
-    return _plan(check(path, options), options)
+    options = replace(options or Options(), **fields)
+    return _plan(*load_cells(Path(path), kinds=KINDS, changes=options.changes, axes=options.axes), options)
 
 
-def _plan(recipe: Recipe, options: Options) -> Planned:
+def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Planned:
     device = resolve_device(options.device)
     memory = _digest_memory(options)
 
@@ -234,9 +216,8 @@ def _plan(recipe: Recipe, options: Options) -> Planned:
 
     def built(of: Recipe, label: str) -> Plan:
         locations = replace(options.locations, output_tag=re.sub(r"[^A-Za-z0-9._=,-]", "_", label))
-        return build_plan(of.nodes, _order(of), locations, remember)
+        return build_plan(of.nodes, of.order, locations, remember)
 
-    variants = _variants(recipe, options)
     if variants:
         whole, alone = merge_plans([(item.cell.label, built(item.recipe, item.cell.label)) for item in variants])
         recipes = {item.cell.label: item.recipe for item in variants}
@@ -251,36 +232,7 @@ def _plan(recipe: Recipe, options: Options) -> Planned:
     to_compute = {name for name, status in statuses.items() if status.status in TO_COMPUTE}
     computed = needs(made, {node.name for node in made.nodes if node.node.is_stored} & to_compute, numerics)
     expected = estimate(made, statuses, store.recent(EARLIER) if has_work else [], numerics, computed)
-    labels = tuple(item.cell.label for item in variants)
-    return Planned(recipe, made, statuses, device, expected, cells, labels, free_memory_bytes(device))
-
-
-def _variants(recipe: Recipe, options: Options) -> tuple[Variant, ...]:
-    """Return the cells of the matrix, in the recipe or on the command line; none where nothing varies."""
-    if not options.axes and recipe.matrix_text is None:
-        return ()
-    return load_matrix(
-        recipe.path,
-        kinds=KINDS,
-        profiles=options.profiles,
-        override_files=options.override_files,
-        sets=options.sets,
-        overrides=options.overrides,
-        axes=options.axes,
-        base_dir_for_sets=Path.cwd(),
-    )
-
-
-def _order(recipe: Recipe) -> list[str]:
-    """Sort the recipe's nodes so that each stands after what it refers to, else as in the file."""
-    import networkx as nx
-
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    graph.add_nodes_from(recipe.nodes)
-    for name, spec in recipe.nodes.items():
-        graph.add_edges_from((ref.node, name) for ref in spec.node.refs().values())
-    position = {name: index for index, name in enumerate(recipe.nodes)}
-    return list(nx.lexicographical_topological_sort(graph, key=position.__getitem__))
+    return Planned(recipe, made, statuses, device, expected, cells, variants, free_memory_bytes(device))
 
 
 def _digest_memory(options: Options) -> Path:
@@ -301,9 +253,8 @@ def run(path: Path | str, options: Options | None = None, on_event: Listener = i
         MissingError: A model or an input is missing; nothing was run.
         S2VFlowError: A node failed; what was finished before is stored.
     """
-    options = _options(options, fields)
-    planned = plan(path, options)
-    return run_planned(planned, options, on_event)
+    options = replace(options or Options(), **fields)
+    return run_planned(plan(path, options), options, on_event)
 
 
 def run_planned(planned: Planned, options: Options, on_event: Listener = ignore) -> RunResult:
@@ -311,7 +262,7 @@ def run_planned(planned: Planned, options: Options, on_event: Listener = ignore)
     require_files(planned)
     options.selection.check(planned.plan, planned.statuses)
     if _make_demo_models(planned, options, on_event):
-        planned = _plan(planned.recipe, options)
+        planned = _plan(planned.recipe, planned.variants, options)
     for node in planned.plan.nodes:
         if planned.statuses[node.name].status == "LOAD":
             node.node.check(node.files)
@@ -362,9 +313,12 @@ def run_planned(planned: Planned, options: Options, on_event: Listener = ignore)
 
 
 def _given(options: Options) -> Given:
-    overrides = [*(f"-m {text}" for text in options.axes), *(f"--set {text}" for text in options.sets)]
-    overrides += [f"--{change.kind} {change.text}" for change in options.overrides]
-    return Given(tuple(options.profiles), tuple(options.override_files), tuple(overrides))
+    changes = options.changes
+    overrides = (
+        *(f"-m {text}" for text in options.axes),
+        *(f"--{item.kind} {item.text}" for item in changes.overrides),
+    )
+    return Given(tuple(changes.profiles), tuple(changes.files), overrides)
 
 
 def require_files(planned: Planned) -> None:

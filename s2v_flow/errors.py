@@ -78,9 +78,10 @@ class S2VFlowError(Exception):
 
 @dataclass(eq=False)
 class RecipeError(S2VFlowError):
-    """The recipe (or an override of it) is wrong; carries every mistake that was found."""
+    """The recipe (or an override of it) is wrong; carries every mistake that was found, unless there are very many."""
 
     diagnostics: Sequence[Diagnostic] = ()
+    are_all: bool = field(default=True, kw_only=True)  # whether these are all
     exit_code: ExitCode = field(default=ExitCode.RECIPE, kw_only=True)
 
 

@@ -15,12 +15,14 @@ from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.selection import Selection
 from s2v_flow.library.extra_models import find_extra_models, read_extra_models
 from s2v_flow.library.needs import HOMES
-from s2v_flow.recipe.argument import Override
+from s2v_flow.recipe.argument import Changes, Override
 
 
 @dataclass(frozen=True)
 class Options:
     """Everything beside the recipe that a command may be told; the fields are the command line's options.
+
+    Paths may be text, and a single one may stand where several are taken; the same for `profiles`, `sets` and `axes`.
 
     `should_stop` is asked at the end of every denoising step and before every node; once it says yes, the run leaves a
     checkpoint and ends with `StoppedError`.
@@ -44,6 +46,25 @@ class Options:
     record_host: bool = False
     share_gpu: bool = False
     should_stop: ShouldStop = never
+
+    def __post_init__(self) -> None:
+        """Take paths as text too, and one where several may be given."""
+        for name in ("override_files", "models_dirs", "extra_model_paths", "input_dirs"):
+            given = getattr(self, name)
+            paths = [given] if isinstance(given, (str, os.PathLike)) else given
+            object.__setattr__(self, name, tuple(map(Path, paths)))
+        for name in ("output_dir", "cache_dir"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in ("profiles", "sets", "axes"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+
+    @cached_property
+    def changes(self) -> Changes:
+        """What is laid over the recipe: of the overrides, `sets` come first."""
+        overrides = (*(Override("set", text) for text in self.sets), *self.overrides)
+        return Changes(self.profiles, self.override_files, overrides, Path.cwd())
 
     @cached_property
     def cache_root(self) -> Path:

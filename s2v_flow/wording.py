@@ -9,8 +9,9 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
-from s2v_flow.errors import Diagnostic
+from s2v_flow.errors import Diagnostic, RecipeError
 
+MAX_DIAGNOSTICS = 50  # mistakes of one recipe that are shown
 _MAX_EXCERPT = 110  # characters of a source line that are shown
 _BEFORE_CARET = 60  # of which so many, at most, stand before the caret
 _MAX_SHOWN = 60  # characters of a value in a message
@@ -39,6 +40,14 @@ def format_diagnostic(diagnostic: Diagnostic) -> str:
     if diagnostic.fix is not None:
         lines.append(visible(f"  fix: {diagnostic.fix}"))
     return "\n".join(lines)
+
+
+def count_text(error: RecipeError) -> str:
+    """Return how many mistakes a recipe has, and whether all of them are shown: "1 mistake"."""
+    count = len(error.diagnostics)
+    number = f"{count}" if error.are_all else f"more than {count}"
+    more = f" (the first {MAX_DIAGNOSTICS} are shown)" if count > MAX_DIAGNOSTICS else ""
+    return f"{number} {'mistake' if count == 1 else 'mistakes'}{more}"
 
 
 def visible(text: str) -> str:

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "nodes": {"graph", "models", "weights", "sampling", "media", "machine", "wording", "errors"},
     "library": {"files", "models", "weights", "recipe", "graph", "wording", "errors"},
     "comfy": {"nodes", "recipe", "graph", "wording", "errors"},
-    "start": {"files", "recipe", "media", "errors"},
+    "start": {"files", "recipe", "graph", "media", "errors"},
     # runs and the Python face
     "runs": {"recipe", "graph", "cache", "files", "media", "version", "wording", "errors"},
     "options": {"recipe", "nodes", "graph", "cache", "demo", "library"},

@@ -10,6 +10,7 @@ import pytest
 
 import s2v_flow
 from s2v_flow.errors import RecipeError
+from s2v_flow.recipe import layers, reader
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 
@@ -40,3 +41,32 @@ def test_an_unknown_option_or_name_is_refused() -> None:
         s2v_flow.plam  # noqa: B018
     with pytest.raises(RecipeError):
         s2v_flow.check(DEMO, sets=["stepz=3"])
+
+
+def test_every_path_among_the_options_may_be_text_and_stand_alone(tmp_path: Path) -> None:
+    """ComfyUI's extra_model_paths.yaml, override files and folders: in a list or by themselves."""
+    extra, over = tmp_path / "extra.yaml", tmp_path / "over.yaml"
+    extra.write_text("comfyui: {base_path: models, vae: vae}\n", encoding="utf-8")
+    over.write_text("params: {steps: 2}\n", encoding="utf-8")
+    for several in (lambda path: [str(path)], str):
+        planned = s2v_flow.plan(
+            DEMO,
+            extra_model_paths=several(extra),
+            override_files=several(over),
+            models_dirs=several(tmp_path),
+            input_dirs=several(tmp_path),
+            output_dir=str(tmp_path),
+            cache_dir=str(tmp_path / "cache"),
+            sets="seed=3",
+            device="cpu",
+        )
+        assert (planned.recipe.params["steps"], planned.recipe.params["seed"]) == (2, 3)
+
+
+def test_a_recipe_with_a_matrix_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers, and the recipe itself; the cells are made of them."""
+    opened: list[str] = []
+    given = reader.read_file
+    monkeypatch.setattr(layers, "read_file", lambda path, *more: (opened.append(str(path)), given(path, *more))[1])
+    planned = s2v_flow.plan(DEMO, axes="seed=1..3", cache_dir=tmp_path, device="cpu")
+    assert (opened, planned.labels) == ([str(DEMO)], ("seed=1", "seed=2", "seed=3"))

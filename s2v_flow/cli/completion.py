@@ -85,11 +85,12 @@ def _merged(ctx: click.Context) -> Merged | None:
     given = ctx.params.get("recipe") or next(iter(ctx.args), None)
     if given is None:
         return None
+    from s2v_flow.recipe.argument import NO_CHANGES
     from s2v_flow.recipe.layers import merge_layers
     from s2v_flow.recipe.problems import Problems, StopReadingError
 
     try:
-        return merge_layers(Path(given), (), (), Path(), Problems())
+        return merge_layers(Path(given), NO_CHANGES, Problems())
     except StopReadingError:
         return None
 

@@ -59,7 +59,8 @@ def read_defaults() -> dict[str, Any]:
     try:
         problems.raise_any(str(path))
     except RecipeError as error:
-        raise RecipeError(error.message, diagnostics=error.diagnostics, exit_code=ExitCode.USAGE) from error
+        error.exit_code = ExitCode.USAGE
+        raise
     return found
 
 

@@ -21,14 +21,13 @@ from s2v_flow.graph.events import (
     RunStarted,
     StepDone,
 )
-from s2v_flow.wording import format_diagnostic, size_text, visible
+from s2v_flow.wording import MAX_DIAGNOSTICS, count_text, format_diagnostic, size_text, visible
 
 if TYPE_CHECKING:
     from rich.live import Live
 
     from s2v_flow.api import Planned
 
-_MAX_DIAGNOSTICS = 50
 _LINE_EVERY_SECONDS = 5.0
 
 
@@ -50,11 +49,8 @@ def print_message(text: str) -> None:
 def print_error(error: S2VFlowError) -> None:
     """Print an error: every mistake of a recipe, or what, why, what is kept and what to do."""
     if isinstance(error, RecipeError) and error.diagnostics:
-        shown = list(error.diagnostics)[:_MAX_DIAGNOSTICS]
-        print_message("\n\n".join(format_diagnostic(item) for item in shown))
-        count = len(error.diagnostics)
-        more = f" (the first {_MAX_DIAGNOSTICS} are shown)" if count > len(shown) else ""
-        print_message(f"\n{count} {'mistake' if count == 1 else 'mistakes'}{more}; nothing was run")
+        shown = [format_diagnostic(item) for item in error.diagnostics[:MAX_DIAGNOSTICS]]
+        print_message("\n\n".join([*shown, f"{count_text(error)}; nothing was run"]))
         return
     print_message(f"error: {visible(error.message)}")
     if error.kept:

@@ -21,6 +21,7 @@ from s2v_flow.comfy.source import bad_file, parse, read_workflow
 from s2v_flow.comfy.translate import translate
 from s2v_flow.comfy.yaml_text import recipe_text
 from s2v_flow.errors import Place, RecipeError
+from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import load_recipe
 
@@ -127,7 +128,7 @@ def checked(text: str, kinds: Kinds, profile: str | None = None) -> Recipe:
         file = Path(folder) / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
         try:
-            return load_recipe(file, kinds=kinds, profiles=[] if profile is None else [profile])
+            return load_recipe(file, kinds=kinds, changes=Changes(() if profile is None else (profile,)))
         except RecipeError as error:
             placed = [_renamed(item) for item in error.diagnostics]
             raise RecipeError("the workflow's values do not make a recipe", diagnostics=placed) from None

@@ -60,6 +60,14 @@ def link(nodes: Mapping[str, Node], unchecked: Collection[str] = ()) -> tuple[nx
     return graph, problems
 
 
+def sort(graph: nx.DiGraph[str]) -> Iterator[str]:
+    """Yield the nodes of a graph without cycles, each after those that it uses, else in the graph's order."""
+    import networkx as nx
+
+    position = {name: index for index, name in enumerate(graph)}
+    return nx.lexicographical_topological_sort(graph, key=position.__getitem__)
+
+
 class _Linker:
     """Finds what a reference means among the nodes, and advises on those that mean nothing."""
 

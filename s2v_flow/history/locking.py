@@ -30,6 +30,5 @@ def make_lock(recipe: Path, options: Options) -> str:
     for item in files_of(planned.plan.nodes):
         if not item.file.is_file():
             raise MissingError(f"{item.name} has not been made yet", fix=f"`s2vflow run {recipe}` makes it, once")
-    is_varied = any((options.profiles, options.override_files, options.sets, options.overrides))
-    kept = read_lock(lock_path(recipe)) if is_varied else {}
+    kept = read_lock(lock_path(recipe)) if options.changes else {}
     return lock_text(planned.recipe, planned.plan, FileDigests(options.cache_root / "digests.json"), kept=kept)

@@ -207,6 +207,30 @@ class Override:
     text: str
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What is laid over a recipe, later over earlier: profiles, files of a recipe's shape, and then single overrides.
+
+    Relative paths in the overrides start at `base_dir`, or at the current folder.
+    """
+
+    profiles: Sequence[str] = ()
+    files: Sequence[Path] = ()
+    overrides: Sequence[Override] = ()
+    base_dir: Path | None = None
+
+    def __bool__(self) -> bool:
+        return any((self.profiles, self.files, self.overrides))
+
+    @property
+    def start(self) -> Path:
+        """The absolute folder where relative paths in the overrides start."""
+        return (self.base_dir or Path.cwd()).absolute()
+
+
+NO_CHANGES = Changes()
+
+
 class FaultyOverrideError(Exception):
     """A change cannot be applied; its mistake has been collected."""
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.document import NodeSpec, Recipe
 from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.layers import LANGUAGE_VERSION
@@ -14,7 +15,6 @@ from s2v_flow.recipe.params import Parameters
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir, path_text, plain
 
-FieldPath = tuple[str | int, ...]
 _MEANS_MORE = re.compile(r"\$(?=\{|params\.)")
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from s2v_flow.errors import Diagnostic, Place
 from s2v_flow.graph.node import Node
+from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.matrix import Matrix
 from s2v_flow.recipe.tree import MapValue, Origin
-
-FieldPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ class NodeSpec:
 class Recipe:
     """A recipe with all its layers applied and all references to parameters resolved.
 
-    `params` holds the resolved parameters; `nodes` is in the order of the file; `files` are all files that were read,
+    `params` holds the resolved parameters; `nodes` is in the order of the file, `order` has
+    each after those that it uses; `files` are all files that were read,
     the innermost base first, then what --set-file named; `document` is the merged text (`params` and `nodes`), with
     `$params.x` still in it and every origin; `profile_places` says which profile a value at a place belongs to;
     `matrix` is what the recipe varies, `matrix_text` the same as it is written.
@@ -62,6 +62,7 @@ class Recipe:
     description: str | None
     params: Mapping[str, Any]
     nodes: Mapping[str, NodeSpec]
+    order: tuple[str, ...]
     files: tuple[Path, ...]
     document: MapValue
     profile_places: Mapping[Place, str] = field(default_factory=dict)

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from s2v_flow.graph.ports import FieldPath
 from s2v_flow.wording import visible
 
-FieldPath = tuple[str | int, ...]
 _Data = object  # None, bool, int, float, str, lists and maps of these
 
 _INDENT = 2

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from s2v_flow.graph.ports import Ref
+from s2v_flow.graph.ports import FieldPath, Ref
 from s2v_flow.wording import listed
 
 _WORDS: tuple[tuple[type, str], ...] = (
@@ -87,7 +87,7 @@ def accepts(annotation: Any) -> Accepts:
     raise TypeError(f"no recipe can hold a field of type {annotation!r}")
 
 
-def field_at(model: type[BaseModel], path: tuple[str | int, ...]) -> Accepts | None:
+def field_at(model: type[BaseModel], path: FieldPath) -> Accepts | None:
     """Return what the field at a path takes, or None where the model has no such field."""
     current = Accepts(model=model)
     for part in path:

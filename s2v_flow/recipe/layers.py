@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from s2v_flow.errors import Place
 from s2v_flow.graph.ports import NAME
+from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, origins_of, plain
@@ -188,10 +189,8 @@ class Merged:
     profile_places: Mapping[Place, str]
 
 
-def merge_layers(
-    path: Path, profiles: Sequence[str], override_files: Sequence[Path], base_dir: Path, problems: Problems
-) -> Merged:
-    """Read a recipe and everything that is laid over it.
+def merge_layers(path: Path, changes: Changes, problems: Problems) -> Merged:
+    """Read a recipe and the profiles and files that are laid over it.
 
     A profile may live in any layer; profiles of the same name are merged, in the order of the layers, before they are
     applied.
@@ -200,12 +199,12 @@ def merge_layers(
         StopReadingError: A file cannot be read.
     """
     chain = read_chain(path, problems, is_recipe=True)
-    overrides = [layer for file in override_files for layer in read_chain(file, problems, is_recipe=False)]
+    overrides = [layer for file in changes.files for layer in read_chain(file, problems, is_recipe=False)]
     known: dict[str, Body] = {}
     for layer in (*chain, *overrides):
         for name, body in layer.profiles.items():
             known[name] = merge_bodies(known[name], body) if name in known else body
-    chosen = _chosen(profiles, known, base_dir, problems)
+    chosen = _chosen(changes, known, problems)
     body = chain[0].body
     for layer in chain[1:]:
         body = merge_bodies(body, layer.body)
@@ -274,16 +273,14 @@ def _base_name(extends: Scalar, name: str, problems: Problems) -> str:
     return posixpath.normpath(posixpath.join(Path(name).parent.as_posix(), text))
 
 
-def _chosen(
-    names: Sequence[str], known: Mapping[str, Body], base_dir: Path, problems: Problems
-) -> list[tuple[str, Body]]:
-    """Return the profiles of these names."""
-    for number, name in enumerate(names, start=1):
+def _chosen(changes: Changes, known: Mapping[str, Body], problems: Problems) -> list[tuple[str, Body]]:
+    """Return the chosen profiles, by name."""
+    for number, name in enumerate(changes.profiles, start=1):
         if name not in known:
-            origin = Origin(Place("--profile", number), name, base_dir, len(name))
+            origin = Origin(Place("--profile", number), name, changes.start, len(name))
             fix = did_you_mean(name, known) or "the recipe has no profiles"
             problems.add("R043", f"there is no profile {shortened(name)}", origin, fix=fix)
-    return [(name, known[name]) for name in names if name in known]
+    return [(name, known[name]) for name in changes.profiles if name in known]
 
 
 def _changes_kind(base: Tree, over: Tree) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from s2v_flow.graph.node import Node
+from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.argument import Argument, FaultyOverrideError, Step, faulty, read_value
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.layers import Body
@@ -50,7 +51,7 @@ class _Trail:
     value: Tree | None
 
     @property
-    def path(self) -> tuple[str | int, ...]:
+    def path(self) -> FieldPath:
         return tuple(step for _, step, _ in self.passed)
 
     def exchanged(self, value: Tree) -> Tree:
@@ -161,7 +162,7 @@ class _Change:
             value = trail.exchanged(read_value(self.argument, takes, self.problems))
         return body.nodes.with_entry(name.text, replace(entry, value=value))
 
-    def _check_optional(self, model: type[Node], path: tuple[str | int, ...], step: Step) -> None:
+    def _check_optional(self, model: type[Node], path: FieldPath, step: Step) -> None:
         """Refuse to remove a field that has no default; items of lists can always go."""
         around = field_at(model, path[:-1]) if isinstance(path[-1], str) else None
         if around is not None and around.model is not None and around.model.model_fields[step.text].is_required():

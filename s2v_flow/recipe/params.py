@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from s2v_flow.graph.node import Node
-from s2v_flow.graph.ports import NAME
+from s2v_flow.graph.ports import NAME, FieldPath
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.layers import Body
 from s2v_flow.recipe.problems import Problems
@@ -65,7 +65,7 @@ def _uses(name: str, body: Body, kinds: Mapping[str, type[Node]]) -> Iterator[Ac
                     yield found
 
 
-def _paths_of(names: set[str], tree: Tree, path: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
+def _paths_of(names: set[str], tree: Tree, path: FieldPath) -> Iterator[FieldPath]:
     if isinstance(tree, MapValue):
         for key, entry in tree.entries.items():
             yield from _paths_of(names, entry.value, (*path, key))

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from s2v_flow.errors import Diagnostic, Place, RecipeError
 from s2v_flow.recipe.tree import Origin
+from s2v_flow.wording import count_text
 
 CODES: Mapping[str, str] = MappingProxyType(
     {
@@ -62,9 +63,6 @@ CODES: Mapping[str, str] = MappingProxyType(
 )
 
 
-MAX_SHOWN = 50
-
-
 _UNREADABLE = frozenset({"R003", "R005", "R008"})  # whatever else is said of such a value would only follow from that
 
 
@@ -107,7 +105,7 @@ class Problems:
         if diagnostic.code in _UNREADABLE:
             self._unreadable.add(diagnostic.place)
         self._found.setdefault((diagnostic.place, diagnostic.code, diagnostic.message), diagnostic)
-        if len(self._found) >= _MAX_COLLECTED:
+        if len(self._found) > _MAX_COLLECTED:
             raise StopReadingError
 
     def stop(self, code: str, message: str, origin: Origin, *, fix: str | None = None) -> StopReadingError:
@@ -130,10 +128,8 @@ class Problems:
         Raises:
             RecipeError: With all mistakes, sorted by place; the message counts them.
         """
-        if not self._found:
-            return
-        found = sorted(self._found.values(), key=Diagnostic.sort_key)
-        many = f"{len(found)}{' or more' if len(found) >= _MAX_COLLECTED else ''}"
-        count = "1 error" if len(found) == 1 else f"{many} errors"
-        rest = f"; the first {MAX_SHOWN} are shown" if len(found) > MAX_SHOWN else ""
-        raise RecipeError(f"{recipe}: {count}{rest}; nothing was run", diagnostics=tuple(found[:MAX_SHOWN]))
+        if self._found:
+            found = sorted(self._found.values(), key=Diagnostic.sort_key)
+            error = RecipeError(recipe, diagnostics=found[:_MAX_COLLECTED], are_all=len(found) <= _MAX_COLLECTED)
+            error.message = f"{recipe}: {count_text(error)}; nothing was run"
+            raise error

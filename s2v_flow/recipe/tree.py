@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.errors import Diagnostic, Place
+from s2v_flow.graph.ports import FieldPath
 
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 
@@ -140,7 +141,7 @@ def plain(tree: Tree) -> Any:
     return {key: plain(entry.value) for key, entry in tree.entries.items()}
 
 
-def origins_of(tree: Tree, path: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], Origin]:
+def origins_of(tree: Tree, path: FieldPath = ()) -> dict[FieldPath, Origin]:
     """Return where each value inside the tree was written: path -> origin."""
     origins = {path: tree.origin}
     if isinstance(tree, ListValue):
@@ -152,7 +153,7 @@ def origins_of(tree: Tree, path: tuple[str | int, ...] = ()) -> dict[tuple[str |
     return origins
 
 
-def path_text(tree: Tree | None, path: tuple[str | int, ...]) -> str:
+def path_text(tree: Tree | None, path: FieldPath) -> str:
     """Return a path as a person writes it: `loras[lightning].strength`; items go by their id where they have one."""
     text = ""
     for part in path:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from s2v_flow.graph.node import Node
-from s2v_flow.graph.ports import Ref
+from s2v_flow.graph.ports import FieldPath, Ref
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.params import Parameters, whole_reference
 from s2v_flow.recipe.problems import Problems
@@ -26,8 +26,6 @@ from s2v_flow.recipe.tree import (
     read_scalar,
 )
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened, shown
-
-FieldPath = tuple[str | int, ...]
 
 _RANGES = {
     "greater_than_equal": ("at least {ge}", "ge"),

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.ports import FieldPath
 from s2v_flow.runs.manifest import FileRecord
-from s2v_flow.runs.values import FieldPath, field_text, without_home
+from s2v_flow.runs.values import field_text, without_home
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from s2v_flow.graph.plan import PlanNode
+from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.config import config_json
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.tree import Entry, MapValue
-
-FieldPath = tuple[str | int, ...]
 
 
 def leaves(value: Any, path: FieldPath = (), text: str = "") -> Iterator[tuple[FieldPath, str, Any]]:

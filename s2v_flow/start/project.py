@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
+from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.reader import FORBIDDEN
 from s2v_flow.start.recipes import ABOVE, BEHIND, RECIPES, start_data
@@ -166,7 +167,7 @@ def _relative(path: Path, folder: Path) -> str:
     return f"./{text}" if text.startswith("~") else text
 
 
-def _has(data: Any, path: tuple[str | int, ...]) -> bool:
+def _has(data: Any, path: FieldPath) -> bool:
     for part in path:
         if not isinstance(data, Mapping) or part not in data:
             return False

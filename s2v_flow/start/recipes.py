@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-FieldPath = tuple[str | int, ...]
+from s2v_flow.graph.ports import FieldPath
+
 Nodes = Mapping[str, Mapping[str, Any]]
 
 _NEGATIVE = "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量"

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -15,13 +17,14 @@ from typing import Any
 import pytest
 
 import s2v_flow
+from s2v_flow.cli import report
 from s2v_flow.errors import ExitCode, RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
+from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Override
-from s2v_flow.recipe.load import load_matrix, load_recipe
+from s2v_flow.recipe.load import load_cells
 from s2v_flow.recipe.problems import CODES
-from s2v_flow.wording import format_diagnostic
 
 BAD = Path(__file__).parent / "bad"
 KINDS: Mapping[str, Any] = {f"--{kind}": kind for kind in ("set", "set-json", "set-file", "unset")}
@@ -34,20 +37,19 @@ def printed(name: str, kinds: Mapping[str, type[Node]]) -> str:
     first_line = path.read_bytes().partition(b"\n")[0].decode("utf-8", "replace")
     words = shlex.split(first_line.removeprefix("# run:")) if first_line.startswith("# run:") else []
     options = list(zip(words[::2], words[1::2], strict=True))
+    changes = Options(
+        profiles=[value for option, value in options if option == "-p"],
+        override_files=[Path(value) for option, value in options if option == "-f"],
+        overrides=[Override(KINDS[option], value) for option, value in options if option in KINDS],
+    ).changes
     axes = [value for option, value in options if option == "-m"]
-    read: Any = load_matrix if axes else load_recipe
-    more = {"axes": axes} if axes else {}
+    said = io.StringIO()
     with pytest.raises(RecipeError) as caught:
-        read(
-            path,
-            kinds=kinds,
-            profiles=[value for option, value in options if option == "-p"],
-            override_files=[Path(value) for option, value in options if option == "-f"],
-            overrides=[Override(KINDS[option], value) for option, value in options if option in KINDS],
-            **more,
-        )
+        load_cells(path, kinds=kinds, changes=changes, axes=axes)
     assert caught.value.exit_code is ExitCode.RECIPE
-    return "\n\n".join([*map(format_diagnostic, caught.value.diagnostics), caught.value.message]) + "\n"
+    with contextlib.redirect_stderr(said):
+        report.print_error(caught.value)
+    return said.getvalue()
 
 
 @pytest.mark.parametrize("name", NAMES)

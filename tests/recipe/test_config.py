@@ -11,7 +11,7 @@ from jsonschema import Draft7Validator
 
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
-from s2v_flow.recipe.argument import Override
+from s2v_flow.recipe.argument import Changes, Override
 from s2v_flow.recipe.config import config_json, config_text
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import load_recipe
@@ -116,8 +116,8 @@ def test_inputs_are_found_from_the_recipes_folder_wherever_they_were_named(
     found = config_json(load_recipe(path, kinds=kinds))["nodes"]
     assert found["portrait"]["file"] == "../base/in/a.png"
     assert found["out"]["file"] == "out.latent"
-    options = {"sets": ["image=b.png"], "base_dir_for_sets": tmp_path / "there"}
-    found = config_json(load_recipe(path, kinds=kinds, **options))["nodes"]  # type: ignore[arg-type]
+    changes = Changes(overrides=[Override("set", "image=b.png")], base_dir=tmp_path / "there")
+    found = config_json(load_recipe(path, kinds=kinds, changes=changes))["nodes"]
     assert found["portrait"]["file"] == "../there/b.png"
 
 
@@ -140,11 +140,8 @@ def test_any_text_comes_back_the_same(tmp_path_factory: pytest.TempPathFactory, 
     def literal(text: str) -> str:
         return text.replace("${", "$${").replace("$params.", "$$params.")
 
-    recipe = load_recipe(
-        path,
-        kinds=kinds,
-        overrides=[Override("set", f"prompt={literal(prompt)}"), Override("set", f"line={literal(negative)}")],
-    )
+    overrides = [Override("set", f"prompt={literal(prompt)}"), Override("set", f"line={literal(negative)}")]
+    recipe = load_recipe(path, kinds=kinds, changes=Changes(overrides=overrides))
     text: Any = recipe.nodes["positive"].node
     assert text.text == f"{prompt}: {negative} $5"
     path.write_text(config_text(recipe, with_origins=True), encoding="utf-8")

@@ -8,6 +8,8 @@ import pytest
 
 from s2v_flow.errors import RecipeError
 from s2v_flow.graph.node import Node
+from s2v_flow.options import Options
+from s2v_flow.recipe.argument import Changes, Override
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import load_recipe
 
@@ -51,7 +53,7 @@ def test_later_layers_win(write: Callable[[str, str], Path], kinds: Mapping[str,
     two = write("two.yaml", "s2vflow: 1\nparams: {file: two.wav}\nprofiles: {last: {params: {file: last.wav}}}\n")
 
     def voice(**options: Any) -> Any:
-        return field(load_recipe(path, kinds=kinds, **options), "voice", "file")
+        return field(load_recipe(path, kinds=kinds, changes=Options(**options).changes), "voice", "file")
 
     assert voice() == "recipe.wav"
     assert voice(profiles=["draft"]) == "draft.wav"
@@ -75,7 +77,7 @@ def test_profiles_of_the_same_name_are_merged_across_layers(
     write("base.yaml", BASE)
     path = write("recipe.yaml", "s2vflow: 1\nextends: base.yaml\nprofiles: {draft: {nodes: {out: {file: d.latent}}}}\n")
     over = write("over.yaml", "profiles: {draft: {params: {file: over.wav}}}\n")
-    recipe = load_recipe(path, kinds=kinds, profiles=["draft"], override_files=[over])
+    recipe = load_recipe(path, kinds=kinds, changes=Changes(["draft"], [over]))
     assert field(recipe, "clip", "file") == "draft.latent"
     assert field(recipe, "out", "file") == "d.latent"
     assert field(recipe, "voice", "file") == "over.wav"
@@ -109,7 +111,9 @@ def test_relative_paths_start_where_the_value_was_written(
     assert recipe.nodes["clip"].base_dir("file") == tmp_path
     assert recipe.nodes["dit"].base_dir(("loras", 0, "file")) == tmp_path / "shared"
     assert recipe.nodes["dit"].base_dir("precision") == tmp_path / "shared"
-    recipe = load_recipe(path, kinds=kinds, sets=["file=x.wav"], base_dir_for_sets=tmp_path / "here")
+    recipe = load_recipe(
+        path, kinds=kinds, changes=Changes(overrides=[Override("set", "file=x.wav")], base_dir=tmp_path / "here")
+    )
     assert recipe.nodes["voice"].base_dir("file") == tmp_path / "here"
     assert [file.name for file in recipe.files] == ["base.yaml", "recipe.yaml"]
     assert recipe.description == "The base."
@@ -132,8 +136,8 @@ def test_merging_files_that_share_no_key_does_not_depend_on_their_order(
         write("b.yaml", "nodes: {clip: {file: b.latent}}\n"),
         write("c.yaml", "nodes: {dit: {precision: bf16}}\n"),
     ]
-    one = load_recipe(path, kinds=kinds, override_files=files)
-    other = load_recipe(path, kinds=kinds, override_files=files[::-1])
+    one = load_recipe(path, kinds=kinds, changes=Changes(files=files))
+    other = load_recipe(path, kinds=kinds, changes=Changes(files=files[::-1]))
     assert {name: spec.node for name, spec in one.nodes.items()} == {n: spec.node for n, spec in other.nodes.items()}
 
 

@@ -12,15 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import model_validator
 
+from s2v_flow.cli import report
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
+from s2v_flow.options import Options
+from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.fields import field_at
 from s2v_flow.recipe.load import load_recipe
 from s2v_flow.wording import format_diagnostic
 
 Load = Callable[..., Recipe]
+MANY = "{} mistakes (the first 50 are shown); nothing was run"
 DESIGN = Path(__file__).parent / "good" / "design.yaml"
 
 
@@ -32,7 +36,7 @@ def test_the_recipe_of_the_design_page_is_valid(kinds: Mapping[str, type[Node]])
     first: Any = recipe.nodes["first"].node
     assert (first.steps, first.cfg, first.seed, first.shift) == (4, 1.0, 20, 8.0)
     assert recipe.description == "Talking portrait, Lightning LoRA, four steps."
-    quality: Any = load_recipe(DESIGN, kinds=kinds, profiles=["quality", "bf16"]).nodes
+    quality: Any = load_recipe(DESIGN, kinds=kinds, changes=Changes(["quality", "bf16"])).nodes
     assert quality["first"].node.cfg == 6.0
     assert quality["dit"].node.loras == []
     assert quality["dit"].node.checkpoint == "wan2.2_s2v_14B_bf16.safetensors"
@@ -44,7 +48,7 @@ def test_loading_a_recipe_takes_a_tenth_of_a_second_at_most(kinds: Mapping[str, 
     times = []
     for _ in range(3):
         started = time.process_time()
-        load_recipe(DESIGN, kinds=kinds, profiles=["quality"], sets=["steps=8"])
+        load_recipe(DESIGN, kinds=kinds, changes=Options(profiles=["quality"], sets=["steps=8"]).changes)
         times.append(time.process_time() - started)
     assert min(times) < 0.1
 
@@ -74,14 +78,23 @@ def test_a_later_mistake_can_be_marked_at_a_field(load: Load) -> None:
     assert spec.origin("kind").place.column == 17
 
 
-def test_all_mistakes_come_in_order_of_place_and_not_without_end(load: Load) -> None:
-    """Fifty are shown, more are counted."""
+def test_all_mistakes_come_in_order_of_place_and_not_without_end(
+    load: Load, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fifty are shown, more are counted; a reader stops at two hundred."""
     nodes = "\n".join(f"  n{index}: {{kind: load_audio, fil: a}}" for index in range(80))
     with pytest.raises(RecipeError) as caught:
         load(f"s2vflow: 1\nnodes:\n{nodes}\n")
     lines = [diagnostic.place.line for diagnostic in caught.value.diagnostics if diagnostic.place]
-    assert lines == list(range(3, 53))
-    assert "80 errors; the first 50 are shown; nothing was run" in caught.value.message
+    assert lines == list(range(3, 83))
+    report.print_error(caught.value)
+    said = capsys.readouterr().err
+    assert (said.count("error[R011]"), said.splitlines()[-1]) == (50, MANY.format(80))
+
+    with pytest.raises(RecipeError) as caught:
+        load("s2vflow: 1\nnodes:\n" + "".join(f"  n{index}: {{kind: load_audio, fil: a}}\n" for index in range(999)))
+    report.print_error(caught.value)
+    assert capsys.readouterr().err.splitlines()[-1] == MANY.format("more than 200")
 
 
 def test_a_thousand_nodes_load_in_seconds(load: Load) -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
+from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Override
-from s2v_flow.recipe.load import Variant, load_matrix, load_recipe
+from s2v_flow.recipe.load import Variant, load_cells, load_recipe
 
 Vary = Callable[..., tuple[Variant, ...]]
 
@@ -36,7 +37,8 @@ def vary(tmp_path: Path, kinds: Mapping[str, type[Node]]) -> Vary:
     def load(matrix: str = "", **options: Any) -> tuple[Variant, ...]:
         path = tmp_path / "recipe.yaml"
         path.write_text(f"{TEXT}matrix: {matrix}\n" if matrix else TEXT)
-        return load_matrix(path, kinds=kinds, **options)
+        given = Options(**options)
+        return load_cells(path, kinds=kinds, changes=given.changes, axes=given.axes)[1]
 
     return load
 
@@ -144,11 +146,11 @@ def test_a_matrix_is_laid_over_like_other_maps(tmp_path: Path, kinds: Mapping[st
     (tmp_path / "base.yaml").write_text(f"{TEXT}matrix: {{seed: [1, 2], steps: [3]}}\n")
     path = tmp_path / "recipe.yaml"
     path.write_text("s2vflow: 1\nextends: base.yaml\nmatrix: {seed: [5]}\n")
-    (variant,) = load_matrix(path, kinds=kinds)
+    (variant,) = load_cells(path, kinds=kinds)[1]
     assert variant.cell.label == "seed=5,steps=3"
     assert set(load_recipe(path, kinds=kinds).matrix.axes) == {"seed", "steps"}
     path.write_text("s2vflow: 1\nextends: base.yaml\nmatrix:\n")
-    assert len(load_matrix(path, kinds=kinds)) == 2
+    assert len(load_cells(path, kinds=kinds)[1]) == 2
 
 
 def test_the_mistakes_of_all_cells_come_at_once(vary: Vary) -> None:
@@ -186,7 +188,7 @@ def test_any_axis_makes_cells_or_a_diagnostic(tmp_path_factory: pytest.TempPathF
     found: tuple[Variant, ...] = ()
     mistakes: Sequence[Diagnostic] = ()
     try:
-        found = load_matrix(path, kinds={kind.kind: kind for kind in NODE_KINDS}, axes=[axis])
+        found = load_cells(path, kinds={kind.kind: kind for kind in NODE_KINDS}, axes=[axis])[1]
     except RecipeError as error:
         mistakes = error.diagnostics
     assert bool(found) != bool(mistakes)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.nodes.table import NODE_KINDS
-from s2v_flow.recipe.argument import MAX_TEXT_FILE_BYTES, Override
+from s2v_flow.recipe.argument import MAX_TEXT_FILE_BYTES, Changes, Override
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import load_recipe
 
@@ -161,8 +161,7 @@ def test_an_input_can_be_set_by_json(load: Load) -> None:
 def test_a_prompt_comes_from_a_file_without_its_last_line_break(load: Load, tmp_path: Path) -> None:
     """Line breaks are those of Unix, parameters are put in, and the file counts as read."""
     (tmp_path / "prompt.txt").write_bytes("Grüße,\r\n${params.name}: a, [b] #c\r\n\r\n".encode())
-    options = {"overrides": [Override("set-file", "prompt=prompt.txt")], "base_dir_for_sets": tmp_path}
-    recipe = load(TEXT, **options)
+    recipe = load(TEXT, tmp_path, overrides=[Override("set-file", "prompt=prompt.txt")])
     assert recipe.params["prompt"] == "Grüße,\nout: a, [b] #c\n"
     assert recipe.files[-1] == Path("prompt.txt")
 
@@ -231,7 +230,7 @@ def test_any_json_is_applied_or_refused_with_a_diagnostic(
             load_recipe(
                 file,
                 kinds={kind.kind: kind for kind in NODE_KINDS},
-                overrides=[Override("set-json", f"{path}={text}")],
+                changes=Changes(overrides=[Override("set-json", f"{path}={text}")]),
             )
         except RecipeError as error:
             found = error.diagnostics
@@ -260,7 +259,11 @@ def test_any_argument_is_applied_or_refused_with_a_diagnostic(
     kinds: Sequence[Any] = ("set", "set-file", "unset")
     for kind in kinds:
         try:
-            load_recipe(path, kinds={kind.kind: kind for kind in NODE_KINDS}, overrides=[Override(kind, argument)])
+            load_recipe(
+                path,
+                kinds={kind.kind: kind for kind in NODE_KINDS},
+                changes=Changes(overrides=[Override(kind, argument)]),
+            )
         except RecipeError as error:
             found = error.diagnostics
         assert all(diagnostic.place is not None for diagnostic in found)
@@ -274,5 +277,6 @@ def test_text_set_is_the_text_that_arrives(tmp_path_factory: pytest.TempPathFact
         return
     path = tmp_path_factory.getbasetemp() / "text.yaml"
     path.write_text(TEXT)
-    recipe = load_recipe(path, kinds={kind.kind: kind for kind in NODE_KINDS}, sets=[f"prompt={text}"])
+    changes = Changes(overrides=[Override("set", f"prompt={text}")])
+    recipe = load_recipe(path, kinds={kind.kind: kind for kind in NODE_KINDS}, changes=changes)
     assert recipe.params["prompt"] == text
