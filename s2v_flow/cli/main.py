@@ -27,6 +27,7 @@ from s2v_flow.cli.options import (
 )
 from s2v_flow.cli.runs import diff, lock, reproduce, runs, show
 from s2v_flow.cli.start import completion, doctor, init
+from s2v_flow.cli.streams import Streams
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, StopRequest
 
@@ -299,11 +300,12 @@ def make(
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
+    streams = Streams()
     stop = StopRequest(_tell)
     stop.install()
     try:
         try:
-            _main(stop)
+            _main(stop, streams)
         finally:
             stop.ignore()
     except StoppedError as stopped:  # by one more signal, on the way out
@@ -311,9 +313,10 @@ def main() -> NoReturn:
         sys.exit(stopped.exit_code)
 
 
-def _main(stop: StopRequest) -> NoReturn:
+def _main(stop: StopRequest, streams: Streams) -> NoReturn:
     try:
         cli(prog_name="s2vflow", standalone_mode=False, obj=stop)
+        streams.check()
     except click.ClickException as error:
         error.show()
         sys.exit(ExitCode.USAGE)
@@ -326,8 +329,6 @@ def _main(stop: StopRequest) -> NoReturn:
 
         report.print_error(error)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(ExitCode.FAILED)
     except Exception as error:
         _explain_unexpected(error)
     sys.exit(ExitCode.OK)

@@ -96,8 +96,6 @@ class EventStream:
         try:
             self._stream.write(json.dumps(record) + "\n")
             self._stream.flush()
-        except BrokenPipeError:
-            raise
         except OSError as error:
             raise S2VFlowError(f"the events cannot be written: {error.strerror}") from error
 
