@@ -65,11 +65,16 @@ class Diagnostic:
 
 @dataclass(eq=False)
 class S2VFlowError(Exception):
-    """An error that a person can mend. `message` says what and why, `fix` what to do, `kept` what is not lost."""
+    """An error that a person can mend. `message` says what and why, `fix` what to do, `kept` what is not lost.
+
+    At run time `place` and `inside` say of which node it is ("nodes.frames (kind: decode)").
+    """
 
     message: str
     fix: str | None = None
     kept: str | None = None
+    place: Place | None = field(default=None, kw_only=True)
+    inside: str | None = field(default=None, kw_only=True)
     exit_code: ExitCode = field(default=ExitCode.FAILED, kw_only=True)
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import ctypes
 import io
 import os
 import sys
@@ -95,3 +96,39 @@ def as_a_user(action: Callable[[], None], folder: Path) -> None:
         action()
 
     forked(act)
+
+
+def small_disk(folder: Path, free: int = 100_000) -> None:
+    """Put a disk of 400 kB with so many bytes free at a folder, for this process and its children alone.
+
+    Raises:
+        OSError: The system grants nobody but root mounts of their own.
+    """
+    new_mounts, new_user, private, size = 0x20000, 0x10000000, 0x44000, 400 << 10
+    system = ctypes.CDLL(None, use_errno=True)
+    uid, gid = os.geteuid(), os.getegid()
+
+    def checked(result: int) -> None:
+        if result != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    checked(system.unshare(new_mounts | (0 if uid == 0 else new_user)))
+    if uid != 0:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+    checked(system.mount(b"none", b"/", None, private, None))
+    checked(system.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, f"size={size},mode=0777".encode()))
+    (folder / "filler").write_bytes(bytes(size - free))
+
+
+def needs_small_disks() -> pytest.MarkDecorator:
+    """Skip a test where the system grants no mounts; what stands beside it shows the same with a limit on files."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            small_disk(Path("/mnt"), 0)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    return pytest.mark.skipif(os.waitpid(pid, 0)[1] != 0, reason="the system lets nobody mount a disk of 400 kB")

@@ -145,7 +145,8 @@ class Store:
         Args:
             fingerprint: The node's identity.
             preimage: What the fingerprint was made from, as JSON values.
-            outputs: Per port the bytes of a safetensors file, or a finished file inside `scratch()`, which is moved.
+            outputs: Per port the bytes of a safetensors file, or a finished file, which is moved (copied
+                from another disk).
             facts: Small JSON values for people; they are no part of the identity.
             replaces: Put this entry in the place of one that is there.
             items: What `described` says of the outputs, where somebody has asked already.
@@ -236,13 +237,17 @@ class Store:
         if self._has(item):
             with suppress(OSError):
                 os.utime(self._object_path(item))  # an eviction under way spares what is younger than itself
-        elif isinstance(payload, Path):
+        elif isinstance(payload, Path) and payload.stat().st_dev == os.stat(self.root / "tmp").st_dev:
             with payload.open("r+b") as file:  # Windows flushes only what is open for writing
                 os.fsync(file.fileno())
             self._place(str(payload), item)
         else:
             with temporary(self.root / "tmp", item.suffix) as (file, name):
-                file.write(payload)
+                if isinstance(payload, Path):  # on another disk, for there was no space on this one
+                    with payload.open("rb") as source:
+                        shutil.copyfileobj(source, file, _BLOCK)
+                else:
+                    file.write(payload)
                 finish(file)
                 self._place(name, item)
 

@@ -52,7 +52,10 @@ def print_error(error: S2VFlowError) -> None:
         shown = [format_diagnostic(item) for item in error.diagnostics[:MAX_DIAGNOSTICS]]
         print_message("\n\n".join([*shown, f"{count_text(error)}; nothing was run"]))
         return
-    print_message(f"error: {visible(error.message)}")
+    at = f"{error.place.file}:{error.place.line}:{error.place.column}: " if error.place else ""
+    print_message(visible(f"{at}error: {error.message}"))
+    if error.inside:
+        print_message(f"  in:  {visible(error.inside)}")
     if error.kept:
         print_message(f"  kept: {visible(error.kept)}")
     if error.fix:

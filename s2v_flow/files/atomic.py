@@ -105,8 +105,9 @@ def temporary(folder: Path, suffix: str, mode: int = 0o644) -> Iterator[tuple[Bi
 
 @dataclass(eq=False)
 class CannotWriteError(S2VFlowError):
-    """The operating system refuses to write; `reason` says why in a few words, `number` is its errno."""
+    """The operating system refuses to write under `path`; `reason` says why in a few words, `number` is its errno."""
 
+    path: Path | None = field(default=None, kw_only=True)
     reason: str = field(default="", kw_only=True)
     number: int | None = field(default=None, kw_only=True)
 
@@ -138,6 +139,7 @@ def cannot_write(path: Path, error: OSError) -> CannotWriteError:
         fix=f"{_ADVICE.get(error.errno or 0, 'check the permissions of the folder')}, {other}",
         kept="everything that was stored before stays usable",
         exit_code=ExitCode.DISK_FULL if is_full else ExitCode.FAILED,
+        path=path,
         reason=reason,
         number=error.errno,
     )

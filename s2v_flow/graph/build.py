@@ -92,7 +92,8 @@ class PlanBuilder:
                 sources[key] = given
         kind = node.kind if name.startswith(f"{recipe_node}.") else self._specs[recipe_node].node.kind
         files = dict(self._find_files(name, recipe_node, node))
-        self._nodes[name] = PlanNode(name, recipe_node, kind, node, sources, files, dict(facts or {}))
+        place = self._specs[recipe_node].origin(()).place
+        self._nodes[name] = PlanNode(name, recipe_node, kind, node, sources, files, dict(facts or {}), place)
         return {port: Value(type_, (Source(name, port),)) for port, type_ in node.outputs.items()}
 
     def add_simple(self, name: str, node: Node, facts: Mapping[str, Any] | None = None) -> dict[str, Value]:

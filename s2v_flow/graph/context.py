@@ -47,8 +47,8 @@ class RunContext:
 
     `device` is torch's name ("cpu", "cuda:0"); `models` gives the model registry, made on the first call (graph knows
     no tensors, so it is untyped here); `files` and `digests` are the node's files by field path; `input_digests` are
-    its inputs' digests; `scratch` is a folder for files in the making; `checkpoint` keeps half-done work (stored nodes
-    only).
+    its inputs' digests; `make_scratch` makes the folder that `scratch` gives; `checkpoint` keeps half-done work (stored
+    nodes only).
     """
 
     name: str
@@ -60,10 +60,15 @@ class RunContext:
     files: Mapping[tuple[str | int, ...], Path]
     digests: Mapping[tuple[str | int, ...], str]
     input_digests: Mapping[str, tuple[str, ...]]
-    scratch: Path
+    make_scratch: Callable[[], Path]
     emit: Listener
     facts: dict[str, Any] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
+
+    @property
+    def scratch(self) -> Path:
+        """A private folder for files in the making, made on first use: the only place where a node may write."""
+        return self.make_scratch()
 
     def record(self, **facts: Any) -> None:
         """Keep small JSON values with the node's result, for people; they are no part of its identity."""

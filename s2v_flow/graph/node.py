@@ -120,7 +120,7 @@ class Node(BaseModel):
         Raises:
             S2VFlowError: The node cannot be computed; the message says why and what to do.
         """
-        raise RuntimeError(f"{self.kind} is planned as other nodes and never runs itself")
+        raise NotImplementedError(f"{self.kind} is planned as other nodes and never runs itself")
 
     def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
         """Look at this node's files before anything heavy starts.

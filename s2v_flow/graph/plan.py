@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from s2v_flow.errors import Place
 from s2v_flow.graph.locations import Missing
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import Source
@@ -24,7 +25,8 @@ class PlanNode:
     """One vertex of the plan.
 
     `name` is unique ("talk[2]", "talk[2].pixels"), `recipe_node` and `kind` are the recipe's words for it, `node` is
-    what runs, `files` maps field paths to the files found for them, `facts` are for people (chunk, frames, seconds).
+    what runs, `files` maps field paths to the files found for them, `facts` are for people (chunk, frames, seconds),
+    `place` is where the recipe has it.
     """
 
     name: str
@@ -34,6 +36,7 @@ class PlanNode:
     inputs: Inputs
     files: Mapping[tuple[str | int, ...], Path]
     facts: Mapping[str, Any]
+    place: Place | None = None
 
     def sources(self) -> Iterator[Source]:
         """Yield every part of every input."""

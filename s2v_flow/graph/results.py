@@ -22,8 +22,8 @@ from s2v_flow.cache.store import (
     file_sha256,
     put_copy,
 )
-from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.files.atomic import CannotWriteError, cannot_write, reap, temporary_prefix, writing
+from s2v_flow.errors import S2VFlowError
+from s2v_flow.files.atomic import CannotWriteError, reap, temporary_prefix, writing
 from s2v_flow.graph.events import Listener, Noted
 from s2v_flow.graph.interrupt import StoppedError
 from s2v_flow.graph.plan import PlanNode
@@ -155,33 +155,30 @@ class Results:
         self._held[node] = entry
         return entry
 
-    def work(self, node: PlanNode, work: Callable[[Path], ResultT]) -> ResultT:
-        """Do a node's work in a scratch folder; where files cannot be written there, once more in another place.
+    def work(self, node: PlanNode, work: Callable[[Scratch], ResultT]) -> ResultT:
+        """Do a node's work; where its files cannot be written in the store's filesystem, once more in other places.
 
         Raises:
-            S2VFlowError: What `work` raises, or there is no place.
+            S2VFlowError: What `work` raises; or its files cannot be written in any of the places.
         """
-        failure: S2VFlowError | None = None
-        for make in self._places(node):
+        failure: CannotWriteError | None = None
+        for make in (self.store.make_scratch, *_other_places(node)):
+            scratch = Scratch(make)
             try:
-                folder = make()
+                return work(scratch)
             except CannotWriteError as error:
-                failure = error
-                self._tell(error.reason, error.fix)
-                continue
-            try:
-                return work(folder)
-            except (S2VFlowError, OSError) as error:
-                if str(folder) not in str(error):
+                if not scratch.refuses(error):
                     raise
-                failure = error if isinstance(error, S2VFlowError) else cannot_write(folder, error)
-                self._tell(_reason(failure), failure.fix)
+                if failure is None:
+                    self._tell(error.reason, error.fix)
+                failure = error
+                error.__traceback__ = error.__cause__ = error.__context__ = (
+                    None  # they hold what the node had in memory
+                )
             finally:
-                self._leave(folder)
-        if node.node.is_sink:
-            assert failure is not None
-            raise failure
-        return work(Path())  # what makes no files needs no place
+                self._leave(scratch.folder)
+        assert failure is not None
+        raise failure
 
     def forget(self, node: str) -> None:
         """Let a held result go: nobody needs it any more."""
@@ -205,11 +202,13 @@ class Results:
             self._leave(folder)
 
     def amend(self, error: S2VFlowError | StoppedError) -> None:
-        """Make what ends a run say which results are not kept."""
-        if self._not_kept and isinstance(error, StoppedError):
+        """Make what ends a run say what is kept, and which results are not."""
+        if isinstance(error, StoppedError):
             error.lost = tuple(self._not_kept)
-        elif self._not_kept and isinstance(error, S2VFlowError):
+        elif self._not_kept:
             error.kept = f"what the cache holds; not these, for it could not be written: {', '.join(self._not_kept)}"
+        elif error.kept is None:
+            error.kept = "every result that was finished: the same command goes on from there"
 
     def _tell(self, reason: str, fix: str | None) -> None:
         if reason in self._reasons:
@@ -219,19 +218,10 @@ class Results:
         text += f"stored is kept only until it ends{f'; {fix}' if fix else ''}"
         self._emit(Noted("", text, is_warning=True))
 
-    def _places(self, node: PlanNode) -> Iterator[Callable[[], Path]]:
-        """Yield what makes a scratch folder: in the store, then wherever there is most space."""
-        yield self.store.make_scratch
-        if not node.node.is_sink:
-            return
-        parents = {node.files[path].parent for path, mark, _ in node.node.files() if mark.role == "output"}
-        with suppress(OSError):  # there is no folder for temporary files at all
-            parents.add(Path(tempfile.gettempdir()))
-        for parent in sorted(parents, key=free_bytes, reverse=True):
-            yield partial(_make_scratch, parent)
-
-    def _leave(self, folder: Path) -> None:
+    def _leave(self, folder: Path | None) -> None:
         """Remove a scratch folder unless something in it is held."""
+        if folder is None:
+            return
         is_used = any(isinstance(held, Path) and held.is_relative_to(folder) for held in self._payloads.values())
         if is_used and folder not in self._folders:
             self._folders.append(folder)
@@ -263,10 +253,41 @@ def reap_outputs(node: PlanNode) -> None:
         reap(folder)
 
 
-def _reason(failure: S2VFlowError) -> str:
-    if isinstance(failure, CannotWriteError):
-        return failure.reason
-    return "no space left" if failure.exit_code == ExitCode.DISK_FULL else failure.message
+class Scratch:
+    """A private folder for one node's files, made on first use: what writes no files needs none."""
+
+    def __init__(self, make: Callable[[], Path]) -> None:
+        self.folder: Path | None = None
+        self._make = make
+        self._failure: CannotWriteError | None = None
+
+    def __call__(self) -> Path:
+        """Return the folder.
+
+        Raises:
+            CannotWriteError: It cannot be made.
+        """
+        if self.folder is None:
+            try:
+                self.folder = self._make()
+            except CannotWriteError as error:
+                self._failure = error
+                raise
+        return self.folder
+
+    def refuses(self, error: CannotWriteError) -> bool:
+        """Tell whether an error says that the folder cannot be made or written to."""
+        is_inside = self.folder is not None and error.path is not None and error.path.is_relative_to(self.folder)
+        return is_inside or error is self._failure
+
+
+def _other_places(node: PlanNode) -> Iterator[Callable[[], Path]]:
+    """Yield what makes a scratch folder outside the store: beside a sink's files or for temporary files, by space."""
+    parents = {node.files[path].parent for path, mark, _ in node.node.files() if mark.role == "output"}
+    with suppress(OSError):  # there is no folder for temporary files at all
+        parents.add(Path(tempfile.gettempdir()))
+    for parent in sorted(parents, key=free_bytes, reverse=True):
+        yield partial(_make_scratch, parent)
 
 
 def _make_scratch(parent: Path) -> Path:

@@ -25,12 +25,13 @@ from s2v_flow.graph.events import (
     Noted,
     RunStarted,
 )
+from s2v_flow.graph.failure import failures_of, placed
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.ports import Source
-from s2v_flow.graph.results import Results, reap_outputs
+from s2v_flow.graph.results import Results, Scratch, reap_outputs
 from s2v_flow.graph.status import NodeStatus, needed_nodes, output_digests, preimage
 from s2v_flow.graph.turns import node_turn
 from s2v_flow.machine import peak_device_bytes, peak_memory_bytes
@@ -89,7 +90,9 @@ class Run:
     should_stop: ShouldStop = never
     keeps_going: bool = False  # a node that fails takes only what depends on it along
     cache_limit: int | None = NO_LIMIT
-    _failures: dict[str, S2VFlowError | None] = field(default_factory=dict)
+    _failures: dict[str, str] = field(
+        default_factory=dict
+    )  # no errors: their tracebacks hold what a node had in memory
     _entries: dict[str, Entry] = field(default_factory=dict)
     _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _live_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -125,27 +128,30 @@ class Run:
         to_obtain = [node for node in self.plan.nodes if node.name in needed and node.node.is_stored]
         for node in to_obtain:
             self._claim_inputs(node)
+        obtained = {node.name for node in to_obtain}
         self.emit(RunStarted(tuple(node.name for node in to_obtain), len(self.plan.nodes)))
         outputs: dict[str, tuple[Path, ...]] = {}
         for node in self.plan.nodes:
             if any(source.node in self._failures for source in node.sources()):
-                self._failures[node.name] = None
+                self._failures[node.name] = "needs a node that failed"
+                if node.name in obtained:
+                    self._release_inputs(node)
                 continue
-            if self.should_stop() and node.name in needed and node.node.is_stored:
+            if self.should_stop() and node.name in obtained:
                 raise StoppedError(f"before {node.name}", exit_code_of(self.should_stop))
             try:
-                if node.name in needed and node.node.is_stored:
+                if node.name in obtained:
                     self._obtain(node)
                 if node.node.is_sink:
                     outputs[node.name] = self._deliver(node)
             except S2VFlowError as error:
+                placed(error, node)
                 if not self.keeps_going:
                     raise
-                self._failures[node.name] = error
+                self._failures[node.name] = str(error)
                 self.emit(Noted(node.name, f"failed: {error}", is_warning=True))
         cached = tuple(name for name in self._entries if name not in self._computed)
-        failures = {name: str(error) if error else "needs a node that failed" for name, error in self._failures.items()}
-        not_kept = tuple(self.not_kept)
+        failures, not_kept = dict(self._failures), tuple(self.not_kept)
         return RunResult(
             tuple(self._computed), cached, outputs, dict(self._entries), failures=failures, not_kept=not_kept
         )
@@ -168,14 +174,16 @@ class Run:
 
     def _obtain(self, node: PlanNode) -> None:
         """Make sure a stored node's result is in the store: it may be there under a fingerprint only known now."""
-        key, image = self._identify(node)
-        if node.name in self.forced:
-            self._compute(node, key, image)
-        elif not self._adopt(node, key):
-            with node_turn(self.store.root, key, node.name, self.emit, self.should_stop):
-                if not self._adopt(node, key):  # whoever was waited for has stored it
-                    self._compute(node, key, image)
-        self._release_inputs(node)
+        try:
+            key, image = self._identify(node)
+            if node.name in self.forced:
+                self._compute(node, key, image)
+            elif not self._adopt(node, key):
+                with node_turn(self.store.root, key, node.name, self.emit, self.should_stop):
+                    if not self._adopt(node, key):  # whoever was waited for has stored it
+                        self._compute(node, key, image)
+        finally:
+            self._release_inputs(node)
 
     def _adopt(self, node: PlanNode, key: str) -> bool:
         """Take what is stored; tell whether there was something."""
@@ -203,7 +211,7 @@ class Run:
         self.emit(NodeStarted(node.name, node.kind))
         checkpoint = self._checkpoint(node, key)
 
-        def work(scratch: Path) -> Entry:
+        def work(scratch: Scratch) -> Entry:
             facts: dict[str, Any] = {}
             outputs = self._run(node, scratch, facts, checkpoint)
             degraded = {**self._degraded(node), **facts.get("degraded", {})}
@@ -254,7 +262,7 @@ class Run:
         return Checkpoint(folder, key, node.name, self.emit, self.should_stop, is_fresh, self._told)
 
     def _run(
-        self, node: PlanNode, scratch: Path, facts: dict[str, Any], checkpoint: Checkpoint | None = None
+        self, node: PlanNode, scratch: Scratch, facts: dict[str, Any], checkpoint: Checkpoint | None = None
     ) -> Mapping[str, Any]:
         values: dict[str, Any] = {}
         digests: dict[str, tuple[str, ...]] = {}
@@ -280,7 +288,8 @@ class Run:
             facts,
             checkpoint,
         )
-        return node.node.run(context, values)
+        with failures_of(node, scratch):
+            return node.node.run(context, values)
 
     def _value(self, source: Source) -> Any:
         node = self.plan.node(source.node)
@@ -290,7 +299,7 @@ class Run:
             key, _ = self._identify(node)
             self._digests.update(output_digests(node, key, None))
             facts = self._live_facts[node.name] = {}
-            self._live[node.name] = self._run(node, Path(), facts)
+            self._live[node.name] = self._run(node, Scratch(_no_folder), facts)
         return self._live[node.name][source.port]
 
     def _artifact(self, node: PlanNode, port: str) -> Artifact:
@@ -331,8 +340,10 @@ class Run:
                 self.emit(Noted(item.name, text, is_warning=True))
                 key, image = self._identify(item)
                 self._claim_inputs(item)
-                self._compute(item, key, image, is_mend=True)
-                self._release_inputs(item)
+                try:
+                    self._compute(item, key, image, is_mend=True)
+                finally:
+                    self._release_inputs(item)
 
     def _is_damaged(self, node: PlanNode) -> bool:
         try:
@@ -380,6 +391,10 @@ class Run:
         for path, changed in delivered:
             self.emit(Delivered(node.name, str(path), changed))
         return tuple(path for path, _ in delivered)
+
+
+def _no_folder() -> Path:
+    raise AssertionError("what is never stored writes no files")
 
 
 def ignore(event: Event) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from s2v_flow.media.resample import speech_blocks
@@ -17,6 +16,7 @@ from s2v_flow.models import speech
 from s2v_flow.models.audio_encoder import AudioEncoder
 from s2v_flow.models.speech import Loudness, SpeechTable
 from s2v_flow.models.speech_rate import SAMPLES_PER_FRAME, segment_port
+from s2v_flow.nodes.tensors import pack
 
 if TYPE_CHECKING:
     from s2v_flow.media.audio import Sound
@@ -58,7 +58,7 @@ def hear(
         tables = speech.windowed_video_rate(encoder, read, count, window_states, final_norm=final_norm)
     for index, table in enumerate(tables):
         path = scratch / f"{segment_port(index)}.safetensors"
-        save_file(_tensors(table), path)
+        path.write_bytes(pack(_tensors(table)))
         yield path
 
 

@@ -233,7 +233,7 @@ def test_a_film_for_which_the_cache_has_no_space_is_made_elsewhere(full: tuple[s
 @pytest.mark.usefixtures("quick")
 def test_a_film_for_which_there_is_no_space_anywhere_ends_the_run(shop: Workshop) -> None:
     nodes = {"word": Word(text="w"), "film": Film(a=R("$word"), file="out/film.mp4", full=("/",))}
-    with pytest.raises(S2VFlowError, match="No space left") as caught:
+    with pytest.raises(S2VFlowError, match="no space left while writing under") as caught:
         shop.run(nodes)
     assert caught.value.exit_code == ExitCode.DISK_FULL
     assert leftovers(shop.folder) == []

@@ -194,7 +194,7 @@ def test_live_values_are_closed_after_a_failure(shop: Workshop) -> None:
     }
     with pytest.raises(S2VFlowError, match="broken"):
         shop.run(nodes)
-    assert shop.log == ["make handle", "make axe", "end", "close axe", "close handle"]
+    assert shop.log == ["make handle", "make axe", "close axe", "close handle", "end"]
 
 
 def test_a_failure_keeps_what_was_finished_and_the_next_run_goes_on_from_there(shop: Workshop) -> None:

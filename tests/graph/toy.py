@@ -238,7 +238,7 @@ class Workshop:
     def assess(self, nodes: Mapping[str, Node], file_digest: Callable[[Path], Any] = digest) -> dict[str, NodeStatus]:
         return assess(plan_toys(nodes, self.folder), self.store, self.numerics, file_digest)
 
-    def run(self, nodes: Mapping[str, Node], assessed_with: Callable[[Path], Any] = digest) -> RunResult:
+    def run(self, nodes: Mapping[str, Node], assessed_with: Callable[[Path], Any] = digest, **more: Any) -> RunResult:
         plan = plan_toys(nodes, self.folder)
         self.events.clear()
         self.log.clear()
@@ -252,6 +252,7 @@ class Workshop:
             models=lambda: self.log,
             file_digest=file_digest,
             emit=self.events.append,
+            **more,
         )
         try:
             return run.execute()
