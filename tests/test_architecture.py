@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"cache", "files", "machine", "wording", "errors"},
     "recipe": {"graph", "wording", "errors"},
     "nodes": {"graph", "models", "weights", "sampling", "media", "machine", "wording", "errors"},
-    "library": {"files", "models", "weights", "recipe", "graph", "wording", "errors"},
+    "library": {"convert", "files", "models", "weights", "recipe", "graph", "wording", "errors"},
     "comfy": {"nodes", "recipe", "graph", "wording", "errors"},
     "start": {"files", "recipe", "graph", "media", "errors"},
     # runs and the Python face

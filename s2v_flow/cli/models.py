@@ -96,7 +96,7 @@ def convert(source: Path, output: Path, as_json: bool, force: bool, **given: Any
       s2vflow models convert Wan2.2-S2V-14B -o models/diffusion_models/wan2.2_s2v_14B_bf16.safetensors
     """
     from s2v_flow.cli import report
-    from s2v_flow.convert import Request, convert
+    from s2v_flow.convert.convert import Request, convert
 
     progress = report.DownloadProgress()
     report.print_message(f"reading {source}")

@@ -9,12 +9,15 @@ Source: Wan-Video/Wan2.2, wan/modules/t5.py, T5Encoder; wan/configs/wan_s2v_14B.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO
 
 from s2v_flow.errors import CheckpointError, MissingError
 from s2v_flow.weights.reader import Shapes, common_prefix, describe_mismatch, detect_family
-from s2v_flow.weights.tensor_stream import Piece
+from s2v_flow.weights.tensor_stream import Piece, Progress, in_dtype, write_tensors
 
 RELEASE_FOLDER = "Wan2.2-S2V-14B"
 TOKENIZER_FILE = "google/umt5-xxl/spiece.model"  # beside the text encoder
@@ -41,6 +44,7 @@ RELEASE_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
+_MAX_TOKENIZER_BYTES = 64 * 2**20
 _TEXT_KEYS: Mapping[str, str] = MappingProxyType(
     {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
 )
@@ -104,24 +108,54 @@ def kind_of(shapes: Shapes, wanted: str = "auto") -> str:
     raise CheckpointError(f"this is a {family} file; only {', '.join(KINDS.values())} files are converted")
 
 
-def tokenizer_pieces(kind: str, names: Iterable[str], tokenizer: bytes | None) -> list[Piece]:
-    """Return the tensor in which a text encoder's file carries its tokenizer; none where none is needed.
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made: the kind it must have, the dtype, texts for the header, a text encoder's tokenizer."""
 
-    Args:
-        kind: The kind of model.
-        names: The tensors that the file has already.
-        tokenizer: The SentencePiece model.
+    kind: str = "auto"
+    dtype: str = "keep"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: Path | None = None
+
+
+def write_model(file: BinaryIO, pieces: Sequence[Piece], wanted: Wanted, on_progress: Progress) -> None:
+    """Write tensors of the authors' release as the loaders take them: keys, dtype, tokenizer.
 
     Raises:
-        MissingError: A tokenizer is needed, and not given.
+        MissingError: A tokenizer is needed, and is not there.
+        CheckpointError: The tensors are no model that is known.
+        S2VFlowError: They cannot be written.
     """
-    if kind != "text_encoder":
-        return []
-    from s2v_flow.models.text_encoder import TOKENIZER_KEY
+    names = new_names(piece.name for piece in pieces)
+    pieces = [in_dtype(replace(piece, name=names[piece.name]), wanted.dtype) for piece in pieces]
+    kind = kind_of({piece.name: piece.shape for piece in pieces}, wanted.kind)
+    if kind == "text_encoder":
+        from s2v_flow.models.text_encoder import TOKENIZER_KEY
 
-    if TOKENIZER_KEY in names:
-        return []
-    if tokenizer is None:
+        if TOKENIZER_KEY not in names.values():
+            tokenizer = _read_tokenizer(wanted.tokenizer)
+            pieces.append(Piece(TOKENIZER_KEY, "U8", (len(tokenizer),), lambda: [tokenizer]))
+    write_tensors(file, pieces, wanted.metadata, on_progress)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to be read.
+
+    Raises:
+        MissingError: It cannot be.
+    """
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read_tokenizer(path: Path | None) -> bytes:
+    if path is None:
         fix = f"name it with --tokenizer; in the authors' release it is {TOKENIZER_FILE}"
         raise MissingError("this is a text encoder without its tokenizer", fix)
-    return [Piece(TOKENIZER_KEY, "U8", (len(tokenizer),), lambda: [tokenizer])]
+    with open_file(path) as file:
+        raw = file.read(_MAX_TOKENIZER_BYTES + 1)
+    if len(raw) > _MAX_TOKENIZER_BYTES:
+        raise CheckpointError(f"{path}: is too large for a tokenizer", fix=f"name {TOKENIZER_FILE} of the release")
+    return raw

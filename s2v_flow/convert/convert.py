@@ -1,6 +1,6 @@
 """`s2vflow models convert`: one safetensors file of the authors' own files, whole or not at all.
 
-A pickle is opened in a process of its own (`models.pickled`); shards and safetensors files are copied block by block.
+A pickle is opened in a process of its own (`convert.pickle`); shards and safetensors files are copied block by block.
 Whatever made the file, it is checked as any model file is before it gets its name.
 """
 
@@ -12,19 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from s2v_flow.convert.pickle import convert_pickle
+from s2v_flow.convert.release import TOKENIZER_FILE, Wanted, kind_of, write_model
 from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import finish, flush_folder, reap, temporary, writing
 from s2v_flow.files.facts import file_digest
-from s2v_flow.models.pickled import Order, convert_pickle
-from s2v_flow.models.release import TOKENIZER_FILE, kind_of, new_names, tokenizer_pieces
 from s2v_flow.version import __version__
 from s2v_flow.weights.header import is_pickle
 from s2v_flow.weights.reader import Checkpoint
 from s2v_flow.weights.shards import INDEX_SUFFIX, Shards, open_shards, open_single
-from s2v_flow.weights.tensor_stream import Piece, Progress, in_dtype, write_tensors
+from s2v_flow.weights.tensor_stream import Progress
 
 _VERSION, _DIGESTS = "s2vflow_version", "s2vflow_source_sha256"
-_MAX_TOKENIZER_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -85,20 +84,21 @@ def convert(request: Request, on_progress: Progress = lambda done, total: None) 
     shards = _shards(request.source)
     sources = [request.source] if shards is None else list(shards.files)
     _check_target(request, sources)
-    tokenizer = request.tokenizer or _find_tokenizer(request.source)
     with writing(request.target):
         request.target.parent.mkdir(parents=True, exist_ok=True)
     reap(request.target.parent)
     before = [_identity(path) for path in sources]
     digests = {path.name: file_digest(path) for path in sources}
     metadata = {_VERSION: __version__, _DIGESTS: " ".join(digests.values())}
+    if shards is not None:
+        metadata = {**shards.metadata, **metadata}
+    wanted = Wanted(request.kind, request.dtype, metadata, request.tokenizer or _find_tokenizer(request.source))
     notes: tuple[str, ...] = ()
     with writing(request.target), temporary(request.target.parent, ".safetensors") as (file, name):
-        if shards is None:
-            notes = _from_pickle(request, tokenizer, file, metadata, on_progress)
-        else:
-            metadata = {**shards.metadata, **metadata}
-            _from_shards(request, shards, tokenizer, file, metadata, on_progress)
+        if shards is not None:
+            _from_shards(request.source, shards, wanted, file, on_progress)
+        elif num_left_out := convert_pickle(request.source, file, wanted, on_progress):
+            notes = (f"{num_left_out} other entries beside the state dict were left out",)
         finish(file)
         if [_identity(path) for path in sources] != before:
             raise CheckpointError(f"{request.source}: changed while it was read", "wait until it is completely written")
@@ -145,55 +145,12 @@ def _find_tokenizer(source: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _from_pickle(
-    request: Request,
-    tokenizer: Path | None,
-    file: BinaryIO,
-    metadata: Mapping[str, str],
-    on_progress: Progress,
-) -> tuple[str, ...]:
-    order = Order(request.kind, request.dtype, metadata, tokenizer)
-    outcome = convert_pickle(request.source, file, order, on_progress)
-    notes = []
-    if not outcome.is_offline:
-        notes.append("this system did not let the process that opened the pickle cut itself off from the network")
-    if outcome.num_left_out:
-        notes.append(f"{outcome.num_left_out} other entries beside the state dict were left out")
-    return tuple(notes)
-
-
-def _from_shards(
-    request: Request,
-    shards: Shards,
-    tokenizer: Path | None,
-    file: BinaryIO,
-    metadata: Mapping[str, str],
-    on_progress: Progress,
-) -> None:
+def _from_shards(source: Path, shards: Shards, wanted: Wanted, file: BinaryIO, on_progress: Progress) -> None:
     try:
-        names = new_names(piece.name for piece in shards.pieces)
-        renamed = [Piece(names[piece.name], piece.dtype, piece.shape, piece.blocks) for piece in shards.pieces]
-        pieces = [in_dtype(piece, request.dtype) for piece in renamed]
-        kind = kind_of({piece.name: piece.shape for piece in pieces}, request.kind)
-        spelling = _read_tokenizer(tokenizer) if kind == "text_encoder" else None
-        pieces += tokenizer_pieces(kind, names.values(), spelling)
-        write_tensors(file, pieces, metadata, on_progress)
+        write_model(file, shards.pieces, wanted, on_progress)
     except S2VFlowError as error:
-        error.message = f"{request.source}: {error.message}"
+        error.message = f"{source}: {error.message}"
         raise
-
-
-def _read_tokenizer(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(_MAX_TOKENIZER_BYTES + 1)
-    except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(raw) > _MAX_TOKENIZER_BYTES:
-        raise CheckpointError(f"{path}: is too large for a tokenizer", fix=f"name {TOKENIZER_FILE} of the release")
-    return raw
 
 
 def _verify(path: Path, request: Request, metadata: Mapping[str, str]) -> tuple[str, int]:

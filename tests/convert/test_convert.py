@@ -19,11 +19,11 @@ from reference import load_keys
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from s2v_flow.convert import Converted, Request, convert
+from s2v_flow.convert.convert import Request, convert
+from s2v_flow.convert.release import KINDS, TOKENIZER_FILE, kind_of, new_names
 from s2v_flow.demo import models as demo
 from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.models.load import load_audio_encoder, load_dit, load_text_encoder, load_vae
-from s2v_flow.models.release import KINDS, TOKENIZER_FILE, kind_of, new_names
 from s2v_flow.weights.header import read_header
 
 Weights = Mapping[str, Tensor]
@@ -262,26 +262,19 @@ def test_a_result_that_is_not_what_was_asked_for_is_thrown_away(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one would be that a pickle wrote after it had taken the process over: a model, but with other words in it."""
-    source = make_vae(tmp_path, tiny_models)
-    forged = tiny_models / "vae/tiny_vae.safetensors"
-    code = f"import os, sys, json; raw = open({str(forged)!r}, 'rb').read()"
-    code += "; os.write(json.loads(sys.argv[1])['target_fd'], raw)"
-    code += """; os.write(1, b'{"ok": {"is_offline": true, "num_left_out": 0}}\\n')"""
-    monkeypatch.setattr("s2v_flow.models.pickled._CODE", code)
+    source, forged = make_vae(tmp_path, tiny_models), tiny_models / "vae/tiny_vae.safetensors"
+    monkeypatch.setattr("s2v_flow.convert.convert.convert_pickle", lambda _, file, *__: file.write(forged.read_bytes()))
     with pytest.raises(RefusedError, match="not what was asked for"):
         convert(Request(source, tmp_path / "a.safetensors"))
     assert os.listdir(tmp_path) == ["Wan2.1_VAE.pth"]
 
 
-def test_what_is_worth_saying_is_said(tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from s2v_flow.models.pickled import Outcome
-
-    source = make_vae(tmp_path, tiny_models)
-    monkeypatch.setattr("s2v_flow.convert._verify", lambda *_: ("vae", 1))
-    monkeypatch.setattr("s2v_flow.convert.convert_pickle", lambda *_: Outcome(is_offline=False, num_left_out=2))
-    made: Converted = convert(Request(source, tmp_path / "a.safetensors"))
-    assert "from the network" in made.notes[0]
-    assert made.notes[1] == "2 other entries beside the state dict were left out"
+def test_what_stands_beside_the_state_dict_is_left_out_and_said(tmp_path: Path, tiny_models: Path) -> None:
+    torch.save(
+        {"state_dict": weights(tiny_models, "vae/tiny_vae.safetensors"), "step": 3, "lr": 0.1}, tmp_path / "a.pt"
+    )
+    made = convert(Request(tmp_path / "a.pt", tmp_path / "a.safetensors"))
+    assert made.notes == ("2 other entries beside the state dict were left out",)
 
 
 def test_a_killed_conversion_leaves_no_target_and_nothing_to_repair(tmp_path: Path, tiny_models: Path) -> None:
@@ -291,7 +284,7 @@ def test_a_killed_conversion_leaves_no_target_and_nothing_to_repair(tmp_path: Pa
     source, target = tmp_path / "a.pth", tmp_path / "out" / "a.safetensors"
     torch.save(state, source)
     code = (
-        "import os, signal; from pathlib import Path; from s2v_flow.convert import Request, convert\n"
+        "import os, signal; from pathlib import Path; from s2v_flow.convert.convert import Request, convert\n"
         f"request = Request(Path({str(source)!r}), Path({str(target)!r}))\n"
         "convert(request, lambda *_: os.kill(os.getpid(), signal.SIGKILL))"
     )

@@ -1,0 +1,1 @@
+"""Model files in the authors' own forms, made into safetensors files: shards and pickles."""
