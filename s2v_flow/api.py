@@ -29,6 +29,7 @@ from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, recipe_needs
 from s2v_flow.machine import device_class, free_memory_bytes, resolve_device
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
+from s2v_flow.nodes.fit import check_fit
 from s2v_flow.nodes.memory import needs
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.options import Options as Options
@@ -225,6 +226,7 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
     else:
         whole, cells = built(recipe, ""), {}
     made = options.selection.cut(whole)
+    check_fit(made)
     forced = options.selection.forced(made)
     store, numerics = Store(options.cache_root), Numerics(device_class(device))
     statuses = assess(made, store, numerics, FileDigests(memory).known, forced)

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"weights", "machine", "errors"},
     "sampling": {"errors"},
     "media": {"files", "errors"},
-    "demo": {"files", "models", "errors"},
+    "demo": {"files", "models", "weights", "errors"},
     "convert": {"files", "models", "weights", "version", "errors"},
     # graph and recipe
     "graph": {"cache", "files", "machine", "wording", "errors"},

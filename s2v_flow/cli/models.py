@@ -71,7 +71,7 @@ def list_(recipe: Path | None, as_json: bool, download: bool, only: tuple[str, .
     "--kind",
     type=click.Choice(["auto", "text_encoder", "vae", "diffusion_model", "audio_encoder"]),
     default="auto",
-    help="What it has to be.",
+    help="What it has to be; what is taken out of an all-in-one checkpoint.",
     show_default=True,
 )
 @click.option("--tokenizer", type=FILE, help="A text encoder's; else google/umt5-xxl/spiece.model beside SOURCE.")

@@ -19,6 +19,7 @@ from s2v_flow.files.atomic import finish, flush_folder, reap, temporary, writing
 from s2v_flow.files.facts import file_digest
 from s2v_flow.version import __version__
 from s2v_flow.weights.header import is_pickle
+from s2v_flow.weights.layout import TOKENIZER_KEY
 from s2v_flow.weights.reader import Checkpoint
 from s2v_flow.weights.shards import INDEX_SUFFIX, Shards, open_shards, open_single
 from s2v_flow.weights.tensor_stream import Progress
@@ -165,7 +166,7 @@ def _verify(path: Path, request: Request, metadata: Mapping[str, str]) -> tuple[
         raise RefusedError(f"{request.source}: the result is not what was asked for, and was removed")
     kind = kind_of(checkpoint.shapes, request.kind)
     if kind == "text_encoder":
-        from s2v_flow.models.text_encoder import TOKENIZER_KEY, read_tokenizer
+        from s2v_flow.models.text_encoder import read_tokenizer
 
         read_tokenizer(checkpoint.tensor(TOKENIZER_KEY).numpy().tobytes(), str(request.tokenizer or request.source))
     elif request.tokenizer is not None:

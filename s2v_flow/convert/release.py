@@ -16,20 +16,13 @@ from types import MappingProxyType
 from typing import BinaryIO
 
 from s2v_flow.errors import CheckpointError, MissingError
-from s2v_flow.weights.reader import Shapes, common_prefix, describe_mismatch, detect_family
+from s2v_flow.weights.family import KINDS, describe_mismatch, detect_family, is_all_in_one, part_of
+from s2v_flow.weights.layout import TOKENIZER_KEY
+from s2v_flow.weights.reader import Shapes, common_prefix
 from s2v_flow.weights.tensor_stream import Piece, Progress, in_dtype, write_tensors
 
 RELEASE_FOLDER = "Wan2.2-S2V-14B"
 TOKENIZER_FILE = "google/umt5-xxl/spiece.model"  # beside the text encoder
-
-KINDS: Mapping[str, str] = MappingProxyType(
-    {
-        "text_encoder": "umt5 encoder",
-        "vae": "wan vae",
-        "diffusion_model": "wan s2v",
-        "audio_encoder": "wav2vec2",
-    }
-)
 
 # by the models folder in which what is made of them belongs
 RELEASE_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -44,6 +37,7 @@ RELEASE_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
+_UNUSED = ("umt5xxl.logit_scale",)  # ComfyUI saves it with every text encoder
 _MAX_TOKENIZER_BYTES = 64 * 2**20
 _TEXT_KEYS: Mapping[str, str] = MappingProxyType(
     {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
@@ -105,7 +99,8 @@ def kind_of(shapes: Shapes, wanted: str = "auto") -> str:
     for kind, known in KINDS.items():
         if family == known:
             return kind
-    raise CheckpointError(f"this is a {family} file; only {', '.join(KINDS.values())} files are converted")
+    article = "an" if family.startswith("unknown") else "a"
+    raise CheckpointError(f"this is {article} {family} file; only {', '.join(KINDS.values())} files are converted")
 
 
 @dataclass(frozen=True)
@@ -126,16 +121,26 @@ def write_model(file: BinaryIO, pieces: Sequence[Piece], wanted: Wanted, on_prog
         CheckpointError: The tensors are no model that is known.
         S2VFlowError: They cannot be written.
     """
+    pieces = _of_one_model(pieces, wanted.kind)
     names = new_names(piece.name for piece in pieces)
     pieces = [in_dtype(replace(piece, name=names[piece.name]), wanted.dtype) for piece in pieces]
     kind = kind_of({piece.name: piece.shape for piece in pieces}, wanted.kind)
-    if kind == "text_encoder":
-        from s2v_flow.models.text_encoder import TOKENIZER_KEY
-
-        if TOKENIZER_KEY not in names.values():
-            tokenizer = _read_tokenizer(wanted.tokenizer)
-            pieces.append(Piece(TOKENIZER_KEY, "U8", (len(tokenizer),), lambda: [tokenizer]))
+    if kind == "text_encoder" and TOKENIZER_KEY not in names.values():
+        tokenizer = _read_tokenizer(wanted.tokenizer)
+        pieces.append(Piece(TOKENIZER_KEY, "U8", (len(tokenizer),), lambda: [tokenizer]))
     write_tensors(file, pieces, wanted.metadata, on_progress)
+
+
+def _of_one_model(pieces: Sequence[Piece], wanted: str) -> Sequence[Piece]:
+    """Return the tensors of one model of an all-in-one checkpoint; of any other file all of them."""
+    if not is_all_in_one(piece.name for piece in pieces):
+        return pieces
+    parts = [(*part_of(piece.name), piece) for piece in pieces]
+    kinds = sorted({kind for kind, _, _ in parts})
+    if wanted not in kinds:
+        fix = f"say which: {' or '.join(f'--kind {kind}' for kind in kinds)}"
+        raise CheckpointError(f"is an all-in-one checkpoint of several models: {', '.join(kinds)}", fix)
+    return [replace(piece, name=name) for kind, name, piece in parts if kind == wanted and name not in _UNUSED]
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -21,8 +21,9 @@ from s2v_flow.demo.weights import fill_all, uniform
 from s2v_flow.errors import RefusedError
 from s2v_flow.models.audio_encoder import build_wav2vec2
 from s2v_flow.models.dit import S2VConfig, WanS2V
-from s2v_flow.models.text_encoder import TOKENIZER_KEY, build_umt5, umt5_shapes
+from s2v_flow.models.text_encoder import build_umt5, umt5_shapes
 from s2v_flow.models.vae import VAEConfig, WanVAE
+from s2v_flow.weights.layout import TOKENIZER_KEY
 
 Weights = dict[str, Tensor]
 
@@ -43,6 +44,7 @@ WAV2VEC2_SIZES: Shapes = {
         f"feature_extractor.conv_layers.{i}.conv.weight": (512, channels, kernel)
         for i, (channels, kernel) in enumerate([(1, 10), *[(512, 3)] * 4, *[(512, 2)] * 2])
     },
+    "masked_spec_embed": (64,),
     "encoder.pos_conv_embed.conv.parametrizations.weight.original1": (64, 4, 128),
     "encoder.layers.0.feed_forward.intermediate_dense.weight": (256, 64),
     **{f"encoder.layers.{i}.layer_norm.weight": (64,) for i in range(24)},

@@ -10,18 +10,13 @@ from torch import Tensor, nn
 
 from s2v_flow.errors import MediaError
 from s2v_flow.models.speech_rate import RECEPTIVE_FIELD, SAMPLES_PER_STATE
+from s2v_flow.weights.layout import MASK_KEY
 from s2v_flow.weights.reader import Shapes
 
 STRIDES = (5, 2, 2, 2, 2, 2, 2)  # the feature extractor's; their product is one state
 WINDOW_STATES = 1500  # 30 s: bounds the memory of the first convolutions
 
-# Keys of the heads for recognition and pretraining, which some files carry and nothing here needs.
-UNUSED_PREFIXES = ("lm_head.", "quantizer.", "project_q.", "project_hid.")
 _WEIGHT_NORM = "encoder.pos_conv_embed.conv."
-OLD_KEYS = {
-    _WEIGHT_NORM + "weight_g": _WEIGHT_NORM + "parametrizations.weight.original0",
-    _WEIGHT_NORM + "weight_v": _WEIGHT_NORM + "parametrizations.weight.original1",
-}
 
 Conditioning = Literal["official", "comfyui"]
 
@@ -142,7 +137,7 @@ def build_wav2vec2(shapes: Shapes) -> nn.Module:
         num_conv_pos_embeddings=kernel,
         num_conv_pos_embedding_groups=width // group_width,
         layer_norm_eps=1e-5,
-        mask_time_prob=0.05,  # keeps masked_spec_embed, which the files hold; masking is for training only
+        mask_time_prob=0.05 if MASK_KEY in shapes else 0.0,  # whether there is a masked_spec_embed; unused here
         attn_implementation="sdpa",
     )
     with torch.device("meta"):

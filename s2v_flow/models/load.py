@@ -13,25 +13,18 @@ from torch import Tensor, nn
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.models.activation import activation_bytes
-from s2v_flow.models.audio_encoder import OLD_KEYS, UNUSED_PREFIXES, AudioEncoder, build_wav2vec2
+from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
 from s2v_flow.models.quantization import Fp8Linear, Quantization, dequantize, read_quantization, read_scale
-from s2v_flow.models.text_encoder import (
-    EMBEDDING_COPY_KEY,
-    EMBEDDING_KEY,
-    TOKENIZER_KEY,
-    TextEncoder,
-    build_umt5,
-    read_tokenizer,
-    umt5_shapes,
-)
-from s2v_flow.weights.reader import Checkpoint, Shapes, describe_mismatch
+from s2v_flow.models.text_encoder import TextEncoder, build_umt5, read_tokenizer, umt5_shapes
+from s2v_flow.weights.family import describe_mismatch
+from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY, TOKENIZER_KEY, compare, own_keys
+from s2v_flow.weights.reader import Checkpoint, Shapes
 
 if TYPE_CHECKING:
     from s2v_flow.models.dit import WanS2V
     from s2v_flow.models.vae import WanVAE
 
-_SHOWN = 5
 _FIX_FILE = "download the file again, or use another"
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # all others are expanded to float32
 _Built = TypeVar("_Built")
@@ -212,9 +205,7 @@ def load_text_encoder(
             has no tokenizer inside.
     """
     checkpoint = Checkpoint.open(path)
-    renames = {EMBEDDING_COPY_KEY: EMBEDDING_KEY} if EMBEDDING_KEY not in checkpoint.entries else {}
-    dropped = (TOKENIZER_KEY,) if renames else (TOKENIZER_KEY, EMBEDDING_COPY_KEY)
-    source = _source(checkpoint, renames, lambda key: key in dropped)
+    source = _source(checkpoint)
     module = _build("umt5 encoder", checkpoint, lambda: build_umt5(source.shapes))
     if TOKENIZER_KEY not in checkpoint.entries:
         raise CheckpointError(
@@ -240,24 +231,14 @@ def load_audio_encoder(path: str | Path, *, dtype: torch.dtype, device: torch.de
         MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, or of another family.
     """
     checkpoint = Checkpoint.open(path)
-    source = _source(checkpoint, OLD_KEYS, lambda key: key.startswith(UNUSED_PREFIXES))
+    source = _source(checkpoint)
     module = _build("wav2vec2", checkpoint, lambda: build_wav2vec2(source.shapes))
     _fill("wav2vec2", module, _shapes_of(module), source, _Target(dtype, torch.device(device)))
     return AudioEncoder(module)
 
 
-def _source(
-    checkpoint: Checkpoint,
-    renames: Mapping[str, str] | None = None,
-    is_dropped: Callable[[str], bool] = lambda key: False,
-) -> _Source:
-    quantization = read_quantization(checkpoint)
-    keys = {
-        (renames or {}).get(key, key): key
-        for key in checkpoint.entries
-        if key not in quantization.bookkeeping and not is_dropped(key)
-    }
-    return _Source(checkpoint, quantization, keys)
+def _source(checkpoint: Checkpoint) -> _Source:
+    return _Source(checkpoint, read_quantization(checkpoint), own_keys(checkpoint.entries.keys()))
 
 
 def _build(family: str, checkpoint: Checkpoint, build: Callable[[], _Built]) -> _Built:
@@ -286,7 +267,7 @@ def _all_but_linear(module: nn.Module) -> frozenset[str]:
 
 def _fill(family: str, module: nn.Module, expected: Shapes, source: _Source, target: _Target) -> int:
     """Put a file's tensors into a module on the meta device; return how many layers stay in fp8."""
-    _check_keys(family, source, expected)
+    compare(source.checkpoint.path, family, source.shapes, expected)
     module.eval().requires_grad_(False)
     fp8_layers = _fp8_layers(module, source) if target.quantized else {}
     in_fp8 = {f"{name}.weight" for name in fp8_layers}
@@ -301,27 +282,6 @@ def _fill(family: str, module: nn.Module, expected: Shapes, source: _Source, tar
     left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
     assert not left, f"not loaded: {left}"
     return len(fp8_layers)
-
-
-def _check_keys(family: str, source: _Source, expected: Shapes) -> None:
-    found = source.shapes
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    misshapen = [
-        f"{key} is {list(found[key])}, expected {list(shape)}"
-        for key, shape in sorted(expected.items())
-        if key in found and found[key] != shape
-    ]
-    parts = [
-        f"{len(keys)} {name} ({', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''})"
-        for name, keys in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if keys
-    ]
-    if parts:
-        raise CheckpointError(
-            f"{source.checkpoint.path}: is no complete {family} file: {'; '.join(parts)}",
-            fix=_FIX_FILE,
-        )
 
 
 def _fp8_layers(module: nn.Module, source: _Source) -> dict[str, nn.Linear]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.weights.reader import Checkpoint, Shapes, describe_mismatch
+from s2v_flow.weights.family import describe_mismatch
+from s2v_flow.weights.reader import Checkpoint, Shapes
 
 # (suffix, role), tried in order; "down" and "up" are the two factors
 _ROLES: Sequence[tuple[str, str]] = (

@@ -18,12 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2v_flow.errors import CheckpointError
+from s2v_flow.weights.layout import FP8_BOOKKEEPING, FP8_MARKER, FP8_SCALES
 from s2v_flow.weights.reader import Checkpoint
 
 FP8_FORMAT = "float8_e4m3fn"
-MARKER = "scaled_fp8"
-_SCALES = (".scale_weight", ".weight_scale")
-_BOOKKEEPING = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
 _MAX_TAG_BYTES = 4096
 _UNSUPPORTED_WEIGHTS = {"F8_E5M2": "float8_e5m2", "F8_E8M0": "mxfp8", "I8": "int8"}
 
@@ -53,20 +51,20 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization:
         CheckpointError: The file uses another format (it is named), or a scale is missing or not a scalar.
     """
     _refuse_other_formats(checkpoint)
-    bookkeeping = frozenset(key for key in checkpoint.entries if key == MARKER or key.endswith(_BOOKKEEPING))
+    bookkeeping = frozenset(key for key in checkpoint.entries if key == FP8_MARKER or key.endswith(FP8_BOOKKEEPING))
     scales: dict[str, str | None] = {}
     for key, entry in checkpoint.entries.items():
         if key in bookkeeping or entry.dtype != "F8_E4M3":
             continue
         layer = key.removesuffix(".weight")
-        scale = next((layer + suffix for suffix in _SCALES if layer + suffix in checkpoint.entries), None)
+        scale = next((layer + suffix for suffix in FP8_SCALES if layer + suffix in checkpoint.entries), None)
         if scale is None and bookkeeping:
             raise CheckpointError(
-                f"{checkpoint.path}: {key!r} is in fp8, but its scale {layer + _SCALES[0]!r} is missing"
+                f"{checkpoint.path}: {key!r} is in fp8, but its scale {layer + FP8_SCALES[0]!r} is missing"
             )
         scales[key] = scale
     for key in sorted(bookkeeping):
-        if key.endswith(_SCALES):
+        if key.endswith(FP8_SCALES):
             _check_scale(checkpoint, key, scales)
     return Quantization(scales, bookkeeping)
 
@@ -92,8 +90,10 @@ def _refuse_other_formats(checkpoint: Checkpoint) -> None:
     for key, dtype in checkpoint.dtypes.items():
         if key.endswith(".weight") and dtype in _UNSUPPORTED_WEIGHTS:
             raise _refused(checkpoint, f"{_UNSUPPORTED_WEIGHTS[dtype]} ({key!r})")
-    if checkpoint.dtypes.get(MARKER, "F8_E4M3") != "F8_E4M3":
-        raise _refused(checkpoint, f"{_UNSUPPORTED_WEIGHTS.get(checkpoint.dtypes[MARKER], checkpoint.dtypes[MARKER])}")
+    if checkpoint.dtypes.get(FP8_MARKER, "F8_E4M3") != "F8_E4M3":
+        raise _refused(
+            checkpoint, f"{_UNSUPPORTED_WEIGHTS.get(checkpoint.dtypes[FP8_MARKER], checkpoint.dtypes[FP8_MARKER])}"
+        )
 
 
 def _formats_in_metadata(checkpoint: Checkpoint) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from s2v_flow.errors import CheckpointError
+from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY, TOKENIZER_KEY
 from s2v_flow.weights.reader import Shapes
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 512
 EOS_ID = 1
-TOKENIZER_KEY = "spiece_model"
-EMBEDDING_KEY = "shared.weight"
-EMBEDDING_COPY_KEY = "encoder.embed_tokens.weight"  # the same table; some files carry it too, or instead
 
 
 class TextEncoder:

@@ -405,19 +405,24 @@ def latent_shape(path: Path) -> tuple[int, ...]:
 
 
 def check_header(planner: Planner, name: str, family: str, *field_path: str | int) -> None:
-    """Look at a model file's header, where the file is there: is it sound, and is it what the recipe takes it for?
+    """Look at a model file's header, where the file is there: is it whole, and is it what the recipe takes it for?
 
     Raises:
-        CheckpointError, RefusedError: It is damaged, a pickle, or of another family.
+        CheckpointError, RefusedError: It is damaged, a pickle, of another family, or lacks a tensor.
     """
     path = planner.file(name, *(field_path or ("checkpoint",)))
     if path is None or not path.is_file():
         return
-    from s2v_flow.weights.reader import Checkpoint, describe_mismatch
+    from s2v_flow.weights.family import advice, describe_mismatch
+    from s2v_flow.weights.layout import check_layout
+    from s2v_flow.weights.reader import Checkpoint
 
-    mismatch = describe_mismatch(family, Checkpoint.open(path).shapes)
+    checkpoint = Checkpoint.open(path)
+    mismatch = describe_mismatch(family, checkpoint.shapes)
     if mismatch is not None:
-        raise CheckpointError(f"{path}: {mismatch}", fix=f"name another file in node {name}")
+        raise CheckpointError(f"{path}: {mismatch}", fix=advice(path, family, checkpoint.shapes, name))
+    if family != "lora":
+        check_layout(path, family, checkpoint.entries)
 
 
 def coverage_text(lora: Lora, report: Any) -> str:

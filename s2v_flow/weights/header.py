@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import stat
+import struct
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ MAX_HEADER_VALUES = 1_000_000  # 14B models need about 20,000; bounds the parser
 MAX_RANK = 16
 MAX_NAME_LENGTH = 1000  # messages name tensors
 _MAX_DETAIL = 500
-_START_BYTES = 512
+_START_BYTES = 4096
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -31,11 +34,26 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".pt2")
-_FOREIGN_STARTS: Sequence[tuple[bytes, str]] = (
-    (b"GGUF", "a GGUF file, which is not supported"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
-    (b"<", "a web page or XML, not a model: the download went wrong"),
+_FOREIGN_STARTS: Sequence[tuple[int, bytes, str]] = (  # where in the file, what stands there, what that means
+    (0, b"GGUF", "a GGUF file, which is not supported"),
+    (0, b"PK", "a zip archive without a model of PyTorch's: unpack it, and name the file that was in it"),
+    (0, b"\x1f\x8b", "an archive (gzip): unpack it, and name the file that was in it"),
+    (0, b"7z\xbc\xaf", "an archive (7z): unpack it, and name the file that was in it"),
+    (0, b"Rar!", "an archive (rar): unpack it, and name the file that was in it"),
+    (0, b"\xfd7zXZ", "an archive (xz): unpack it, and name the file that was in it"),
+    (0, b"(\xb5/\xfd", "an archive (zstd): unpack it, and name the file that was in it"),
+    (0, b"\x89HDF", "an HDF5 file of Keras's, which is not supported"),
+    (0, b"\x93NUMPY", "an array of NumPy's, not a model"),
+    (4, b"TFL3", "a TensorFlow Lite model, which is not supported"),
+    (0, b"\x89PNG", "a picture, not a model"),
+    (0, b"\xff\xd8\xff", "a picture, not a model"),
+    (0, b"RIFF", "a picture or sound, not a model"),
+    (4, b"ftyp", "a video or sound, not a model"),
 )
+_ONNX = re.compile(rb"\x08[\x01-\x20][\x12\x3a\x42]")  # an ir_version, then the producer, the graph or the opset
+_LFS = re.compile(r"version https://git-lfs\S*\s.*?^size ([0-9]+)", re.DOTALL | re.MULTILINE)
+_MARKUP = re.compile(r"<(script|style).*?(</\1>|$)|<[^>]*(>|$)", re.DOTALL)
+_SHOWN_TEXT = 160
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,7 @@ def is_pickle(path: Path) -> bool:
     """
     with _opened(path) as (file, file_bytes):
         start = file.read(_START_BYTES)
-    return not _is_header_start(start, file_bytes) and _is_pickle_start(start)
+        return not _is_header_start(start, file_bytes) and _is_pickle(file, start)
 
 
 @contextmanager
@@ -108,14 +126,16 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 def _parse(path: Path, file: BinaryIO, file_bytes: int) -> Header:
     start = file.read(_START_BYTES)
     length = int.from_bytes(start[:8], "little")
+    if not file_bytes:
+        raise _damaged(path, "it has 0 bytes")
     if not _is_header_start(start, file_bytes):
-        _explain_foreign(path, start)
+        _explain_foreign(path, file, start)
     if file_bytes < 8:
         raise _damaged(path, f"it has {file_bytes} bytes; the header's length alone takes 8")
     if length > MAX_HEADER_BYTES:
         raise _damaged(path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
     if 8 + length > file_bytes:
-        raise _damaged(path, f"its header needs {8 + length} bytes, but the file has {file_bytes}")
+        raise _damaged(path, f"its header needs {8 + length} bytes, but the file has {file_bytes} (truncated?)")
     file.seek(8)
     tree = parse_map(path, file.read(length))
     metadata = tree.pop("__metadata__", {})
@@ -133,17 +153,54 @@ def _is_header_start(start: bytes, file_bytes: int) -> bool:
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= file_bytes
 
 
-def _is_pickle_start(start: bytes) -> bool:
+def _is_pickle(file: BinaryIO, start: bytes) -> bool:
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return any(name.endswith("data.pkl") for name in archive.namelist())
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, LookupError, struct.error):
+            return True  # damaged: what it was to be is unknown
     is_plain = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    return is_plain or start.startswith(b"PK") or start[257:262] == b"ustar"
+    return is_plain or start[257:262] == b"ustar"
 
 
-def _explain_foreign(path: Path, start: bytes) -> None:
-    if _is_pickle_start(start):
+def _explain_foreign(path: Path, file: BinaryIO, start: bytes) -> None:
+    """Say what a file is that does not begin as a safetensors file does, if that is known."""
+    if _is_pickle(file, start):
         raise _pickle_refused(path)
-    for prefix, what in _FOREIGN_STARTS:
-        if start.lstrip().startswith(prefix):
-            raise CheckpointError(f"{path}: is {what}", fix="download the .safetensors file again")
+    fix = "name a .safetensors file, or download the .safetensors file again"
+    for place, mark, what in _FOREIGN_STARTS:
+        if start[place:].startswith(mark):
+            raise CheckpointError(f"{path}: is {what}", fix)
+    if _ONNX.match(start) or path.suffix.lower() == ".onnx":
+        raise CheckpointError(f"{path}: is an ONNX model, which is not supported", fix)
+    text = _text(start)
+    if text is None:
+        return
+    pointer = _LFS.match(text)
+    if pointer is not None:
+        raise CheckpointError(
+            f"{path}: is a Git LFS pointer, not the file itself, which has {pointer[1]} bytes",
+            fix="run `git lfs pull` in its repository, or download the file itself",
+        )
+    if text.startswith("{") and '"weight_map"' in text:
+        raise CheckpointError(f"{path}: is an index of shards, not a model", f"join them: {convert_command(path)}")
+    is_page = text.startswith("<")
+    words = " ".join((_MARKUP.sub(" ", text) if is_page else text).split())
+    words = words if len(words) <= _SHOWN_TEXT else words[:_SHOWN_TEXT] + "..."
+    what = "a web page or XML" if is_page else "text"
+    said = f"; it says {words!r}" if words else ""
+    raise CheckpointError(
+        f"{path}: is {what}, not a model: the download failed{said}",
+        fix="download the file again; if it says that a login is needed, log in or accept the model's licence first",
+    )
+
+
+def _text(start: bytes) -> str | None:
+    """Return what a file begins with, if that is text: UTF-8, or nearly."""
+    text = start.decode("utf-8-sig", "replace").strip()
+    is_text = all(character.isprintable() or character in "\t\r\n" for character in text)
+    return text if text and is_text and 10 * text.count("\ufffd") <= len(text) else None
 
 
 def _pickle_refused(path: Path) -> RefusedError:
@@ -162,7 +219,7 @@ def convert_command(source: Path, target: Path | None = None, *more: str) -> str
         more: Further arguments.
     """
     if target is None:
-        target = source.with_suffix(".safetensors")
+        target = source.with_name(source.name.removesuffix(".index.json")).with_suffix(".safetensors")
         target = source.with_name(f"{source.stem}-converted.safetensors") if target == source else target
     return shlex.join(["s2vflow", "models", "convert", str(source), "-o", str(target), *more])
 
@@ -231,4 +288,6 @@ def _check_layout(path: Path, entries: Mapping[str, TensorEntry], data_bytes: in
             raise _damaged(path, f"{name!r} starts at byte {entry.begin} of the data, expected {position}")
         position = entry.end
     if position != data_bytes:
-        raise _damaged(path, f"its tensors need {position} bytes of data, but the file has {data_bytes} (truncated?)")
+        what = f"its tensors need {position} bytes of data, but the file has {data_bytes}"
+        lacking = position - data_bytes
+        raise _damaged(path, what if lacking < 0 else f"{what} (truncated?): the file is {lacking} bytes short")

@@ -1,7 +1,8 @@
-"""A model file: what it holds, which family it is of, and its tensors, read one at a time."""
+"""A model file: what it holds, and its tensors, read one at a time."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.weights.header import TensorEntry, read_header
+from s2v_flow.weights.header import TensorEntry, convert_command, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KEY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "wav2vec2.")
 LORA_SUFFIXES = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight")
+
+_SHARD = re.compile(r"(?P<model>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,6 +53,7 @@ class Checkpoint:
             CheckpointError: The file is damaged, truncated or of another format.
         """
         path = Path(path)
+        _refuse_shard(path)
         header = read_header(path)
         prefix = common_prefix(header.entries)
         file_keys: dict[str, str] = {}
@@ -76,11 +80,6 @@ class Checkpoint:
         """The tensors' bytes in the file."""
         return sum(entry.end - entry.begin for entry in self.entries.values())
 
-    @property
-    def family(self) -> str:
-        """What kind of model this is, in words (see `detect_family`)."""
-        return detect_family(self.shapes)
-
     def tensor(self, key: str) -> Tensor:
         """Read one tensor.
 
@@ -105,6 +104,18 @@ class Checkpoint:
         return value
 
 
+def _refuse_shard(path: Path) -> None:
+    """Refuse one of several files of a model by its name, as transformers and diffusers give it."""
+    shard = _SHARD.fullmatch(path.name)
+    if shard is None or int(shard["count"]) < 2 or not path.is_file():
+        return
+    index = path.with_name(f"{shard['model']}.safetensors.index.json")
+    fix = f"join them: {convert_command(index)}"
+    if not index.is_file():
+        fix = f"download {index.name} and the other parts into its folder, and {fix}"
+    raise CheckpointError(f"{path}: is part {int(shard['number'])} of {int(shard['count'])} of a model", fix)
+
+
 def common_prefix(keys: Mapping[str, object]) -> str:
     """Return the prefix that some files put before a model's keys, or nothing."""
     if any(key.endswith(LORA_SUFFIXES) for key in keys):
@@ -113,62 +124,3 @@ def common_prefix(keys: Mapping[str, object]) -> str:
         if any(key.startswith(prefix) for key in keys):
             return prefix
     return ""
-
-
-def detect_family(shapes: Shapes) -> str:
-    """Say what kind of model a file holds, from its keys and shapes.
-
-    Args:
-        shapes: Key to shape, without the file's prefix.
-
-    Returns:
-        "lora", "wan s2v", "wan i2v", "wan t2v", "wan vae", "wan 2.2 vae", "umt5 encoder", "t5 encoder", "wav2vec2",
-        or "unknown (...)" with the first key.
-    """
-    if any(key.endswith(LORA_SUFFIXES) for key in shapes):
-        return "lora"
-    if "casual_audio_encoder.encoder.final_linear.weight" in shapes:
-        return "wan s2v"
-    if "head.modulation" in shapes and "blocks.0.self_attn.q.weight" in shapes:
-        takes_image = "img_emb.proj.0.weight" in shapes or shapes.get("patch_embedding.weight", (0, 0))[1:2] == (36,)
-        return "wan i2v" if takes_image else "wan t2v"
-    if "decoder.head.0.gamma" in shapes:
-        return "wan 2.2 vae" if shapes.get("conv2.weight", (16,))[:1] == (48,) else "wan vae"
-    if "encoder.block.0.layer.0.SelfAttention.q.weight" in shapes:
-        # T5 has a position bias in its first layer only
-        last = "encoder.block.1.layer.0.SelfAttention."
-        return (
-            "t5 encoder"
-            if last + "q.weight" in shapes and last + "relative_attention_bias.weight" not in shapes
-            else "umt5 encoder"
-        )
-    if "feature_extractor.conv_layers.0.conv.weight" in shapes:
-        return "wav2vec2"
-    return f"unknown ({len(shapes)} tensors, the first {min(shapes, default='')!r})"
-
-
-def describe_mismatch(wanted: str, shapes: Shapes) -> str | None:
-    """Explain why a file is not of the wanted family, naming what it lacks.
-
-    Args:
-        wanted: A family, as `detect_family` spells it.
-        shapes: Key to shape, without the file's prefix.
-
-    Returns:
-        A clause ("this is a wan t2v checkpoint: it has no audio_injector.*"), or None if the family fits.
-    """
-    found = detect_family(shapes)
-    if found == wanted:
-        return None
-    lacks = {
-        "wan s2v": "audio_injector.*",
-        "wan vae": "decoder.head.0.gamma of the 16-channel VAE",
-        "umt5 encoder": "encoder.block.*.SelfAttention.relative_attention_bias",
-        "wav2vec2": "feature_extractor.conv_layers.*",
-        "lora": "lora_down, lora_up, lora_A or lora_B",
-    }[wanted]
-    return (
-        f"this is a {found} file: it has no {lacks}"
-        if "unknown" in found
-        else f"this is a {found} checkpoint: it has no {lacks}"
-    )

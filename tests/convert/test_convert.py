@@ -232,7 +232,7 @@ def test_a_source_that_changes_meanwhile_gives_no_target(tmp_path: Path, tiny_mo
 
 def test_what_is_no_model_or_another_kind_is_said(tmp_path: Path, tiny_models: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: this is a unknown .* only umt5 encoder, wan vae"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: this is an unknown .* only umt5 encoder, wan vae"):
         convert(Request(tmp_path / "x.safetensors", tmp_path / "a.safetensors"))
     with pytest.raises(CheckpointError, match="this is a wan vae checkpoint"):
         convert(Request(one(tmp_path, tiny_models), tmp_path / "a.safetensors", kind="text_encoder"))
@@ -240,7 +240,7 @@ def test_what_is_no_model_or_another_kind_is_said(tmp_path: Path, tiny_models: P
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"GGUF\x03" + bytes(50), "a GGUF file"), (b"hello" * 20, "not a safetensors file"), (b"", "it has 0 bytes")],
+    [(b"GGUF\x03" + bytes(50), "a GGUF file"), (b"hello" * 20, "is text, not a model"), (b"", "it has 0 bytes")],
     ids=["gguf", "text", "empty"],
 )
 def test_other_files_are_called_by_their_names(tmp_path: Path, content: bytes, message: str) -> None:

@@ -88,7 +88,7 @@ def test_nothing_that_a_pickle_asks_for_is_called(tmp_path: Path, form: str) -> 
     else:
         forge(path, bomb if form == "zip" else {"x": plain(), "y": bomb})
     with pytest.raises(RefusedError) as caught:
-        attempt(path)
+        open_it(path)
     assert caught.value.exit_code == ExitCode.REFUSED
     assert "weights_only" not in caught.value.message  # torch's own advice is to open it unsafely
     assert not (tmp_path / "trace").exists()

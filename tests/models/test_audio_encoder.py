@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import fill_module, load_golden, load_keys, relative_error
+from safetensors.torch import load_file, save_file
 
 from s2v_flow.errors import MediaError
 from s2v_flow.models import audio_encoder
@@ -31,6 +32,17 @@ def assert_states_equal(encoder: AudioEncoder, name: str) -> None:
 
 def test_states_equal_the_reference(encoder: AudioEncoder) -> None:
     assert_states_equal(encoder, "wav2vec2_tiny")
+
+
+def test_a_file_without_the_mask_of_training_gives_the_same_states(
+    tmp_path: Path, tiny_models: Path, encoder: AudioEncoder
+) -> None:
+    weights = load_file(tiny_models / "audio_encoders" / "tiny_wav2vec2.safetensors")
+    del weights["masked_spec_embed"]
+    save_file(weights, tmp_path / "a.safetensors")
+    other = load_audio_encoder(tmp_path / "a.safetensors", dtype=torch.float32, device="cpu")
+    clip = torch.sin(torch.arange(8000) / 9)
+    assert torch.equal(other.encode(clip, "official"), encoder.encode(clip, "official"))
 
 
 @pytest.mark.parity
