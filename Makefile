@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: demo test lint types tests parity soak schema clean
+.PHONY: demo test lint types tests parity soak schema docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/s2vflow run recipes/demo.yaml
@@ -30,6 +30,9 @@ soak: $(VENV)/installed-dev
 
 schema: $(VENV)/installed
 	for what in recipe manifest events; do $(BIN)/s2vflow schema --of $$what -o schemas/$$what.schema.json; done
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

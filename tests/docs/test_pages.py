@@ -1,0 +1,193 @@
+"""What the pages say is so: links lead somewhere, generated pages are up to date, commands parse, and run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from pages import PAGES, ROOT, Command, anchors, blocks, commands, links, prose, text_of
+from recipes_for_tests import RECIPES, call
+from sandbox import make_inputs, make_models
+
+from s2v_flow.cli.main import cli
+from s2v_flow.comfy.catalog import classes
+from s2v_flow.errors import ExitCode
+from s2v_flow.nodes.table import NODE_KINDS, PLANNING_CODES
+from s2v_flow.recipe.problems import CODES
+
+COMMANDS = list(commands())
+NEEDS_MORE = ("s2vflow make", "models convert", "--device cuda")  # full size, the authors' release, a GPU
+
+
+def test_links_lead_somewhere() -> None:
+    """Files of the repository, and headings in them."""
+    broken = []
+    for page in PAGES:
+        for link in links(page.read_text(encoding="utf-8")):
+            if re.match(r"https?://", link):
+                continue
+            file, _, anchor = link.partition("#")
+            target = (page.parent / file).resolve() if file else page
+            if not target.is_file() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+                broken.append((page.name, link))
+    assert broken == []
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    seen, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page not in seen and page.suffix == ".md":
+            seen.add(page)
+            found = links(page.read_text(encoding="utf-8"))
+            waiting += [(page.parent / link.partition("#")[0]).resolve() for link in found if "://" not in link]
+    assert {page for page in PAGES if ".github" not in page.parts} <= seen
+
+
+def test_the_readme_is_short_and_says_first_what_has_run() -> None:
+    """700 to 900 words without code blocks; the status stands on the first screen."""
+    words = prose(text_of("README.md")).split()
+    assert 700 <= len([word for word in words if re.search(r"\w", word)]) <= 900
+    assert "Nothing has run on a GPU" in "\n".join(text_of("README.md").splitlines()[:12])
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    """`make docs` writes them."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for page, write in generate.PAGES.items():
+        assert text_of(f"docs/{page}") == write(), f"docs/{page}: run `make docs`"
+
+
+def test_every_error_and_exit_code_has_a_paragraph() -> None:
+    """Under a heading of its own, in order, to be looked up; and none for a code that is not there."""
+    text = text_of("docs/troubleshooting.md")
+    codes = re.findall(r"^### (R\d+)$", text, re.MULTILINE)
+    assert codes == sorted({**CODES, **PLANNING_CODES})
+    exits = [int(code) for code in re.findall(r"^### exit (\d+)$", text, re.MULTILINE)]
+    assert exits == [code for code in ExitCode if code != ExitCode.OK]
+    for code, meaning in {**CODES, **PLANNING_CODES}.items():
+        paragraph = text.partition(f"### {code}\n")[2].partition("###")[0]
+        assert len(paragraph.split()) > 12, code
+        assert meaning[1:].replace("`", "") in paragraph.replace("`", ""), code
+
+
+def test_what_the_table_of_comfyui_names_exists() -> None:
+    """Its classes are those that `import` knows; the kinds and fields are the recipe's."""
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|[^|]*\|$", text_of("docs/from-comfyui.md"), re.MULTILINE)
+    kinds = {kind.kind for kind in NODE_KINDS}
+    known = {kind.kind for kind in NODE_KINDS} | {field for kind in NODE_KINDS for field in kind.model_fields}
+    assert len(rows) > 20
+    for ours, theirs in ((row[1], row[0]) for row in rows):
+        assert set(re.findall(r"`(\w+)`", theirs)) <= classes().keys(), theirs
+        assert set(re.findall(r"`(\w+)`", ours)) <= known | {"params"}, ours
+    named = set(re.findall(r"`(\w+)`", " ".join(row[1] for row in rows)))
+    assert kinds - named <= {"frames_delay"}, "every kind stands in the table"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_command_lines_parse(command: Command) -> None:
+    """Commands, options and arguments are there; a sentence may name a command without its arguments."""
+    assert command.calls
+    for words in command.calls:
+        name, *rest = words
+        found = cli.commands[name]
+        if isinstance(found, click.Group):
+            name, *rest = rest if rest and rest[0] in found.commands else ["list", *rest]
+            found = found.commands[name]
+        try:
+            found.make_context(name, [*rest], resilient_parsing=False)
+        except click.MissingParameter:
+            assert command.is_inline
+            assert not rest
+
+
+def test_there_are_commands_to_try() -> None:
+    assert len(COMMANDS) > 40
+    pages = {command.page for command in COMMANDS if not command.is_inline}
+    assert pages >= {"README.md", "docs/folders.md", "docs/cookbook.md"}
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[Path]:
+    """Return a folder in which what the pages name is there; it is the current folder and the home folder."""
+    folder = tmp_path_factory.mktemp("sandbox")
+    make_models(folder / "ComfyUI" / "models", tiny_models)
+    make_inputs(folder, 0.6)
+    shutil.copytree(RECIPES, folder / "recipes", ignore=shutil.ignore_patterns("out"))
+    write_recipes(folder)
+    (folder / "ComfyUI" / "extra_model_paths.yaml").write_text("mine:\n  vae: models/vae\n", encoding="utf-8")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "s2vflow").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m s2v_flow "$@"\n')
+    (folder / "bin" / "s2vflow").chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HOME", str(folder))
+        patch.setenv("S2VFLOW_CACHE_DIR", str(folder / "cache"))
+        patch.setenv("S2VFLOW_DEFAULTS", "")
+        patch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        for variable in ("S2VFLOW_MODELS_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+            patch.delenv(variable, raising=False)
+        assert call("run", "talk.yaml")[0] == 0
+        assert call("export", "talk.yaml", "-o", "workflow.json")[0] == 0
+        yield folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({command.page for command in COMMANDS if not command.is_inline}))
+def test_command_lines_run(page: str, sandbox: Path) -> None:
+    """As they stand, in the page's order, on tiny models; recipes that a command writes are made small afterwards."""
+    write_recipes(sandbox)
+    for command in COMMANDS:
+        if command.page != page or command.is_inline or any(word in command.line for word in NEEDS_MORE):
+            continue
+        if command.is_shell:
+            done = subprocess.run(
+                ["bash", "-c", command.line], capture_output=True, text=True, timeout=600, check=False
+            )
+            assert done.returncode == 0, (command, done.stderr)
+            continue
+        (words,) = command.calls
+        target = sandbox / words[words.index("-o") + 1] if "-o" in words else None
+        if target is not None:
+            target.unlink(missing_ok=True)
+        code, out, err = call(*(os.path.expanduser(word) for word in words))
+        assert code == 0, (command, out, err)
+        if target is not None and target.suffix == ".yaml":
+            target.write_text(small(target.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def write_recipes(folder: Path) -> None:
+    """Write the recipes that pages name, made small: the cookbook's, and its first one under another name."""
+    for block in blocks(text_of("docs/cookbook.md"), "yaml"):
+        (folder / block.split()[1]).write_text(small(block), encoding="utf-8")
+    shutil.copyfile(folder / "talk.yaml", folder / "recipe.yaml")
+
+
+def small(text: str) -> str:
+    """Return a recipe in a small size, with two steps and chunks of two latent frames."""
+    return yaml.safe_dump(_small(yaml.safe_load(text)), allow_unicode=True, sort_keys=False)
+
+
+def _small(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    change = {"width": 64, "height": 64, "steps": 2, "length": 5}
+    made = {
+        key: change[key] if key in change and isinstance(item, int) else _small(item) for key, item in value.items()
+    }
+    return {"length": 5, **made} if made.get("kind") == "sample" else made
