@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 import yaml
-from pages import ROOT, text_of
+from pages import PAGES, ROOT, text_of
 from test_architecture import ALLOWED
 
 from s2v_flow import __version__
@@ -17,11 +17,12 @@ def loaded(path: str) -> Any:
     return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
-def test_files_that_pages_about_the_code_name_are_there() -> None:
-    """Paths in backticks, in the pages that lead through the code."""
-    for page in ("ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "docs/releasing.md", "docs/reliability.md"):
-        named = re.findall(r"`((?:s2v_flow|tests|benchmarks|schemas|recipes|\.ci)/[\w./]*)`", text_of(page))
-        assert [path for path in named if not (ROOT / path).exists()] == [], page
+def test_files_that_pages_name_are_there() -> None:
+    """Paths in backticks, and tests wherever they are named."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"`((?:s2v_flow|tests|benchmarks|schemas|\.ci)/[\w./]*)`|(\btests/[\w/]+\.py)", text)
+        assert [path for found in named for path in found if path and not (ROOT / path).exists()] == [], page
     assert len(re.findall(r"`s2v_flow/[\w/]+\.py`", text_of("ARCHITECTURE.md"))) > 20, "the list above is not empty"
 
 

@@ -19,6 +19,7 @@ from pages import PAGES, ROOT, Command, anchors, blocks, commands, links, prose,
 from recipes_for_tests import RECIPES, call
 from sandbox import make_inputs, make_models
 
+from s2v_flow.cli.defaults import read_defaults
 from s2v_flow.cli.main import cli
 from s2v_flow.comfy.catalog import classes
 from s2v_flow.errors import ExitCode
@@ -115,6 +116,20 @@ def test_command_lines_parse(command: Command) -> None:
             assert not rest
 
 
+def test_yaml_on_the_pages_uses_fields_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes of recipes that are shown in part, and the defaults file."""
+    kinds = {kind.kind: kind.model_fields.keys() for kind in NODE_KINDS}
+    for page in PAGES:
+        for block in blocks(page.read_text(encoding="utf-8"), "yaml"):
+            for name, node in (yaml.safe_load(block).get("nodes") or {}).items():
+                assert "kind" not in node or node.keys() - {"kind"} <= kinds[node["kind"]], (page, name)
+    (defaults,) = blocks(text_of("docs/folders.md"), "yaml")
+    (tmp_path / "defaults.yaml").write_text(defaults, encoding="utf-8")
+    monkeypatch.setenv("S2VFLOW_DEFAULTS", str(tmp_path / "defaults.yaml"))
+    assert len(read_defaults()) == 6
+    assert yaml.safe_load(defaults).keys() == read_defaults().keys()
+
+
 def test_there_are_commands_to_try() -> None:
     assert len(COMMANDS) > 40
     pages = {command.page for command in COMMANDS if not command.is_inline}
@@ -169,6 +184,15 @@ def test_command_lines_run(page: str, sandbox: Path) -> None:
         assert code == 0, (command, out, err)
         if target is not None and target.suffix == ".yaml":
             target.write_text(small(target.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(sandbox: Path) -> None:
+    demo = sandbox / "recipes" / "demo.yaml"
+    demo.write_text(small(demo.read_text(encoding="utf-8")), encoding="utf-8")
+    (code,) = blocks(text_of("README.md"), "python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert (sandbox / "recipes" / "out" / "demo.mp4").is_file()
 
 
 def write_recipes(folder: Path) -> None:
