@@ -2,13 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
-from s2v_flow.comfy.draft import Draft, DraftNode, NodeRef
 from s2v_flow.comfy.graph import Box, Graph, Note, Value
-from s2v_flow.comfy.names import PARAM_ORDER, PARAMS, param_name, slug, unique
+from s2v_flow.comfy.meaning import Draft, DraftNode, NodeRef
+from s2v_flow.graph.node import Node
+from s2v_flow.recipe.document import Recipe
+
+_MAX = 40
+
+PARAMS: Mapping[tuple[str, str], str] = MappingProxyType(
+    {
+        ("load_image", "file"): "image",
+        ("load_audio", "file"): "audio",
+        ("load_video", "file"): "video",
+        ("encode_text", "text"): "prompt",
+        ("encode_image", "width"): "width",
+        ("encode_image", "height"): "height",
+        ("sample", "width"): "width",
+        ("sample", "height"): "height",
+        ("sample", "length"): "length",
+        ("sample", "steps"): "steps",
+        ("sample", "cfg"): "cfg",
+        ("sample", "seed"): "seed",
+    }
+)
+"""What people turn: always a parameter. Of other values only those are that several fields share."""
+
+PARAM_ORDER = ("image", "audio", "video", "prompt", "negative_prompt", "width", "height", "length", "steps", "cfg")
+
+
+def param_name(kind: str, field: str, usual: str) -> str:
+    """Return the usual name of a parameter for a field; negative prompts have their own."""
+    name = PARAMS.get((kind, field), field)
+    return "negative_prompt" if name == "prompt" and usual == "negative" else name
+
+
+def slug(text: str) -> str:
+    """Return a title as a name; empty where nothing of it can stand in one."""
+    plain = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:_MAX].strip("_")
+    return f"n_{plain}" if plain[:1].isdigit() else plain
+
+
+def unique(name: str, taken: Collection[str]) -> str:
+    """Return the name, with a number behind it where it is taken; `params` is no name for a node."""
+    name = "params_node" if name == "params" else name
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    return found
+
+
+def lora_id(title: str | None, file: str, taken: Collection[str]) -> str:
+    """Return what a LoRA is called: by its title, else by its file."""
+    stem = file.rsplit("/", 1)[-1].removesuffix(".safetensors")
+    is_lightning = any(word in stem.lower() for word in ("lightning", "lightx2v"))
+    return unique(slug(title or "") or ("lightning" if is_lightning else slug(stem)) or "lora", taken)
+
+
+Kinds = Mapping[str, type[Node]]
+
+
+def difference(base: Sections, other: Sections, kinds: Kinds) -> dict[str, Any]:
+    """Return the profile that makes `other` of `base`: its parameters and nodes, as far as they differ."""
+    params = {name: value for name, value in other.params.items() if base.params.get(name, ...) != value}
+    nodes: dict[str, Any] = {}
+    for name, node in other.nodes.items():
+        below = base.nodes.get(name)
+        if below is None or below["kind"] != node["kind"]:
+            nodes[name] = node
+            continue
+        changed = {field: value for field, value in node.items() if below.get(field, ...) != value}
+        changed |= {field: _default(kinds[node["kind"]], field) for field in below if field not in node}
+        if changed:
+            nodes[name] = changed
+    return {key: value for key, value in (("params", params), ("nodes", nodes)) if value}
+
+
+def profile_name(profile: Mapping[str, Any]) -> str:
+    """Return a name that says what the profile is for."""
+    steps = profile.get("params", {}).get("steps")
+    return f"steps_{steps}" if isinstance(steps, int) else "bypassed"
+
+
+def _default(kind: type[Node], field: str) -> Any:
+    return kind.model_fields[field].get_default()
+
+
+def meanings(recipe: Recipe) -> dict[str, str]:
+    """Return, for every node that writes a file, a digest of all that its result depends on.
+
+    Names, and fields that cannot change the result, do not count; where it is written does.
+    """
+    digests: dict[str, str] = {}
+    pending = [name for name, spec in recipe.nodes.items() if spec.node.is_sink]
+    sinks = list(pending)
+    while pending:
+        name = pending[-1]
+        node = recipe.nodes[name].node
+        missing = [ref.node for ref in node.refs().values() if ref.node not in digests]
+        if missing:
+            pending += missing
+            continue
+        pending.pop()
+        inputs = {field: digests[ref.node] for field, ref in node.refs().items()}
+        content = {"kind": node.kind, "fields": _fields(node), "inputs": inputs}
+        digests[name] = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return {name: digests[name] for name in sinks}
+
+
+def _fields(node: Node) -> dict[str, Any]:
+    """Return a node's plain fields; neutral ones only where they name a file to write."""
+    neutral = node.neutral_fields()
+    written = {name for name, mark in type(node).file_fields().items() if mark.role == "output"}
+    skipped = (neutral - written) | node.input_ports().keys()
+    fields = {name: value for name, value in node.model_dump(mode="json").items() if name not in skipped}
+    if "loras" in fields:
+        fields["loras"] = [{key: lora[key] for key in ("file", "strength")} for lora in fields["loras"]]
+    return fields
+
 
 _RANKS = (
     "load_diffusion_model",

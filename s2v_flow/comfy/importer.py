@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.comfy.catalog import SAVERS
-from s2v_flow.comfy.draft import Draft
+from s2v_flow.comfy.catalog import PREVIEWS, SAVERS, WITHOUT_RESULT, classes
 from s2v_flow.comfy.editor import inactive_parts, is_editor, read_editor
-from s2v_flow.comfy.finish import Sections, annotate, finish
-from s2v_flow.comfy.graph import Graph, Mistakes
+from s2v_flow.comfy.finish import (
+    Kinds,
+    Reference,
+    Sections,
+    annotate,
+    difference,
+    finish,
+    meanings,
+    profile_name,
+    unique,
+)
+from s2v_flow.comfy.graph import ComfyNode, Graph, Link, Mistakes, is_prompt, needed_order, read_prompt
+from s2v_flow.comfy.meaning import Context, Draft, SkipError
 from s2v_flow.comfy.modernise import modernise
-from s2v_flow.comfy.names import unique
-from s2v_flow.comfy.profile import Kinds, difference, meanings, profile_name
-from s2v_flow.comfy.prompt import is_prompt, read_prompt
+from s2v_flow.comfy.sampling import SAMPLING
 from s2v_flow.comfy.source import bad_file, parse, read_workflow
-from s2v_flow.comfy.translate import translate
-from s2v_flow.comfy.yaml_text import recipe_text
+from s2v_flow.comfy.sources import SOURCES
 from s2v_flow.errors import Place, RecipeError
 from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.emit import flow_text, to_yaml
 from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.reader import FORBIDDEN
 
 _MAX_PROFILES = 8
 
@@ -137,3 +148,133 @@ def checked(text: str, kinds: Kinds, profile: str | None = None) -> Recipe:
 def _renamed(item: Any) -> Any:
     place = item.place
     return item if place is None else replace(item, place=Place("(imported recipe)", place.line, place.column))
+
+
+def translate(graph: Graph, mistakes: Mistakes, wanted: Collection[str] | None = None) -> Draft:
+    """Translate what the nodes that save something need.
+
+    Args:
+        graph: The workflow.
+        mistakes: Takes what is wrong, and what a person should know.
+        wanted: Ids of the saving nodes that count; all of them unless given.
+
+    Raises:
+        RecipeError: With everything that recipes cannot express.
+    """
+    targets = _targets(graph, mistakes, wanted)
+    order = needed_order(graph, targets, mistakes)
+    unknown = [graph.nodes[name] for name in order if graph.nodes[name].type not in classes()]
+    for node in unknown:
+        mistakes.add("W003", f"there is no such node here: {node.type}", node, _advice(node))
+    mistakes.raise_any()
+    if wanted is None:
+        _note_dropped(graph, set(order), mistakes)
+    context = Context(graph, Draft(), mistakes)
+    for name in order:
+        node = graph.nodes[name]
+        translator = SOURCES.get(node.type) or SAMPLING[node.type]
+        try:
+            for slot, meaning in enumerate(translator(context, node)):
+                context.meanings[Link(name, slot)] = meaning
+        except SkipError:
+            continue
+    mistakes.raise_any()
+    return context.draft
+
+
+def _targets(graph: Graph, mistakes: Mistakes, wanted: Collection[str] | None) -> list[str]:
+    """Return the ids of the nodes that save something; where there are none, those that show frames."""
+    for types in (SAVERS, PREVIEWS):
+        found = [
+            name for name, node in graph.nodes.items() if node.type in types and (wanted is None or name in wanted)
+        ]
+        if found:
+            return sorted(found, key=lambda name: (types.index(graph.nodes[name].type), _by_number(name)))
+    fix = "add a SaveVideo node, or switch the one that is there on"
+    raise mistakes.stop("W001", "nothing in it saves a video, images or a latent", fix=fix)
+
+
+def _by_number(name: str) -> list[tuple[int, int, str]]:
+    """Order ids as people do: 9 before 10, and parts of subgraphs after what stands around them."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(":")]
+
+
+def _advice(node: ComfyNode) -> str:
+    if node.type.startswith("WanVideo"):
+        return "build this part with ComfyUI's own nodes (WanSoundImageToVideo, KSampler); the wrapper's are not known"
+    if node.type.count("-") == 4:
+        return "its subgraph is not in the file: open the workflow in ComfyUI and save it again"
+    return "bypass it (Ctrl+B) or replace it by a node that s2vflow knows, and save the workflow again"
+
+
+def _note_dropped(graph: Graph, used: set[str], mistakes: Mistakes) -> None:
+    for name, node in graph.nodes.items():
+        if name in used:
+            continue
+        if node.type in PREVIEWS or node.type in WITHOUT_RESULT:
+            mistakes.note(f"{node.described()} is left out: it shows or saves what recipes do not")
+        elif node.type not in classes():
+            mistakes.note(f"{node.described()} is left out: it is unknown, and feeds nothing that is saved")
+
+
+_WIDTH = 120
+_LONGEST_ALIGNED = 12  # longer names do not move the others to the right
+_ESCAPED = re.compile(r"\$(?=\{|params\.)")
+
+
+def recipe_text(sections: Sections, description: str, profiles: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a recipe's text: short nodes on one line, others as blocks, comments kept; always the same bytes."""
+    lines = ["s2vflow: 1", *_yaml({"description": description}), ""]
+    if sections.params:
+        lines += [*_comments(sections.remarks.get("params", []), ""), *_yaml({"params": sections.params}), ""]
+    lines += ["nodes:", *_nodes(sections)]
+    if profiles:
+        lines += ["", *_comments(sections.remarks.get("profiles", []), "")]
+        lines += _yaml({"profiles": profiles}, flow_depth=2, width=102)
+    notes = sections.notes + ([] if profiles else sections.remarks.get("profiles", []))
+    if notes:
+        lines += ["", "# Notes from the workflow"]
+        for note in notes:
+            lines += ["#", *_comments([note], "")]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _nodes(sections: Sections) -> Iterator[str]:
+    flows = {name: flow_text(_plain(node)) for name, node in sections.nodes.items()}
+    one_line = {name for name, node in sections.nodes.items() if _fits(name, node, flows[name])}
+    width = max((len(name) + 1 for name in one_line if len(name) <= _LONGEST_ALIGNED), default=0)
+    for name, node in sections.nodes.items():
+        yield from _comments(sections.remarks.get(name, []), "  ")
+        if name in one_line:
+            yield f"  {name + ':':<{width}} {flows[name]}"
+        else:
+            yield from (f"  {line}" for line in _yaml({name: node}, flow_depth=3, width=_WIDTH - 2))
+
+
+def _fits(name: str, node: Mapping[str, Any], flow: str) -> bool:
+    has_loras = any(isinstance(value, list) and value for value in node.values())
+    has_lines = any(isinstance(value, str) and "\n" in value for value in node.values())
+    return not has_loras and not has_lines and max(len(name) + 1, 10) + len(flow) + 3 <= _WIDTH
+
+
+def _comments(texts: list[str], indent: str) -> Iterator[str]:
+    for text in texts:
+        clean = re.sub(r"\n\s*\n\s*", "\n\n", FORBIDDEN.sub("", text))
+        for line in clean.splitlines():
+            parts = textwrap.wrap(line, _WIDTH - len(indent) - 2, break_long_words=False, break_on_hyphens=False)
+            yield from (f"{indent}# {part}" for part in parts or [""])
+
+
+def _yaml(data: Mapping[str, Any], *, flow_depth: int = 2, width: int = _WIDTH) -> list[str]:
+    return to_yaml(_plain(data), flow_depth=flow_depth, width=width, folds=False).splitlines()
+
+
+def _plain(value: Any) -> Any:
+    """Return data as YAML takes it: references as text, other text with `${` and `$params.` escaped."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return _ESCAPED.sub("$$", FORBIDDEN.sub("", value))
+    return value.text if isinstance(value, Reference) else value

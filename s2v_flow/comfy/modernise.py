@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2v_flow.comfy.draft import Draft, DraftNode, NodeRef
+from s2v_flow.comfy.meaning import Draft, DraftNode, NodeRef
 
 _REMOVED = {
     "encode_audio": ("conditioning", "warmup_frames"),

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from s2v_flow.comfy.catalog import AUTHORS_SAMPLERS
-from s2v_flow.comfy.draft import NodeRef
+from s2v_flow.comfy.finish import lora_id
 from s2v_flow.comfy.graph import ComfyNode, Value
 from s2v_flow.comfy.meaning import (
     Context,
@@ -16,6 +16,7 @@ from s2v_flow.comfy.meaning import (
     Latent,
     Made,
     Model,
+    NodeRef,
     Noise,
     Prepared,
     PreparedLatent,
@@ -24,7 +25,6 @@ from s2v_flow.comfy.meaning import (
     Solver,
     Zeroed,
 )
-from s2v_flow.comfy.names import lora_id
 from s2v_flow.comfy.sources import Translator
 from s2v_flow.nodes.sample import Sample
 from s2v_flow.wording import did_you_mean

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from s2v_flow.comfy.draft import NodeRef
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
-from s2v_flow.comfy.meaning import Context, FramesMade, Latent, Made, Model, Video, Zeroed
+from s2v_flow.comfy.meaning import Context, FramesMade, Latent, Made, Model, NodeRef, Video, Zeroed
 
 Translator = Callable[[Context, ComfyNode], tuple[Any, ...]]
 WHOLE_SECONDS = 86_400.0  # a day: TrimAudioDuration cannot be told "to the end"

@@ -32,6 +32,7 @@ class _Style:
     above: Mapping[FieldPath, str]
     flow_depth: int
     width: int
+    folds: bool
 
     @cached_property
     def paths_with_comments_inside(self) -> frozenset[FieldPath]:
@@ -47,6 +48,7 @@ def to_yaml(
     above: Mapping[FieldPath, str] | None = None,
     flow_depth: int = 2,
     width: int = 120,
+    folds: bool = True,
 ) -> str:
     """Return a map as YAML text, with a newline at the end.
 
@@ -59,12 +61,13 @@ def to_yaml(
         flow_depth: Maps and lists so deep or deeper (1: the values of the top's keys) are written on one line where
             they fit and hold no comment. Above that depth, lists of scalars alone are.
         width: How many columns a line should have at most.
+        folds: Fold long text at blanks; else it stays on its line.
 
     Raises:
         ValueError: A number is infinite or not a number.
         TypeError: A value is of a type that YAML has no words for.
     """
-    style = _Style(comments or {}, above or {}, flow_depth, width)
+    style = _Style(comments or {}, above or {}, flow_depth, width, folds)
     lines = _above(style, (), 0)
     was_section = None
     for key, value in data.items():
@@ -166,7 +169,7 @@ def _one_line(style: _Style, value: _Data, path: FieldPath, column: int) -> str 
     """Return a value as it stands behind its key, or None where it needs lines of its own."""
     if isinstance(value, str):
         text = _text(value)
-        is_long = column + len(text) > style.width and _FOLD.search(value) is not None
+        is_long = style.folds and column + len(text) > style.width and _FOLD.search(value) is not None
         return None if _can_be_block(value) and ("\n" in value or is_long) else text
     if not isinstance(value, (Mapping, list, tuple)):
         return scalar_text(value)
@@ -175,15 +178,16 @@ def _one_line(style: _Style, value: _Data, path: FieldPath, column: int) -> str 
     is_simple = not isinstance(value, Mapping) and not any(isinstance(item, (Mapping, list, tuple)) for item in value)
     if (len(path) < style.flow_depth and not is_simple) or path in style.paths_with_comments_inside:
         return None
-    text = _flow(value)
+    text = flow_text(value)
     return text if column + len(text) <= style.width else None
 
 
-def _flow(value: _Data) -> str:
+def flow_text(value: _Data) -> str:
+    """Return a value on one line, maps and lists in braces and brackets."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_text(key, in_flow=True)}: {_flow(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_text(key, in_flow=True)}: {flow_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_flow, value)) + "]"
+        return "[" + ", ".join(map(flow_text, value)) + "]"
     return scalar_text(value, in_flow=True)
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.api import KINDS
-from s2v_flow.comfy.formats import write_editor
-from s2v_flow.comfy.graph import Mistakes
+from s2v_flow.comfy.exporter import write_editor
+from s2v_flow.comfy.graph import Mistakes, read_prompt
 from s2v_flow.comfy.importer import Imported, checked, import_workflow
-from s2v_flow.comfy.prompt import read_prompt
 from s2v_flow.graph.build import build_plan
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.plan import Plan

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2v_flow.comfy.finish import Reference, Sections
-from s2v_flow.comfy.yaml_text import recipe_text
+from s2v_flow.comfy.importer import recipe_text
 from s2v_flow.recipe.reader import FORBIDDEN
 
 # fmt: off
