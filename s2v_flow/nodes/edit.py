@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Value
 from s2v_flow.nodes.chunk_plan import Chain, Part
@@ -177,6 +178,53 @@ class FramesDelay(Node):
 
         total = given.num_frames + self.count
         return {"frames": Frames(given.width, given.height, total, groups, read)}
+
+
+class FramesConcat(Node):
+    """Put the frames of two videos one after the other."""
+
+    kind: ClassVar[str] = "frames_concat"
+    outputs: ClassVar = {"frames": "frames"}
+
+    first: FramesInput = Field(description="What comes first.")
+    second: FramesInput = Field(description="What comes after it, in the same size.")
+
+    def plan(self, builder: Planner, name: str) -> dict[str, Value]:
+        """Pass on the size, and how many frames there are together."""
+        parts = [builder.value(ref) for ref in (self.first, self.second)]
+        facts = [part.facts if part else {} for part in parts]
+        sizes = [(fact.get("width"), fact.get("height")) for fact in facts]
+        if sizes[0] != sizes[1] and all(map(all, sizes)):
+            named = " and ".join(f"{width} x {height}" for width, height in sizes)
+            message = f"second: these videos cannot be put one after the other: {named}"
+            builder.problem(name, "second", "R105", message, "scale one of them with frames_scale")
+        counts = [fact["frames"] for fact in facts if fact.get("frames") is not None]
+        total = sum(counts) if len(counts) == 2 else None
+        return builder.add_simple(name, self, {**facts[0], "frames": total})
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out both streams, one after the other."""
+        import numpy as np
+
+        first, second = inputs["first"], inputs["second"]
+        if (first.width, first.height) != (second.width, second.height):
+            sizes = f"{first.width} x {first.height} and {second.width} x {second.height}"
+            fix = "scale one of them with frames_scale"
+            raise S2VFlowError(f"{context.name}: the videos must have one size, these have {sizes}", fix)
+
+        def groups() -> Iterator[np.ndarray]:
+            yield from first.groups()
+            yield from second.groups()
+
+        def read(start: int, count: int) -> np.ndarray:
+            here = max(min(first.num_frames - start, count), 0)
+            parts = [first.read(start, here)] if here else []
+            if count > here or not parts:
+                parts.append(second.read(max(start - first.num_frames, 0), count - here))
+            return np.concatenate(parts)
+
+        total = first.num_frames + second.num_frames
+        return {"frames": Frames(first.width, first.height, total, groups, read)}
 
 
 class ImageFromFrames(Node):

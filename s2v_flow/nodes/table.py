@@ -7,7 +7,15 @@ from types import MappingProxyType
 
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.decode import Decode
-from s2v_flow.nodes.edit import FramesDelay, FramesFromImage, FramesSlice, ImageFromFrames, LatentConcat, LatentCut
+from s2v_flow.nodes.edit import (
+    FramesConcat,
+    FramesDelay,
+    FramesFromImage,
+    FramesSlice,
+    ImageFromFrames,
+    LatentConcat,
+    LatentCut,
+)
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage, EncodeText
 from s2v_flow.nodes.load import (
     LoadAudio,
@@ -71,6 +79,7 @@ NODE_KINDS: tuple[type[Node], ...] = (
     FramesFromImage,
     ImageScale,
     ImageFromFrames,
+    FramesConcat,
     SaveVideo,
     SaveImages,
     SaveLatent,

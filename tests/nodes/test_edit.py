@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from s2v_flow.nodes.edit import FramesDelay, FramesFromImage, FramesSlice, ImageFromFrames, piece
+from s2v_flow.errors import S2VFlowError
+from s2v_flow.nodes.edit import FramesConcat, FramesDelay, FramesFromImage, FramesSlice, ImageFromFrames, piece
 from s2v_flow.nodes.frames import Frames, window
 from s2v_flow.nodes.load import Lazy
 from s2v_flow.nodes.scale import FramesScale, ImageScale, resize
@@ -54,6 +56,18 @@ def test_a_delay_lets_the_first_frame_stand(count: int) -> None:
     """In front of all others."""
     made = FramesDelay.model_validate({"frames": "$x", "count": count})
     assert numbers(made.run(NO_CONTEXT, {"frames": numbered(4)})["frames"]) == [0] * count + [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("counts", [(3, 4), (5, 0), (0, 2), (1, 1)])
+def test_two_videos_are_put_one_after_the_other(counts: tuple[int, int]) -> None:
+    """Streamed or read, wherever the seam lies; videos of two sizes are refused, with the way out."""
+    parts: dict[str, Any] = dict(zip(("first", "second"), map(numbered, counts), strict=True))
+    node = FramesConcat.model_validate({"first": "$a", "second": "$b"})
+    assert numbers(node.run(NO_CONTEXT, parts)["frames"]) == [*range(counts[0]), *range(counts[1])]
+    context: Any = SimpleNamespace(name="all")
+    with pytest.raises(S2VFlowError, match="all: the videos must have one size, these have 4 x 2 and 6 x 2") as caught:
+        node.run(context, parts | {"second": numbered(2, width=6)})
+    assert "frames_scale" in (caught.value.fix or "")
 
 
 def test_images_and_frames_turn_into_each_other() -> None:
