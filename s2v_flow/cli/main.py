@@ -89,7 +89,7 @@ def _run(recipe: Path, options: Options, *, as_json: bool, events: str | None = 
         report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
     api.require_files(planned)
     for note in planned.notes:
-        report.print_message(f"note: {note}")
+        report.print_message(report.noted(note))
     progress = report.Progress()
     try:
         with open_events(events, progress) as stream:
@@ -197,6 +197,8 @@ def import_(workflow: Path, output: Path | None, modernise: bool, force: bool) -
     from s2v_flow.comfy.importer import import_workflow
 
     imported = import_workflow(workflow, KINDS, modernises=modernise)
+    for warning in imported.warnings:
+        report.print_message(f"warning: {warning}")
     for note in imported.notes:
         report.print_message(f"note: {note}")
     for change in imported.changes:

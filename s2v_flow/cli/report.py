@@ -62,6 +62,11 @@ def print_error(error: S2VFlowError) -> None:
         print_message(f"  fix: {visible(error.fix)}")
 
 
+def noted(text: str) -> str:
+    """Return a note as its line begins: `note:`, unless it says `warning:` itself."""
+    return text if text.startswith("warning: ") else f"note: {text}"
+
+
 def print_plan(planned: Planned) -> None:
     """Print a plan as a table for people, to stdout."""
     nodes = planned.plan.nodes
@@ -81,7 +86,7 @@ def print_plan(planned: Planned) -> None:
         print_result(_cost(planned))
         print_result(_memory(planned))
     for note in planned.notes:
-        print_result(f"note: {visible(note)}")
+        print_result(visible(noted(note)))
     for item in planned.plan.missing:
         print_result(f"missing: {visible(item.file)} ({item.kind}), looked for in {', '.join(item.looked_in)}")
         for home in item.homes:
@@ -212,7 +217,7 @@ class Progress:
 
     def _note(self, event: Noted) -> None:
         text = f"{event.node}: {event.text}" if event.node else event.text
-        text = visible(f"warning: {text}" if event.is_warning else text)
+        text = visible(f"warning: {text}" if event.is_warning else f"note: {text}")
         if self._live is not None:
             self._live.console.print(text, markup=False)
         else:

@@ -94,6 +94,7 @@ class Run:
         default_factory=dict
     )  # no errors: their tracebacks hold what a node had in memory
     _entries: dict[str, Entry] = field(default_factory=dict)
+    _replaced: list[Path] = field(default_factory=list)  # by the node that is being delivered
     _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _live_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     _digests: dict[Source, str] = field(default_factory=dict)
@@ -307,9 +308,13 @@ class Run:
             return self._mending(node, lambda: self._results.read(self._entries[node.name].outputs[port]))
 
         def copy_to(target: Path, trailer: bytes = b"") -> bool:
-            return self._mending(
+            stood = target.exists()
+            changed = self._mending(
                 node, lambda: self._results.copy_to(self._entries[node.name].outputs[port], target, trailer)
             )
+            if stood and changed:
+                self._replaced.append(target)
+            return changed
 
         return Artifact(self._digests[Source(node.name, port)], read, copy_to)
 
@@ -386,8 +391,15 @@ class Run:
     def _deliver(self, node: PlanNode) -> tuple[Path, ...]:
         artifacts = {port: self._artifact(node, port) for port in self._entries[node.name].outputs}
         reap_outputs(node)
+        self._replaced.clear()
         delivered = node.node.deliver(node.files, artifacts, self.note(node, self._entries))
         self._results.forget(node.name)
+        if self._replaced:
+            more = f" and {len(self._replaced) - 1} more" if len(self._replaced) > 1 else ""
+            text = (
+                f"file: {self._replaced[0]}{more} stood there and was replaced; another file, or ${{params.seed}} in it"
+            )
+            self.emit(Noted(node.name, f"{text}, keeps both"))
         for path, changed in delivered:
             self.emit(Delivered(node.name, str(path), changed))
         return tuple(path for path, _ in delivered)

@@ -14,6 +14,7 @@ from pydantic import Field
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import FileField, Neutral, Value
+from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
 from s2v_flow.nodes.fields import AudioInput, FramesInput, LatentInput
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ class SaveVideo(Node):
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the file; its length is that of the frames."""
+        if self.fps != FRAME_RATE_HZ:
+            speed = f"everything moves {self.fps / FRAME_RATE_HZ:.3g} times as fast"
+            parts = "" if self.audio is None else ", and lips and sound part"
+            planner.note(
+                name, f"warning: fps: {name} plays {self.fps:g} frames a second, the model makes 16: {speed}{parts}"
+            )
         return plan_sink(planner, name, self, self.fps)
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
