@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,7 +20,7 @@ NOTES = frozenset({"Note", "MarkdownNote"})
 AUTHORS_SAMPLERS = ("flow_unipc", "flow_dpmpp")
 """Samplers of recipes that ComfyUI does not have."""
 
-SAVERS = ("SaveVideo", "SaveAnimatedWEBP", "SaveWEBM", "VHS_VideoCombine", "SaveImage", "SaveLatent")
+SAVERS = ("SaveVideo", "SaveAnimatedWEBP", "SaveAnimatedPNG", "SaveWEBM", "VHS_VideoCombine", "SaveImage", "SaveLatent")
 PREVIEWS = ("PreviewImage",)
 WITHOUT_RESULT = frozenset({"PreviewAny", "PreviewAudio", "SaveAudio", "SaveAudioMP3", "SaveAudioOpus"})
 """Outputs of ComfyUI that no recipe needs: they show or write what is there already."""
@@ -63,8 +65,16 @@ class ComfyClass:
 # class | title | links (? optional) | widgets (* followed by a control word; =default) | outputs
 _ROWS = """
 UNETLoader|Load Diffusion Model||unet_name:S weight_dtype:S=default|MODEL
+DiffusionModelLoaderKJ|Diffusion Model Loader KJ||model_name:S weight_dtype:S=default|MODEL
+UnetLoaderGGUF|Unet Loader (GGUF)||unet_name:S|MODEL
+UnetLoaderGGUFAdvanced|Unet Loader (GGUF/Advanced)||unet_name:S|MODEL
+GGUFLoaderKJ|GGUF Loader KJ||model_name:S extra_model_name:S=none|MODEL
+LoaderGGUF|GGUF Loader||gguf_name:S|MODEL
+CLIPLoaderGGUF|CLIPLoader (GGUF)||clip_name:S type:S=wan|CLIP
+ClipLoaderGGUF|GGUF CLIP Loader||clip_name:S type:S=wan|CLIP
 CLIPLoader|Load CLIP||clip_name:S type:S=wan device:S=default|CLIP
 VAELoader|Load VAE||vae_name:S|VAE
+VAELoaderKJ|VAELoader KJ||vae_name:S|VAE
 AudioEncoderLoader|Load Audio Encoder||audio_encoder_name:S|AUDIO_ENCODER
 LoraLoaderModelOnly|LoraLoaderModelOnly|model:MODEL|lora_name:S strength_model:F=1.0|MODEL
 LoraLoader|Load LoRA|model:MODEL clip:CLIP|lora_name:S strength_model:F=1.0 strength_clip:F=1.0|MODEL CLIP
@@ -80,6 +90,22 @@ ImageScaleBy|Upscale Image By|image:IMAGE|upscale_method:S scale_by:F=1.0|IMAGE
 ImageScaleToTotalPixels|Scale Image to Total Pixels|image:IMAGE|\
 upscale_method:S megapixels:F=1.0 resolution_steps:I=1|IMAGE
 ImageScaleToMaxDimension|Scale Image to Max Dimension|image:IMAGE|upscale_method:S largest_size:I=512|IMAGE
+ImageResizeKJ|Resize Image (KJ, deprecated)|image:IMAGE get_image_size:IMAGE? width_input:INT? height_input:INT?|\
+width:I=512 height:I=512 upscale_method:S=nearest-exact keep_proportion:B=false divisible_by:I=2 \
+crop:A=disabled|IMAGE width:INT height:INT
+ImageResizeKJv2|Resize Image v2|image:IMAGE mask:MASK?|width:I=512 height:I=512 upscale_method:S=nearest-exact \
+keep_proportion:S=stretch pad_color:A crop_position:S=center divisible_by:I=2|IMAGE width:INT height:INT mask:MASK
+ResizeImageMaskNode|Resize Image/Mask|input:IMAGE resize_type.match:IMAGE?|\
+resize_type:S scale_method:S=area|resized:IMAGE
+ResizeImagesByLongerEdge|Resize Images by Longer Edge|images:IMAGE|longer_edge:I=1024|IMAGE
+ResizeImagesByShorterEdge|Resize Images by Shorter Edge|images:IMAGE|shorter_edge:I=512|IMAGE
+ResizeAndPadImage|Resize And Pad Image|image:IMAGE|target_width:I=512 target_height:I=512 padding_color:A=white \
+interpolation:S=area|IMAGE
+GetImageSize|Get Image Size|image:IMAGE||width:INT height:INT batch_size:INT
+GetImageSizeAndCount|Get Image Size & Count|image:IMAGE||image:IMAGE width:INT height:INT count:INT
+ImageBatch|Batch Images|image1:IMAGE image2:IMAGE||IMAGE
+ImageBatchMulti|Image Batch Multi|image_1:IMAGE image_2:IMAGE?|inputcount:I=2|images:IMAGE
+BatchImagesNode|Batch Images|images.image0:IMAGE images.image1:IMAGE?||IMAGE
 RepeatImageBatch|RepeatImageBatch|image:IMAGE|amount:I=1|IMAGE
 ImageFromBatch|ImageFromBatch|image:IMAGE|batch_index:I=0 length:I=1|IMAGE
 CLIPTextEncode|CLIP Text Encode (Prompt)|clip:CLIP|text:S|CONDITIONING
@@ -114,6 +140,7 @@ CreateVideo|Create Video|images:IMAGE audio:AUDIO?|fps:F=30.0|VIDEO
 SaveVideo|Save Video|video:VIDEO|filename_prefix:S=video/ComfyUI format:A=auto codec:A=auto|
 SaveAnimatedWEBP|SaveAnimatedWEBP|images:IMAGE|\
 filename_prefix:S=ComfyUI fps:F=6.0 lossless:A=true quality:A=80 method:A=default|
+SaveAnimatedPNG|SaveAnimatedPNG|images:IMAGE|filename_prefix:S=ComfyUI fps:F=6.0 compress_level:A=4|
 SaveWEBM|SaveWEBM|images:IMAGE|filename_prefix:S=ComfyUI codec:A=vp9 fps:F=24.0 crf:A=32|
 VHS_VideoCombine|Video Combine|images:IMAGE audio:AUDIO?|frame_rate:F=8.0 loop_count:A=0 \
 filename_prefix:S=AnimateDiff format:A=video/h264-mp4 pingpong:B=false save_output:A=true|FILENAMES
@@ -122,12 +149,32 @@ PreviewImage|Preview Image|images:IMAGE||
 SaveLatent|SaveLatent|samples:LATENT|filename_prefix:S=latents/ComfyUI|
 PrimitiveInt|Int||value:I*|INT
 PrimitiveFloat|Float||value:F|FLOAT
+INTConstant|INT Constant||value:I|value:INT
+FloatConstant|Float Constant||value:F|value:FLOAT
 PrimitiveString|String||value:S|STRING
 PrimitiveStringMultiline|String (Multiline)||value:S|STRING
 PrimitiveBoolean|Boolean||value:B|BOOLEAN
 StringConcatenate|Concatenate||string_a:S string_b:S delimiter:S|STRING
 ComfySwitchNode|Switch|on_false:*? on_true:*?|switch:B=true|output:*
 """
+
+BRANCHES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "ResizeImageMaskNode": {
+            "scale dimensions": ("width", "height", "crop"),
+            "scale by multiplier": ("multiplier",),
+            "scale longer dimension": ("longer_size",),
+            "scale shorter dimension": ("shorter_size",),
+            "scale width": ("width",),
+            "scale height": ("height",),
+            "scale total pixels": ("megapixels",),
+            "match size": ("crop",),
+            "scale to multiple": ("multiple",),
+        },
+        "SaveVideo": dict.fromkeys(("mp4", "webm", "mkv"), ("codec", "codec.encoding", "codec.encoding.crf")),
+    }
+)
+"""Widgets that a choice brings along (their names begin with the choice's and a dot), by class and choice."""
 
 _TYPES = {"S": "STRING", "I": "INT", "F": "FLOAT", "B": "BOOLEAN", "A": "ANY"}
 _TITLES: Mapping[str, frozenset[str]] = MappingProxyType(
@@ -145,6 +192,37 @@ def classes() -> Mapping[str, ComfyClass]:
     """Return the known classes by name."""
     rows = (row.split("|") for row in _ROWS.strip().splitlines())
     return MappingProxyType({name: _class(name, *rest) for name, *rest in rows})
+
+
+def base_class(class_type: str) -> str:
+    """Return the class that a node is a copy of: MultiGPU's nodes only choose where a model is kept."""
+    plain = re.sub(r"(DisTorch2?)?MultiGPU$", "", class_type)
+    return plain if plain in classes() else class_type
+
+
+def as_type(value: Any, type_: str) -> Any:
+    """Return a widget's value as the type that its class asks for; text may hold a number or a truth value.
+
+    Raises:
+        ValueError: It is of another type.
+    """
+    if type_ not in _TYPES.values() or type_ == "ANY":
+        return value
+    if not isinstance(value, (str, int, float)) or (isinstance(value, bool) and type_ != "BOOLEAN"):
+        raise ValueError(value)
+    text = str(value).strip()
+    if type_ == "STRING":
+        return value if isinstance(value, str) else text
+    if type_ == "BOOLEAN":
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(value)
+        return text.lower() in ("true", "1")
+    if type_ == "INT" and re.fullmatch(r"[+-]?[0-9]+", text):
+        return int(text)
+    number = float(text)
+    if not math.isfinite(number) or (type_ == "INT" and isinstance(value, str) and not number.is_integer()):
+        raise ValueError(value)
+    return int(number) if type_ == "INT" else number
 
 
 def is_stock_title(class_type: str, title: str) -> bool:

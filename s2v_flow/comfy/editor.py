@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from s2v_flow.comfy.catalog import CONTROL_WORDS, NOTES, VIRTUAL, ComfyClass, classes, is_stock_title
+from s2v_flow.comfy.catalog import NOTES, VIRTUAL, base_class, classes, is_stock_title
 from s2v_flow.comfy.graph import MAX_NODES, Box, ComfyNode, Graph, Link, Mistakes, Note, Value
+from s2v_flow.comfy.widgets import Promoted, list_in, maps_in, promoted_values, widget_values
 from s2v_flow.errors import RecipeError
-from s2v_flow.wording import shortened, shown
+from s2v_flow.wording import shortened
 
 MAX_DEPTH = 32
 _MAX_STEPS = 500_000  # along links, all together
@@ -32,6 +33,7 @@ class Scope:
     groups: list[Any]
     definition: Mapping[str, Any] = field(default_factory=dict)
     instance: Mapping[str, Any] = field(default_factory=dict)
+    promoted: Promoted = field(default_factory=Promoted)
     parent: Scope | None = None
     children: dict[int | str, Scope] = field(default_factory=dict)
     depth: int = 0
@@ -119,6 +121,7 @@ class _Unfolder:
                     raise self._mistakes.stop("W006", message, f"subgraph {shortened(str(definition.get('name')))}")
                 child = self._scope(f"{scope.name}{key}:", definition)
                 child.definition, child.instance, child.parent, child.depth = definition, node, scope, scope.depth + 1
+                child.promoted = promoted_values(node, definition, scope.promoted)
                 scope.children[key] = child
                 scopes.append(child)
                 pending.append(child)
@@ -171,14 +174,15 @@ class _Reader:
     def _node(self, scope: Scope, name: str, type_: str, node: Mapping[str, Any]) -> ComfyNode:
         title = node.get("title")
         is_own = isinstance(title, str) and bool(title) and not is_stock_title(type_, title)
-        made = ComfyNode(name, type_, {}, title if is_own else None, _box(scope.name, node))
+        made = ComfyNode(name, base_class(type_), {}, title if is_own else None, _box(scope.name, node))
         inputs: dict[str, Link | Value] = {}
-        known = classes().get(type_)
+        known = classes().get(made.type)
         if known is not None:
-            values, problem = widget_values(known, node.get("widgets_values"))
+            values, problem = widget_values(known, node)
             if problem:
                 self._mistakes.add("W002", problem, made, "save the workflow again with a recent ComfyUI")
             inputs.update({key: Value(value) for key, value in values.items()})
+        inputs |= {key: Value(value) for key, value in scope.promoted.of(node).items()}
         lacking = []
         for item in maps_in(node, "inputs"):
             if item.get("link") is None:
@@ -188,7 +192,7 @@ class _Reader:
                 inputs[str(item.get("name"))] = found
             elif "widget" not in item:
                 lacking.append(str(item.get("name")))
-        return ComfyNode(name, type_, inputs, made.title, made.box, tuple(lacking))
+        return replace(made, inputs=inputs, lacking=tuple(lacking))
 
     def _off(self, scope: Scope, node: Mapping[str, Any]) -> int:
         return 0 if scope.parent is None and str(node.get("id")) in self._active else _mode(node)
@@ -238,7 +242,8 @@ class _Reader:
         if type_ == "PrimitiveNode":
             title = node.get("title")
             is_own = isinstance(title, str) and not is_stock_title("PrimitiveNode", title)
-            return Value(_first_widget(node, raw=True), name, title if is_own else None)
+            held = next(iter(scope.promoted.of(node).values()), _first_widget(node, raw=True))
+            return Value(held, name, title if is_own else None)
         if type_ == "GetNode":
             setter = self._setters.get(_first_widget(node))
             if setter is None:
@@ -261,8 +266,7 @@ class _Reader:
         for item in maps_in(scope.instance, "inputs"):
             if str(item.get("name")) == name and item.get("link") is not None:
                 return (scope.parent, item["link"]), None
-        values = instance_values(scope.instance, scope.definition)
-        return None, (Value(values[name]) if name in values else None)
+        return None, (Value(scope.promoted.edges[name]) if name in scope.promoted.edges else None)
 
     def _dangling(self, message: str, user: ComfyNode) -> RecipeError:
         return self._mistakes.stop("W002", message, user, "open the workflow in ComfyUI and save it again")
@@ -316,78 +320,3 @@ def _groups(scope: Scope) -> Iterator[Box]:
         numbers = group.get("bounding") if isinstance(group, Mapping) else None
         if isinstance(numbers, list) and len(numbers) == 4 and all(isinstance(n, (int, float)) for n in numbers):
             yield Box(scope.name, numbers[0], numbers[1], numbers[0] + numbers[2], numbers[1] + numbers[3])
-
-
-_PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
-    "STRING": (str,),
-    "INT": (int, float),
-    "FLOAT": (int, float),
-    "BOOLEAN": (bool,),
-}
-
-
-def fits(value: Any, type_: str) -> bool:
-    """Tell whether a value may stand in a widget of this type."""
-    allowed = _PYTHON_TYPES.get(type_)
-    if allowed is None:
-        return True
-    return isinstance(value, allowed) and (type_ == "BOOLEAN" or not isinstance(value, bool))
-
-
-def widget_values(known: ComfyClass, given: Any) -> tuple[dict[str, Any], str | None]:
-    """Return the values of a known class's widgets by name, and what is wrong with them, if anything.
-
-    Missing values at the end take their defaults; more than are known are left alone, as newer versions add some.
-    """
-    defaults = {item.name: item.default for item in known.widgets}
-    if isinstance(given, Mapping):  # some custom nodes keep names
-        return {name: given.get(name, default) for name, default in defaults.items()}, None
-    values, rest = dict(defaults), list(given) if isinstance(given, list) else []
-    for item in known.widgets:
-        if not rest:
-            break
-        value = rest.pop(0)
-        if not fits(value, item.type):
-            return values, f"{item.name}: widgets_values has {shown(value)} where {item.type} is expected"
-        values[item.name] = value
-        if item.has_control and rest and _is_control(rest[0]):
-            rest.pop(0)
-    return values, None
-
-
-def instance_values(instance: Mapping[str, Any], definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the widgets on a subgraph's node say, by the subgraph's inputs; others keep what is inside."""
-    values = instance.get("widgets_values")
-    if not isinstance(values, list) or not values:
-        return {}
-    properties = instance.get("properties")
-    proxies = properties.get("proxyWidgets") if isinstance(properties, Mapping) else None
-    if isinstance(proxies, list) and proxies:
-        pairs = [(pair, value) for pair, value in zip(proxies, values, strict=False) if isinstance(pair, list)]
-        return {str(pair[1]): value for pair, value in pairs if len(pair) == 2 and str(pair[0]) == "-1"}
-    names = [name for name in _edge_widgets(definition) if name]
-    if len(values) > len(names):  # a control word behind a seed
-        values = [value for value in values if not _is_control(value)]
-    return dict(zip(names, values, strict=False))
-
-
-def _edge_widgets(definition: Mapping[str, Any]) -> list[str]:
-    """Return the names of a subgraph's inputs that feed widgets, in order."""
-    nodes, edges = maps_in(definition, "nodes"), maps_in(definition, "inputs")
-    fed = {str(item.get("link")) for node in nodes for item in maps_in(node, "inputs") if "widget" in item}
-    return [str(edge.get("name")) for edge in edges if fed & set(map(str, list_in(edge, "linkIds")))]
-
-
-def _is_control(value: Any) -> bool:
-    return isinstance(value, str) and value in CONTROL_WORDS
-
-
-def list_in(source: Mapping[str, Any], key: str) -> list[Any]:
-    """Return a list that a map holds; an empty one where it holds none."""
-    found = source.get(key)
-    return found if isinstance(found, list) else []
-
-
-def maps_in(source: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """Return the maps in a list that a map holds."""
-    return [item for item in list_in(source, key) if isinstance(item, Mapping)]

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from s2v_flow.comfy.catalog import is_stock_title
+from s2v_flow.comfy.catalog import base_class, is_stock_title
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.wording import shortened
 
 MAX_NODES = 20_000
+_MAX_DOTS = 8  # choices in choices
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Mistakes:
     file: str
     found: list[Diagnostic] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, code: str, message: str, node: ComfyNode | str | None = None, fix: str | None = None) -> None:
         """Record a mistake, at a node if it has one."""
@@ -120,6 +122,11 @@ class Mistakes:
         """Record something a person should know, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        """Record that the recipe's result will not be what a person expects; `text` begins with the field."""
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def raise_any(self) -> None:
         """Stop if there are mistakes.
@@ -196,10 +203,24 @@ def read_prompt(document: Mapping[str, Any], mistakes: Mistakes) -> Graph:
         meta = entry.get("_meta")
         title = meta.get("title") if isinstance(meta, Mapping) else None
         is_own = isinstance(title, str) and not is_stock_title(class_type, title)
-        given = {str(key): _input(value) for key, value in inputs.items()}
-        nodes[name] = ComfyNode(name, class_type, given, title if is_own else None)
+        given = {name: _input(part) for key, value in inputs.items() for name, part in _flat(str(key), value)}
+        nodes[name] = ComfyNode(name, base_class(class_type), given, title if is_own else None)
     mistakes.raise_any()
     return Graph(nodes)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield an input; a choice that stands with what it brings along ({"format": {"format": ...}}) by dotted names."""
+    key = name.rpartition(".")[2]
+    if not isinstance(value, Mapping) or name.count(".") > _MAX_DOTS or not (key in value or _are_links(value)):
+        yield name, value
+        return
+    for part, item in value.items():
+        yield from [(name, item)] if part == key else _flat(f"{name}.{part}", item)
+
+
+def _are_links(value: Mapping[str, Any]) -> bool:
+    return bool(value) and all(isinstance(_input(item), Link) for item in value.values())
 
 
 def _input(value: Any) -> Link | Value:

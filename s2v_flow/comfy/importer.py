@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 import textwrap
@@ -27,6 +28,7 @@ from s2v_flow.comfy.graph import ComfyNode, Graph, Link, Mistakes, is_prompt, ne
 from s2v_flow.comfy.meaning import Context, Draft, SkipError
 from s2v_flow.comfy.modernise import modernise
 from s2v_flow.comfy.sampling import SAMPLING
+from s2v_flow.comfy.scaling import SCALING
 from s2v_flow.comfy.source import bad_file, parse, read_workflow
 from s2v_flow.comfy.sources import SOURCES
 from s2v_flow.errors import Place, RecipeError
@@ -35,8 +37,12 @@ from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import flow_text, to_yaml
 from s2v_flow.recipe.load import load_recipe
 from s2v_flow.recipe.reader import FORBIDDEN
+from s2v_flow.wording import shortened
 
 _MAX_PROFILES = 8
+_MAX_WRAPPERS = 8
+_WRAPPERS = ("history", "queue_running", "queue_pending", "extra_data", "extra_pnginfo")  # of the server's answers
+_TRANSLATORS = {**SOURCES, **SCALING, **SAMPLING}
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Imported:
     """A recipe's text, what a person should know about it, and what was modernised."""
 
     text: str
+    warnings: tuple[str, ...]
     notes: tuple[str, ...]
     changes: tuple[str, ...]
 
@@ -60,8 +67,8 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False) -> Im
         RecipeError: With everything in it that cannot be said in a recipe.
         S2VFlowError: There is no workflow in the file.
     """
-    document = _unwrapped(read_workflow(path), path)
     mistakes = Mistakes(path.name)
+    document = _unwrapped(read_workflow(path), path, mistakes)
     graph, draft = _drafted(document, mistakes, path)
     changes = modernise(draft) if modernises else []
     sections = finish(draft)
@@ -82,28 +89,55 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False) -> Im
             mistakes.note(f"a part that is switched off became the profile {name}: -p {name}")
     text = recipe_text(sections, description, profiles)
     checked(text, kinds)
-    return Imported(text, tuple(mistakes.notes), tuple(changes))
+    return Imported(text, tuple(mistakes.warnings), tuple(mistakes.notes), tuple(changes))
 
 
-def _unwrapped(document: Any, path: Path) -> Any:
-    """Step into what ComfyUI's server takes ({"prompt": ...}), and texts that hold JSON once more."""
-    for _ in range(4):
-        if isinstance(document, str):
-            document = parse(document, path)
-        elif is_editor(document) or is_prompt(document):
-            return document
-        elif isinstance(document, Mapping) and ("prompt" in document or "workflow" in document):
-            document = document.get("workflow") or document.get("prompt")
-        else:
-            break
-    raise bad_file(path, "neither the editor's nor the API's format")
+def _unwrapped(document: Any, path: Path, mistakes: Mistakes) -> Any:
+    """Step into what ComfyUI's server takes and what its history gives, and texts that hold JSON once more."""
+    found = list(_workflows(document, path, _MAX_WRAPPERS))
+    if not found:
+        raise bad_file(path, "neither the editor's nor the API's format")
+    made_for = [item for item in found if _ours(item[2])] or found
+    newest = max(made_for, key=lambda item: item[0])
+    if len(found) > 1:
+        others = ", ".join(shortened(name) for _, name, _ in found if name != newest[1])
+        mistakes.note(f"{len(found)} workflows are in it; this is the newest, {shortened(newest[1])}, of: {others}")
+    return newest[2]
+
+
+def _workflows(value: Any, path: Path, depth: int, name: str = "") -> Iterator[tuple[float, str, Any]]:
+    """Yield the workflows in a document, each with its number in the server's queue and its name there."""
+    if isinstance(value, str):
+        value = parse(value, path)
+    if is_editor(value) or is_prompt(value):
+        yield 0.0, name, value
+    elif depth and isinstance(value, list):
+        if len(value) > 2 and isinstance(value[0], (int, float)) and (is_prompt(value[2]) or isinstance(value[2], str)):
+            yield from ((float(value[0]), str(value[1]), item) for _, _, item in _workflows(value[2], path, depth - 1))
+            return
+        for item in value:
+            if isinstance(item, (Mapping, list)):
+                yield from _workflows(item, path, depth - 1, name)
+    elif depth and isinstance(value, Mapping):
+        inner = next((value[key] for key in ("workflow", "prompt") if value.get(key)), None)
+        if inner is not None:
+            yield from _workflows(inner, path, depth - 1, name)
+            return
+        for key, item in value.items():
+            if (isinstance(item, Mapping) and "prompt" in item) or key in _WRAPPERS:
+                yield from _workflows(item, path, depth - 1, str(key))
+
+
+def _ours(document: Any) -> bool:
+    """Tell whether a workflow makes video from sound."""
+    return "WanSoundImageToVideo" in json.dumps(document)
 
 
 def _drafted(document: Any, mistakes: Mistakes, path: Path) -> tuple[Graph, Draft]:
     graph = read_editor(document, mistakes) if is_editor(document) else read_prompt(document, mistakes)
     if not graph.nodes:
         raise bad_file(path, "it has no nodes")
-    return graph, translate(graph, mistakes)
+    return graph, translate(graph, mistakes, path.parent)
 
 
 def _profile(
@@ -114,7 +148,7 @@ def _profile(
     try:
         graph = read_editor(document, mistakes, part)
         savers = {name for name, node in graph.nodes.items() if node.type in SAVERS and name.split(":")[0] in part}
-        draft = translate(graph, mistakes, savers)
+        draft = translate(graph, mistakes, path.parent, savers)
         if modernises:
             modernise(draft)
         other = finish(draft)
@@ -150,12 +184,13 @@ def _renamed(item: Any) -> Any:
     return item if place is None else replace(item, place=Place("(imported recipe)", place.line, place.column))
 
 
-def translate(graph: Graph, mistakes: Mistakes, wanted: Collection[str] | None = None) -> Draft:
+def translate(graph: Graph, mistakes: Mistakes, folder: Path, wanted: Collection[str] | None = None) -> Draft:
     """Translate what the nodes that save something need.
 
     Args:
         graph: The workflow.
         mistakes: Takes what is wrong, and what a person should know.
+        folder: Where the workflow's pictures may lie, if their size matters.
         wanted: Ids of the saving nodes that count; all of them unless given.
 
     Raises:
@@ -169,12 +204,11 @@ def translate(graph: Graph, mistakes: Mistakes, wanted: Collection[str] | None =
     mistakes.raise_any()
     if wanted is None:
         _note_dropped(graph, set(order), mistakes)
-    context = Context(graph, Draft(), mistakes)
+    context = Context(graph, Draft(), mistakes, folder)
     for name in order:
         node = graph.nodes[name]
-        translator = SOURCES.get(node.type) or SAMPLING[node.type]
         try:
-            for slot, meaning in enumerate(translator(context, node)):
+            for slot, meaning in enumerate(_TRANSLATORS[node.type](context, node)):
                 context.meanings[Link(name, slot)] = meaning
         except SkipError:
             continue
@@ -204,6 +238,8 @@ def _advice(node: ComfyNode) -> str:
         return "build this part with ComfyUI's own nodes (WanSoundImageToVideo, KSampler); the wrapper's are not known"
     if node.type.count("-") == 4:
         return "its subgraph is not in the file: open the workflow in ComfyUI and save it again"
+    if "gguf" in node.type.lower():
+        return "load its file with UnetLoaderGGUF or CLIPLoaderGGUF, or use the safetensors file with UNETLoader"
     return "bypass it (Ctrl+B) or replace it by a node that s2vflow knows, and save the workflow again"
 
 

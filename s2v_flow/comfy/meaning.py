@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-from s2v_flow.comfy.catalog import classes
-from s2v_flow.comfy.editor import fits
+from s2v_flow.comfy.catalog import Input, as_type, classes
 from s2v_flow.comfy.graph import ComfyNode, Graph, Link, Mistakes, Value
+from s2v_flow.nodes.scale import ImageScale
 from s2v_flow.wording import shown
 
 
@@ -80,6 +81,7 @@ class Draft:
 
 
 MeaningT = TypeVar("MeaningT")
+_SIZED = ("image", "frames", "first", "latent", "video", "reference")  # fields that lead to what has the same size
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,14 @@ class Guider:
     cfg: Value
 
 
+@dataclass(frozen=True)
+class UnknownSide:
+    """A width or height that depends on a picture which is not at hand; `guess` is what stands in for it."""
+
+    file: str
+    guess: int | None
+
+
 class SkipError(Exception):
     """This node cannot be translated; why has been recorded already."""
 
@@ -207,8 +217,9 @@ class SkipError(Exception):
 class Context:
     """What a translator of one node may use."""
 
-    def __init__(self, graph: Graph, draft: Draft, mistakes: Mistakes) -> None:
+    def __init__(self, graph: Graph, draft: Draft, mistakes: Mistakes, folder: Path) -> None:
         self.graph = graph
+        self._folder = folder
         self.draft = draft
         self.mistakes = mistakes
         self.meanings: dict[Link, Any] = {}
@@ -219,23 +230,66 @@ class Context:
         self.mistakes.add("W004", message, node, fix)
         return SkipError()
 
-    def value(self, node: ComfyNode, name: str) -> Value:
-        """Return an input's value, as the type that the class asks for."""
-        item = classes()[node.type].input(name)
+    def value(self, node: ComfyNode, name: str, type_: str | None = None) -> Value:
+        """Return an input's value, as the type that the class asks for; `type_` if only a choice brings it along."""
+        item = classes()[node.type].input(name) if type_ is None else Input(name, type_, is_widget=True)
         given = node.inputs.get(name, Value(item.default))
         if isinstance(given, Link):
             found = self._follow(given)
+            if isinstance(found, UnknownSide):
+                found = self._guessed(node, item, found)
             if not isinstance(found, Value):
                 raise self.refuse(node, f"{name} is computed by a node that recipes do not know", "type the value in")
             given = found
-        if not fits(given.value, item.type):
-            raise self.refuse(node, f"{name}: {item.type} expected, got {shown(given.value)}")
-        value = given.value
-        if item.type == "FLOAT":
-            value = float(value)
-        elif item.type == "INT":
-            value = int(value)
+        try:
+            value = as_type(given.value, item.type)
+        except (ValueError, OverflowError):
+            raise self.refuse(node, f"{name}: {item.type} expected, got {shown(given.value)}") from None
         return Value(value, given.knob, given.title)
+
+    def _guessed(self, node: ComfyNode, item: Input, found: UnknownSide) -> Value:
+        what = f"{item.name} is taken from the size of {found.file}, which is not in the workflow"
+        if node.type != "WanSoundImageToVideo":
+            raise self.refuse(node, what, f"put {found.file} beside the workflow, or type the number in")
+        guess = found.guess or item.default
+        self.mistakes.warn(f"{item.name}: {node.described()}: {what}: {guess} stands in the recipe; set it as you want")
+        return Value(guess)
+
+    def size_of(self, ref: NodeRef) -> tuple[int, int] | None:
+        """Return the width and height of what a draft's node gives, where the workflow or a picture beside it tells."""
+        scalers = []
+        while True:
+            node = self.draft[ref]
+            fields = {name: getattr(value, "value", value) for name, value in node.fields.items()}
+            if fields.get("width") and fields.get("height"):
+                size = int(fields["width"]), int(fields["height"])
+                break
+            if node.kind == "load_image":
+                found = picture_size(self._folder, fields["file"])
+                if found is None:
+                    return None
+                size = found
+                break
+            if node.kind.endswith("_scale"):
+                scalers.append({name: fields[name] for name in fields if name in ImageScale.model_fields})
+            below = [fields[name] for name in _SIZED if isinstance(fields.get(name), NodeRef)]
+            if not below or fields.get("axis", "t") != "t":
+                return None
+            ref = below[0]
+        for given in reversed(scalers):
+            size = ImageScale.model_construct(**given).target(*size)
+        return size
+
+    def file_of(self, ref: NodeRef) -> str:
+        """Return the file that a picture comes from, for messages."""
+        while True:
+            fields = self.draft[ref].fields
+            if "file" in fields:
+                return str(fields["file"].value)
+            below = [fields[name] for name in _SIZED if isinstance(fields.get(name), NodeRef)]
+            if not below:
+                return "a picture"
+            ref = below[0]
 
     def optional(self, node: ComfyNode, name: str) -> Any:
         """Return what a linked input means, or None where it is not linked."""
@@ -277,3 +331,23 @@ class Context:
         if link not in self.meanings:
             raise SkipError
         return self.meanings[link]
+
+
+Translator = Callable[[Context, ComfyNode], tuple[Any, ...]]
+
+
+def picture_size(folder: Path, file: str) -> tuple[int, int] | None:
+    """Return the width and height of a picture beside the workflow or in an `input` folder there; None without one."""
+    from PIL import Image
+
+    name = Path(file)
+    if name.is_absolute() or ".." in name.parts:
+        return None
+    for place in (folder, folder / "input", Path(), Path("input")):
+        try:
+            with Image.open(place / name) as image:
+                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # as cameras do
+                return (image.height, image.width) if turned else image.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
+    return None

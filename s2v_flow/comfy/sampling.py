@@ -23,9 +23,9 @@ from s2v_flow.comfy.meaning import (
     PreparedText,
     Sigmas,
     Solver,
+    Translator,
     Zeroed,
 )
-from s2v_flow.comfy.sources import Translator
 from s2v_flow.nodes.sample import Sample
 from s2v_flow.wording import did_you_mean
 
@@ -38,7 +38,7 @@ def _prepared(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     base = None if is_first else context.meaning(node, "video_latent", Latent)
     if is_first and context.value(node, "batch_size").value != 1:
         raise context.refuse(node, "batch_size must be 1", "set it to 1; one recipe makes one video")
-    size = (context.value(node, "width"), context.value(node, "height")) if base is None else base.size
+    size = (_side(context, node, "width"), _side(context, node, "height")) if base is None else base.size
     inputs: dict[str, Any] = {"speech": _optional(context, node, "audio_encoder_output", "speech")}
     image = _optional(context, node, "ref_image", "image")
     if image is not None and size is None:
@@ -54,9 +54,25 @@ def _prepared(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     if length.value < 1:
         raise context.refuse(node, f"length must be at least 1, got {length.value}")
     length = Value((length.value - 1) // 4 * 4 + 1, length.knob, length.title)  # what the VAE makes of it
-    texts = {role: context.meaning(node, role, object) for role in ("positive", "negative")}
+    texts: dict[str, Any] = {}
+    for role in ("positive", "negative"):
+        texts[role] = context.meaning(node, role, object)
+        while isinstance(texts[role], PreparedText):  # of the chunk before: this one puts its own things over it
+            before = texts[role].prepared
+            if "reference" in before.inputs:
+                inputs.setdefault("reference", before.inputs["reference"])
+            texts[role] = before.texts[texts[role].role]
     prepared = Prepared(node, base, texts, inputs, length, size)
     return PreparedText(prepared, "positive"), PreparedText(prepared, "negative"), PreparedLatent(prepared)
+
+
+def _side(context: Context, node: ComfyNode, name: str) -> Value:
+    given = context.value(node, name)
+    side = given.value - given.value % 16
+    if side == given.value or side < 16:
+        return given
+    context.mistakes.note(f"{name}: {node.described()}: {given.value} becomes {side}: the model takes multiples of 16")
+    return Value(side)
 
 
 def _optional(context: Context, node: ComfyNode, name: str, type_: str) -> NodeRef | None:

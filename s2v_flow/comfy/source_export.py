@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,7 +74,7 @@ class SourceExporter:
             "load_audio": self._audio,
             "load_video": self._clip,
             "encode_text": lambda planned, node: self._add(
-                planned, "CLIPTextEncode", clip=self.one(planned, "text_encoder"), text=node.text
+                planned, "CLIPTextEncode", clip=self.one(planned, "text_encoder"), text=_escaped(node.text)
             ),
             "encode_audio": self._speech,
             "encode_image": self._reference,
@@ -84,6 +85,9 @@ class SourceExporter:
             ),
             "frames_from_image": lambda planned, node: self._add(
                 planned, "RepeatImageBatch", image=self.one(planned, "image"), amount=node.count
+            ),
+            "frames_concat": lambda planned, node: self._add(
+                planned, "ImageBatch", image1=self.one(planned, "first"), image2=self.one(planned, "second")
             ),
             "frames_slice": self._slice,
             "frames_delay": self._delay,
@@ -127,7 +131,7 @@ class SourceExporter:
             node: Any = spec.node
             loader = next(item for item in self._plan.nodes if item.node.kind == "load_text_encoder")
             clip = self._link(Source(loader.name, "text_encoder"))
-            self._done[spec.name] = self._sheet.add("CLIPTextEncode", spec.name, clip=clip, text=node.text)
+            self._done[spec.name] = self._sheet.add("CLIPTextEncode", spec.name, clip=clip, text=_escaped(node.text))
         return self._done[spec.name]
 
     def model(self, planned: PlanNode, shift: float) -> Link:
@@ -234,3 +238,8 @@ class SourceExporter:
     def _delay(self, planned: PlanNode, node: Any) -> Link:
         self._sheet.note("frames_delay has no equivalent but in an extend's control_video: it is left out")
         return self.one(planned, "frames")
+
+
+def _escaped(text: str) -> str:
+    """Return a prompt whose brackets ComfyUI takes for brackets, not for weights."""
+    return re.sub(r"([()])", r"\\\1", text)

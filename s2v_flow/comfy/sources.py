@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
-from s2v_flow.comfy.meaning import Context, FramesMade, Latent, Made, Model, NodeRef, Video, Zeroed
+from s2v_flow.comfy.meaning import Context, FramesMade, Latent, Made, Model, NodeRef, Translator, Video, Zeroed
+from s2v_flow.wording import shortened
 
-Translator = Callable[[Context, ComfyNode], tuple[Any, ...]]
+GGUF_MODELS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "GGUFLoaderKJ", "LoaderGGUF")
+PRIMITIVES = (
+    "PrimitiveInt",
+    "PrimitiveFloat",
+    "PrimitiveString",
+    "PrimitiveStringMultiline",
+    "PrimitiveBoolean",
+    "INTConstant",
+    "FloatConstant",
+)
 WHOLE_SECONDS = 86_400.0  # a day: TrimAudioDuration cannot be told "to the end"
 _PLACE = re.compile(r"\s*\[(input|output|temp)\]$")
+_OTHER_CODEC = re.compile(r"26[56]|hevc|av1|vp[89]|webm|webp|png|gif|prores|ffv1", re.IGNORECASE)
+_LONGEST_WEIGHT = 24
+_WEIGHT = re.compile(r":\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*$")
 _TOKEN = re.compile(r"%[^%/]*%")
 
 
@@ -31,12 +45,13 @@ def file_name(context: Context, node: ComfyNode, name: str) -> Value:
 
 
 def _unet(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    dtype = context.value(node, "weight_dtype").value
+    widgets = [item.name for item in classes()[node.type].widgets]
+    dtype = context.value(node, "weight_dtype").value if "weight_dtype" in widgets else "default"
     if dtype != "default":
         context.mistakes.note(
             f"{node.described()}: weight_dtype {dtype} is left out; precision and fp8-scaled files do that"
         )
-    return (Model(file_name(context, node, "unet_name"), node),)
+    return (Model(file_name(context, node, widgets[0]), node),)
 
 
 def _lora(context: Context, node: ComfyNode) -> tuple[Any, ...]:
@@ -54,8 +69,9 @@ def _shift(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     return (Model(model.checkpoint, model.source, model.loras, context.value(node, "shift")),)
 
 
-def _loader(kind: str, usual: str, widget: str, type_: str) -> Translator:
+def _loader(kind: str, usual: str, type_: str) -> Translator:
     def translate(context: Context, node: ComfyNode) -> tuple[Any, ...]:
+        widget = classes()[node.type].widgets[0].name
         ref = context.draft.add(kind, usual, {"checkpoint": file_name(context, node, widget)}, node)
         return (Made(ref, type_),)
 
@@ -106,30 +122,6 @@ def _trim(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     return (Made(context.draft.add("load_audio", voice.usual, fields, node), "audio"),)
 
 
-def _scale(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    def given(name: str) -> Value:
-        return context.value(node, name)
-
-    fields: dict[str, Any] = {"method": given("upscale_method")}
-    if node.type == "ImageScale":
-        fields |= {name: given(name) for name in ("width", "height") if given(name).value}
-        fields |= {"crop": given("crop")}
-        if not fields.keys() & {"width", "height"}:  # both 0: as it is
-            return (context.meaning(node, "image", object),)
-    elif node.type == "ImageScaleBy":
-        fields |= {"factor": given("scale_by")}
-    elif node.type == "ImageScaleToTotalPixels":
-        steps = given("resolution_steps")
-        fields |= {"megapixels": given("megapixels"), "multiple_of": steps if steps.value != 1 else None}
-    else:
-        fields |= {"longest_side": given("largest_size")}
-    found = context.meaning(node, "image", object)
-    if isinstance(found, FramesMade):
-        return (FramesMade(context.draft.add("frames_scale", "scaled", {"frames": found.ref} | fields, node)),)
-    image = context.typed(node, "image", found, "image")
-    return (Made(context.draft.add("image_scale", "scaled", {"image": image} | fields, node), "image"),)
-
-
 def _repeat(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     count = context.value(node, "amount")
     fields = {"image": context.port(node, "image", "image"), "count": count}
@@ -137,8 +129,40 @@ def _repeat(context: Context, node: ComfyNode) -> tuple[Any, ...]:
 
 
 def _text(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    fields = {"text_encoder": context.port(node, "clip", "text_encoder"), "text": context.value(node, "text")}
+    given = context.value(node, "text")
+    plain, weighted = without_weights(given.value)
+    if weighted:
+        named = ", ".join(shortened(piece) for piece in weighted[:5]) + (" and more" if len(weighted) > 5 else "")
+        context.mistakes.note(f"prompt: {node.described()}: recipes weigh no words; the brackets are gone: {named}")
+    text = given if plain == given.value else Value(plain)
+    fields = {"text_encoder": context.port(node, "clip", "text_encoder"), "text": text}
     return (Made(context.draft.add("encode_text", "prompt", fields, node), "conditioning"),)
+
+
+def without_weights(text: str) -> tuple[str, list[str]]:
+    r"""Return a prompt as ComfyUI's encoder reads it, and the parts that it would weigh, as they are written.
+
+    `(word)`, `(word:1.3)` and brackets in brackets are weights; `\\(` and `\\)` are brackets.
+    """
+    out: list[str] = []
+    opened: list[tuple[int, int]] = []  # where in `out` and in `text` each open bracket stands
+    weighted: list[str] = []
+    for match in re.finditer(r"\\[()]|[^\\]|\\", text, re.DOTALL):
+        piece = match[0]
+        if piece == ")" and opened:
+            start, place = opened.pop()
+            tail = "".join(out[max(start + 1, len(out) - _LONGEST_WEIGHT) :])
+            weight = _WEIGHT.search(tail)
+            if weight is not None and len(out) - len(weight[0]) > start + 1:
+                del out[len(out) - len(weight[0]) :]
+            out[start] = "\0"  # no digit of a weight around it
+            if not opened:
+                weighted.append(text[place : match.end()])
+            continue
+        if piece == "(":
+            opened.append((len(out), match.start()))
+        out.append(piece[-1])
+    return "".join(out).replace("\0", ""), weighted
 
 
 def _zeroed(context: Context, node: ComfyNode) -> tuple[Any, ...]:
@@ -176,26 +200,50 @@ def _numbered(context: Context, node: ComfyNode, suffix: str) -> str:
 
 
 def _save_frames(context: Context, node: ComfyNode, frames: Any, audio: NodeRef | None, fps: Value) -> None:
+    if fps.value != 16:
+        context.mistakes.warn(
+            f"fps: {node.described()} plays {fps.value:g} frames a second, the model makes 16: everything moves "
+            f"{fps.value / 16:.3g} times as fast, and lips and sound part; fps: 16 in the recipe's save_video mends it"
+        )
     fields = {
         "frames": context.typed(node, "images", frames, "frames"),
         "audio": audio,
         "file": _numbered(context, node, ".mp4"),
         "fps": fps if fps.value != 16 or fps.knob else None,
+        "crf": _crf(context, node),
     }
     context.draft.add_sink("save_video", "video", fields, node)
+
+
+def _crf(context: Context, node: ComfyNode) -> Value | None:
+    """Return the quality that a saver asks for, where it is one of H.264's numbers; say what is not taken over."""
+    forms = [
+        str(given.value)
+        for name, given in node.inputs.items()
+        if isinstance(given, Value) and name in ("format", "codec", "format.codec")
+    ] or [node.type]
+    others = [form for form in forms if form not in ("auto", "none", "mp4", "h264", "video/h264-mp4")]
+    has_own_scale = any(_OTHER_CODEC.search(form) for form in forms)
+    name = next((name for name in node.inputs if name.rpartition(".")[2] == "crf"), None)
+    value = None if name is None else context.value(node, name, "INT")
+    if others:
+        lost = "" if value is None or not has_own_scale else f"; crf {value.value} is that codec's and is left out"
+        context.mistakes.note(f"{node.described()}: saved as mp4 (H.264) instead of {', '.join(others)}{lost}")
+    return None if has_own_scale else value
 
 
 def _save_video(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     video = context.meaning(node, "video", Video)
     _save_frames(context, node, video.frames, video.audio.ref if video.audio else None, video.fps)
-    return ()
+    return (video,)
 
 
 def _save_animation(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    context.mistakes.note(f"{node.described()}: saved as mp4")
     audio = context.optional(node, "audio")
     sound = None if audio is None else context.typed(node, "audio", audio, "audio")
     rate = "frame_rate" if node.type == "VHS_VideoCombine" else "fps"
+    if node.type == "VHS_VideoCombine" and context.value(node, "pingpong").value:
+        context.mistakes.warn(f"pingpong: {node.described()}: the video is not played backwards at its end")
     _save_frames(context, node, context.meaning(node, "images", object), sound, context.value(node, rate))
     return ()
 
@@ -239,40 +287,32 @@ def _switch(context: Context, node: ComfyNode) -> tuple[Any, ...]:
 
 SOURCES: Mapping[str, Translator] = MappingProxyType(
     {
-        "UNETLoader": _unet,
+        **dict.fromkeys(("UNETLoader", "DiffusionModelLoaderKJ", *GGUF_MODELS), _unet),
         "LoraLoaderModelOnly": _lora,
         "LoraLoader": _lora,
         "ModelSamplingSD3": _shift,
-        "CLIPLoader": _loader("load_text_encoder", "umt5", "clip_name", "text_encoder"),
-        "AudioEncoderLoader": _loader("load_audio_encoder", "wav2vec2", "audio_encoder_name", "audio_encoder"),
-        "VAELoader": _loader("load_vae", "vae", "vae_name", "vae"),
+        **dict.fromkeys(
+            ("CLIPLoader", "CLIPLoaderGGUF", "ClipLoaderGGUF"), _loader("load_text_encoder", "umt5", "text_encoder")
+        ),
+        "AudioEncoderLoader": _loader("load_audio_encoder", "wav2vec2", "audio_encoder"),
+        **dict.fromkeys(("VAELoader", "VAELoaderKJ"), _loader("load_vae", "vae", "vae")),
         "LoadImage": _load_image,
         "LoadAudio": _load_audio,
         "LoadVideo": _load_video,
         "LoadLatent": _load_latent,
         "GetVideoComponents": _video_components,
         "TrimAudioDuration": _trim,
-        "ImageScale": _scale,
-        "ImageScaleBy": _scale,
-        "ImageScaleToTotalPixels": _scale,
-        "ImageScaleToMaxDimension": _scale,
         "RepeatImageBatch": _repeat,
         "CLIPTextEncode": _text,
         "ConditioningZeroOut": _zeroed,
         "AudioEncoderEncode": _speech,
         "CreateVideo": _create_video,
         "SaveVideo": _save_video,
-        "SaveAnimatedWEBP": _save_animation,
-        "SaveWEBM": _save_animation,
-        "VHS_VideoCombine": _save_animation,
+        **dict.fromkeys(("SaveAnimatedWEBP", "SaveAnimatedPNG", "SaveWEBM", "VHS_VideoCombine"), _save_animation),
         "SaveImage": _save_image,
         "PreviewImage": _save_image,
         "SaveLatent": _save_latent,
-        "PrimitiveInt": _primitive,
-        "PrimitiveFloat": _primitive,
-        "PrimitiveString": _primitive,
-        "PrimitiveStringMultiline": _primitive,
-        "PrimitiveBoolean": _primitive,
+        **dict.fromkeys(PRIMITIVES, _primitive),
         "StringConcatenate": _concatenate,
         "ComfySwitchNode": _switch,
     }

@@ -9,10 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from s2v_flow.api import KINDS
 from s2v_flow.comfy.exporter import write_editor
 from s2v_flow.comfy.graph import Mistakes, read_prompt
 from s2v_flow.comfy.importer import Imported, checked, import_workflow
+from s2v_flow.errors import RecipeError
 from s2v_flow.graph.build import build_plan
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.plan import Plan
@@ -21,6 +24,7 @@ from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import load_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "e2e"
+Workflow = dict[str, Any]
 TEMPLATE = "video_wan2_2_14B_s2v.json"
 
 
@@ -115,3 +119,22 @@ def plan_meaning(plan: Plan) -> list[str]:
         content = json.dumps([node.kind, fields, inputs], sort_keys=True)
         digests[item.name] = hashlib.sha256(content.encode()).hexdigest()
     return sorted(digests[item.name] for item in plan.nodes if item.node.is_sink)
+
+
+def add(workflow: Workflow, name: str, class_type: str, **inputs: Any) -> list[Any]:
+    """Put a node into a workflow in the API format; return the link to its first output."""
+    workflow[name] = {"class_type": class_type, "inputs": inputs}
+    return [name, 0]
+
+
+def fields(workflow: Workflow, folder: Path, node: str) -> dict[str, Any]:
+    """Import a workflow; return the fields of one of the recipe's nodes."""
+    return recipe_of(workflow, folder).nodes[node].node.model_dump(mode="json")
+
+
+def mistake(workflow: Workflow, folder: Path) -> str:
+    """Import a workflow that cannot be one; return where the first mistake is, and what it is."""
+    with pytest.raises(RecipeError) as caught:
+        imported(workflow, folder)
+    item = caught.value.diagnostics[0]
+    return f"{item.inside}: {item.message}"

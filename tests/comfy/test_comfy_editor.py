@@ -87,19 +87,72 @@ def test_a_subgraph_is_unfolded(tmp_path: Path, plain_text: str) -> None:
     assert imported(as_subgraph(editor(), EXTEND, "a"), tmp_path).text == plain_text
 
 
-def test_a_subgraph_in_a_subgraph_is_unfolded(tmp_path: Path, plain_text: str) -> None:
-    """The sampler in a subgraph of its own, inside the other."""
+def nested() -> Workflow:
+    """Return the workflow with its extend in a subgraph, and the extend's sampler in another inside."""
     document = as_subgraph(editor(), EXTEND, "outer")
     outer = document["definitions"]["subgraphs"][0]
-    inner_root: Workflow = {"nodes": outer["nodes"], "links": []}
-    for item in outer["links"]:
-        keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-        inner_root["links"].append([item[key] for key in keys])
-    moved = as_subgraph(inner_root, ["KSampler"], "inner")
     keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    inner_root: Workflow = {"nodes": outer["nodes"], "links": [[item[key] for key in keys] for item in outer["links"]]}
+    moved = as_subgraph(inner_root, ["KSampler"], "inner")
     outer["nodes"], outer["links"] = moved["nodes"], [dict(zip(keys, item, strict=True)) for item in moved["links"]]
     document["definitions"]["subgraphs"] += moved["definitions"]["subgraphs"]
-    assert imported(document, tmp_path).text == plain_text
+    return document
+
+
+def test_a_subgraph_in_a_subgraph_is_unfolded(tmp_path: Path, plain_text: str) -> None:
+    """The sampler in a subgraph of its own, inside the other."""
+    assert imported(nested(), tmp_path).text == plain_text
+
+
+def promote(node: dict[str, Any], pairs: list[list[str]], values: list[Any]) -> None:
+    node["properties"], node["widgets_values"] = {"proxyWidgets": pairs}, values
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (["seed"], [4711]),
+        (["seed"], [4711, "fixed"]),
+        (["seed", "control_after_generate"], [4711, "randomize"]),
+        (["sampler_name", "seed"], [None, "4711"]),
+    ],
+)
+def test_each_copy_of_a_subgraph_has_its_own_promoted_values(
+    names: list[str], values: list[Any], tmp_path: Path
+) -> None:
+    """The value on the subgraph's node wins over the one inside; a hole leaves the one inside."""
+    document = as_subgraph(editor(), EXTEND, "a")
+    inside = document["definitions"]["subgraphs"][0]["nodes"]
+    sampler = str(next(node["id"] for node in inside if node["type"] == "KSampler"))
+    before = recipe_of(document, tmp_path).nodes["talk"].node.model_dump()
+    promote(document["nodes"][-1], [[sampler, name] for name in names], values)
+    assert recipe_of(document, tmp_path).nodes["talk"].node.model_dump() == before | {"seed": 4711}
+
+
+@pytest.mark.parametrize("form", [["800", "seed"], ["800", "SAMPLER: seed"], ["800", "seed", "SAMPLER"]])
+def test_promoted_values_reach_through_nested_subgraphs(form: list[str], tmp_path: Path) -> None:
+    """By the widget's name, by its node's and its own, or by a third word; the outermost value wins."""
+    document = nested()
+    outer, inner = document["definitions"]["subgraphs"]
+    sampler = str(inner["nodes"][0]["id"])
+    promote(outer["nodes"][-1], [[sampler, "seed"], [sampler, "steps"]], [11, 3])
+    talk = recipe_of(document, tmp_path).nodes["talk"].node.model_dump()
+    assert (talk["seed"], talk["steps"]) == (11, None)  # steps is linked: what is promoted does not count
+    promote(document["nodes"][-1], [[part.replace("SAMPLER", sampler) for part in form]], [12])
+    assert recipe_of(document, tmp_path).nodes["talk"].node.model_dump()["seed"] == 12
+
+
+def test_a_promoted_primitive_has_the_value_of_its_copy(tmp_path: Path) -> None:
+    """A PrimitiveNode inside a subgraph, its value on the subgraph's node."""
+    document = as_subgraph(editor(), EXTEND, "a")
+    definition = document["definitions"]["subgraphs"][0]
+    sampler = next(node for node in definition["nodes"] if node["type"] == "KSampler")
+    definition["nodes"].append({"id": 950, "type": "PrimitiveNode", "widgets_values": [1, "fixed"], "outputs": []})
+    end = {"id": 9500, "origin_id": 950, "origin_slot": 0, "target_id": sampler["id"], "type": "INT"}
+    definition["links"].append(end | {"target_slot": len(sampler["inputs"])})
+    sampler["inputs"].append({"name": "seed", "type": "INT", "widget": {"name": "seed"}, "link": 9500})
+    promote(document["nodes"][-1], [["950", "value"], ["950", "control_after_generate"]], [4712, "fixed"])
+    assert recipe_of(document, tmp_path).nodes["talk"].node.model_dump()["seed"] == 4712
 
 
 def test_a_subgraphs_own_widget_counts_unless_it_is_linked(tmp_path: Path) -> None:

@@ -6,27 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_workflows import golden, imported, plan_meaning, planned, recipe_of
-
-from s2v_flow.errors import RecipeError
-
-Workflow = dict[str, Any]
-
-
-def add(workflow: Workflow, name: str, class_type: str, **inputs: Any) -> list[Any]:
-    workflow[name] = {"class_type": class_type, "inputs": inputs}
-    return [name, 0]
-
-
-def fields(workflow: Workflow, folder: Path, node: str) -> dict[str, Any]:
-    return recipe_of(workflow, folder).nodes[node].node.model_dump(mode="json")
-
-
-def mistake(workflow: Workflow, folder: Path) -> str:
-    with pytest.raises(RecipeError) as caught:
-        imported(workflow, folder)
-    item = caught.value.diagnostics[0]
-    return f"{item.inside}: {item.message}"
+from comfy_workflows import Workflow, add, fields, golden, imported, mistake, plan_meaning, planned, recipe_of
 
 
 def custom(workflow: Workflow, name: str, *, guider: str = "CFGGuider") -> None:
