@@ -189,18 +189,18 @@ class FramesConcat(Node):
     first: FramesInput = Field(description="What comes first.")
     second: FramesInput = Field(description="What comes after it, in the same size.")
 
-    def plan(self, builder: Planner, name: str) -> dict[str, Value]:
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on the size, and how many frames there are together."""
-        parts = [builder.value(ref) for ref in (self.first, self.second)]
+        parts = [planner.value(ref) for ref in (self.first, self.second)]
         facts = [part.facts if part else {} for part in parts]
         sizes = [(fact.get("width"), fact.get("height")) for fact in facts]
         if sizes[0] != sizes[1] and all(map(all, sizes)):
             named = " and ".join(f"{width} x {height}" for width, height in sizes)
             message = f"second: these videos cannot be put one after the other: {named}"
-            builder.problem(name, "second", "R105", message, "scale one of them with frames_scale")
+            planner.problem(name, "second", "R105", message, "scale one of them with frames_scale")
         counts = [fact["frames"] for fact in facts if fact.get("frames") is not None]
         total = sum(counts) if len(counts) == 2 else None
-        return builder.add_simple(name, self, {**facts[0], "frames": total})
+        return planner.add_simple(name, self, {**facts[0], "frames": total})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out both streams, one after the other."""
