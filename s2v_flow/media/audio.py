@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError, RefusedError
 from s2v_flow.media.audio_blocks import Block, decode_blocks
+from s2v_flow.media.mixdown import HALF_POWER
 from s2v_flow.media.source import (
-    MAX_AUDIO_CHANNELS,
     MAX_AUDIO_SECONDS,
     MAX_AUDIO_VALUES,
     MAX_SAMPLE_RATE_HZ,
@@ -82,11 +82,16 @@ class Audio:
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a sound file decodes to."""
+    """What a sound file decodes to, and what of that a listener might not expect.
+
+    `gain` keeps the sum of many channels within full scale; as they keep half of the centre's power, so does the gain.
+    """
 
     sample_rate_hz: int
     num_channels: int
     num_samples: int
+    gain: float = 1.0
+    notes: tuple[str, ...] = ()
 
     @property
     def duration_seconds(self) -> Fraction:
@@ -102,11 +107,13 @@ def probe_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SEC
     Raises:
         MissingError, MediaError, RefusedError: as `read_audio`.
     """
-    rate, num_channels, num_samples = 0, 0, 0
-    for block_rate, samples in _checked_blocks(path, max_seconds):
-        rate, num_channels = block_rate, samples.shape[0]
-        num_samples += samples.shape[1]
-    return AudioInfo(rate, num_channels, num_samples)
+    rate, num_channels, num_samples, peak = 0, 0, 0, 1.0
+    notes: list[str] = []
+    for block in _checked_blocks(path, max_seconds, notes.append):
+        rate, num_channels = block.rate, block.samples.shape[0]
+        num_samples += block.samples.shape[1]
+        peak = max(peak, float(np.abs(block.samples).max())) if block.is_mixed else peak
+    return AudioInfo(rate, num_channels, num_samples, max(1 / peak, HALF_POWER), tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,7 @@ class AudioClip:
     last: int
     num_fade_samples: int = 0
     limit: int | None = None
+    gain: float = 1.0
 
     @property
     def num_samples(self) -> int:
@@ -138,10 +146,11 @@ class AudioClip:
             MissingError, MediaError, RefusedError: as `read_audio`.
         """
         position = -self.first  # of a block's first sample within the part
-        for _, samples in _checked_blocks(self.path, MAX_AUDIO_SECONDS):
+        for _, samples, _ in _checked_blocks(self.path, MAX_AUDIO_SECONDS):
             start, stop = max(-position, 0), min(self.num_samples - position, samples.shape[1])
             if start < stop:
-                yield self._faded(samples[:, start:stop], position + start)
+                faded = self._faded(samples[:, start:stop], position + start)
+                yield faded if self.gain == 1 else faded * np.float32(self.gain)
             position += samples.shape[1]
             if position >= self.num_samples:
                 return
@@ -164,14 +173,15 @@ def open_audio(path: str | os.PathLike[str]) -> AudioClip:
         MissingError, MediaError, RefusedError: as `read_audio`.
     """
     info = probe_audio(path)
-    return AudioClip(path, info.sample_rate_hz, info.num_channels, 0, info.num_samples)
+    return AudioClip(path, info.sample_rate_hz, info.num_channels, 0, info.num_samples, gain=info.gain)
 
 
 def read_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SECONDS) -> Audio:
     """Read wav, flac, ogg, mp3, aac, m4a, or the sound of an mp4, mov, mkv or webm file, at its own rate.
 
-    The format is told by content, not by suffix; of several sound tracks the first is read. Encoder delay is removed
-    where the file says how long it is. Integer samples are divided by their full scale.
+    The format is told by content, not by suffix; of several sound tracks the first that has a decoder is read. Encoder
+    delay is removed where the file says how long it is; where timestamps leave holes there is silence. Integer samples
+    are divided by their full scale. More than two channels are mixed to stereo, without the probe's gain.
 
     Raises:
         MissingError: the file is not there, or may not be read.
@@ -180,21 +190,25 @@ def read_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SECO
         RefusedError: it is longer than `max_seconds`, or too large for the memory.
     """
     rate, blocks = 0, []
-    for block_rate, samples in _checked_blocks(path, max_seconds, MAX_AUDIO_VALUES):
-        rate = block_rate
-        blocks.append(samples)
+    for block in _checked_blocks(path, max_seconds, max_values=MAX_AUDIO_VALUES):
+        rate = block.rate
+        blocks.append(block.samples)
     return Audio(np.concatenate(blocks, axis=1), rate)
 
 
 def _checked_blocks(
-    path: str | os.PathLike[str], max_seconds: float, max_values: float = float("inf")
+    path: str | os.PathLike[str],
+    max_seconds: float,
+    note: Callable[[str], None] = lambda text: None,
+    max_values: float = float("inf"),
 ) -> Iterator[Block]:
     """Yield the decoded blocks: all within the limits, of one rate and channel count, one sample or more in all."""
     rate, num_channels, num_samples = 0, 0, 0
-    for block_rate, samples in decode_blocks(path):
+    for block in decode_blocks(path, note):
+        block_rate, samples, _ = block
         if rate == 0:
             rate, num_channels = block_rate, samples.shape[0]
-            _check_kind(path, rate, num_channels)
+            _check_rate(path, rate)
         if (block_rate, samples.shape[0]) != (rate, num_channels):
             raise MediaError(f"{path}: its rate or channels change on the way", "re-encode it by ffmpeg")
         start = num_samples
@@ -211,17 +225,15 @@ def _checked_blocks(
                 f"{path}: holds NaN or infinity at {second:.3f} s", "export the sound again, as 16-bit wav"
             )
         if samples.shape[1]:
-            yield rate, samples
+            yield block
     if num_samples == 0:
         raise MediaError(f"{path}: the sound has no samples", "give a sound that is longer than nothing")
 
 
-def _check_kind(path: str | os.PathLike[str], rate: int, num_channels: int) -> None:
-    """Refuse rates and channel counts that no recording of a voice has."""
+def _check_rate(path: str | os.PathLike[str], rate: int) -> None:
+    """Refuse rates that no recording of a voice has."""
     if not MIN_SAMPLE_RATE_HZ <= rate <= MAX_SAMPLE_RATE_HZ:
         raise MediaError(
             f"{path}: its sample rate is {rate} Hz",
             f"resample it to a rate between {MIN_SAMPLE_RATE_HZ} and {MAX_SAMPLE_RATE_HZ} Hz",
         )
-    if not 1 <= num_channels <= MAX_AUDIO_CHANNELS:
-        raise MediaError(f"{path}: it has {num_channels} channels", f"mix it down to at most {MAX_AUDIO_CHANNELS}")

@@ -1,5 +1,7 @@
 """Decode a sound file block by block: wav, flac and ogg by libsndfile, mp3, aac and containers by FFmpeg.
 
+A wav or flac file of more than two channels goes to FFmpeg, which knows which of them is the centre.
+
 MP3 goes to FFmpeg, as in ComfyUI, because libsndfile cuts an mp3 without a Xing header at a length that it guesses from
 the first frame's bit rate. Where both decode the same samples they agree to 1e-6, encoder delay removed alike.
 """
@@ -7,16 +9,19 @@ the first frame's bit rate. Where both decode the same samples they agree to 1e-
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
 from io import FileIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
+from av.stream import Disposition
 from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError
+from s2v_flow.media.mixdown import to_stereo
 from s2v_flow.media.source import (
     AV_ERRORS,
     MAX_AUDIO_CHANNELS,
@@ -27,13 +32,25 @@ from s2v_flow.media.source import (
     open_source,
     sniff,
     truncated,
+    usable_track,
     whole_packets,
 )
+from s2v_flow.media.wav import Patched, with_real_length
 
 _BLOCK_SAMPLES = 65_536
 _LARGEST_OGG_PAGE = 65_307
-_STREAMED_WAV_BYTES = 0x7F00_0000  # programs that write a wav into a pipe put a huge length into its header
+_ALLOWED_GAP_SECONDS = Fraction(1, 100)  # Matroska rounds to milliseconds
+_MAX_GAP_SECONDS = 3600  # one timestamp that is spoilt may say years
 _MP3_FRAME_SAMPLES = 1152
+_UNKNOWN_LENGTH = 2**62  # samples: what libsndfile says of a flac that was streamed, and then fails at its end
+_VORBIS_LAYOUTS: Mapping[int, tuple[str, ...]] = {  # the order of ogg's channels: Vorbis I, 4.3.9; RFC 7845, 5.1.1.2
+    3: ("FL", "FC", "FR"),
+    4: ("FL", "FR", "BL", "BR"),
+    5: ("FL", "FC", "FR", "BL", "BR"),
+    6: ("FL", "FC", "FR", "BL", "BR", "LFE"),
+    7: ("FL", "FC", "FR", "SL", "SR", "BC", "LFE"),
+    8: ("FL", "FC", "FR", "SL", "SR", "BL", "BR", "LFE"),
+}
 _SAMPLE_TYPES: Mapping[str, Any] = {
     "u8": np.uint8,
     "s16": np.int16,
@@ -42,12 +59,20 @@ _SAMPLE_TYPES: Mapping[str, Any] = {
     "dbl": np.float64,
 }
 
-Block = tuple[int, NDArray[np.float32]]
-"""Sample rate in Hz, and samples [channels, n] in [-1, 1] (float formats may go beyond)."""
+
+class Block(NamedTuple):
+    """A piece of sound: samples [1 or 2, n] in [-1, 1]; float formats and what is mixed down may go beyond."""
+
+    rate: int
+    samples: NDArray[np.float32]
+    is_mixed: bool = False
 
 
-def decode_blocks(path: str | os.PathLike[str]) -> Iterator[Block]:
-    """Yield a file's sound in order; memory does not grow with its length.
+def decode_blocks(path: str | os.PathLike[str], note: Callable[[str], None]) -> Iterator[Block]:
+    """Yield a file's sound in order, as mono or stereo; memory does not grow with its length.
+
+    More than two channels are mixed down. Where a container's timestamps leave a hole, or its sound starts late, there
+    is silence. `note` is told what a listener might not expect, at the latest at the end.
 
     Raises:
         MissingError: the file is not there.
@@ -55,35 +80,54 @@ def decode_blocks(path: str | os.PathLike[str]) -> Iterator[Block]:
     """
     with open_source(path) as file:
         name = sniff(file, path)
-        if name in ("wav", "flac", "ogg"):
-            if name == "ogg":
-                _check_last_ogg_page(file, path)
-            yield from _libsndfile_blocks(file, path)
+        if name == "ogg":
+            _check_last_ogg_page(file, path)
+        source = with_real_length(file, path, note) if name == "wav" else file
+        if name == "ogg" or (name in ("wav", "flac") and _is_plain(source, path)):
+            yield from _libsndfile_blocks(source, path, note)
         else:
-            yield from _ffmpeg_blocks(file, name, path)
+            yield from _ffmpeg_blocks(source, name, path, note)
 
 
-def _libsndfile_blocks(file: FileIO, path: str | os.PathLike[str]) -> Iterator[Block]:
-    """Yield the blocks of a wav, flac or ogg file."""
+def _is_plain(file: FileIO | Patched, path: str | os.PathLike[str]) -> bool:
+    """Tell whether libsndfile knows all about a wav or flac file: no layout is needed, and the length is told."""
+    with _opened_by_libsndfile(file, path) as sound:
+        return int(sound.channels) <= 2 and sound.frames < _UNKNOWN_LENGTH
+
+
+def _libsndfile_blocks(
+    file: FileIO | Patched, path: str | os.PathLike[str], note: Callable[[str], None]
+) -> Iterator[Block]:
+    """Yield the blocks of a wav or flac file of one or two channels, or of an ogg file."""
+    with _opened_by_libsndfile(file, path) as sound:
+        is_mixed = sound.channels > 2
+        if sound.channels > MAX_AUDIO_CHANNELS:
+            raise _too_many_channels(path, sound.channels)
+        if is_mixed:
+            note(f"its sound is mixed from {sound.channels} channels to stereo")
+        while True:
+            block: NDArray[np.float32] = sound.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True).T
+            if block.shape[1] == 0:
+                return
+            samples = to_stereo(block, _VORBIS_LAYOUTS[len(block)]) if is_mixed else block
+            yield Block(sound.samplerate, samples, is_mixed)
+
+
+def _too_many_channels(path: str | os.PathLike[str], count: int) -> MediaError:
+    return MediaError(f"{path}: it has {count} channels", f"mix it down to at most {MAX_AUDIO_CHANNELS}")
+
+
+@contextmanager
+def _opened_by_libsndfile(file: FileIO | Patched, path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a file, and leave it at its start."""
+    source = file.fileno() if isinstance(file, FileIO) else file
     try:
-        with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-            _check_wav_length(sound.extra_info, path)
-            while True:
-                block: NDArray[np.float32] = sound.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)
-                if len(block) == 0:
-                    return
-                yield sound.samplerate, block.T
+        with soundfile.SoundFile(source, closefd=False) as sound:
+            yield sound
     except (soundfile.SoundFileError, ValueError, OverflowError) as error:
         raise damaged(path, error) from error
-
-
-def _check_wav_length(log: str, path: str | os.PathLike[str]) -> None:
-    """Refuse a wav file whose data is shorter than its header says; libsndfile only notes that in its log."""
-    match = re.search(r"^\s*data\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    if match:
-        promised, present = int(match[1]), int(match[2])
-        if present < promised < _STREAMED_WAV_BYTES:
-            raise truncated(path, f"{promised} bytes were promised, {present} are there")
+    finally:
+        file.seek(0)
 
 
 def _check_last_ogg_page(file: FileIO, path: str | os.PathLike[str]) -> None:
@@ -98,15 +142,16 @@ def _check_last_ogg_page(file: FileIO, path: str | os.PathLike[str]) -> None:
         raise truncated(path, "its last page is missing")
 
 
-def _ffmpeg_blocks(file: FileIO, name: str, path: str | os.PathLike[str]) -> Iterator[Block]:
-    """Yield the blocks of the first sound stream of an mp3, aac, mp4 or mkv file."""
+def _ffmpeg_blocks(
+    file: FileIO | Patched, name: str, path: str | os.PathLike[str], note: Callable[[str], None]
+) -> Iterator[Block]:
+    """Yield the blocks of a file's first sound track that has a decoder."""
     is_bare = name in ("mp3", "aac")
     has_length = name == "mp3" and _has_xing_header(file)
     with open_container(file, name, path) as container:
-        if not container.streams.audio:
-            raise MediaError(f"{path}: has no sound in it", "give a file with a sound track")
-        stream = container.streams.audio[0]
-        num_samples, rate, failure = 0, 0, None
+        stream = usable_track(container.streams.audio, "sound", path, note)
+        timeline = _Timeline(container, path) if name in ("mov", "matroska") else None
+        num_samples, rate, is_mixed, failure = 0, 0, False, None
         packets = bare_packets if is_bare else whole_packets
         for packet in packets(container, stream, path):
             try:
@@ -117,17 +162,82 @@ def _ffmpeg_blocks(file: FileIO, name: str, path: str | os.PathLike[str]) -> Ite
             if frames and failure is not None:
                 raise damaged(path, failure)
             for frame in frames:
-                num_samples, rate = num_samples + frame.samples, frame.sample_rate
-                yield frame.sample_rate, _frame_samples(frame, path)
+                samples, rate, is_mixed = _frame_samples(frame, path), frame.sample_rate, frame.layout.nb_channels > 2
+                lacking = 0 if timeline is None else timeline.lacking(frame, num_samples)
+                num_samples += lacking + frame.samples
+                for start in range(0, lacking, _BLOCK_SAMPLES):
+                    silence = np.zeros((len(samples), min(lacking - start, _BLOCK_SAMPLES)), np.float32)
+                    yield Block(rate, silence, is_mixed)
+                yield Block(rate, samples, is_mixed)
         if failure is not None and not (is_bare and num_samples):  # tags of all kinds are found at the end of an mp3
             raise damaged(path, failure)
         if has_length and stream.duration is not None:
             missing = round(stream.duration * stream.time_base * rate) - num_samples
             if missing > 2 * _MP3_FRAME_SAMPLES:
                 raise truncated(path, f"{missing} samples are missing")
+        if is_mixed:
+            note(f"its sound is mixed from {stream.layout.name} to stereo")
+        if timeline is not None:
+            timeline.tell(note)
 
 
-def _has_xing_header(file: FileIO) -> bool:
+class _Timeline:
+    """Where a container's frames of sound belong, by their timestamps.
+
+    A file of sound alone begins at 0. One with several tracks begins with the first of them, as players show it.
+    """
+
+    def __init__(self, container: Any, path: str | os.PathLike[str]) -> None:
+        tracks = [track for track in (*container.streams.video, *container.streams.audio) if not _is_cover(track)]
+        starts = [track.start_time * Fraction(track.time_base) for track in tracks if track.start_time is not None]
+        self._origin = min(starts, default=Fraction(0)) if len(tracks) > 1 else Fraction(0)
+        self._end: Fraction | None = None  # of the frame before
+        self._path = path
+        self._late_seconds = self._hole_seconds = Fraction(0)
+        self._num_holes = 0
+
+    def lacking(self, frame: Any, num_samples: int) -> int:
+        """Return how many samples of silence stand between the `num_samples` so far and an `av.AudioFrame`.
+
+        Raises:
+            MediaError: more than an hour.
+        """
+        if frame.pts is None:
+            return 0
+        rate, time = frame.sample_rate, frame.pts * Fraction(frame.time_base)
+        if self._end is None:
+            self._origin = self._end = min(self._origin, time)
+        gap, self._end = time - self._end, time + Fraction(frame.samples, rate)
+        if gap <= _ALLOWED_GAP_SECONDS:
+            return 0
+        if gap > _MAX_GAP_SECONDS:
+            raise MediaError(
+                f"{self._path}: there is no sound for {float(gap):.0f} s from {num_samples / rate:.2f} s on",
+                "cut it to the part with the voice, or re-encode it by ffmpeg",
+            )
+        count: int = max(round((time - self._origin) * rate) - num_samples, 0)
+        if num_samples == 0:
+            self._late_seconds = Fraction(count, rate)
+        else:
+            self._num_holes += 1
+            self._hole_seconds += Fraction(count, rate)
+        return count
+
+    def tell(self, note: Callable[[str], None]) -> None:
+        """Note what was filled."""
+        if self._late_seconds:
+            note(f"its sound starts {float(self._late_seconds):.3f} s late: silence stands in front of it")
+        if self._num_holes:
+            holes = "a hole" if self._num_holes == 1 else f"{self._num_holes} holes"
+            note(f"its sound has {holes} of {float(self._hole_seconds):.3f} s: filled with silence")
+
+
+def _is_cover(track: Any) -> bool:
+    """Tell whether a track is a picture of the whole, such as an album's."""
+    return bool(track.disposition & Disposition.attached_pic)
+
+
+def _has_xing_header(file: FileIO | Patched) -> bool:
     """Tell whether an mp3 says how long it is (FFmpeg guesses otherwise); the file is left at its start."""
     file.seek(0)
     file.seek(id3_end(file.read(10)))
@@ -137,20 +247,22 @@ def _has_xing_header(file: FileIO) -> bool:
 
 
 def _frame_samples(frame: Any, path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """Return an `av.AudioFrame` as float32 [channels, samples], integers divided by their full scale."""
+    """Return an `av.AudioFrame` as float32 [1 or 2, samples], integers divided by their full scale."""
     name, count = frame.format.name, frame.layout.nb_channels
     dtype = _SAMPLE_TYPES.get(name.removesuffix("p"))
     if dtype is None:
         raise MediaError(f"{path}: samples of type {name} are not supported", "convert it to wav by ffmpeg")
     if count > MAX_AUDIO_CHANNELS:
-        raise MediaError(f"{path}: it has {count} channels", f"mix it down to at most {MAX_AUDIO_CHANNELS}")
+        raise _too_many_channels(path, count)
     # PyAV finds more planes than there are from 8 channels on, and to_ndarray reads them: garbage, or a crash
     planes, size = (frame.planes[:count], frame.samples) if frame.format.is_planar else (frame.planes[:1], -1)
     values = np.stack([np.frombuffer(plane, dtype=dtype, count=size) for plane in planes])
     if not frame.format.is_planar:
         values = values[0, : frame.samples * count].reshape(-1, count).T  # [channels, samples]
     if dtype == np.uint8:
-        return np.asarray((values.astype(np.float32) - np.float32(128)) / np.float32(128))
-    if dtype in (np.int16, np.int32):
-        return np.asarray(values.astype(np.float32) * np.float32(2.0 ** (1 - 8 * values.itemsize)))
-    return np.asarray(values, dtype=np.float32)
+        samples = np.asarray((values.astype(np.float32) - np.float32(128)) / np.float32(128))
+    elif dtype in (np.int16, np.int32):
+        samples = np.asarray(values.astype(np.float32) * np.float32(2.0 ** (1 - 8 * values.itemsize)))
+    else:
+        samples = np.asarray(values, dtype=np.float32)
+    return samples if count <= 2 else to_stereo(samples, [channel.name for channel in frame.layout.channels])

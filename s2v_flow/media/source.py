@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
@@ -56,8 +56,7 @@ _ALLOWED_GAP_SECONDS = Fraction(1, 4)  # between the length that a header promis
 
 
 _QUICKTIME_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-
-
+_CONVERT = {"video": "convert it to H.264 by ffmpeg", "sound": "convert it to wav by ffmpeg"}
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<?xml", b"<smil", b"http:", b"https:")
 
 
@@ -133,8 +132,8 @@ def id3_end(head: bytes) -> int:
     return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
 
 
-def open_container(file: FileIO, format_name: str, path: str | os.PathLike[str]) -> Any:
-    """Open a file as an `av.container.InputContainer`, with one named demuxer, that can open nothing else.
+def open_container(file: Any, format_name: str, path: str | os.PathLike[str]) -> Any:
+    """Open a file, or what reads and seeks like one, with one named demuxer, that can open nothing else.
 
     Raises:
         MediaError: the file is not of that format, or damaged.
@@ -149,6 +148,22 @@ def open_container(file: FileIO, format_name: str, path: str | os.PathLike[str])
         )
     except AV_ERRORS as error:
         raise damaged(path, error) from error
+
+
+def usable_track(streams: Sequence[Any], what: str, path: str | os.PathLike[str], note: Callable[[str], None]) -> Any:
+    """Return the first of a file's tracks of one kind that has a decoder; note which ones are passed over.
+
+    Raises:
+        MediaError: there is none.
+    """
+    if not streams:
+        raise MediaError(f"{path}: has no {what} in it", f"give a file with a {what} track")
+    usable = [number for number, stream in enumerate(streams, 1) if stream.codec_context is not None]
+    if not usable:
+        raise MediaError(f"{path}: no decoder for its {what} is available", _CONVERT[what])
+    if usable[0] > 1:
+        note(f"its {what} track {usable[0]} is used: no decoder is available for what stands before it")
+    return streams[usable[0] - 1]
 
 
 def bare_packets(container: Any, stream: Any, path: str | os.PathLike[str]) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +24,7 @@ from s2v_flow.media.source import (
     open_container,
     open_source,
     sniff,
+    usable_track,
     whole_packets,
 )
 
@@ -40,6 +41,7 @@ class VideoInfo:
     fps: Fraction
     duration_seconds: Fraction
     has_audio: bool
+    notes: tuple[str, ...] = ()
 
     def num_frames_at(self, fps: int | Fraction) -> int:
         """Return how many frames at i / fps begin before the video ends; a rest under 2 ms is a rounded timestamp."""
@@ -56,9 +58,11 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
     Raises:
         MissingError: the file is not there, or may not be read.
         MediaError: it is not an mp4, mov, mkv or webm file, has no video in it, is damaged or cut short.
-        RefusedError: it is longer than 4 hours, or has more than 864000 frames, or frames of more than 64 megapixels.
+        RefusedError: it is longer than 24 hours, has more frames than that at 60 a second, or frames of more than 64
+            megapixels.
     """
-    with _opened(path) as (container, stream):
+    notes: list[str] = []
+    with _opened(path, notes.append) as (container, stream):
         first: Any = None
         start, end, num_frames = None, Fraction(0), 0
         for packet in whole_packets(container, stream, path):
@@ -79,7 +83,8 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
         duration = max(end - start, 1 / fps)
         if duration > MAX_VIDEO_SECONDS:
             raise RefusedError(f"{path}: the video lasts {float(duration):.0f} s", f"cut it to {MAX_VIDEO_SECONDS} s")
-        return VideoInfo(width, height, num_frames, fps, duration, bool(container.streams.audio))
+        has_audio = bool(container.streams.audio)
+        return VideoInfo(width, height, num_frames, fps, duration, has_audio, tuple(notes))
 
 
 class VideoReader:
@@ -163,18 +168,14 @@ class VideoReader:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
-    """Open a video file; give its container and its first video stream, of an allowed size."""
+def _opened(path: str | os.PathLike[str], note: Callable[[str], None] = lambda text: None) -> Iterator[tuple[Any, Any]]:
+    """Open a video file; give its container and its first video stream that has a decoder, of an allowed size."""
     with open_source(path) as file:
         name = sniff(file, path)
         if name not in ("mov", "matroska"):
             raise MediaError(f"{path}: not a video but a sound ({name})", "give an mp4, mov, mkv or webm file")
         with open_container(file, name, path) as container:
-            if not container.streams.video:
-                raise MediaError(f"{path}: has no video in it", "give a file with a video track")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise MediaError(f"{path}: no decoder for its video is available", "convert it to H.264 by ffmpeg")
+            stream = usable_track(container.streams.video, "video", path, note)
             if stream.codec_context.width * stream.codec_context.height > MAX_IMAGE_PIXELS:
                 raise RefusedError(
                     f"{path}: its frames have more than {MAX_IMAGE_PIXELS // 2**20} megapixels", "scale the video down"
