@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from s2v_flow.errors import MediaError, RefusedError
+from s2v_flow.media.crop import centre_cut
 from s2v_flow.media.source import MAX_IMAGE_PIXELS, open_source
 
 Background = Literal["white", "black", "grey", "ignore"]
@@ -37,15 +38,20 @@ _PILLOW_ERRORS = (  # what Pillow raises for damaged files
 )
 
 
-def probe_image(path: str | os.PathLike[str]) -> tuple[int, int]:
+def probe_image(path: str | os.PathLike[str], *, decodes: bool = False) -> tuple[int, int]:
     """Return an image's width and height, upright (EXIF orientation applied), from its header.
 
     Raises:
-        MissingError, MediaError, RefusedError: as `read_image`, as far as the header shows it.
+        MissingError, MediaError, RefusedError: as `read_image`: with `decodes` all of them, else what the header shows.
     """
     with _opened(path) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        is_turned = _orientation(image) >= 5
+        if decodes:
+            image.load()
+        if decodes and image.mode.startswith(("I", "F")):
+            _deep_grey(image, path)
+        return (height, width) if is_turned else (width, height)
 
 
 def read_image(path: str | os.PathLike[str], background: Background = "white") -> NDArray[np.float32]:
@@ -89,6 +95,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     with open_source(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which does not concern the pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if not file.read(1):
+            raise MediaError(f"{path}: the file is empty", "give a file that has content")
+        file.seek(0)
         try:
             with Image.open(file, formats=_FORMATS) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
@@ -145,14 +154,12 @@ def crop_resize(image: NDArray[np.float32], width: int, height: int, antialias: 
     Raises:
         ValueError: a size is not positive, or the image is too narrow to be cut to that shape.
 
-    Source: the project's spec, section 6; bilinear as torch.nn.functional.interpolate(align_corners=False).
+    Source: bilinear as torch.nn.functional.interpolate(align_corners=False).
     """
     if image.ndim != 3 or width < 1 or height < 1:
         raise ValueError(f"cannot scale an image of shape {image.shape} to {width}x{height}")
     rows, columns = image.shape[:2]
-    have, want = columns / rows, width / height
-    cut_x = round((columns - columns * (want / have)) / 2) if have > want else 0  # round half to even
-    cut_y = round((rows - rows * (have / want)) / 2) if have < want else 0
+    cut_x, cut_y = centre_cut(columns, rows, width / height)
     cropped = image[cut_y : rows - cut_y, cut_x : columns - cut_x]
     if cropped.size == 0:
         raise ValueError(

@@ -8,6 +8,7 @@ from s2v_flow.graph.node import Planner
 from s2v_flow.graph.ports import Source, Value
 from s2v_flow.models.speech_rate import segments_of
 from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
+from s2v_flow.nodes.frames import require_cut
 from s2v_flow.nodes.settings import Settings
 
 FRAMES_PER_LATENT = 4
@@ -145,6 +146,7 @@ def _add_start(planner: Planner, name: str, recipe_node: str, settings: Settings
     inputs: PlannedInputs = {"vae": settings.inputs.get("vae")}
     inputs |= {"reference": settings.inputs.get("reference")} if from_reference else {}
     inputs |= {} if from_reference else {"motion_video": settings.inputs["motion_video"]}
+    require_cut(recipe_node, settings.inputs.get("motion_video"), **_size(settings))
     node = EncodeMotion(**_size(settings), conditioning=settings.fields["conditioning"])
     return planner.add(name, node, inputs, recipe_node=recipe_node)["motion"].source
 
@@ -153,6 +155,7 @@ def _add_control(
     planner: Planner, name: str, recipe_node: str, settings: Settings, offset: int, num_latent_frames: int
 ) -> Source:
     inputs: PlannedInputs = {"vae": settings.inputs.get("vae"), "control_video": settings.inputs["control_video"]}
+    require_cut(recipe_node, settings.inputs["control_video"], **_size(settings))
     node = EncodeControl(
         **_size(settings),
         offset=offset,

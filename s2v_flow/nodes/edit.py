@@ -236,11 +236,16 @@ class ImageFromFrames(Node):
     frames: FramesInput = Field(description="The frames.")
     index: int = Field(0, ge=0, description="Which one, counted from 0; the last where there are not so many.")
 
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
+        """Pass on how large the frame is."""
+        frames = planner.value(self.frames)
+        return planner.add_simple(name, self, frames.facts if frames else {})
+
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the image, to be read when it is needed: float32 [H, W, 3] in [0, 1]."""
         import numpy as np
 
-        from s2v_flow.nodes.load import Lazy
+        from s2v_flow.nodes.load_media import Lazy
 
         given: Frames = inputs["frames"]
         index = min(self.index, max(given.num_frames - 1, 0))
@@ -257,8 +262,9 @@ class FramesFromImage(Node):
     count: int = Field(1, ge=1, le=4096, description="How many frames.")
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
-        """Pass on how many frames there are."""
-        return planner.add_simple(name, self, {"frames": self.count})
+        """Pass on how many frames there are, and how large."""
+        image = planner.value(self.image)
+        return planner.add_simple(name, self, {**(image.facts if image else {}), "frames": self.count})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the frames."""

@@ -20,6 +20,7 @@ from s2v_flow.nodes.fields import (
     TextEncoderInput,
     VaeInput,
 )
+from s2v_flow.nodes.frames import require_cut
 
 if TYPE_CHECKING:
     from s2v_flow.graph.context import RunContext
@@ -153,6 +154,7 @@ class EncodeImage(Node):
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on the video's size."""
+        require_cut(name, planner.value(self.image), self.width, self.height)
         return planner.add_simple(name, self, {"width": self.width, "height": self.height})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from s2v_flow.errors import MediaError
+from s2v_flow.media.crop import can_be_cut
+
 if TYPE_CHECKING:
     import numpy as np
 
     from s2v_flow.graph.context import RunContext
+    from s2v_flow.graph.ports import Value
 
 FLAT_LEVELS = 2.0
 
@@ -19,7 +23,7 @@ class Frames:
     """A video's frames. Iterating makes them anew, in groups: uint8 arrays [n, 8H, 8W, 3].
 
     `read(start, count)` gives some of them, fewer at the end. `facts` say how they were made, once they are: to be kept
-    with what is made of them.
+    with what is made of them. `close` is called when nobody needs them any more.
     """
 
     width: int
@@ -28,9 +32,26 @@ class Frames:
     groups: Callable[[], Iterator[np.ndarray]]
     read: Callable[[int, int], np.ndarray]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    close: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.groups()
+
+
+def require_cut(name: str, picture: Value | None, width: int, height: int) -> None:
+    """Refuse a picture or a video that is too narrow to be cut to a shape, where its size is known.
+
+    Raises:
+        MediaError: Nothing would be left of it.
+    """
+    facts = picture.facts if picture else {}
+    columns, rows = facts.get("width"), facts.get("height")
+    if columns and rows and not can_be_cut(columns, rows, width / height):
+        raise MediaError(
+            f"{name}: {facts.get('file', 'the picture')}: {columns}x{rows} pixels are too narrow to be cut to the "
+            f"shape of {width}x{height}",
+            "give a picture of about the video's proportions",
+        )
 
 
 def window(groups: Iterator[np.ndarray], start: int, count: int) -> Iterator[np.ndarray]:

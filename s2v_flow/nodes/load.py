@@ -1,9 +1,8 @@
-"""Kinds that name a file: models, images, sound and video. Nothing is read before something needs it."""
+"""Kinds that name a model's file, or a latent's. Nothing is read before something needs it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -12,27 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from s2v_flow.errors import BadNumbersError, CheckpointError
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import FileField, Neutral, Value
-from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ, Chain, Part
-from s2v_flow.nodes.fields import Precision, Seconds, model_file
-from s2v_flow.nodes.frames import Frames
+from s2v_flow.nodes.chunk_plan import Chain, Part
+from s2v_flow.nodes.fields import Precision, model_file
 from s2v_flow.nodes.handle import lacks_room, open_handle
 from s2v_flow.nodes.settings import Settings
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from s2v_flow.graph.context import RunContext
-    from s2v_flow.media.audio import AudioClip
 
 
 LATENT_KEY = "latent_tensor"
-
-
-@dataclass(frozen=True)
-class Lazy:
-    """A file's content, read when it is asked for."""
-
-    read: Callable[[], Any]
 
 
 class Lora(BaseModel):
@@ -241,117 +229,6 @@ class LoadVae(Node):
         return {"vae": open_handle(context, "vae", self.precision, load)}
 
 
-class LoadImage(Node):
-    """Read an image: the portrait. Orientation tags are obeyed; transparency is laid on a background."""
-
-    kind: ClassVar[str] = "load_image"
-    outputs: ClassVar = {"image": "image"}
-
-    file: Annotated[str, FileField("input", "image")] = Field(description="PNG, JPEG, WebP or another still image.")
-    background: Literal["white", "black", "grey", "ignore"] = Field(
-        "white", description="What shows through transparent parts; ignore takes the hidden colours, as ComfyUI does."
-    )
-
-    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give out the image, to be read when it is needed: float32 [H, W, 3] in [0, 1]."""
-        from s2v_flow.media.image import read_image
-
-        path = context.files["file",]
-        return {"image": Lazy(lambda: read_image(path, self.background))}
-
-    def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
-        """Read the image once before anything heavy starts."""
-        from s2v_flow.media.image import read_image
-
-        read_image(files["file",], self.background)
-
-
-class LoadAudio(Node):
-    """Read sound: the voice. wav, flac, ogg, mp3, m4a, or the sound of a video file; all of it, or a part."""
-
-    kind: ClassVar[str] = "load_audio"
-    outputs: ClassVar = {"audio": "audio"}
-
-    file: Annotated[str, FileField("input", "audio")] = Field(description="The sound file.")
-    start: Seconds = Field(0.0, description="Where to begin: seconds, or text like 12.5s.")
-    end: Seconds | None = Field(None, description="Where to end; unless given, at the file's end.")
-    max_duration: Seconds | None = Field(None, description="At most so long.")
-    fade: Seconds = Field(0.0, description="Fade in and out over so long.")
-
-    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
-        """Count the samples: the voice's length decides how many chunks there are."""
-        values = planner.add_simple(name, self)
-        path = planner.file(name, "file")
-        if path is None:
-            return values
-        info = planner.remember("audio", path, lambda: _probe(path))
-        num_samples, rate = info["num_samples"], info["sample_rate_hz"]
-        first, last = self._part(num_samples, rate)
-        if first >= last:
-            length = f"the file lasts {num_samples / rate:.2f} s"
-            planner.problem(name, "start", "R130", f"nothing is left between start and end: {length}")
-            return {}
-        frames = -(-(last - first) * FRAME_RATE_HZ // rate)
-        facts = {"frames": frames, "seconds": (last - first) / rate}
-        facts |= {"num_samples": last - first, "sample_rate_hz": rate}
-        return {port: Value(value.type, value.sources, facts) for port, value in values.items()}
-
-    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give out the sound, to be read as it is used."""
-        return {"audio": self._clip(context.files["file",])}
-
-    def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
-        """Read the sound once before anything heavy starts."""
-        self._clip(files["file",])
-
-    def _clip(self, path: Path) -> AudioClip:
-        from s2v_flow.media.audio import open_audio
-
-        whole = open_audio(path)
-        first, last = self._part(whole.num_samples, whole.sample_rate_hz)
-        num_fade_samples = round(self.fade * whole.sample_rate_hz)
-        return replace(whole, first=first, last=last, num_fade_samples=num_fade_samples)
-
-    def _part(self, num_samples: int, rate: int) -> tuple[int, int]:
-        """Return the first sample to take and the one after the last."""
-        first = round(self.start * rate)
-        last = num_samples if self.end is None else min(round(self.end * rate), num_samples)
-        return first, last if self.max_duration is None else min(last, first + round(self.max_duration * rate))
-
-
-class LoadVideo(Node):
-    """Read a video's frames at 16 frames a second: a pose video, or a clip whose motion is to be continued."""
-
-    kind: ClassVar[str] = "load_video"
-    outputs: ClassVar = {"frames": "frames"}
-
-    file: Annotated[str, FileField("input", "video")] = Field(description="The video file.")
-
-    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give out the frames, read when they are needed."""
-        from s2v_flow.media.video import VideoReader, probe_video
-
-        path = context.files["file",]
-        info = probe_video(path)
-
-        def groups() -> Iterator[np.ndarray]:
-            with VideoReader(path, FRAME_RATE_HZ) as reader:
-                for frame in reader:
-                    yield frame[None]
-
-        def read(start: int, count: int) -> np.ndarray:
-            with VideoReader(path, FRAME_RATE_HZ) as reader:
-                return reader.read(start, count)
-
-        return {"frames": Frames(info.width, info.height, info.num_frames_at(FRAME_RATE_HZ), groups, read)}
-
-    def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
-        """Read the video's header once before anything heavy starts."""
-        from s2v_flow.media.video import probe_video
-
-        probe_video(files["file",])
-
-
 class LoadLatent(Node):
     """Read a latent that `save_latent` (or ComfyUI's SaveLatent) wrote, as the first chunk of a video."""
 
@@ -378,13 +255,6 @@ class LoadLatent(Node):
         if not latent.isfinite().all():
             raise BadNumbersError(f"{context.name}: NaN or infinity in {self.file}", fix="make the latent again")
         return {"latent": pack({"samples": latent})}
-
-
-def _probe(path: Path) -> dict[str, int]:
-    from s2v_flow.media.audio import probe_audio
-
-    info = probe_audio(path)
-    return {"num_samples": info.num_samples, "sample_rate_hz": info.sample_rate_hz}
 
 
 def latent_shape(path: Path) -> tuple[int, ...]:

@@ -135,6 +135,11 @@ class Extend(Node):
             message = f"reference: {new[0]}x{new[1]} cannot follow a video of {old[0]}x{old[1]}"
             planner.problem(name, "reference", "R104", message, "encode the portrait at the video's size")
             return {}
+        if any((side or 0) % 16 for side in new):
+            message = f"video: {new[0]}x{new[1]} pixels, where a video that goes on needs multiples of 16"
+            fix = "cut an even amount of cells in its latent_cut node, or cut after extend"
+            planner.problem(name, "video", "R134", message, fix)
+            return {}
         if chain.parts and chain.pixels is None and settings.fields["motion"] == "pixels":
             planner.problem(name, "motion", "R100", "motion: pixels cannot follow chunks that hand over latents")
             return {}

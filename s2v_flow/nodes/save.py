@@ -46,6 +46,8 @@ class SaveVideo(Node):
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the file; its length is that of the frames."""
+        frames = planner.value(self.frames)
+        _refuse_odd_sides(planner, name, frames.facts if frames else {})
         if self.fps != FRAME_RATE_HZ:
             speed = f"everything moves {self.fps / FRAME_RATE_HZ:.3g} times as fast"
             parts = "" if self.audio is None else ", and lips and sound part"
@@ -155,6 +157,18 @@ def plan_sink(planner: Planner, name: str, node: SaveVideo | SaveImages, fps: fl
     facts = {"frames": count, "seconds": None if count is None else count / fps}
     facts |= {side: frames.facts.get(side) for side in ("width", "height")} if frames else {}
     return planner.add(name, node, inputs, recipe_node=name, facts=facts)
+
+
+def _refuse_odd_sides(planner: Planner, name: str, frames: Mapping[str, Any]) -> None:
+    """Record sides that H.264 with yuv420p does not take, where the frames' size was chosen."""
+    size = {side: frames.get(side) or 0 for side in ("width", "height")}
+    even = " and ".join(f"{side}: {value + value % 2}" for side, value in size.items())
+    for side, value in size.items():
+        if value % 2:
+            node = frames.get("scaled_by", name)
+            message = f"{side}: {value} pixels, where the mp4 that {name} writes needs an even number"
+            fix = f"set {even}" if node != name else f"put a frames_scale node in front of it, with {even}"
+            planner.problem(node, side if node != name else "frames", "R132", message, fix)
 
 
 def reported(context: RunContext, frames: Any) -> Iterator[np.ndarray]:

@@ -10,8 +10,10 @@ from pydantic import Field, model_validator
 
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Value
+from s2v_flow.media.crop import centre_cut
 from s2v_flow.nodes.fields import FramesInput, ImageInput
-from s2v_flow.nodes.frames import Frames
+from s2v_flow.nodes.frames import Frames, require_cut
+from s2v_flow.nodes.load_media import Lazy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +64,19 @@ class _Scale(Node):
         new_width = self.width or max(round(width * (self.height or 1) / height), 1)
         return new_width, self.height or max(round(height * new_width / width), 1)
 
+    def resized(self, planner: Planner, name: str, given: Value | None) -> dict[str, Any]:
+        """Return what is known of a picture or a video once it is scaled."""
+        facts = dict(given.facts) if given else {}
+        if not facts.get("width") or not facts.get("height"):
+            return facts
+        width, height = self.target(facts["width"], facts["height"])
+        if width < 1 or height < 1:
+            message = f"longest_side: {facts['width']}x{facts['height']} pixels become {width}x{height}"
+            planner.problem(name, "longest_side", "R133", message, "make it larger, or give width and height")
+        elif self.crop == "center":
+            require_cut(name, given, width, height)
+        return {**facts, "width": width, "height": height, "scaled_by": name}
+
     def scaled(self, image: np.ndarray) -> np.ndarray:
         """Scale float32 [H, W, 3] in [0, 1] to its new size."""
         height, width = image.shape[:2]
@@ -76,10 +91,12 @@ class ImageScale(_Scale):
 
     image: ImageInput = Field(description="The image.")
 
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
+        """Pass on the new size."""
+        return planner.add_simple(name, self, self.resized(planner, name, planner.value(self.image)))
+
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the scaled image, to be made when it is needed: float32 [H, W, 3] in [0, 1]."""
-        from s2v_flow.nodes.load import Lazy
-
         given = inputs["image"]
         return {"image": Lazy(lambda: self.scaled(given.read()))}
 
@@ -93,13 +110,8 @@ class FramesScale(_Scale):
     frames: FramesInput = Field(description="The frames.")
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
-        """Pass on how many frames there are."""
-        frames = planner.value(self.frames)
-        facts = frames.facts if frames else {}
-        sides = facts.get("width"), facts.get("height")
-        if sides[0] and sides[1]:
-            facts = {**facts, **dict(zip(("width", "height"), self.target(sides[0], sides[1]), strict=True))}
-        return planner.add_simple(name, self, facts)
+        """Pass on how many frames there are, and their new size."""
+        return planner.add_simple(name, self, self.resized(planner, name, planner.value(self.frames)))
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the scaled frames as a stream."""
@@ -156,10 +168,8 @@ def resize(image: np.ndarray, width: int, height: int, method: Method, *, crops:
     return array
 
 
-def _cropped(image: np.ndarray, want: float) -> np.ndarray:
+def _cropped(image: np.ndarray, aspect: float) -> np.ndarray:
     rows, columns = image.shape[:2]
-    have = columns / rows
-    cut_x = round((columns - columns * (want / have)) / 2) if have > want else 0
-    cut_y = round((rows - rows * (have / want)) / 2) if have < want else 0
+    cut_x, cut_y = centre_cut(columns, rows, aspect)
     cropped: np.ndarray = image[cut_y : rows - cut_y, cut_x : columns - cut_x]
     return cropped

@@ -17,16 +17,8 @@ from s2v_flow.nodes.edit import (
     LatentCut,
 )
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage, EncodeText
-from s2v_flow.nodes.load import (
-    LoadAudio,
-    LoadAudioEncoder,
-    LoadDiffusionModel,
-    LoadImage,
-    LoadLatent,
-    LoadTextEncoder,
-    LoadVae,
-    LoadVideo,
-)
+from s2v_flow.nodes.load import LoadAudioEncoder, LoadDiffusionModel, LoadLatent, LoadTextEncoder, LoadVae
+from s2v_flow.nodes.load_media import LoadAudio, LoadImage, LoadVideo
 from s2v_flow.nodes.sample import Extend, Sample
 from s2v_flow.nodes.save import SaveImages, SaveLatent, SaveVideo
 from s2v_flow.nodes.scale import FramesScale, ImageScale
@@ -52,6 +44,9 @@ PLANNING_CODES: Mapping[str, str] = MappingProxyType(
         "R128": "a size contradicts the reference's",
         "R130": "nothing is left of the sound",
         "R131": "two nodes write the same file",
+        "R132": "a side of an mp4 is odd",
+        "R133": "nothing is left of a picture that is scaled",
+        "R134": "a video that goes on has a side that is no multiple of 16",
     }
 )
 

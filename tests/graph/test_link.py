@@ -7,7 +7,8 @@ import networkx as nx
 from s2v_flow.graph.link import link
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import Ref
-from s2v_flow.nodes.load import LoadAudio, LoadImage, LoadLatent, LoadVae
+from s2v_flow.nodes.load import LoadLatent, LoadVae
+from s2v_flow.nodes.load_media import LoadAudio, LoadImage
 from s2v_flow.nodes.sample import Extend
 from s2v_flow.nodes.save import SaveImages, SaveLatent
 

@@ -14,7 +14,7 @@ from PIL import Image
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.nodes.edit import FramesConcat, FramesDelay, FramesFromImage, FramesSlice, ImageFromFrames, piece
 from s2v_flow.nodes.frames import Frames, window
-from s2v_flow.nodes.load import Lazy
+from s2v_flow.nodes.load_media import Lazy
 from s2v_flow.nodes.scale import FramesScale, ImageScale, resize
 
 NO_CONTEXT: Any = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from recipes_for_tests import options, write_recipe, write_voice
 
 from s2v_flow import api
@@ -26,6 +27,7 @@ SMALL = {"kind": "encode_image", "vae": "$vae", "image": "$portrait", "width": 3
 
 def problems(folder: Path, changes: Changes) -> list[Diagnostic]:
     write_voice(folder / "voice.wav", 1)
+    Image.new("RGB", (90, 7)).save(folder / "odd.png")
     recipe = write_recipe(folder, changes)
     with pytest.raises(RecipeError) as caught:
         api.plan(recipe, options(folder, folder / "models"))
@@ -81,6 +83,33 @@ CASES: list[tuple[str, Changes, str, str, str | None]] = [
     ("R110", {"speech": {"warmup_frames": 0}, "first": {"motion": "pixels"}}, '"$talk"',
      "motion: pixels needs warmup_frames of at least 3 to keep picture and sound in time, got 0",
      "set warmup_frames in the encode_audio node, or drop_frames here"),
+    ("R132", {"scaled": {"kind": "frames_scale", "frames": "$frames", "width": 61, "height": 40},
+              "video": {"frames": "$scaled"}},
+     "61", "width: 61 pixels, where the mp4 that video writes needs an even number", "set width: 62 and height: 40"),
+    ("R132", {"scaled": {"kind": "frames_scale", "frames": "$frames", "longest_side": 65},
+              "part": {"kind": "frames_slice", "frames": "$scaled", "length": 4},
+              "video": {"frames": "$part"}, "reference": {"width": 64, "height": 128}},
+     "scaled", "height: 65 pixels, where the mp4 that video writes needs an even number",
+     "set width: 32 and height: 66"),
+    ("R132", {"face": {"kind": "image_scale", "image": "$portrait", "width": 40, "height": 31},
+              "still": {"kind": "frames_from_image", "image": "$face", "count": 3}, "video": {"frames": "$still"}},
+     "31", "height: 31 pixels, where the mp4 that video writes needs an even number", "set width: 40 and height: 32"),
+    ("R132", {"clip": {"kind": "load_image", "file": "odd.png"},
+              "still": {"kind": "frames_from_image", "image": "$clip", "count": 3}, "video": {"frames": "$still"}},
+     '"$still"', "height: 7 pixels, where the mp4 that video writes needs an even number",
+     "put a frames_scale node in front of it, with width: 90 and height: 8"),
+    ("R133", {"face": {"kind": "image_scale", "image": "$wide", "longest_side": 4},
+              "wide": {"kind": "load_image", "file": "odd.png"},
+              "reference": {"image": "$face"}}, "4", "longest_side: 90x7 pixels become 4x0",
+     "make it larger, or give width and height"),
+    ("R134", {"piece": {"kind": "latent_cut", "latent": "$first", "axis": "x", "amount": 5},
+              "talk": {"video": "$piece", "chunks": 1}}, '"$piece"',
+     "video: 40x64 pixels, where a video that goes on needs multiples of 16",
+     "cut an even amount of cells in its latent_cut node, or cut after extend"),
+    ("R134", {"piece": {"kind": "latent_cut", "latent": "$first", "axis": "y", "index": 7, "amount": 9},
+              "talk": {"video": "$piece", "chunks": 1}}, '"$piece"',
+     "video: 64x8 pixels, where a video that goes on needs multiples of 16",
+     "cut an even amount of cells in its latent_cut node, or cut after extend"),
     ("R111", {"frames": {"drop_frames": 81}}, "81", "drop_frames: no frame is left, 81 of 81 are dropped",
      "drop fewer frames, or add chunks"),
 ]  # fmt: skip

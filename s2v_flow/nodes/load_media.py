@@ -1,0 +1,181 @@
+"""Kinds that name an image, a sound or a video: planning decodes as much as shows that it can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from s2v_flow.errors import S2VFlowError
+from s2v_flow.graph.node import Node, Planner
+from s2v_flow.graph.ports import FileField, Value
+from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
+from s2v_flow.nodes.fields import Seconds
+from s2v_flow.nodes.frames import Frames
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from s2v_flow.graph.context import RunContext
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A file's content, read when it is asked for."""
+
+    read: Callable[[], Any]
+
+
+class LoadImage(Node):
+    """Read an image: the portrait. Orientation tags are obeyed; transparency is laid on a background."""
+
+    kind: ClassVar[str] = "load_image"
+    outputs: ClassVar = {"image": "image"}
+
+    file: Annotated[str, FileField("input", "image")] = Field(description="PNG, JPEG, WebP or another still image.")
+    background: Literal["white", "black", "grey", "ignore"] = Field(
+        "white", description="What shows through transparent parts; ignore takes the hidden colours, as ComfyUI does."
+    )
+
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
+        """Decode the image, and pass on its size."""
+        values = planner.add_simple(name, self)
+        return _with_facts(values, _probed(planner, name, "image", _measure_image))
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the image, to be read when it is needed: float32 [H, W, 3] in [0, 1]."""
+        from s2v_flow.media.image import read_image
+
+        path = context.files["file",]
+        return {"image": Lazy(lambda: read_image(path, self.background))}
+
+
+class LoadAudio(Node):
+    """Read sound: the voice. wav, flac, ogg, mp3, m4a, or the sound of a video file; all of it, or a part."""
+
+    kind: ClassVar[str] = "load_audio"
+    outputs: ClassVar = {"audio": "audio"}
+
+    file: Annotated[str, FileField("input", "audio")] = Field(description="The sound file.")
+    start: Seconds = Field(0.0, description="Where to begin: seconds, or text like 12.5s.")
+    end: Seconds | None = Field(None, description="Where to end; unless given, at the file's end.")
+    max_duration: Seconds | None = Field(None, description="At most so long.")
+    fade: Seconds = Field(0.0, description="Fade in and out over so long.")
+
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
+        """Count the samples: the voice's length decides how many chunks there are."""
+        values = planner.add_simple(name, self)
+        known = _probed(planner, name, "sound", _measure_sound)
+        if not known:
+            return values
+        num_samples, rate = known["num_samples"], known["sample_rate_hz"]
+        first, last = self._part(num_samples, rate)
+        if first >= last:
+            length = f"the file lasts {num_samples / rate:.2f} s"
+            planner.problem(name, "start", "R130", f"nothing is left between start and end: {length}")
+            return {}
+        node = _LoadAudioAnew(**dict(self)) if known["notes"] else self
+        keys = ("num_samples", "sample_rate_hz", "num_channels", "gain")
+        planner.add(name, node, {}, recipe_node=name, facts={key: known[key] for key in keys})
+        frames = -(-(last - first) * FRAME_RATE_HZ // rate)
+        facts = {"frames": frames, "seconds": (last - first) / rate}
+        return _with_facts(values, {**facts, "num_samples": last - first, "sample_rate_hz": rate})
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the sound, to be read as it is used."""
+        from s2v_flow.media.audio import AudioClip
+
+        known = context.planned
+        rate = known["sample_rate_hz"]
+        part = self._part(known["num_samples"], rate)
+        fade, gain = round(self.fade * rate), known["gain"]
+        return {"audio": AudioClip(context.files["file",], rate, known["num_channels"], *part, fade, gain=gain)}
+
+    def _part(self, num_samples: int, rate: int) -> tuple[int, int]:
+        """Return the first sample to take and the one after the last."""
+        first = round(self.start * rate)
+        last = num_samples if self.end is None else min(round(self.end * rate), num_samples)
+        return first, last if self.max_duration is None else min(last, first + round(self.max_duration * rate))
+
+
+class _LoadAudioAnew(LoadAudio):
+    """A sound that earlier versions read otherwise: mixed down, filled with silence, or from another track."""
+
+    version: ClassVar[int] = 2
+
+
+class LoadVideo(Node):
+    """Read a video's frames at 16 frames a second: a pose video, or a clip whose motion is to be continued."""
+
+    kind: ClassVar[str] = "load_video"
+    outputs: ClassVar = {"frames": "frames"}
+
+    file: Annotated[str, FileField("input", "video")] = Field(description="The video file.")
+
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
+        """Decode a frame, and pass on how large they are and how many."""
+        values = planner.add_simple(name, self)
+        return _with_facts(values, _probed(planner, name, "video", _measure_video))
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the frames, read when they are needed; one reader is kept for those that ask for them in order."""
+        from s2v_flow.media.video import VideoReader
+
+        path = context.files["file",]
+        kept = VideoReader(path, FRAME_RATE_HZ)
+
+        def groups() -> Iterator[np.ndarray]:
+            with VideoReader(path, FRAME_RATE_HZ) as reader:
+                for frame in reader:
+                    yield frame[None]
+
+        return {"frames": Frames(kept.info.width, kept.info.height, len(kept), groups, kept.read, close=kept.close)}
+
+
+def _with_facts(values: Mapping[str, Value], facts: Mapping[str, Any]) -> dict[str, Value]:
+    return {port: replace(value, facts=facts) for port, value in values.items()}
+
+
+def _probed(planner: Planner, name: str, what: str, measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Return what is known of a node's file, measured once for each content; nothing where it is missing.
+
+    Raises:
+        S2VFlowError: The file cannot be used.
+    """
+    path = planner.file(name, "file")
+    if path is None:
+        return {}
+    try:
+        known = planner.remember(what, path, lambda: measure(path))
+    except S2VFlowError as error:
+        error.message = f"{name}: file: {error.message}"
+        raise
+    for note in known["notes"]:
+        planner.note(name, f"{name}: file: {path.name}: {note}")
+    return {**known, "file": str(path)}
+
+
+def _measure_image(path: Path) -> dict[str, Any]:
+    from s2v_flow.media.image import probe_image
+
+    width, height = probe_image(path, decodes=True)
+    return {"width": width, "height": height, "notes": []}
+
+
+def _measure_sound(path: Path) -> dict[str, Any]:
+    from s2v_flow.media.audio import probe_audio
+
+    info = probe_audio(path)
+    counts = {"num_samples": info.num_samples, "sample_rate_hz": info.sample_rate_hz, "num_channels": info.num_channels}
+    return {**counts, "gain": info.gain, "notes": list(info.notes)}
+
+
+def _measure_video(path: Path) -> dict[str, Any]:
+    from s2v_flow.media.video import probe_video
+
+    info = probe_video(path)
+    size = {"width": info.width, "height": info.height, "frames": info.num_frames_at(FRAME_RATE_HZ)}
+    return {**size, "notes": list(info.notes)}
