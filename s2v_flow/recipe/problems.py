@@ -59,6 +59,8 @@ CODES: Mapping[str, str] = MappingProxyType(
         "R062": "an exclude of the matrix names what does not vary",
         "R063": "an axis of the matrix, or one of its values, is given twice",
         "R064": "an override sets what the matrix varies",
+        # what is no recipe
+        "R070": "the file is something else that is known: a workflow, a picture, a model",
     }
 )
 

@@ -17,6 +17,7 @@ import yaml
 
 from s2v_flow.errors import Place
 from s2v_flow.recipe.problems import Problems, StopReadingError
+from s2v_flow.recipe.species import file_species, place_species
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir, read_scalar
 from s2v_flow.wording import nearest, shortened
 
@@ -32,14 +33,26 @@ _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what PyYAML counts as
 FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 _DIRECTIVE = re.compile(r"^%", re.MULTILINE)
 _CONFLICT = re.compile(r"^(?:<<<<<<<|>>>>>>>) ", re.MULTILINE)
+_BACKSLASH = "write it in single quotes, which take a backslash as it is, or a path with / instead"
 _ADVICE = (
     ("mapping values are not allowed", "put text that has a colon in it in quotes, and begin each key on its own line"),
-    ("cannot start any token", "indent with spaces, not tabs; put text that begins with @, ` or % in quotes"),
+    ("tab character", "indent with spaces, not tabs"),
+    ("cannot start any token", "put text that begins with @, ` or % in quotes"),
     ("unexpected end of stream", "close the quotes"),
     ("find expected ':'", "write `name: value`"),
     ("',' or ']'", "close the list with ]"),
     ("',' or '}'", "close the map with }"),
-    ("escape", "in double quotes a backslash is written \\\\; single quotes take it as it is"),
+    ("escape", _BACKSLASH),
+    ("hexadecimal", _BACKSLASH),
+    ("alphabetic or numeric", "put text that begins with * or & in quotes"),
+    ("comment or line break", "put text that begins with > or | in quotes"),
+    ("block sequence", "put text that begins with - in quotes; begin a list's items on lines of their own"),
+    ("mapping keys", "put text that begins with ? in quotes"),
+    ("node content", "put text that begins with a comma or a bracket in quotes"),
+    (
+        "expected key",
+        "check the quotes and the indentation: text in quotes ends with the quotes, and in '...' a ' is written ''",
+    ),
     ("'-' indicator", "check the indentation"),
     ("block end", "check the indentation"),
 )
@@ -81,7 +94,15 @@ def read_file(path: Path, name: str, problems: Problems, named_at: Origin | None
         StopReadingError: The file cannot be read, or is no YAML within the limits; `problems` says why.
     """
     source = Source(name, absolute_dir(path), ())
-    return read_yaml(_read_bytes(path, MAX_BYTES + 1, source, problems, named_at), source, problems)
+    where = named_at or Origin(Place(name), "", source.base_dir)
+    species = place_species(path, name)
+    if species is not None:
+        raise problems.stop("R002", f"cannot read {name}: this is {species.what}", where, fix=species.fix)
+    data = _read_bytes(path, MAX_BYTES + 1, source, problems, named_at)
+    species = file_species(path, name, data)
+    if species is not None:
+        raise problems.stop("R070", f"this is {species.what}", where, fix=species.fix)
+    return read_yaml(data, source, problems)
 
 
 def read_text(path: Path, name: str, problems: Problems, named_at: Origin, max_bytes: int) -> str:
@@ -158,9 +179,13 @@ def _similar_file(path: Path) -> str | None:
 
 
 def _decode(data: bytes, source: Source, problems: Problems) -> str:
-    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        fix = "save the file as UTF-8 without a byte order mark"
-        raise problems.stop("R003", "the file begins with a byte order mark", source.start(), fix=fix)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):  # as Windows' editors and shells write it
+        try:
+            return data.decode("utf-16")
+        except UnicodeDecodeError as error:
+            message = f"the file begins like UTF-16, and is not: {error.reason}"
+            raise problems.stop("R003", message, source.start(), fix="save the file as UTF-8") from error
+    data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -274,12 +299,15 @@ def _syntax(error: Exception, text: str, source: Source, problems: Problems) -> 
         return problems.stop("R001", "git left a merge conflict here", origin, fix="resolve it")
     context = getattr(error, "context", None)
     begun: Any = getattr(error, "context_mark", None)
+    problem = problem.replace("hexdecimal", "a hexadecimal")  # libyaml's slip
     if begun is not None and "end of stream" in problem:
         mark = begun  # an unclosed quote is seen where it opens
     elif context and begun is not None and begun.line < min(mark.line, len(source.lines) - 1):
         problem += f", {context} that began on line {source.line + begun.line}"
-    fix = next((advice for symptom, advice in _ADVICE if symptom in problem), None)
     origin = source.origin(mark.line, mark.column) if mark is not None else source.start()
+    if "cannot start" in problem and origin.excerpt[origin.place.column - 1 :].startswith("\t"):
+        problem = "found a tab character where the indentation should be"
+    fix = next((advice for symptom, advice in _ADVICE if symptom in problem), None)
     return problems.stop("R001", f"this is not YAML: {problem}", origin, fix=fix)
 
 

@@ -135,8 +135,8 @@ MERGE_BOMB = "a: &a {x: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [*a, *a]}}\n" for i 
         pytest.param('a: "\\0"', "R003", id="escaped NUL"),
         pytest.param('a: "\\ud800"', "R001", id="half a surrogate pair"),
         pytest.param('a: "\\UFFFFFFFF"', "R001", id="no such character"),
-        pytest.param(b"\xef\xbb\xbfa: 1", "R003", id="byte order mark"),
-        pytest.param("a: 1".encode("utf-16"), "R003", id="UTF-16"),
+        pytest.param("a: 1".encode("utf-16-le"), "R003", id="UTF-16 without its mark"),
+        pytest.param(b"\xff\xfea", "R003", id="half a character of UTF-16"),
         pytest.param(b"a: \xff", "R003", id="no UTF-8"),
         pytest.param(b"a: \xed\xa0\x80", "R003", id="surrogate in UTF-8"),
         pytest.param("a: \ufeffb", "R003", id="byte order mark inside"),
@@ -194,3 +194,52 @@ def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         problems.raise_any("r.yaml")
     assert [diagnostic.code for diagnostic in caught.value.diagnostics] == ["R002", "R002"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_what_editors_of_windows_save_is_read(encoding: str) -> None:
+    """UTF-8 with a byte order mark and UTF-16 with one, lines with CRLF; places count as if the mark were not there."""
+    text = "a: [1]\r\nprompt: caf\u00e9\r\n"
+    data = (b"\xfe\xff" if encoding == "utf-16-be" else b"") + text.encode(encoding)
+    tree = read(data)
+    assert isinstance(tree, MapValue)
+    assert plain(tree) == {"a": [1], "prompt": "caf\u00e9"}
+    assert origins_of(tree)["a", 0].place == Place("r.yaml", 1, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ('a: "C:\\Users\\x"', "single quotes"),
+        ('a: "C:\\data"', "single quotes"),
+        ('a: "D:\\models"', "path with /"),
+        ('a: "C:\\x\\y"', "path with /"),
+        ('a: "C:\\Uploads"', "path with /"),
+        ("a: She says: hello", "in quotes"),
+        ("a: @home", "in quotes"),
+        ("a: `x`", "in quotes"),
+        ("a: %x", "in quotes"),
+        ("a: *smiles*", "in quotes"),
+        ("a: &x& y", "in quotes"),
+        ("a: > text", "in quotes"),
+        ("a: - text", "in quotes"),
+        ("a: , text", "in quotes"),
+        ("a: 'The man's guitar'", "a ' is written ''"),
+        ('a: "Hello" she said', "quotes"),
+        ("a: [happy] man", "quotes"),
+        ('a: "open\nb: 1', "close the quotes"),
+        ("a: 'open\nb: 1", "close the quotes"),
+        ('a: "x\nb: "y"', "quotes"),
+        ("a:\n\tb: 1", "spaces, not tabs"),
+        ("a:\n  b: 1\n\tc: 2", "spaces, not tabs"),
+        ("a: [1, 2", "close the list"),
+    ],
+)  # fmt: skip
+def test_the_usual_slips_are_advised_on(text: str, advice: str) -> None:
+    problems = Problems()
+    with pytest.raises(StopReadingError):
+        read_yaml(text.encode(), Source("r.yaml", Path("/base"), ()), problems)
+    with pytest.raises(RecipeError) as caught:
+        problems.raise_any("r.yaml")
+    (found,) = caught.value.diagnostics
+    assert (found.code, advice in (found.fix or "")) == ("R001", True), found
