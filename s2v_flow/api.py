@@ -25,7 +25,7 @@ from s2v_flow.graph.plan import Plan
 from s2v_flow.graph.run import Run, RunResult, ignore
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess
 from s2v_flow.graph.turns import gpu_turn
-from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, recipe_needs
+from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, near_files, recipe_needs
 from s2v_flow.machine import device_class, free_memory_bytes, resolve_device
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
@@ -332,6 +332,9 @@ def require_files(planned: Planned) -> None:
     if planned.plan.missing:
         names = [item.file for item in planned.plan.missing]
         fix = "put them where they are looked for, or name other folders with --models-dir or --input-dir"
+        near = [near for item in planned.plan.missing for near in near_files(item.file, item.kind, item.looked_in)]
+        if near:
+            fix = f"is it {' or '.join(map(str, near[:3]))}? else {fix}"
         if any(item.homes for item in planned.plan.missing):
             fix += f"; or `s2vflow models {planned.recipe.path} --download`"
         raise MissingError(

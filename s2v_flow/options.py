@@ -13,7 +13,7 @@ from s2v_flow.demo.catalog import demo_paths
 from s2v_flow.graph.interrupt import ShouldStop, never
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.selection import Selection
-from s2v_flow.library.extra_models import find_extra_models, read_extra_models
+from s2v_flow.library.extra_models import find_extra_models, models_folder, read_extra_models
 from s2v_flow.library.needs import HOMES
 from s2v_flow.recipe.argument import Changes, Override
 
@@ -89,15 +89,17 @@ class Options:
 
     @cached_property
     def locations(self) -> Locations:
-        """The folders of a run. Unless any are given, models are looked for in ./models and ~/ComfyUI/models.
+        """The folders of a run. Unless any are given, models are looked for in ./models and in the usual ComfyUI's.
 
-        ComfyUI's extra_model_paths.yaml is the one that is given, or stands beside a models folder.
+        Where ComfyUI's own folder is given, its models folder counts. ComfyUI's extra_model_paths.yaml is the one that
+        is given, or stands beside a models folder.
 
         Raises:
             RecipeError: An extra_model_paths.yaml is wrong.
         """
         given = [*self.models_dirs, *_paths_in("S2VFLOW_MODELS_DIR")]
-        models_dirs = given or [Path("models"), Path.home() / "ComfyUI" / "models"]
+        usual = [folder / "ComfyUI" / "models" for folder in (Path(), Path.home(), Path.home() / "Documents")]
+        models_dirs = [models_folder(folder) for folder in given] or [Path("models"), *usual]
         extra = [*self.extra_model_paths, *_paths_in("S2VFLOW_EXTRA_MODEL_PATHS")]
         return Locations(
             models_dirs=models_dirs,

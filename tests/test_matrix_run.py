@@ -30,6 +30,13 @@ def test_a_matrix_writes_each_cell_and_one_page(tmp_path: Path, tiny_models: Pat
     assert len({probe_video(path).num_frames for path in videos}) == 1
     assert probe_video(videos[-1]).fps == Fraction(16)
 
+    (page,) = (path for path in paths if path.suffix == ".png")
+    page.unlink()
+    page.mkdir()  # so that it cannot be written
+    code, again, err = call("run", str(recipe), *where, "-m", "nodes.first.seed=1,2", "--device", "cpu")
+    assert (code, "warning: the page of all cells cannot be made" in err) == (0, True)
+    assert again.splitlines() == [str(video) for video in videos[:2]]
+
 
 def test_a_cell_that_fails_does_not_stop_the_others(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch

@@ -96,14 +96,14 @@ def _run(recipe: Path, options: Options, *, as_json: bool, events: str | None = 
             result = api.run_planned(planned, options, to_all(progress, *stream))
     finally:
         progress.close()
-    made = _summary(planned, result)
     if as_json:
         report.print_json(result.to_json())
     elif events != "-":
         for paths in result.outputs.values():
             for path in paths[:1] if len(paths) > 3 else paths:
                 report.print_result(f"{path}" + (f" and {len(paths) - 1} more" if len(paths) > 3 else ""))
-        for path in made:
+    for path in _summary(planned, result):
+        if not as_json and events != "-":
             report.print_result(f"{path}")
     if result.failures:
         names = ", ".join(name for name, why in result.failures.items() if not why.startswith("needs "))
@@ -111,13 +111,18 @@ def _run(recipe: Path, options: Options, *, as_json: bool, events: str | None = 
 
 
 def _summary(planned: Planned, result: RunResult) -> list[Path]:
-    """Put a matrix's videos on one page, where there are at least two."""
+    """Put a matrix's videos on one page, where there are at least two; that it fails is no failure of the run."""
     if not planned.labels:
         return []
+    from s2v_flow.cli import report
     from s2v_flow.history.side import cell_videos, summarise
 
     videos = cell_videos(planned, result)
-    return summarise(videos, planned.recipe.path.stem) if len(videos) > 1 else []
+    try:
+        return summarise(videos, planned.recipe.path.stem) if len(videos) > 1 else []
+    except (S2VFlowError, OSError, ValueError) as error:
+        report.print_message(f"warning: the page of all cells cannot be made: {error}")
+        return []
 
 
 @cli.command()

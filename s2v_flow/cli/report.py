@@ -21,6 +21,7 @@ from s2v_flow.graph.events import (
     RunStarted,
     StepDone,
 )
+from s2v_flow.library.needs import near_files
 from s2v_flow.wording import MAX_DIAGNOSTICS, count_text, format_diagnostic, size_text, visible
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def print_plan(planned: Planned) -> None:
         print_result(visible(noted(note)))
     for item in planned.plan.missing:
         print_result(f"missing: {visible(item.file)} ({item.kind}), looked for in {', '.join(item.looked_in)}")
+        for near in near_files(item.file, item.kind, item.looked_in):
+            print_result(f"  near: {visible(str(near))}")
         for home in item.homes:
             print_result(f"  can be had at {home}")
 

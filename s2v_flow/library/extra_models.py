@@ -16,8 +16,15 @@ from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import Entry, MapValue, Scalar, absolute_dir
 
+KINDS = ("diffusion_models", "unet", "text_encoders", "clip", "audio_encoders", "vae", "loras", "checkpoints")
 FILE_NAME = "extra_model_paths.yaml"
 _TRUE = frozenset({"true", "yes", "on", "1"})  # ComfyUI reads YAML 1.1
+
+
+def models_folder(folder: Path) -> Path:
+    """Return where a folder has its models: in its `models` if it is ComfyUI's own, else in itself."""
+    is_one = any((folder / kind).is_dir() for kind in KINDS)
+    return folder / "models" if not is_one and (folder / "models").is_dir() else folder
 
 
 def find_extra_models(models_dirs: Sequence[Path]) -> list[Path]:

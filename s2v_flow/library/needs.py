@@ -5,8 +5,11 @@ Nothing is downloaded, and no server is asked anything, unless `download` is cal
 
 from __future__ import annotations
 
+import difflib
+import itertools
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -42,6 +45,9 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         )
     }
 )
+
+
+_DEEPEST, _MANY = 3, 5000  # how far down, and among how many files, a name like a missing one is looked for
 
 
 Progress = Callable[[str, int, int], None]  # file name, bytes that are there, bytes in all
@@ -125,6 +131,44 @@ def _conversion(text: str, folder: str, locations: Locations) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class NearFile:
+    """A file whose name is like that of a missing one, in a folder where that was looked for, or in one beside."""
+
+    path: Path
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.path.name} ({size_text(self.size)}) in {self.path.parent}"
+
+
+def near_files(file: str, kind: str, looked_in: Sequence[str]) -> list[NearFile]:
+    """Return up to three files that a missing one may be: of the same name in another folder, or of one like it.
+
+    Args:
+        file: What the recipe names.
+        kind: The usual folder of a model, or what an input is.
+        looked_in: The folders where it was looked for.
+    """
+    folders = [Path(folder) for folder in looked_in]
+    roots = [folder.parent for folder in folders if folder.name == kind]  # all kinds of models: it may lie among others
+    name = PurePosixPath(file.replace("\\", "/")).name.lower()
+    there: dict[str, Path] = {}
+    for path in itertools.islice(_walk(roots or folders, _DEEPEST if roots else 0), _MANY):
+        if path.suffix.lower() == PurePosixPath(name).suffix or path.stem.lower() == PurePosixPath(name).stem:
+            there.setdefault(path.name.lower(), path)
+    near = [name] if name in there else difflib.get_close_matches(name, there, n=3)
+    return [NearFile(there[one], there[one].stat().st_size) for one in near if there[one].is_file()]
+
+
+def _walk(roots: Iterable[Path], depth: int) -> Iterator[Path]:
+    for root in dict.fromkeys(roots):
+        for folder, below, names in os.walk(root):
+            if len(Path(folder).relative_to(root).parts) >= depth:
+                below.clear()
+            yield from (Path(folder, name) for name in sorted(names))
+
+
 def choose(needs: Sequence[ModelNeed], names: Sequence[str]) -> list[ModelNeed]:
     """Return the needs of these file names; all of them where no names are given.
 
@@ -160,6 +204,8 @@ def needs_text(needs: Sequence[ModelNeed]) -> str:
         lines.append(row.rstrip())
         if need.status == "missing":
             lines.append(f"         looked for in {', '.join(need.looked_in)}")
+            near = near_files(need.file, need.folder, need.looked_in)
+            lines += [f"         near: {', '.join(map(str, near))}"] if near else []
             lines += [f"         can be had at {home}" for home in need.homes]
             how = " in bfloat16, to be named in the recipe instead," if "_fp8" in need.file else ""
             lines += [f"         can be made{how} by {need.convert}"] if need.convert else []

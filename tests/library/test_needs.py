@@ -17,6 +17,7 @@ from recipes_for_tests import call, write_recipe
 from s2v_flow import api
 from s2v_flow.errors import MissingError, RefusedError
 from s2v_flow.library.needs import HOMES, ModelNeed, choose, download, target_path
+from s2v_flow.options import Options
 
 VAE, ENCODER = "wan_2.1_vae.safetensors", "umt5_xxl_fp16.safetensors"
 CHANGES = {"vae": {"checkpoint": VAE}, "umt5": {"checkpoint": ENCODER}}
@@ -212,3 +213,31 @@ def test_all_are_chosen_where_none_is_named() -> None:
     needs = [ModelNeed(name, "vae", None, "missing") for name in ("a", "b")]
     assert choose(needs, []) == needs
     assert choose(needs, ["b"]) == needs[1:]
+
+
+def test_a_missing_model_shows_names_like_it_with_their_sizes(tmp_path: Path) -> None:
+    """In a subfolder, beside, or under another kind; a plan, a run and the list of models say the same."""
+    models = tmp_path / "models"
+    for place, size in (("vae/old/wan2.1_vae.safetensors", 3), ("loras/WAN_2.1_VAE.SAFETENSORS", 5), ("vae/a.txt", 1)):
+        (models / place).parent.mkdir(parents=True, exist_ok=True)
+        (models / place).write_bytes(bytes(size * 1_000_000))
+    recipe = write_recipe(tmp_path, {"vae": {"checkpoint": VAE}})
+    exact = f"WAN_2.1_VAE.SAFETENSORS (5.0 MB) in {models / 'loras'}"
+    for command in ("plan", "run", "models"):
+        code, out, err = call(command, recipe, *where(tmp_path))
+        assert (code, exact in out, "old" in out) == (4, True, False), err
+        assert (exact in err) == (command == "run")
+    (models / "loras/WAN_2.1_VAE.SAFETENSORS").unlink()
+    assert f"near: wan2.1_vae.safetensors (3.0 MB) in {models / 'vae/old'}" in call("plan", recipe, *where(tmp_path))[1]
+
+
+def test_comfyui_s_own_folder_is_taken_for_its_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given, or where people have it: here, at home, in Documents."""
+    monkeypatch.delenv("S2VFLOW_MODELS_DIR", raising=False)
+    (tmp_path / "Comfy" / "models" / "vae").mkdir(parents=True)
+    (tmp_path / "other" / "vae").mkdir(parents=True)
+    given = Options(models_dirs=[tmp_path / "Comfy", tmp_path / "other"]).locations.models_dirs
+    assert list(given) == [tmp_path / "Comfy" / "models", tmp_path / "other"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    usual = [Path("models"), Path("ComfyUI/models"), tmp_path / "ComfyUI/models", tmp_path / "Documents/ComfyUI/models"]
+    assert list(Options().locations.models_dirs) == usual
