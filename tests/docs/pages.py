@@ -27,12 +27,12 @@ class Command:
     @property
     def is_shell(self) -> bool:
         """Whether more than one call of the program stands in the line."""
-        return not self.line.startswith("s2vflow ")
+        return not self.line.startswith("s2vflow ") or " || " in self.line
 
     @property
     def calls(self) -> list[list[str]]:
         """The arguments of each call."""
-        found = re.findall(r"(?:^|\bdo )s2vflow (.*?)(?=;| \|\|| &|$)", self.line)
+        found = re.findall(r"(?:^|\bdo |\$\()s2vflow (.*?)(?=;| \|\|| &|\)|$)", self.line)
         return [shlex.split(call) for call in found]
 
 
@@ -69,7 +69,7 @@ def commands() -> Iterator[Command]:
         for block in blocks(text, ""):
             for line in block.replace("\\\n", " ").splitlines():
                 line = re.sub(r"\s+#\s.*$", "", line).strip()
-                if re.search(r"(?:^|\bdo )s2vflow ", line):
+                if re.search(r"(?:^|\bdo |\$\()s2vflow ", line):
                     yield Command(name, line)
         for line in re.findall(r"`(s2vflow [a-z][^`|]+)`", prose(text)):
             yield Command(name, " ".join(line.split()), is_inline=True)

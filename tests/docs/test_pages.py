@@ -25,6 +25,7 @@ from s2v_flow.comfy.catalog import classes
 from s2v_flow.errors import ExitCode
 from s2v_flow.nodes.table import NODE_KINDS, PLANNING_CODES
 from s2v_flow.recipe.problems import CODES
+from s2v_flow.runs.lockfile import LOCK_CODES
 
 COMMANDS = list(commands())
 NEEDS_MORE = ("s2vflow make", "models convert", "--device cuda")  # full size, the authors' release, a GPU
@@ -76,11 +77,16 @@ def test_generated_pages_are_up_to_date() -> None:
 def test_every_error_and_exit_code_has_a_paragraph() -> None:
     """Under a heading of its own, in order, to be looked up; and none for a code that is not there."""
     text = text_of("docs/troubleshooting.md")
-    codes = re.findall(r"^### (R\d+)$", text, re.MULTILINE)
-    assert codes == sorted({**CODES, **PLANNING_CODES})
+    used = {
+        code
+        for path in (ROOT / "s2v_flow").rglob("*.py")
+        for code in re.findall(r'"([A-Z]\d{3})"', path.read_text(encoding="utf-8"))
+    }
+    in_order = sorted(used, key=lambda code: ("RLW".index(code[0]), code))
+    assert re.findall(r"^### ([A-Z]\d+)$", text, re.MULTILINE) == in_order
     exits = [int(code) for code in re.findall(r"^### exit (\d+)$", text, re.MULTILINE)]
     assert exits == [code for code in ExitCode if code != ExitCode.OK]
-    for code, meaning in {**CODES, **PLANNING_CODES}.items():
+    for code, meaning in {**CODES, **PLANNING_CODES, **LOCK_CODES}.items():
         paragraph = text.partition(f"### {code}\n")[2].partition("###")[0]
         assert len(paragraph.split()) > 12, code
         assert meaning[1:].replace("`", "") in paragraph.replace("`", ""), code
@@ -157,7 +163,8 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iter
         patch.setenv("PYTHONPATH", str(ROOT))
         for variable in ("S2VFLOW_MODELS_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
             patch.delenv(variable, raising=False)
-        assert call("run", "talk.yaml")[0] == 0
+        for profile in ((), ("-p", "quality")):
+            assert call("run", "talk.yaml", *profile)[0] == 0
         assert call("export", "talk.yaml", "-o", "workflow.json")[0] == 0
         yield folder
 
@@ -200,6 +207,8 @@ def write_recipes(folder: Path) -> None:
     for block in blocks(text_of("docs/cookbook.md"), "yaml"):
         (folder / block.split()[1]).write_text(small(block), encoding="utf-8")
     shutil.copyfile(folder / "talk.yaml", folder / "recipe.yaml")
+    (folder / "night.yaml").write_text("params: {seed: 9}\n", encoding="utf-8")
+    (folder / "prompt.txt").write_text("She laughs.", encoding="utf-8")
 
 
 def small(text: str) -> str:
