@@ -169,8 +169,8 @@ def _identity(
         here = (*path, name)
         if any(marks(info, Neutral)) or any(marks(info, Port)):
             continue
-        if any(marks(info, FileField)) and value is not None:
-            fields[name] = digests[here]
+        if any(marks(info, FileField)):
+            fields |= {} if value is None else {name: digests[here]}  # a file that is not given is as no field
         elif isinstance(value, list):
             fields[name] = [
                 _identity(item, (*here, index), digests) if isinstance(item, BaseModel) else item

@@ -15,11 +15,13 @@ from s2v_flow.errors import CheckpointError
 from s2v_flow.models.activation import activation_bytes
 from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
-from s2v_flow.models.quantization import Fp8Linear, Quantization, dequantize, read_quantization, read_scale
+from s2v_flow.models.packed import PackedEmbedding, PackedLinear, PackedWeight, read_packed
 from s2v_flow.models.text_encoder import TextEncoder, build_umt5, read_tokenizer, umt5_shapes
 from s2v_flow.weights.family import describe_mismatch
-from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY, TOKENIZER_KEY, compare, own_keys
+from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY, compare, own_keys
+from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, Quantization, read_quantization
 from s2v_flow.weights.reader import Checkpoint, Shapes
+from s2v_flow.weights.tokenizer import find_tokenizer
 
 if TYPE_CHECKING:
     from s2v_flow.models.dit import WanS2V
@@ -32,11 +34,11 @@ _Built = TypeVar("_Built")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded: the file, how many layers stay in fp8, and one report for each LoRA."""
+    """What was loaded: the file, how many layers stay packed, and one report for each LoRA."""
 
     path: Path
     num_tensors: int
-    num_fp8_layers: int = 0
+    num_packed_layers: int = 0
     loras: tuple[LoraReport, ...] = ()
 
 
@@ -50,7 +52,7 @@ class LoadedDit:
 
 @dataclass(frozen=True)
 class _Target:
-    """Where weights go, in which dtype, and whether fp8 ones stay in fp8.
+    """Where weights go, in which dtype, and whether quantised ones stay packed (those of a GGUF file always do).
 
     Parameters named in `wide` are never made narrower than the file has them: the module computes with them in float32.
     Those named in `rounded` lose what fp8 cannot hold, unless the file has them in fp8 with a scale. Those whose names
@@ -63,6 +65,9 @@ class _Target:
     wide: frozenset[str] = frozenset()
     rounded: frozenset[str] = frozenset()
     streamed: tuple[str, ...] = ()
+
+    def keeps(self, packing: Packing | None) -> bool:
+        return packing is not None and (self.quantized or packing.format in GGUF_FORMATS)
 
     def home_of(self, key: str) -> torch.device:
         return torch.device("cpu") if key.startswith(self.streamed) else self.device
@@ -84,7 +89,13 @@ class _Source:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: self.checkpoint.shapes[stored] for key, stored in self.keys.items()}
+        return {key: self.quantization.shape(self.checkpoint, stored) for key, stored in self.keys.items()}
+
+    def packing(self, key: str) -> Packing | None:
+        return self.quantization.packings.get(self.keys[key])
+
+    def read_packed(self, key: str, shape: tuple[int, ...], device: torch.device) -> PackedWeight:
+        return read_packed(self.checkpoint, self.quantization, self.keys[key], shape, device)
 
 
 def load_dit(
@@ -100,12 +111,13 @@ def load_dit(
     """Load a Wan2.2-S2V diffusion model.
 
     Args:
-        path: A .safetensors file, in full precision or fp8-scaled.
+        path: A safetensors or GGUF file, in full precision or quantised.
         dtype: What is computed in; parameters outside linear layers are never made narrower
             than the file has them.
         device: Where the weights live.
-        quantized: Keep fp8 weights in fp8 and expand them for each use; otherwise they are expanded now.
-        loras: LoRAs, applied in this order: merged in float32, or beside weights that stay in fp8.
+        quantized: Keep quantised weights packed and expand them for each use; otherwise they are expanded now. Those of
+            a GGUF file stay packed in any case.
+        loras: LoRAs, applied in this order: merged in float32, or beside weights that stay packed.
         rounds_linears: If the file is fp8-scaled, round the biases and the linear weights that it keeps in 16 or 32
             bit to fp8 too, without a scale, as ComfyUI (October 2025) does when it loads such a file.
         streamed: Let the weights of blocks and injectors rest in host memory; they are never all on the device. The
@@ -128,12 +140,13 @@ def load_dit(
     stack = open_loras(loras, _shapes_of(module))
     source = _Source(checkpoint, source.quantization, source.keys, stack)
     wide = _all_but_linear(module)
-    rounded = frozenset(module.state_dict()) - wide if rounds_linears and source.quantization.scales else frozenset()
+    is_fp8 = any(packing.format == "float8_e4m3fn" for packing in source.quantization.packings.values())
+    rounded = frozenset(module.state_dict()) - wide if rounds_linears and is_fp8 else frozenset()
     target = _Target(dtype, torch.device(device), quantized, wide, rounded, STREAMED if streamed else ())
-    num_fp8 = _fill("wan s2v", module, _shapes_of(module), source, target)
+    num_packed = _fill("wan s2v", module, _shapes_of(module), source, target)
     if streamed:
         module.stream_weights(device)
-    report = LoadReport(checkpoint.path, len(source.keys), num_fp8, tuple(stack.reports))
+    report = LoadReport(checkpoint.path, len(source.keys), num_packed, tuple(stack.reports))
     return LoadedDit(module, report)
 
 
@@ -160,10 +173,12 @@ def dit_bytes(
     checkpoint = Checkpoint.open(path)
     source = _source(checkpoint)
     config = _build("wan s2v", checkpoint, lambda: S2VConfig.from_shapes(source.shapes))
+    target = _Target(dtype, torch.device("cpu"), quantized)
     weights = sum(
-        math.prod(checkpoint.shapes[stored])
-        * (1 if quantized and stored in source.quantization.scales else dtype.itemsize)
-        for stored in source.keys.values()
+        source.quantization.num_bytes(checkpoint, stored)
+        if target.keeps(source.packing(key))
+        else math.prod(source.shapes[key]) * dtype.itemsize
+        for key, stored in source.keys.items()
     )
     return weights, activation_bytes(config.dim, config.ffn_dim, num_tokens, num_branches, dtype.itemsize)
 
@@ -190,33 +205,34 @@ def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -
 
 
 def load_text_encoder(
-    path: str | Path, *, dtype: torch.dtype, device: torch.device | str, quantized: bool
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantized: bool,
+    tokenizer: str | Path | None = None,
 ) -> TextEncoder:
-    """Load a UMT5 encoder and the tokenizer inside its file.
+    """Load a UMT5 encoder and its tokenizer.
 
     Args:
-        path: A .safetensors file, in full precision or fp8-scaled.
+        path: A safetensors or GGUF file, in full precision or quantised.
         dtype: What is computed in.
         device: Where the weights live.
-        quantized: Keep fp8 weights in fp8 and expand them for each use; otherwise they are expanded now.
+        quantized: Keep quantised weights packed and expand them for each use; otherwise they are expanded now. Those of
+            a GGUF file stay packed in any case.
+
+        tokenizer: A SentencePiece model; unless given, the one inside the file counts.
 
     Raises:
         MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, not of this family, or
-            has no tokenizer inside.
+            there is no tokenizer.
     """
     checkpoint = Checkpoint.open(path)
     source = _source(checkpoint)
     module = _build("umt5 encoder", checkpoint, lambda: build_umt5(source.shapes))
-    if TOKENIZER_KEY not in checkpoint.entries:
-        raise CheckpointError(
-            f"{checkpoint.path}: has no tokenizer inside ({TOKENIZER_KEY!r})",
-            fix="use ComfyUI's repackaged text encoder",
-        )
-    if checkpoint.dtypes[TOKENIZER_KEY] != "U8":
-        raise CheckpointError(f"{checkpoint.path}: its tokenizer ({TOKENIZER_KEY!r}) is no bytes", fix=_FIX_FILE)
-    tokenizer = read_tokenizer(checkpoint.tensor(TOKENIZER_KEY).numpy().tobytes(), str(checkpoint.path))
+    pieces = read_tokenizer(find_tokenizer(checkpoint, tokenizer), str(tokenizer or checkpoint.path))
     _fill("umt5 encoder", module, umt5_shapes(module), source, _Target(dtype, torch.device(device), quantized))
-    return TextEncoder(module, tokenizer)
+    return TextEncoder(module, pieces)
 
 
 def load_audio_encoder(path: str | Path, *, dtype: torch.dtype, device: torch.device | str) -> AudioEncoder:
@@ -266,60 +282,69 @@ def _all_but_linear(module: nn.Module) -> frozenset[str]:
 
 
 def _fill(family: str, module: nn.Module, expected: Shapes, source: _Source, target: _Target) -> int:
-    """Put a file's tensors into a module on the meta device; return how many layers stay in fp8."""
-    compare(source.checkpoint.path, family, source.shapes, expected)
+    """Put a file's tensors into a module on the meta device; return how many layers stay packed."""
+    quantised = {key: packing for key in source.keys if (packing := source.packing(key)) is not None}
+    padded = {key: expected[key] for key, packing in quantised.items() if packing.holds(expected.get(key, ()))}
+    compare(source.checkpoint.path, family, {**source.shapes, **padded}, expected)
     module.eval().requires_grad_(False)
-    fp8_layers = _fp8_layers(module, source) if target.quantized else {}
-    in_fp8 = {f"{name}.weight" for name in fp8_layers}
-    weights = {key: _weight(key, source, target) for key in expected if key not in in_fp8}
+    packed = _packed_layers(module, source, target)
+    left_out = {f"{name}.weight" for name in packed}
+    weights = {key: _weight(key, expected[key], source, target) for key in expected if key not in left_out}
     if EMBEDDING_COPY_KEY in module.state_dict():
-        weights[EMBEDDING_COPY_KEY] = weights[EMBEDDING_KEY]
+        if EMBEDDING_KEY in left_out:
+            left_out.add(EMBEDDING_COPY_KEY)
+        else:
+            weights[EMBEDDING_COPY_KEY] = weights[EMBEDDING_KEY]
     outcome = module.load_state_dict(weights, strict=False, assign=True)
-    assert set(outcome.missing_keys) == in_fp8
+    assert set(outcome.missing_keys) == left_out
     assert not outcome.unexpected_keys
-    for name, layer in fp8_layers.items():
-        _replace(module, name, _fp8_linear(name, layer.bias, source, target))
+    for name, layer in packed.items():
+        _pack(module, name, layer, source, target)
     left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
     assert not left, f"not loaded: {left}"
-    return len(fp8_layers)
+    return len(packed)
 
 
-def _fp8_layers(module: nn.Module, source: _Source) -> dict[str, nn.Linear]:
-    """Return the linear layers that can stay in fp8; one whose weight a LoRA changes in full is expanded instead."""
-    stored = {key for key, file_key in source.keys.items() if file_key in source.quantization.scales}
+def _packed_layers(module: nn.Module, source: _Source, target: _Target) -> dict[str, nn.Linear | nn.Embedding]:
+    """Return the layers whose weights stay packed; a weight that a LoRA changes in full is expanded instead."""
     return {
         name: layer
         for name, layer in module.named_modules()
-        if type(layer) is nn.Linear and f"{name}.weight" in stored and source.loras.is_low_rank(f"{name}.weight")
+        if (type(layer) is nn.Linear or (isinstance(layer, nn.Embedding) and f"{name}.weight" == EMBEDDING_KEY))
+        and target.keeps(source.packing(f"{name}.weight"))
+        and source.loras.is_low_rank(f"{name}.weight")
     }
 
 
-def _fp8_linear(name: str, bias: Tensor | None, source: _Source, target: _Target) -> Fp8Linear:
-    key = f"{name}.weight"
-    stored = source.keys[key]
-    scale = read_scale(source.checkpoint, source.quantization, stored)
-    home = target.home_of(key)
-    linear = Fp8Linear(source.checkpoint.tensor(stored).to(home), scale, bias)
+def _pack(module: nn.Module, name: str, layer: nn.Linear | nn.Embedding, source: _Source, target: _Target) -> None:
+    """Put a layer that keeps its weight packed in the place of a plain one."""
+    key, home = f"{name}.weight", target.home_of(f"{name}.weight")
+    packed = source.read_packed(key, tuple(layer.weight.shape), home)
+    if isinstance(layer, nn.Embedding):
+        embedding = PackedEmbedding(packed, target.dtype)
+        _replace(module, name, embedding)
+        _replace(module, EMBEDDING_COPY_KEY.removesuffix(".weight"), embedding)
+        return
+    linear = PackedLinear(packed, layer.bias)
     branch = source.loras.side_branch(key, target.device, target.dtype)
     if branch is not None:
         down, up = branch
         linear.set_low_rank(down.to(home), up.to(home))
-    return linear
+    _replace(module, name, linear)
 
 
-def _weight(key: str, source: _Source, target: _Target) -> Tensor:
-    """Read one tensor, expanded from fp8 where it is, with its LoRA updates merged in float32, rounded once."""
+def _weight(key: str, shape: tuple[int, ...], source: _Source, target: _Target) -> Tensor:
+    """Read one tensor, expanded where it is quantised, with its LoRA updates merged in float32, rounded once."""
     stored = source.keys[key]
     dtype = target.dtype_of(key, source.checkpoint.dtypes[stored])
-    is_changed, is_fp8 = key in source.loras.updates, stored in source.quantization.scales
-    home = target.home_of(key)
+    is_changed, home = key in source.loras.updates, target.home_of(key)
     # what is only rounded comes out the same everywhere; products are the device's
-    value = source.checkpoint.tensor(stored).to(target.device if is_changed or is_fp8 else home)
-    if is_fp8:
-        scale = read_scale(source.checkpoint, source.quantization, stored)
-        value = dequantize(value, scale, torch.float32 if is_changed else dtype)
-    elif key in target.rounded:
-        value = value.to(torch.float8_e4m3fn).to(value.dtype)
+    if source.packing(key) is not None:
+        value = source.read_packed(key, shape, target.device).expand(torch.float32 if is_changed else dtype)
+    else:
+        value = source.checkpoint.tensor(stored).to(target.device if is_changed else home)
+        if key in target.rounded:
+            value = value.to(torch.float8_e4m3fn).to(value.dtype)
     if is_changed:
         value = source.loras.merge(key, value.float())
     return value.to(home, dtype)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from s2v_flow.errors import BadNumbersError, CheckpointError
 from s2v_flow.graph.node import Node, Planner
-from s2v_flow.graph.ports import FileField, Neutral, Value
+from s2v_flow.graph.node import Precision as Resolve
+from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Value
 from s2v_flow.nodes.chunk_plan import Chain, Part
 from s2v_flow.nodes.fields import Precision, model_file
 from s2v_flow.nodes.handle import lacks_room, open_handle
@@ -41,6 +42,11 @@ class Lora(BaseModel):
     )
 
 
+def _rounding(value: object) -> object:
+    """Read the old name too."""
+    return "comfyui_2025" if value == "comfyui" else value
+
+
 class LoadDiffusionModel(Node):
     """Load a Wan2.2-S2V diffusion model, with any number of LoRAs."""
 
@@ -48,18 +54,18 @@ class LoadDiffusionModel(Node):
     outputs: ClassVar = {"model": "diffusion_model"}
 
     checkpoint: Annotated[str, model_file("diffusion model", "diffusion_models", "unet")] = Field(
-        description="File name under the models folder's diffusion_models/ (or unet/)."
+        description="File name under the models folder's diffusion_models/ (or unet/): safetensors or GGUF."
     )
     precision: Precision = Field(
         "auto",
-        description="What is computed in. auto: float32 on CPU, bfloat16 on a GPU. On a GPU, fp8-scaled files keep "
-        "their weights in fp8 and compute in this precision; on CPU they are expanded at loading.",
+        description="What is computed in. auto: float32 on CPU, bfloat16 on a GPU. Quantised weights (fp8, int8, "
+        "nvfp4, mxfp8) stay packed on a GPU and are expanded at loading on a CPU; those of a GGUF file always stay.",
     )
     loras: list[Lora] = Field([], description="LoRAs, applied in this order.")
-    fp8_rounding: Literal["scaled", "comfyui"] = Field(
+    fp8_rounding: Annotated[Literal["scaled", "comfyui_2025"], BeforeValidator(_rounding)] = Field(
         "scaled",
-        description="For fp8-scaled files. scaled: what the file keeps in 16 or 32 bit stays so. comfyui: biases and "
-        "such linear weights are rounded to fp8 as well, as ComfyUI (October 2025) does on loading; for its exact "
+        description="For fp8-scaled files. scaled: what the file keeps in 16 or 32 bit stays so. comfyui_2025: biases "
+        "and such linear weights are rounded to fp8 as well, as ComfyUI (October 2025) did on loading; for its exact "
         "numbers.",
     )
     placement: Annotated[Literal["auto", "resident", "streamed"], Neutral()] = Field(
@@ -78,6 +84,11 @@ class LoadDiffusionModel(Node):
         if twice is not None:
             raise ValueError(f"the id {twice} is given to two LoRAs")
         return loras
+
+    def identity(self, digests: Mapping[FieldPath, str], precision: Resolve) -> dict[str, Any]:
+        """Name the rounding as caches know it."""
+        fields = super().identity(digests, precision)
+        return {**fields, "fp8_rounding": fields["fp8_rounding"].removesuffix("_2025")}
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Check the files' headers."""
@@ -112,7 +123,7 @@ class LoadDiffusionModel(Node):
             from s2v_flow.models.lora import LoraSpec
 
             specs = [LoraSpec(file, strength) for file, strength in zip(paths, strengths, strict=True)]
-            loaded = load_dit(path, loras=specs, rounds_linears=self.fp8_rounding == "comfyui", **options)
+            loaded = load_dit(path, loras=specs, rounds_linears=self.fp8_rounding == "comfyui_2025", **options)
             for lora, report in zip(self.loras, loaded.report.loras, strict=True):
                 context.note(coverage_text(lora, report), is_warning=report.matched == 0)
                 coverage = {"id": lora.id, "matched": report.matched, "total": report.total}
@@ -146,20 +157,23 @@ class LoadDiffusionModel(Node):
 
 
 class LoadTextEncoder(Node):
-    """Load the UMT5 text encoder, with the tokenizer that is inside its file."""
+    """Load the UMT5 text encoder, a safetensors or GGUF file, with the tokenizer that is inside it."""
 
     kind: ClassVar[str] = "load_text_encoder"
     outputs: ClassVar = {"text_encoder": "text_encoder"}
 
     checkpoint: Annotated[str, model_file("text encoder", "text_encoders", "clip")] = Field(
-        description="File name under the models folder's text_encoders/ (or clip/)."
+        description="File name under the models folder's text_encoders/ (or clip/): safetensors or GGUF."
     )
     precision: Precision = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
+    tokenizer: Annotated[str, model_file("tokenizer", "text_encoders", "clip")] | None = Field(
+        None, description="A SentencePiece model (spiece.model), for a file without one inside."
+    )
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Check the file's header."""
         values = planner.add_simple(name, self)
-        check_header(planner, name, "umt5 encoder")
+        check_header(planner, name, "umt5 encoder", has_tokenizer=self.tokenizer is not None)
         return values
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,9 +182,10 @@ class LoadTextEncoder(Node):
         def load(path: Path, **options: Any) -> Any:
             from s2v_flow.models.load import load_text_encoder
 
-            return load_text_encoder(path, **options)
+            return load_text_encoder(path, tokenizer=context.files.get(("tokenizer",)), **options)
 
-        return {"text_encoder": open_handle(context, "text_encoder", self.precision, load)}
+        kind = f"text_encoder {context.digests.get(('tokenizer',), '')}".strip()
+        return {"text_encoder": open_handle(context, kind, self.precision, load)}
 
 
 class LoadAudioEncoder(Node):
@@ -274,7 +289,7 @@ def latent_shape(path: Path) -> tuple[int, ...]:
     return shape
 
 
-def check_header(planner: Planner, name: str, family: str, *field_path: str | int) -> None:
+def check_header(planner: Planner, name: str, family: str, *field_path: str | int, has_tokenizer: bool = False) -> None:
     """Look at a model file's header, where the file is there: is it whole, and is it what the recipe takes it for?
 
     Raises:
@@ -285,14 +300,18 @@ def check_header(planner: Planner, name: str, family: str, *field_path: str | in
         return
     from s2v_flow.weights.family import advice, describe_mismatch
     from s2v_flow.weights.layout import check_layout
+    from s2v_flow.weights.quantization import read_quantization
     from s2v_flow.weights.reader import Checkpoint
+    from s2v_flow.weights.tokenizer import holds_tokenizer
 
     checkpoint = Checkpoint.open(path)
     mismatch = describe_mismatch(family, checkpoint.shapes)
     if mismatch is not None:
         raise CheckpointError(f"{path}: {mismatch}", fix=advice(path, family, checkpoint.shapes, name))
     if family != "lora":
-        check_layout(path, family, checkpoint.entries)
+        packings = read_quantization(checkpoint).packings
+        has_tokenizer = has_tokenizer or holds_tokenizer(checkpoint)
+        check_layout(path, family, checkpoint.entries, packings, has_tokenizer=has_tokenizer)
 
 
 def coverage_text(lora: Lora, report: Any) -> str:

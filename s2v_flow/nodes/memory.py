@@ -23,6 +23,7 @@ from s2v_flow.nodes.decode import DecodeFrames
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage
 from s2v_flow.nodes.load import LoadDiffusionModel
 from s2v_flow.weights.header import TensorEntry
+from s2v_flow.weights.quantization import GGUF_FORMATS, read_quantization
 from s2v_flow.weights.reader import Checkpoint
 
 PROCESS_BYTES = 345 * 2**20  # resident in a process that has imported torch and transformers (Linux, torch 2.13)
@@ -42,7 +43,7 @@ class Weights:
     shapes: Mapping[str, tuple[int, ...]]
     num_bytes: int
     item_bytes: int
-    is_fp8: bool
+    is_packed: bool
     on_cpu: bool
 
 
@@ -175,22 +176,27 @@ def _read(loader: PlanNode, path: Path, numerics: Numerics) -> Weights:
     checkpoint = Checkpoint.open(path)
     asked = getattr(loader.node, "precision", "auto")
     item_bytes = _ITEM_BYTES[numerics.precision(loader.node.kind, asked)]
-    keeps_fp8 = numerics.device_class != "cpu" and loader.node.kind in ("load_diffusion_model", "load_text_encoder")
+    quantization = read_quantization(checkpoint)
+    can_pack = loader.node.kind in ("load_diffusion_model", "load_text_encoder")
+    keeps_packed = can_pack and numerics.device_class != "cpu"
     keeps_wide = isinstance(loader.node, LoadDiffusionModel)
 
     def size(key: str, entry: TensorEntry) -> int:
         is_matrix = len(entry.shape) == 2 and key.endswith(".weight")
-        if entry.dtype == "F8_E4M3" and keeps_fp8 and is_matrix:
-            return math.prod(entry.shape)
+        packing = quantization.packings.get(key)
+        if packing is not None and is_matrix and (keeps_packed or (can_pack and packing.format in GGUF_FORMATS)):
+            return quantization.num_bytes(checkpoint, key)
         kept = max(item_bytes, _WIDE_BYTES.get(entry.dtype, 4)) if keeps_wide and not is_matrix else item_bytes
-        return math.prod(entry.shape) * kept
+        return math.prod(quantization.shape(checkpoint, key)) * kept
 
-    sizes = {key: size(key, entry) for key, entry in checkpoint.entries.items()}
+    entries = {key: entry for key, entry in checkpoint.entries.items() if key not in quantization.bookkeeping}
+    sizes = {key: size(key, entry) for key, entry in entries.items()}
     num_bytes = sum(sizes.values())
     if numerics.device_class != "cpu" and getattr(loader.node, "placement", "auto") == "streamed":
         num_bytes = streamed_bytes(sizes)
-    is_fp8 = keeps_fp8 and any(entry.dtype == "F8_E4M3" for entry in checkpoint.entries.values())
-    return Weights(checkpoint.shapes, num_bytes, item_bytes, is_fp8, numerics.device_class == "cpu")
+    is_packed = any(keeps_packed or packing.format in GGUF_FORMATS for packing in quantization.packings.values())
+    shapes = {key: quantization.shape(checkpoint, key) for key in entries}
+    return Weights(shapes, num_bytes, item_bytes, can_pack and is_packed, numerics.device_class == "cpu")
 
 
 def streamed_bytes(sizes: Mapping[str, int]) -> int:
@@ -341,7 +347,7 @@ def chunk_bytes(dit: Weights, chunk: Chunk, inputs: Collection[str]) -> int:
     control = 4 * video * dim if "control" in inputs else 0
     prepared = texts + audio + control + 4 * (tokens - video) * dim + 512 * tokens
     latents = 6 * _latent_bytes(chunk.width, chunk.height, chunk.num_latent_frames)
-    return step + prepared + latents + (ffn * dim * c if dit.is_fp8 else 0)
+    return step + prepared + latents + (ffn * dim * c if dit.is_packed else 0)
 
 
 _WORK: Mapping[str, Callable[[PlanNode, Model], int | None]] = {

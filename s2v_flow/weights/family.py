@@ -10,7 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from s2v_flow.weights.header import convert_command
-from s2v_flow.weights.reader import LORA_SUFFIXES, Shapes
+from s2v_flow.weights.lora_keys import is_lora
+from s2v_flow.weights.reader import Shapes
 
 _WAN = ("head.modulation", "blocks.0.self_attn.q.weight")
 # In order: the first row fits whose keys the file has, all of them.
@@ -116,7 +117,7 @@ def detect_family(shapes: Shapes) -> str:
         "lora", "all-in-one", "wan s2v", "wan vae", "umt5 encoder", "wav2vec2", the name of another family, or
         "unknown (...)" with the first key.
     """
-    if any(key.endswith(LORA_SUFFIXES) for key in shapes):
+    if is_lora(shapes):
         return "lora"
     if is_all_in_one(shapes):
         return "all-in-one"

@@ -68,10 +68,11 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors by name, in file order, and the free-form metadata."""
+    """A checked header: the tensors by name, in file order, the free-form metadata, and where the data begins."""
 
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
+    data_begin: int = 0
 
 
 def read_header(path: Path, *, any_name: bool = False) -> Header:
@@ -91,7 +92,7 @@ def read_header(path: Path, *, any_name: bool = False) -> Header:
     """
     if path.suffix.lower() in _PICKLE_SUFFIXES and not any_name:
         raise _pickle_refused(path)
-    with _opened(path) as (file, file_bytes):
+    with opened(path) as (file, file_bytes):
         return _parse(path, file, file_bytes)
 
 
@@ -102,13 +103,19 @@ def is_pickle(path: Path) -> bool:
         MissingError: There is no such file, or it cannot be read.
         CheckpointError: It is not a regular file.
     """
-    with _opened(path) as (file, file_bytes):
+    with opened(path) as (file, file_bytes):
         start = file.read(_START_BYTES)
         return not _is_header_start(start, file_bytes) and _is_pickle(file, start)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file to read; yield it and its size in bytes.
+
+    Raises:
+        MissingError: There is no such file, or it cannot be read.
+        CheckpointError: It is not a regular file.
+    """
     try:
         # O_NONBLOCK: opening a named pipe must not wait for a writer
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -146,7 +153,7 @@ def _parse(path: Path, file: BinaryIO, file_bytes: int) -> Header:
         raise _damaged(path, f"a tensor's name has {longest} characters; at most {MAX_NAME_LENGTH} are accepted")
     entries = {name: _entry(path, name, value) for name, value in tree.items()}
     _check_layout(path, entries, file_bytes - 8 - length)
-    return Header(entries, metadata)
+    return Header(entries, metadata, 8 + length)
 
 
 def _is_header_start(start: bytes, file_bytes: int) -> bool:

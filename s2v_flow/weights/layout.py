@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.weights.header import TensorEntry, convert_command
+from s2v_flow.weights.quantization import BOOKKEEPING, MARKER, Packing
 from s2v_flow.weights.reader import Shapes
 
 TOKENIZER_KEY = "spiece_model"
@@ -25,11 +26,6 @@ OLD_KEYS = {
 }
 # Keys of the heads for recognition and pretraining, which some files carry and nothing here needs.
 UNUSED_PREFIXES = ("lm_head.", "quantizer.", "project_q.", "project_hid.")
-FP8_MARKER = "scaled_fp8"
-FP8_SCALES = (".scale_weight", ".weight_scale")
-FP8_BOOKKEEPING = (*FP8_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
-_OTHER_BOOKKEEPING = (".weight_scale_2", ".pre_quant_scale")
-_PACKED_DTYPES = ("U8", "I8", "F8_E8M0")  # of weights whose stored shape need not be their own
 # The VAE's steps: a block from 1 to 2 times the narrowest width is 12; a change of size at 2 times that width is 2.
 _VAE_DOWN, _VAE_UP = "11 11 1 12 22 2 24 44 4 44 44", "44 44 44 4 24 44 44 4 22 22 22 2 11 11 11"
 _FIX_FILE = "download the file again, or use another"
@@ -38,37 +34,54 @@ _SHOWN = 5
 _Sized = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def check_layout(path: Path, family: str, entries: Mapping[str, TensorEntry]) -> None:
+def check_layout(
+    path: Path,
+    family: str,
+    entries: Mapping[str, TensorEntry],
+    packings: Mapping[str, Packing] = MappingProxyType({}),
+    *,
+    has_tokenizer: bool = False,
+) -> None:
     """Check that a file of a known family is whole: no tensor is missing, misshapen or too many.
 
     Args:
         path: The file, for messages.
         family: As `detect_family` spells it.
         entries: Key to entry, without the file's prefix.
+        packings: The quantised weights: see `read_quantization`.
+        has_tokenizer: Whether a text encoder's tokenizer stands elsewhere than in a tensor.
 
     Raises:
         CheckpointError: It is not; the tensors are named.
     """
-    used = {
-        key: entries[stored] for key, stored in own_keys(entries.keys()).items() if not key.endswith(_OTHER_BOOKKEEPING)
-    }
-    found = {key: entry.shape for key, entry in used.items()}
+    used = own_keys(entries.keys())
+    found = {key: packings[name].shape if name in packings else entries[name].shape for key, name in used.items()}
     try:
         expected = dict(_LAYOUTS[family](found))
     except (KeyError, ValueError, IndexError) as error:
         detail = f"{error} is missing" if isinstance(error, KeyError) else "a tensor has too few or too many dimensions"
         raise CheckpointError(f"{path}: is no complete {family} file: {detail}", fix=_FIX_FILE) from error
-    if family == "umt5 encoder" and TOKENIZER_KEY not in entries:
-        command = convert_command(path, None, "--tokenizer", "spiece.model")
-        fix = f"use ComfyUI's repackaged text encoder, or put the tokenizer into it: {command}"
-        raise CheckpointError(f"{path}: has no tokenizer inside ({TOKENIZER_KEY!r})", fix)
-    packed = {key: expected[key] for key in used.keys() & expected.keys() if used[key].dtype in _PACKED_DTYPES}
-    compare(path, family, {**found, **packed}, expected)
+    if family == "umt5 encoder" and TOKENIZER_KEY not in entries and not has_tokenizer:
+        raise no_tokenizer(path)
+    padded = {
+        key: expected[key]
+        for key in used.keys() & expected.keys()
+        if used[key] in packings and packings[used[key]].holds(expected[key])
+    }
+    compare(path, family, {**found, **padded}, expected)
+
+
+def no_tokenizer(path: Path) -> CheckpointError:
+    """Return the error that a text encoder's file holds no tokenizer."""
+    fix = "name one in the node (tokenizer: spiece.model), or use ComfyUI's repackaged text encoder"
+    if path.suffix != ".gguf":
+        fix += f", or put it into the file: {convert_command(path, None, '--tokenizer', 'spiece.model')}"
+    return CheckpointError(f"{path}: has no tokenizer inside ({TOKENIZER_KEY!r})", fix)
 
 
 def own_keys(keys: Collection[str]) -> dict[str, str]:
     """Map the keys of a module to those of its file: scales, heads and the tokenizer are left out."""
-    renames, dropped = dict(OLD_KEYS), {TOKENIZER_KEY, FP8_MARKER}
+    renames, dropped = dict(OLD_KEYS), {TOKENIZER_KEY, MARKER}
     if EMBEDDING_KEY in keys:
         dropped.add(EMBEDDING_COPY_KEY)
     else:
@@ -76,7 +89,7 @@ def own_keys(keys: Collection[str]) -> dict[str, str]:
     return {
         renames.get(key, key): key
         for key in keys
-        if key not in dropped and not key.endswith(FP8_BOOKKEEPING) and not key.startswith(UNUSED_PREFIXES)
+        if key not in dropped and not key.endswith(BOOKKEEPING) and not key.startswith(UNUSED_PREFIXES)
     }
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.weights.header import TensorEntry, convert_command, read_header
+from s2v_flow.weights.gguf import BLOCK_SIZES, Value, is_gguf, read_gguf
+from s2v_flow.weights.header import Header, TensorEntry, convert_command, opened, read_header
+from s2v_flow.weights.lora_keys import is_lora
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KEY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "wav2vec2.")
-LORA_SUFFIXES = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight")
 
 _SHARD = re.compile(r"(?P<model>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
 
@@ -27,7 +28,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Checkpoint:
     """An open model file. Keys are given without the prefix that some files carry; `file_keys` has them as stored.
 
-    Opening reads the header only, and needs no torch. Use `Checkpoint.open`.
+    Opening reads the header only, and needs no torch. Use `Checkpoint.open`. `gguf` is a GGUF file's metadata, None for
+    a safetensors file.
     """
 
     path: Path
@@ -35,6 +37,8 @@ class Checkpoint:
     entries: Mapping[str, TensorEntry]
     file_keys: Mapping[str, str]
     prefix: str
+    data_begin: int = 0
+    gguf: Mapping[str, Value] | None = None
     _handle: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -42,7 +46,7 @@ class Checkpoint:
         """Open a model file and check its header.
 
         Args:
-            path: A .safetensors file.
+            path: A safetensors or GGUF file.
 
         Returns:
             The checkpoint; no tensor has been read.
@@ -54,7 +58,8 @@ class Checkpoint:
         """
         path = Path(path)
         _refuse_shard(path)
-        header = read_header(path)
+        gguf = read_gguf(path) if path.is_file() and is_gguf(path) else None
+        header = read_header(path) if gguf is None else Header(gguf.entries, {})
         prefix = common_prefix(header.entries)
         file_keys: dict[str, str] = {}
         for stored in header.entries:
@@ -63,7 +68,8 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: holds {key!r} twice, as {file_keys[key]!r} and as {stored!r}")
             file_keys[key] = stored
         entries = {key: header.entries[stored] for key, stored in file_keys.items()}
-        return cls(path, header.metadata, entries, file_keys, prefix)
+        known = None if gguf is None else gguf.metadata
+        return cls(path, header.metadata, entries, file_keys, prefix, header.data_begin, known)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -72,13 +78,27 @@ class Checkpoint:
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
-        """Key to dtype, as safetensors spells it ("F32", "BF16", "F8_E4M3")."""
+        """Key to dtype, as the file's format spells it ("F32", "BF16", "F8_E4M3", "Q4_K")."""
         return {key: entry.dtype for key, entry in self.entries.items()}
 
     @property
     def num_bytes(self) -> int:
         """The tensors' bytes in the file."""
         return sum(entry.end - entry.begin for entry in self.entries.values())
+
+    def read_bytes(self, key: str) -> bytes:
+        """Read one tensor's bytes, without torch: for short ones that are texts.
+
+        Raises:
+            CheckpointError: The file changed since it was opened.
+        """
+        entry = self.entries[key]
+        with opened(self.path) as (file, _):
+            file.seek(self.data_begin + entry.begin)
+            found = file.read(entry.end - entry.begin)
+        if len(found) != entry.end - entry.begin:
+            raise CheckpointError(f"{self.path}: {key!r} cannot be read any more")
+        return found
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor.
@@ -87,12 +107,15 @@ class Checkpoint:
             key: Its key, without the file's prefix.
 
         Returns:
-            A CPU tensor in the stored dtype, mapped from the file: pages are read when they are used.
+            A CPU tensor in the stored dtype, mapped from the file: pages are read when they are used. Of GGUF's block
+            types its bytes, uint8 [..., bytes of a row].
 
         Raises:
             KeyError: The file holds no such tensor.
             CheckpointError: The file changed since it was opened.
         """
+        if self.gguf is not None:
+            return self._block_tensor(self.entries[key])
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -102,6 +125,25 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path}: cannot be read any more: {error}") from error
         return value
+
+    def _block_tensor(self, entry: TensorEntry) -> Tensor:
+        import torch
+
+        try:
+            if not self._handle:
+                size = self.path.stat().st_size
+                self._handle["bytes"] = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+            stored: Tensor = self._handle["bytes"][entry.begin : entry.end]
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{self.path}: cannot be read any more: {error}") from error
+        if len(stored) != entry.end - entry.begin:
+            raise CheckpointError(f"{self.path}: cannot be read any more: it has become shorter")
+        elements, size = BLOCK_SIZES[entry.dtype]
+        if elements > 1:
+            return stored.view(*entry.shape[:-1], entry.shape[-1] // elements * size)
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry.dtype]
+        aligned = stored if entry.begin % size == 0 else stored.clone()
+        return aligned.view(dtype).view(entry.shape)
 
 
 def _refuse_shard(path: Path) -> None:
@@ -118,7 +160,7 @@ def _refuse_shard(path: Path) -> None:
 
 def common_prefix(keys: Mapping[str, object]) -> str:
     """Return the prefix that some files put before a model's keys, or nothing."""
-    if any(key.endswith(LORA_SUFFIXES) for key in keys):
+    if is_lora(keys):
         return ""  # a LoRA's keys are reported as the file spells them
     for prefix in KEY_PREFIXES:
         if any(key.startswith(prefix) for key in keys):

@@ -106,7 +106,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     return {"s2vflow": 1, "params": {"cfg": 5.5, "steps": 4, "word": "w"}, "nodes": nodes}
 
 
-ROUNDED = {"fp8_rounding": "comfyui"}
+ROUNDED = {"fp8_rounding": "comfyui_2025"}
 
 
 def _strengths() -> st.SearchStrategy[list[float]]:

@@ -46,7 +46,10 @@ def grey_levels_apart(actual: np.ndarray, expected: Tensor) -> float:
 
 @pytest.mark.parametrize(
     "name",
-    ["ancestral", *(pytest.param(name, marks=pytest.mark.parity) for name in ("template", "fp8_scaled", "lightning"))],
+    [
+        *("ancestral", "fp8_scaled_2026", "fp8_lora_exact"),
+        *(pytest.param(name, marks=pytest.mark.parity) for name in ("template", "fp8_scaled", "lightning")),
+    ],
 )
 def test_a_comfyui_workflow_gives_comfyuis_latents_and_frames(
     name: str, tmp_path: Path, tiny_models: Path, cache: Path
@@ -60,7 +63,7 @@ def test_a_comfyui_workflow_gives_comfyuis_latents_and_frames(
     if "96.0" in golden:
         assert grey_levels_apart(frames, golden["96.0"]) < FRAME_TOLERANCE
     else:
-        assert name == "ancestral"  # stored without frames
+        assert name in ("ancestral", "fp8_scaled_2026", "fp8_lora_exact")  # stored without frames
 
 
 @pytest.mark.parity

@@ -31,8 +31,8 @@ from s2v_flow import api
 from s2v_flow.errors import BadNumbersError, CheckpointError, MissingError, RefusedError, S2VFlowError
 from s2v_flow.models import load
 from s2v_flow.models.lora import LoraSpec, open_loras
-from s2v_flow.models.quantization import read_quantization
 from s2v_flow.weights.header import ITEM_BYTES, MAX_HEADER_BYTES, read_header
+from s2v_flow.weights.quantization import read_quantization
 from s2v_flow.weights.reader import Checkpoint
 
 FILES = {

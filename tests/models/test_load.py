@@ -16,7 +16,7 @@ from s2v_flow.errors import CheckpointError, RefusedError
 from s2v_flow.models import load
 from s2v_flow.models.load import LoadedDit, load_audio_encoder, load_dit, load_text_encoder, load_vae
 from s2v_flow.models.lora import LoraSpec
-from s2v_flow.models.quantization import Fp8Linear
+from s2v_flow.models.packed import PackedLinear
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -70,7 +70,7 @@ def test_full_precision_weights_arrive_unchanged(tiny_models: Path) -> None:
     assert all(torch.equal(found[key], value) for key, value in file.items())
     assert not loaded.module.training
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
-    assert (loaded.report.num_tensors, loaded.report.num_fp8_layers, loaded.report.loras) == (315, 0, ())
+    assert (loaded.report.num_tensors, loaded.report.num_packed_layers, loaded.report.loras) == (315, 0, ())
 
 
 @pytest.mark.parametrize("name", ["tiny_s2v_fp8_scaled", "tiny_s2v_fp8_metadata"])
@@ -83,18 +83,18 @@ def test_either_fp8_layout_is_expanded_at_loading(tiny_models: Path, name: str) 
 @pytest.mark.parametrize("name", ["tiny_s2v_fp8_scaled", "tiny_s2v_fp8_metadata"])
 def test_fp8_weights_stay_in_fp8_if_asked(tiny_models: Path, name: str) -> None:
     loaded = dit(tiny_models, name, dtype=BF16, quantized=True)
-    layers = {path: layer for path, layer in loaded.module.named_modules() if isinstance(layer, Fp8Linear)}
-    assert len(layers) == loaded.report.num_fp8_layers == 110
+    layers = {path: layer for path, layer in loaded.module.named_modules() if isinstance(layer, PackedLinear)}
+    assert len(layers) == loaded.report.num_packed_layers == 110
     full = state(dit(tiny_models, name, dtype=BF16))
     for path, layer in layers.items():
-        assert layer.weight_fp8.dtype == torch.float8_e4m3fn
-        assert torch.equal(layer.dequantized(BF16), full[f"{path}.weight"])
+        assert layer.packed.data.dtype == torch.float8_e4m3fn
+        assert torch.equal(layer.packed.expand(BF16), full[f"{path}.weight"])
         assert layer.bias is not None
         assert torch.equal(layer.bias, full[f"{path}.bias"])
 
 
 def test_full_precision_file_has_nothing_to_keep_in_fp8(tiny_models: Path) -> None:
-    assert dit(tiny_models, "tiny_s2v", quantized=True).report.num_fp8_layers == 0
+    assert dit(tiny_models, "tiny_s2v", quantized=True).report.num_packed_layers == 0
 
 
 def test_linear_layers_take_the_compute_dtype_and_nothing_else_is_narrowed(tiny_models: Path) -> None:
@@ -150,9 +150,9 @@ def test_lora_on_fp8_stands_beside_weights_that_stay_as_they_are(tiny_models: Pa
     generator = torch.Generator().manual_seed(0)
     compared = 0
     for path, layer in beside.named_modules():
-        if not isinstance(layer, Fp8Linear):
+        if not isinstance(layer, PackedLinear):
             continue
-        assert torch.equal(layer.weight_fp8.view(torch.uint8), plain.get_submodule(path).weight_fp8.view(torch.uint8))
+        assert torch.equal(layer.packed.data.view(torch.uint8), plain.get_submodule(path).packed.data.view(torch.uint8))
         x = torch.randn(3, layer.in_features, generator=generator)
         assert relative_error(layer(x), merged.get_submodule(path)(x)) < 2e-6
         compared += layer.lora_down is not None
@@ -174,7 +174,7 @@ def test_a_full_update_of_an_fp8_weight_expands_that_layer_alone(tiny_models: Pa
     layer = loaded.module.blocks[0].self_attn.q
     assert type(layer) is nn.Linear
     assert relative_error(layer.weight, expanded(tiny_models)["blocks.0.self_attn.q.weight"] + 1.0) < 1e-6
-    assert loaded.report.num_fp8_layers == 109
+    assert loaded.report.num_packed_layers == 109
 
 
 def test_two_loras_add_up(tiny_models: Path) -> None:
@@ -202,7 +202,7 @@ def test_fp8_text_encoder_gives_the_same_rows_expanded_or_not(tiny_models: Path,
     file = tiny_models / "text_encoders" / f"{name}.safetensors"
     kept = load_text_encoder(file, dtype=dtype, device="cpu", quantized=True)
     full = load_text_encoder(file, dtype=dtype, device="cpu", quantized=False)
-    assert sum(isinstance(layer, Fp8Linear) for layer in kept.module.modules()) == 14
+    assert sum(isinstance(layer, PackedLinear) for layer in kept.module.modules()) == 14
     rows = kept.encode("He looks down.")
     assert rows.dtype == dtype
     assert torch.equal(rows, full.encode("He looks down."))

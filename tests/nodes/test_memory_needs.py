@@ -102,7 +102,7 @@ def test_a_denoising_step_holds_what_is_computed_of_it(
     node = Chunk.model_construct(num_latent_frames=frames, height=8 * rows, width=8 * rows)
     inputs = ["speech", "reference", "history", *(["negative"] if branches == 2 else [])]
     assert chunk_tokens(node, inputs)[1] == tokens[0]
-    weights = Weights(shapes_of(model), 0, ITEM[dtype], is_fp8=False, on_cpu=True)
+    weights = Weights(shapes_of(model), 0, ITEM[dtype], is_packed=False, on_cpu=True)
     unseen = 512 * tokens[0] + 5 * 16 * frames * rows * rows * 4
     assert chunk_bytes(weights, node, inputs) - unseen == pytest.approx(held, rel=0.15)
 
@@ -113,7 +113,7 @@ def test_decoding_and_encoding_hold_what_is_computed_of_them(width: int, side: i
     with torch.device("meta"):
         module = WanVAE(VAEConfig(width))
     vae = filled(module, torch.float32)
-    weights = Weights(shapes_of(vae), 0, 4, is_fp8=False, on_cpu=True)
+    weights = Weights(shapes_of(vae), 0, 4, is_packed=False, on_cpu=True)
 
     def decode() -> None:
         state = None

@@ -12,6 +12,7 @@ from reference import load_keys
 from s2v_flow.errors import CheckpointError
 from s2v_flow.weights.header import TensorEntry
 from s2v_flow.weights.layout import check_layout, own_keys
+from s2v_flow.weights.quantization import Packing
 
 FULL = {"wan s2v": "s2v_14b", "umt5 encoder": "umt5_xxl", "wan vae": "wan21_vae", "wav2vec2": "wav2vec2_large"}
 
@@ -31,13 +32,14 @@ def test_the_full_models_files_are_complete_and_nothing_can_be_taken_away(family
         check_layout(Path("x"), family, {**entries, "more.weight": TensorEntry("F32", (1,), 0, 0)})
 
 
-def test_a_packed_weight_s_stored_shape_is_the_loader_s_business() -> None:
-    """Two numbers in a byte are half as wide; that it is missing is still found."""
+def test_a_packed_weight_counts_with_the_shape_that_it_is_expanded_to() -> None:
+    """Two numbers in a byte are half as wide; without the format it is misshapen."""
     key = "blocks.3.ffn.0.weight"
     entries = {key: TensorEntry("BF16", shape, 0, 0) for key, shape in load_keys("s2v_14b").items()}
     out, width = entries[key].shape
     half = (out, width // 2)
-    check_layout(Path("x"), "wan s2v", {**entries, key: TensorEntry("U8", half, 0, 0)})
+    packing = Packing("nvfp4", (out, width), f"{key}_scale", f"{key}_scale_2")
+    check_layout(Path("x"), "wan s2v", {**entries, key: TensorEntry("U8", half, 0, 0)}, {key: packing})
     with pytest.raises(CheckpointError, match="1 misshapen"):
         check_layout(Path("x"), "wan s2v", {**entries, key: TensorEntry("BF16", half, 0, 0)})
 

@@ -1,0 +1,105 @@
+"""A text encoder's tokenizer: inside its file, beside it, or rebuilt from what a GGUF file holds of it.
+
+Source: sentencepiece, src/sentencepiece_model.proto (message and field numbers).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from s2v_flow.errors import CheckpointError
+from s2v_flow.weights.gguf import Value, tokenizer_arrays
+from s2v_flow.weights.header import opened
+from s2v_flow.weights.layout import TOKENIZER_KEY, no_tokenizer
+from s2v_flow.weights.reader import Checkpoint
+
+_MAX_BYTES = 64_000_000
+_UNIGRAM = 1
+_IDS = {40: "unknown_token_id", 41: "bos_token_id", 42: "eos_token_id", 43: "padding_token_id"}  # TrainerSpec's fields
+_UNUSED, _BYTE = 5, 6
+
+
+def find_tokenizer(checkpoint: Checkpoint, given: str | Path | None = None) -> bytes:
+    """Return a text encoder's SentencePiece model, serialised.
+
+    Args:
+        checkpoint: The text encoder's file.
+        given: A file that holds the model; unless given, the one inside counts.
+
+    Raises:
+        MissingError, CheckpointError: The file is missing; there is no tokenizer; it is damaged or too large.
+    """
+    if given is not None:
+        with opened(Path(given)) as (file, num_bytes):
+            if num_bytes > _MAX_BYTES:
+                raise CheckpointError(f"{given}: is no tokenizer: it has {num_bytes} bytes")
+            return file.read()
+    if checkpoint.gguf is not None:
+        return sentencepiece_model(checkpoint.path, checkpoint.gguf)
+    entry = checkpoint.entries.get(TOKENIZER_KEY)
+    if entry is None:
+        raise no_tokenizer(checkpoint.path)
+    if entry.dtype != "U8":
+        what = f"its tokenizer ({TOKENIZER_KEY!r}) is no bytes"
+        raise CheckpointError(f"{checkpoint.path}: {what}", fix="use another file")
+    return checkpoint.read_bytes(TOKENIZER_KEY)
+
+
+def holds_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Tell whether a GGUF file holds a tokenizer."""
+    return checkpoint.gguf is not None and "tokenizer.ggml.tokens" in checkpoint.gguf
+
+
+def sentencepiece_model(path: Path, metadata: Mapping[str, Value]) -> bytes:
+    """Return the serialised model, as `SentencePieceProcessor.LoadFromSerializedProto` takes it.
+
+    Args:
+        path: The GGUF file.
+        metadata: Its metadata, see `read_gguf`.
+
+    Raises:
+        CheckpointError: There is no tokenizer inside, or it is damaged.
+    """
+    tokens, scores, types, table = tokenizer_arrays(path, metadata)
+    pieces = b"".join(
+        _bytes(1, _bytes(1, token) + _key(2, 5) + struct.pack("<f", score) + _number(3, type_))
+        for token, score, type_ in zip(_distinct(tokens, types), scores, types, strict=True)
+    )
+    trainer = _number(3, _UNIGRAM) + _number(35, int(_BYTE in types))
+    for field, name in _IDS.items():
+        found = metadata.get(f"tokenizer.ggml.{name}")
+        trainer += _number(field, found if isinstance(found, int) else -1)
+    normaliser = _bytes(2, table)
+    for field, name in ((3, "add_space_prefix"), (4, "remove_extra_whitespaces")):
+        normaliser += _number(field, int(bool(metadata.get(f"tokenizer.ggml.{name}", True))))
+    return pieces + _bytes(2, trainer) + _bytes(3, normaliser + _number(5, 1))
+
+
+def _distinct(tokens: list[bytes], types: list[int]) -> list[bytes]:
+    """Give unused pieces names of their own: converters pad vocabularies with repeated ones, which are refused."""
+    return [
+        b"<unused %d>" % index if kind == _UNUSED else token
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    ]
+
+
+def _key(field: int, wire_type: int) -> bytes:
+    return _varint(field << 3 | wire_type)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _key(field, 0) + _varint(value % 2**64)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _key(field, 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*encoded, value])
