@@ -1,14 +1,17 @@
 """LoRA files: reading every spelling in use, and their update of a weight.
 
 The update is W + strength * (alpha / r) * up @ down, with alpha = r where the file has none; `diff` is added to a
-weight (or to a parameter itself) and `diff_b` to a bias.
-Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1.
+weight (or to a parameter itself) and `diff_b` to a bias. LoHa's update is the element-wise product of two such
+products, LoKr's the Kronecker product of two factors; DoRA gives the changed weight's rows a magnitude of their own.
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1; Yeh et al., "Navigating
+Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", 2023, section 3; Liu et al., "DoRA:
+Weight-Decomposed Low-Rank Adaptation", 2024, equation 5.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,28 +20,19 @@ from torch import Tensor
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.weights.family import describe_mismatch
+from s2v_flow.weights.lora_keys import Layers, other_method, read_key
 from s2v_flow.weights.reader import Checkpoint, Shapes
 
-# (suffix, role), tried in order; "down" and "up" are the two factors
-_ROLES: Sequence[tuple[str, str]] = (
-    (".lora_down.weight", "down"),
-    (".lora_up.weight", "up"),
-    (".lora_A.weight", "down"),
-    (".lora_B.weight", "up"),
-    (".alpha", "alpha"),
-    (".diff_b", "diff_b"),
-    (".diff", "diff"),
+_LOW_RANK = {"down", "up", "alpha"}
+# What each way of changing a weight needs; LoKr's factors may be products themselves.
+_WHOLE = (
+    {"down", "up"},
+    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    {"lokr_w1", "lokr_w2"},
+    {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
+    {"lokr_w1_a", "lokr_w1_b", "lokr_w2"},
+    {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"},
 )
-_OTHER_METHODS: Sequence[tuple[str, str]] = (
-    (".lokr_", "LoKr"),
-    (".hada_", "LoHa"),
-    (".oft_", "OFT"),
-    (".dora_scale", "DoRA"),
-    (".lora_magnitude_vector", "DoRA"),
-    (".lora_mid.", "LoRA with a Tucker core"),
-)
-_DOTTED_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_UNDERSCORED_PREFIX = "lora_unet_"
 
 
 @dataclass(frozen=True)
@@ -88,26 +82,62 @@ class LoraUpdate:
     @property
     def is_low_rank(self) -> bool:
         """Whether the update is a product of two factors and nothing else."""
-        return set(self.keys) <= {"down", "up", "alpha"}
+        return set(self.keys) <= _LOW_RANK
 
     def factors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Return `down` [r, in...] and `up` [out, r] (strength and alpha / r included), float32."""
-        down = self.checkpoint.tensor(self.keys["down"]).to(device, torch.float32)
-        up = self.checkpoint.tensor(self.keys["up"]).to(device, torch.float32).flatten(1)
-        rank = down.shape[0]
-        alpha = float(self.checkpoint.tensor(self.keys["alpha"]).reshape(())) if "alpha" in self.keys else float(rank)
-        return down, up * (self.strength * alpha / rank)
+        down, up = self._read("down", device), self._read("up", device).flatten(1)
+        return down, up * (self.strength * self._scale(down.shape[0], device))
 
     def add_to(self, weight: Tensor) -> Tensor:
         """Return the float32 `weight` with this update added; the argument is not changed."""
-        if "down" in self.keys:
-            down, up = self.factors(weight.device)
-            weight = weight + (up @ down.flatten(1)).reshape(weight.shape)
+        device, changed = weight.device, weight
+        if "down" in self.keys and "magnitude" not in self.keys:
+            down, up = self.factors(device)
+            changed = changed + (up @ down.flatten(1)).reshape(weight.shape)
+        elif "down" in self.keys:
+            changed = changed + self.strength * (self._decomposed(weight) - weight)
+        elif "hada_w1_a" in self.keys:
+            one, two = (self._read(f"hada_w{n}_a", device) @ self._read(f"hada_w{n}_b", device) for n in (1, 2))
+            rank = self.checkpoint.shapes[self.keys["hada_w1_b"]][0]
+            changed = changed + (one * two * (self.strength * self._scale(rank, device))).reshape(weight.shape)
+        elif "lokr_w1" in self.keys or "lokr_w1_a" in self.keys:
+            changed = changed + self._kronecker(device).reshape(weight.shape)
         for role in ("diff", "diff_b"):
             if role in self.keys:
-                difference = self.checkpoint.tensor(self.keys[role]).to(weight.device, torch.float32)
-                weight = weight + self.strength * difference
-        return weight
+                changed = changed + self.strength * self._read(role, device)
+        return changed
+
+    def _read(self, role: str, device: torch.device | str) -> Tensor:
+        return self.checkpoint.tensor(self.keys[role]).to(device, torch.float32)
+
+    def _scale(self, rank: int, device: torch.device | str) -> float:
+        """Return alpha / rank; 1 where the file has no alpha."""
+        return float(self._read("alpha", device).reshape(())) / rank if "alpha" in self.keys else 1.0
+
+    def _decomposed(self, weight: Tensor) -> Tensor:
+        """Return DoRA's weight: the direction of W + (alpha / r) up @ down, with a magnitude for each row or column."""
+        down, up = self._read("down", weight.device), self._read("up", weight.device).flatten(1)
+        moved = weight + (up @ down.flatten(1)).reshape(weight.shape) * self._scale(down.shape[0], weight.device)
+        magnitude = self._read("magnitude", weight.device)
+        by_row = magnitude.shape[0] == weight.shape[0]
+        axes = [axis for axis in range(weight.ndim) if axis != (0 if by_row else 1)]
+        length: Tensor = torch.linalg.vector_norm(moved, dim=axes, keepdim=True)
+        decomposed: Tensor = moved * (magnitude.reshape(length.shape) / length)
+        return decomposed
+
+    def _kronecker(self, device: torch.device | str) -> Tensor:
+        """Return LoKr's change of a weight, strength included."""
+        factors, rank = [], None
+        for n in (1, 2):
+            if f"lokr_w{n}" in self.keys:
+                factors.append(self._read(f"lokr_w{n}", device))
+            else:
+                first, second = (self._read(f"lokr_w{n}_{part}", device) for part in "ab")
+                rank = second.shape[0]
+                factors.append(first @ second)
+        scale = 1.0 if rank is None else self._scale(rank, device)
+        return torch.kron(factors[0], factors[1].flatten(1)) * (self.strength * scale)
 
 
 @dataclass
@@ -180,53 +210,61 @@ def _match(spec: LoraSpec, checkpoint: Checkpoint, shapes: Shapes, stack: LoraSt
 
 def _targets(checkpoint: Checkpoint, shapes: Shapes, unmatched: list[str]) -> list[_Target]:
     """Group a LoRA's keys by the parameter they change; keys without a home are added to `unmatched`."""
-    underscored = {key.removesuffix(".weight").replace(".", "_"): key.removesuffix(".weight") for key in shapes}
+    layers = Layers(shapes)
     groups: dict[str, dict[str, str]] = {}
     for key in checkpoint.entries:
-        for mark, method in _OTHER_METHODS:
-            if mark in key:
-                raise CheckpointError(f"{checkpoint.path}: is a {method} file ({key!r}), which is not supported")
-        suffix, role = next(((suffix, role) for suffix, role in _ROLES if key.endswith(suffix)), ("", ""))
-        module = _module_path(key.removesuffix(suffix), underscored) if role else ""
-        parameter = module + ".bias" if role == "diff_b" else module + ".weight"
-        if role == "diff" and parameter not in shapes:
-            parameter = module  # a parameter of its own, such as blocks.0.modulation
-        if role and parameter in shapes:
-            groups.setdefault(parameter, {})[role] = key
-        else:
+        method = other_method(key)
+        if method is not None:
+            raise CheckpointError(f"{checkpoint.path}: is a {method} file ({key!r}), which is not supported")
+        found = read_key(key)
+        parameter = None if found is None else layers.parameter(*found)
+        if found is None or parameter is None:
             unmatched.append(key)
+        elif groups.setdefault(parameter, {}).setdefault(found[1], key) != key:
+            both = f"{groups[parameter][found[1]]!r} and {key!r}"
+            raise CheckpointError(f"{checkpoint.path}: damaged: {both} are the same part of {parameter!r}")
     for parameter, keys in groups.items():
-        _check_pair(checkpoint, parameter, keys)
+        _check_whole(checkpoint, parameter, keys)
     return [_Target(parameter, keys) for parameter, keys in groups.items()]
 
 
-def _module_path(name: str, underscored: Mapping[str, str]) -> str:
-    if name.startswith(_UNDERSCORED_PREFIX):
-        name = name.removeprefix(_UNDERSCORED_PREFIX)
-        return underscored.get(name, name)
-    for prefix in _DOTTED_PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
-
-
-def _check_pair(checkpoint: Checkpoint, parameter: str, keys: Mapping[str, str]) -> None:
-    if ("down" in keys) != ("up" in keys):
+def _check_whole(checkpoint: Checkpoint, parameter: str, keys: Mapping[str, str]) -> None:
+    parts = set(keys) - {"alpha", "diff", "diff_b", "magnitude"}
+    if parts and parts not in _WHOLE:
         found = ", ".join(repr(key) for key in sorted(keys.values()))
         raise CheckpointError(f"{checkpoint.path}: damaged: {parameter!r} has {found}, but not both factors")
 
 
 def _shape_mismatch(target: _Target, shapes: Shapes, expected: tuple[int, ...]) -> str | None:
     """Compare a target's tensors with the parameter's shape; return both shapes if they do not fit."""
-    if "down" in target.keys:
-        down, up = shapes[target.keys["down"]], shapes[target.keys["up"]]
+    sizes = {role: shapes[key] for role, key in target.keys.items()}
+    flat = (*expected[:1], math.prod(expected[1:]))
+    if "down" in sizes:
+        down, up = sizes["down"], sizes["up"]
         product = (*up[:1], *down[1:])
         if not down or product != expected or up[1:2] != down[:1] or any(size != 1 for size in up[2:]):
             return f"up {list(up)} times down {list(down)} does not give {list(expected)}"
-        alpha = shapes[target.keys["alpha"]] if "alpha" in target.keys else ()
-        if math.prod(alpha) != 1 or down[0] < 1:
-            return f"alpha has the shape {list(alpha)} and the factors the rank {down[0]}"
+        if down[0] < 1:
+            return "the factors have the rank 0"
+    elif "hada_w1_a" in sizes:
+        pairs = [(sizes[f"hada_w{n}_a"], sizes[f"hada_w{n}_b"]) for n in (1, 2)]
+        if any(_product(a, b) != flat for a, b in pairs):
+            return f"{[list(part) for pair in pairs for part in pair]} do not give {list(expected)}"
+    elif "lokr_w1" in sizes or "lokr_w1_a" in sizes:
+        one, two = (sizes.get(f"lokr_w{n}") or _product(sizes[f"lokr_w{n}_a"], sizes[f"lokr_w{n}_b"]) for n in (1, 2))
+        two = two and (*two[:1], math.prod(two[1:]))
+        if not one or not two or len(one) != 2 or (one[0] * two[0], one[1] * two[1]) != flat:
+            return f"the Kronecker product of {list(one or ())} and {list(two or ())} does not give {list(expected)}"
+    if "alpha" in sizes and math.prod(sizes["alpha"]) != 1:
+        return f"alpha has the shape {list(sizes['alpha'])}"
+    if "magnitude" in sizes and ("down" not in sizes or math.prod(sizes["magnitude"]) not in expected[:2]):
+        return f"the magnitude has the shape {list(sizes['magnitude'])}, expected {expected[0]} rows"
     for role in ("diff", "diff_b"):
-        if role in target.keys and shapes[target.keys[role]] != expected:
-            return f"{role} has the shape {list(shapes[target.keys[role]])}, expected {list(expected)}"
+        if role in sizes and sizes[role] != expected:
+            return f"{role} has the shape {list(sizes[role])}, expected {list(expected)}"
     return None
+
+
+def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape of a @ b, None where they do not fit."""
+    return (a[0], b[1]) if len(a) == len(b) == 2 and a[1] == b[0] and b[0] > 0 else None
