@@ -23,7 +23,7 @@ from s2v_flow.graph.node import Node
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan
 from s2v_flow.graph.run import Run, RunResult, ignore
-from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess
+from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess, replacing
 from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, near_files, recipe_needs
 from s2v_flow.machine import device_class, free_memory_bytes, resolve_device
@@ -100,7 +100,7 @@ class Planned:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know before running."""
-        notes = [*self.plan.notes]
+        notes = [*self.plan.notes, *replacing(self.plan, self.statuses)]
         if not any(node.node.is_sink for node in self.plan.nodes):
             notes.append("the recipe writes no file: results stay in the cache (add a save_video node)")
         largest = self.estimate.largest
@@ -123,6 +123,7 @@ class Planned:
             entry: dict[str, Any] = {
                 "name": node.name,
                 "kind": node.kind,
+                "version": node.node.version,
                 "status": status.status,
                 "reason": status.reason,
             }

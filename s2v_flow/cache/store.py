@@ -362,7 +362,7 @@ def put_copy(blocks: Iterable[bytes], item: StoredObject, target: Path, trailer:
         ChangedBytesError: The blocks are not the object; `target` is as it was.
         CannotWriteError: `target` cannot be written.
     """
-    if _holds(target, item, trailer):
+    if holds(target, item, trailer):
         return False
     with writing(target), temporary(target.parent, target.suffix) as (file, name):
         digest = hashlib.sha256()
@@ -386,13 +386,14 @@ def _link(name: str, path: Path) -> bool:
     return True
 
 
-def _holds(path: Path, item: StoredObject, trailer: bytes) -> bool:
-    """Tell whether a file is there that has an object's bytes, then the trailer, and nothing else."""
+def holds(path: Path, item: StoredObject, trailer: bytes | None = None) -> bool:
+    """Tell whether a file is there that has an object's bytes, then the trailer (None: any) and nothing else."""
     try:
-        if not path.is_file() or path.stat().st_size != item.size + len(trailer):
+        size = path.stat().st_size if path.is_file() else -1
+        if size < item.size or (trailer is not None and size != item.size + len(trailer)):
             return False
         with path.open("rb") as file:
-            return _digest(file, item.size) == item.sha256 and file.read() == trailer
+            return _digest(file, item.size) == item.sha256 and trailer in (None, file.read())
     except OSError:
         return False  # what cannot be read is to be replaced
 

@@ -7,6 +7,7 @@ the first result count.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -25,11 +26,16 @@ if sys.platform != "win32":
 
 POLL_SECONDS = 0.2
 _MAX_NOTE_BYTES = 4096
-_HELD = -1
 
 
 @contextmanager
-def turn(path: Path, about: str, on_wait: Callable[[str], None], between: Callable[[], None]) -> Iterator[None]:
+def turn(
+    path: Path,
+    about: str,
+    on_wait: Callable[[str], None],
+    between: Callable[[], None],
+    on_failure: Callable[[str], None] = lambda reason: None,
+) -> Iterator[None]:
     """Wait until nobody else holds the lock, then hold it inside this block.
 
     Args:
@@ -37,9 +43,12 @@ def turn(path: Path, about: str, on_wait: Callable[[str], None], between: Callab
         about: What it is held for; told to those who wait.
         on_wait: Called once with who holds it, if there is somebody to wait for.
         between: Called every 0.2 s while waiting; what it raises ends the waiting.
+        on_failure: Called with the reason where nothing can be locked; the block is entered all the same.
     """
-    descriptor = _take(path, on_wait, between)
-    if descriptor is None:
+    try:
+        descriptor = _take(path, on_wait, between)
+    except OSError as error:
+        on_failure(error.strerror or str(error))
         yield
         return
     try:
@@ -69,21 +78,26 @@ def remove_unused(folder: Path) -> int:
     """Remove the locks that killed processes left; return how many."""
     removed = 0
     for path in folder.glob("*"):
-        descriptor = _try(path) if path.is_file() else None
-        if descriptor is not None and descriptor != _HELD:
-            with suppress(OSError):
-                path.unlink()
-                removed += 1
-            os.close(descriptor)
+        with suppress(OSError):
+            if path.is_file() and (descriptor := _try(path)) is not None:
+                try:
+                    path.unlink()
+                    removed += 1
+                finally:
+                    os.close(descriptor)
     return removed
 
 
-def _take(path: Path, on_wait: Callable[[str], None], between: Callable[[], None]) -> int | None:
-    """Return the descriptor of the lock once it is ours, or None where locks do not work."""
+def _take(path: Path, on_wait: Callable[[str], None], between: Callable[[], None]) -> int:
+    """Return the descriptor of the lock once it is ours.
+
+    Raises:
+        OSError: See `_try`.
+    """
     is_told = False
     while True:
         found = _try(path)
-        if found != _HELD:
+        if found is not None:
             return found
         if not is_told and (holder := _holder(path)):
             is_told = True
@@ -93,25 +107,26 @@ def _take(path: Path, on_wait: Callable[[str], None], between: Callable[[], None
 
 
 def _try(path: Path) -> int | None:
-    """Try to lock: a descriptor, _HELD where somebody else has it, None where locks do not work."""
+    """Try to lock: a descriptor, or None where somebody else has it.
+
+    Raises:
+        OSError: Locks do not work here, or their folder cannot be written.
+    """
     if _FCNTL is None:
-        return None
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return None
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         _FCNTL.flock(descriptor, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
         if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
             return descriptor
-        result: int | None = _HELD  # its last holder has just removed it: it locks nothing any more
-    except (BlockingIOError, FileNotFoundError):
-        result = _HELD
+    except (BlockingIOError, FileNotFoundError):  # the latter: its last holder has just removed it
+        pass
     except OSError:
-        result = None
+        os.close(descriptor)
+        raise
     os.close(descriptor)
-    return result
+    return None
 
 
 def _holder(path: Path) -> str:

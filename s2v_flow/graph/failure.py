@@ -26,7 +26,8 @@ _SIZE_FIX = "a smaller width and height, or a lower frames_per_call in decode"
 def failures_of(node: PlanNode, scratch: Scratch) -> Iterator[None]:
     """Turn what a node raises because of what it was given into errors that name it.
 
-    What else it may raise (an assertion, a missing key, a wrong type) is a defect of this program and passes.
+    What else it may raise (an assertion, a missing key, a wrong type, a division by zero) is a defect of this program,
+    and passes.
 
     Raises:
         CannotWriteError: The node's files cannot be written in `scratch`.
@@ -49,7 +50,7 @@ def failures_of(node: PlanNode, scratch: Scratch) -> Iterator[None]:
 def _expected() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
-    return (OSError, ValueError, ArithmeticError, MemoryError, RuntimeError, SafetensorError)
+    return (OSError, ValueError, OverflowError, MemoryError, RuntimeError, SafetensorError)
 
 
 def placed(error: S2VFlowError, node: PlanNode) -> S2VFlowError:

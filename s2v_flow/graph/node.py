@@ -10,7 +10,7 @@ A kind is a subclass of `Node` with a docstring, described fields and its output
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -129,6 +129,17 @@ class Node(BaseModel):
             S2VFlowError: One of them cannot be used.
         """
 
+    def targets(
+        self, files: Mapping[tuple[str | int, ...], Path], ports: Iterable[str] | None = None
+    ) -> dict[str, Path]:
+        """Return where a sink's stored outputs go, by port; without `ports`, before they are known, the first of them.
+
+        Args:
+            files: The node's files, by field path.
+            ports: The names of the stored outputs.
+        """
+        return dict.fromkeys(ports or ["file"], files["file",])
+
     def deliver(
         self, files: Mapping[tuple[str | int, ...], Path], artifacts: Mapping[str, Artifact], note: bytes
     ) -> list[tuple[Path, bool]]:
@@ -142,7 +153,7 @@ class Node(BaseModel):
         Returns:
             The files written and whether each had to change.
         """
-        return []
+        return [(target, artifacts[port].copy_to(target)) for port, target in self.targets(files, artifacts).items()]
 
 
 Precision = Callable[[str, str], str]  # (kind of loader, what the recipe says) -> fp32, bf16 or fp16

@@ -32,7 +32,14 @@ from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.graph.results import Results, Scratch, reap_outputs
-from s2v_flow.graph.status import NodeStatus, needed_nodes, output_digests, preimage
+from s2v_flow.graph.status import (
+    KEEPING_BOTH,
+    NodeStatus,
+    needed_nodes,
+    output_digests,
+    preimage,
+    to_be_replaced,
+)
 from s2v_flow.graph.turns import node_turn
 from s2v_flow.machine import peak_device_bytes, peak_memory_bytes
 
@@ -94,7 +101,6 @@ class Run:
         default_factory=dict
     )  # no errors: their tracebacks hold what a node had in memory
     _entries: dict[str, Entry] = field(default_factory=dict)
-    _replaced: list[Path] = field(default_factory=list)  # by the node that is being delivered
     _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _live_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     _digests: dict[Source, str] = field(default_factory=dict)
@@ -175,16 +181,25 @@ class Run:
 
     def _obtain(self, node: PlanNode) -> None:
         """Make sure a stored node's result is in the store: it may be there under a fingerprint only known now."""
+        reasons: list[str] = []
         try:
             key, image = self._identify(node)
             if node.name in self.forced:
                 self._compute(node, key, image)
             elif not self._adopt(node, key):
-                with node_turn(self.store.root, key, node.name, self.emit, self.should_stop):
+                with node_turn(self.store.root, key, node.name, self.emit, self.should_stop, reasons.append):
                     if not self._adopt(node, key):  # whoever was waited for has stored it
                         self._compute(node, key, image)
         finally:
             self._release_inputs(node)
+        if reasons and node.name not in self.not_kept:  # else that nothing can be written has been said
+            text = f"nothing can be locked under {self.store.root / 'locks'} ({reasons[0]}): "
+            self._warn_once(text + "another run may compute the same at the same time")
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self.emit(Noted("", text, is_warning=True))
 
     def _adopt(self, node: PlanNode, key: str) -> bool:
         """Take what is stored; tell whether there was something."""
@@ -308,13 +323,9 @@ class Run:
             return self._mending(node, lambda: self._results.read(self._entries[node.name].outputs[port]))
 
         def copy_to(target: Path, trailer: bytes = b"") -> bool:
-            stood = target.exists()
-            changed = self._mending(
+            return self._mending(
                 node, lambda: self._results.copy_to(self._entries[node.name].outputs[port], target, trailer)
             )
-            if stood and changed:
-                self._replaced.append(target)
-            return changed
 
         return Artifact(self._digests[Source(node.name, port)], read, copy_to)
 
@@ -391,15 +402,11 @@ class Run:
     def _deliver(self, node: PlanNode) -> tuple[Path, ...]:
         artifacts = {port: self._artifact(node, port) for port in self._entries[node.name].outputs}
         reap_outputs(node)
-        self._replaced.clear()
+        replaced = to_be_replaced(node, self._entries[node.name])
         delivered = node.node.deliver(node.files, artifacts, self.note(node, self._entries))
         self._results.forget(node.name)
-        if self._replaced:
-            more = f" and {len(self._replaced) - 1} more" if len(self._replaced) > 1 else ""
-            text = (
-                f"file: {self._replaced[0]}{more} stood there and was replaced; another file, or ${{params.seed}} in it"
-            )
-            self.emit(Noted(node.name, f"{text}, keeps both"))
+        if replaced:
+            self.emit(Noted(node.name, f"file: {replaced} and was replaced; {KEEPING_BOTH}"))
         for path, changed in delivered:
             self.emit(Delivered(node.name, str(path), changed))
         return tuple(path for path, _ in delivered)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from s2v_flow.cache.budget import size_text
 from s2v_flow.cache.checkpoint import Checkpoints
-from s2v_flow.cache.store import Entry, Store
+from s2v_flow.cache.store import Entry, Store, holds
 from s2v_flow.graph.checkpoint import progress_text
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.numerics import Numerics
@@ -18,6 +22,7 @@ from s2v_flow.graph.reasons import NEVER, explain
 
 EARLIER = 300  # stored results among which the nearest one is looked for
 Status = Literal["HIT", "RUN", "RESUME", "LOAD", "SKIP"]
+KEEPING_BOTH = "another file, or ${params.seed} in it, keeps both"
 TO_COMPUTE = frozenset({"RUN", "RESUME"})
 FileDigest = Callable[[Path], "str | None"]
 
@@ -126,6 +131,30 @@ def assess(
         else:
             found[node.name] = NodeStatus("RUN", NEVER, key)
     return _with_need(plan, found)
+
+
+def replacing(plan: Plan, statuses: Mapping[str, NodeStatus]) -> Iterator[str]:
+    """Yield a line for each sink that will find another file in its place."""
+    for node in plan.nodes:
+        if node.node.is_sink and (replaced := to_be_replaced(node, statuses[node.name].entry)):
+            yield f"file: {replaced} and will be replaced; {KEEPING_BOTH}"
+
+
+def to_be_replaced(node: PlanNode, entry: Entry | None) -> str:
+    """Say which files stand where a sink's are to go and are others, "" if none; an unknown result is another."""
+    outputs = entry.outputs if entry else {}
+    targets = node.node.targets(node.files, outputs or None)
+    old = [
+        path for port, path in targets.items() if os.path.isfile(path) and not (entry and holds(path, outputs[port]))
+    ]
+    if not old:
+        return ""
+    more = f" and {len(old) - 1} more" if len(old) > 1 else ""
+    with suppress(OSError):
+        found = old[0].stat()
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.st_mtime))
+        return f"{old[0]}{more} stood there ({size_text(found.st_size)}, written {written})"
+    return f"{old[0]}{more} stood there"
 
 
 def _with_need(plan: Plan, found: Mapping[str, NodeStatus]) -> dict[str, NodeStatus]:

@@ -12,13 +12,23 @@ from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of
 
 
 @contextmanager
-def node_turn(root: Path, key: str, node: str, emit: Listener, should_stop: ShouldStop) -> Iterator[None]:
-    """Wait, and say so, while another process computes the same result; afterwards it may be stored."""
+def node_turn(
+    root: Path,
+    key: str,
+    node: str,
+    emit: Listener,
+    should_stop: ShouldStop,
+    on_failure: Callable[[str], None] = lambda reason: None,
+) -> Iterator[None]:
+    """Wait, and say so, while another process computes the same result; afterwards it may be stored.
+
+    `on_failure` is called with the reason where nothing can be locked.
+    """
 
     def tell(holder: str) -> None:
         emit(Noted(node, f"waits for another run that computes the same ({holder})"))
 
-    with turn(root / "locks" / key, f"node {node}", tell, _stopper(f"waiting for {node}", should_stop)):
+    with turn(root / "locks" / key, f"node {node}", tell, _stopper(f"waiting for {node}", should_stop), on_failure):
         yield
 
 
@@ -39,7 +49,12 @@ def gpu_turn(device: str, emit: Listener, should_stop: ShouldStop, *, is_needed:
     def tell(holder: str) -> None:
         emit(Noted("", f"waits for {device}, which another run holds ({holder}); --share-gpu runs beside it"))
 
-    with turn(gpu_lock_path(device), f"a run on {device}", tell, _stopper(f"waiting for {device}", should_stop)):
+    def warn(reason: str) -> None:
+        path = gpu_lock_path(device)
+        text = f"{device} cannot be locked ({path}: {reason}): another run may use it at the same time"
+        emit(Noted("", text, is_warning=True))
+
+    with turn(gpu_lock_path(device), f"a run on {device}", tell, _stopper(f"waiting for {device}", should_stop), warn):
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -116,11 +116,10 @@ class SaveImages(Node):
         images = (frame for group in reported(context, frames) for frame in group)
         return {f"{index:05}": path for index, path in enumerate(write_images(context.scratch, "frame", images), 1)}
 
-    def deliver(self, files: Files, artifacts: Mapping[str, Artifact], note: bytes) -> list[tuple[Path, bool]]:
-        """Copy the stored images to their places."""
+    def targets(self, files: Files, ports: Iterable[str] | None = None) -> dict[str, Path]:
+        """Return where the images go, by number."""
         pattern = files["file",]
-        targets = {number: pattern.with_name(f"{pattern.stem}_{number}{pattern.suffix}") for number in artifacts}
-        return [(target, artifacts[number].copy_to(target)) for number, target in targets.items()]
+        return {number: pattern.with_name(f"{pattern.stem}_{number}{pattern.suffix}") for number in ports or ["00001"]}
 
 
 class SaveLatent(Node):
@@ -143,10 +142,6 @@ class SaveLatent(Node):
 
         joined = torch.cat([unpack(part)["samples"] for part in inputs["latent"]], dim=2)
         return {"file": pack({"latent_tensor": joined, "latent_format_version_0": torch.empty(0)})}
-
-    def deliver(self, files: Files, artifacts: Mapping[str, Artifact], note: bytes) -> list[tuple[Path, bool]]:
-        """Copy the stored latent to its place."""
-        return [(files["file",], artifacts["file"].copy_to(files["file",]))]
 
 
 def plan_sink(planner: Planner, name: str, node: SaveVideo | SaveImages, fps: float) -> dict[str, Value]:

@@ -101,7 +101,7 @@ class OutputRecord(NamedDigest):
     """A file that the run was for."""
 
     node: str
-    size: int | None = Field(description="In bytes.")
+    size: int | None = Field(description="In bytes; null where the file was gone when the run ended.")
     changed: bool = Field(description="Whether it had to be written.")
     frames: int | None = Field(None, description="How many frames it has.")
     frames_sha256: str | None = Field(

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -206,10 +207,11 @@ class Recorder:
         text = next(text for _, mark, text in node.node.files() if mark.role == "output")
         records = []
         for event, item in zip(delivered, entry.outputs.values(), strict=True):
-            path = Path(event.path)
-            size = path.stat().st_size
-            # what was delivered holds the object, and perhaps a note behind it
-            sha256 = item.sha256 if size == item.size else file_digest(path)
+            path, size, sha256 = Path(event.path), None, item.sha256
+            with suppress(OSError, MissingError):  # somebody has moved it already
+                size = path.stat().st_size
+                # what was delivered holds the object, and perhaps a note behind it
+                sha256 = item.sha256 if size == item.size else file_digest(path)
             name = without_home(str(Path(text).with_name(path.name)))
             facts = {key: entry.facts.get(key) for key in ("frames", "frames_sha256")}
             record = OutputRecord(node=node.name, name=name, sha256=sha256, size=size, changed=event.changed, **facts)

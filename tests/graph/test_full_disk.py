@@ -80,9 +80,6 @@ class Film(Segments):
     def run(self, context: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {"file": super().run(context, inputs)["text"]}
 
-    def deliver(self, files: Any, artifacts: Mapping[str, Any], note: bytes) -> list[tuple[Path, bool]]:
-        return [(files["file",], artifacts["file"].copy_to(files["file",]))]
-
 
 def segments(writer: str) -> dict[str, Node]:
     nodes = {"word": Word(text="w"), "speech": Segments(a=R("$word"), writer=writer)}

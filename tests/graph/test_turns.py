@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from toy import Save, Workshop
+from toy import Save, Word, Workshop
 
 from s2v_flow.files.lock import gpu_lock_path, remove_unused, turn
 from s2v_flow.graph.events import Event, NodeCached, Noted
@@ -107,6 +107,27 @@ def test_where_locks_are_refused_the_run_goes_on(number: int, tmp_path: Path, mo
     monkeypatch.setattr(fcntl, "flock", refuse)
     with node_turn(tmp_path, "ab", "talk", print, lambda: False):
         pass
+
+
+def test_locks_that_cannot_be_written_are_told_once(tmp_path: Path) -> None:
+    """A file in their folder's place: the results are stored all the same."""
+    shop = Workshop(tmp_path)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/locks").write_text("in the way")
+    nodes = {"word": Word(text="w"), "save": Save(a=Ref.parse("$word"), file="out.txt")}
+    assert shop.run(nodes).not_kept == ()
+    (said,) = [event.text for event in shop.events if isinstance(event, Noted) and event.is_warning]
+    assert said.startswith(f"nothing can be locked under {tmp_path / 'cache/locks'} (File exists): another run may")
+
+
+def test_a_gpu_that_cannot_be_locked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/dev/null/temporary")
+    notes: list[Event] = []
+    with gpu_turn("cuda:0", notes.append, lambda: False, is_needed=True):
+        (said,) = notes
+    assert isinstance(said, Noted)
+    assert said.is_warning
+    assert said.text.startswith("cuda:0 cannot be locked (/dev/null/temporary/s2vflow-")
 
 
 def test_a_killed_process_holds_nothing_up(tmp_path: Path) -> None:

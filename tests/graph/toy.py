@@ -184,7 +184,7 @@ class Save(Node):
         return {"file": path}
 
     def deliver(self, files: Any, artifacts: Mapping[str, Any], note: bytes) -> list[tuple[Path, bool]]:
-        return [(files["file",], artifacts["file"].copy_to(files["file",], note))]
+        return [(path, artifacts[port].copy_to(path, note)) for port, path in self.targets(files, artifacts).items()]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from runs_for_tests import QUICK, Place, copied, place
 from s2v_flow import __version__, api
 from s2v_flow.cli.describe import schema_text
 from s2v_flow.errors import S2VFlowError
-from s2v_flow.graph.events import Event, NodeStarted, Noted, RunFinished
+from s2v_flow.graph.events import Delivered, Event, NodeStarted, Noted, RunFinished
+from s2v_flow.history.find import read_manifest
 from s2v_flow.runs import record
 from s2v_flow.runs.environment import git_state
 
@@ -207,6 +208,21 @@ def test_a_manifest_that_cannot_be_written_is_a_warning(tmp_path: Path, done: Pl
     assert result.outputs["video"][0].is_file()
     (warning,) = [event for event in seen if isinstance(event, Noted) and event.is_warning]
     assert "the run's manifest cannot be written" in warning.text
+
+
+def test_a_video_that_is_moved_at_once_loses_no_manifest(done: Place, tmp_path: Path, tiny_models: Path) -> None:
+    """As by a program that watches the folder; its digest is known all the same."""
+    made = copied(done, tmp_path)
+
+    def take(event: Event) -> None:
+        if isinstance(event, Delivered):
+            made.video.unlink()
+
+    result = api.run(made.recipe, options(tmp_path, tiny_models, made.cache), on_event=take)
+    kept = read_manifest(made.cache / "runs" / result.run_id / "manifest.json")
+    (output,) = kept.outputs
+    assert (kept.status, output.name, output.size) == ("finished", "out/talk.mp4", None)
+    assert output.sha256 == kept.nodes[-1].outputs["file"]
 
 
 def test_two_runs_of_one_name_do_not_meet(done: Place, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
