@@ -402,7 +402,7 @@ class Run:
     def _deliver(self, node: PlanNode) -> tuple[Path, ...]:
         artifacts = {port: self._artifact(node, port) for port in self._entries[node.name].outputs}
         reap_outputs(node)
-        replaced = to_be_replaced(node, self._entries[node.name])
+        replaced = to_be_replaced(node, self._entries[node.name], "stood")
         delivered = node.node.deliver(node.files, artifacts, self.note(node, self._entries))
         self._results.forget(node.name)
         if replaced:

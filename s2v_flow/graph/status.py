@@ -136,11 +136,11 @@ def assess(
 def replacing(plan: Plan, statuses: Mapping[str, NodeStatus]) -> Iterator[str]:
     """Yield a line for each sink that will find another file in its place."""
     for node in plan.nodes:
-        if node.node.is_sink and (replaced := to_be_replaced(node, statuses[node.name].entry)):
+        if node.node.is_sink and (replaced := to_be_replaced(node, statuses[node.name].entry, "stands")):
             yield f"file: {replaced} and will be replaced; {KEEPING_BOTH}"
 
 
-def to_be_replaced(node: PlanNode, entry: Entry | None) -> str:
+def to_be_replaced(node: PlanNode, entry: Entry | None, stands: str) -> str:
     """Say which files stand where a sink's are to go and are others, "" if none; an unknown result is another."""
     outputs = entry.outputs if entry else {}
     targets = node.node.targets(node.files, outputs or None)
@@ -153,8 +153,8 @@ def to_be_replaced(node: PlanNode, entry: Entry | None) -> str:
     with suppress(OSError):
         found = old[0].stat()
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.st_mtime))
-        return f"{old[0]}{more} stood there ({size_text(found.st_size)}, written {written})"
-    return f"{old[0]}{more} stood there"
+        return f"{old[0]}{more} {stands} there ({size_text(found.st_size)}, written {written})"
+    return f"{old[0]}{more} {stands} there"
 
 
 def _with_need(plan: Plan, found: Mapping[str, NodeStatus]) -> dict[str, NodeStatus]:
