@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from s2v_flow.cache.budget import size_text
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import Entry, Store, holds
 from s2v_flow.graph.checkpoint import progress_text
@@ -19,6 +18,7 @@ from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.graph.reasons import NEVER, explain
+from s2v_flow.wording import size_text
 
 EARLIER = 300  # stored results among which the nearest one is looked for
 Status = Literal["HIT", "RUN", "RESUME", "LOAD", "SKIP"]
