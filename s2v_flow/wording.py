@@ -5,7 +5,6 @@ Whoever finds a mistake words it with the small functions here (`shown`, `listed
 
 from __future__ import annotations
 
-import difflib
 import unicodedata
 from collections.abc import Iterable
 
@@ -90,6 +89,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     known = list(known)
     if len(name) > _MAX_NAME or len(known) > _MAX_KNOWN:
         return None
+    import difflib  # a tenth of what `--help` takes
+
     folded = {candidate.lower(): candidate for candidate in reversed(known)}
     matches = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
     return folded[matches[0]] if matches else None

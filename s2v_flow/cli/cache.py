@@ -12,7 +12,6 @@ import click
 
 from s2v_flow.cli.options import FILE, FOLDER, CommandT, OrderedGroup, make_options
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.wording import size_text
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options
@@ -96,6 +95,7 @@ def gc(limit: str | None, dry_run: bool, as_json: bool, cache_dir: Path | None) 
     from s2v_flow.cache.budget import parse_size
     from s2v_flow.cache.housekeeping import collect
     from s2v_flow.cli import report
+    from s2v_flow.wording import size_text
 
     found = collect(_root(cache_dir), _limit(cache_dir) if limit is None else parse_size(limit), is_dry=dry_run)
     if as_json:
@@ -270,6 +270,7 @@ def _choose(cache_dir: Path | None, fingerprints: Sequence[str], nodes: Sequence
 
 def _show(rows: Sequence[dict[str, Any]], as_json: bool, more: dict[str, Any]) -> None:
     from s2v_flow.cli import report
+    from s2v_flow.wording import size_text
 
     if as_json:
         report.print_json({**more, "entries": list(rows)})

@@ -15,43 +15,15 @@ if TYPE_CHECKING:
     from s2v_flow.recipe.tree import Tree
 
 SHELLS = ("bash", "zsh", "fish")
-# what click's script for bash says, and what stands there instead: bash takes "steps=4" for three words
-_BASH_WORDS = 'COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD=$COMP_CWORD'
-_BASH_JOINED_WORDS = 'COMP_WORDS="${words[*]}" COMP_CWORD=$last'
-_BASH_START = "    local response\n"
-_BASH_JOIN = """    local -a words
-    local -i last=-1 at
-    for ((at = 0; at <= COMP_CWORD; at++)); do
-        if ((at > 0)) && [[ ${COMP_WORDS[at]} == "=" || ${COMP_WORDS[at - 1]} == "=" ]]; then
-            words[last]+=${COMP_WORDS[at]}
-        else
-            words[++last]=${COMP_WORDS[at]}
-        fi
-    done
-    local typed=
-    if [[ $COMP_WORDBREAKS == *=* && ${words[last]} == *=* ]]; then
-        typed=${words[last]%=*}=
-    fi
-"""
-_BASH_ADDS = "COMPREPLY+=($value)"
-_BASH_ADDS_REST = """COMPREPLY+=("${value#"$typed"}")
-            [[ $value == *[=.] ]] && compopt -o nospace"""
 
 
 def completion_script(shell: str, command: click.Command, name: str) -> str:
-    """Return the script that teaches a shell to complete a command, as click writes it.
-
-    In bash, no blank follows `steps=`, and what comes next is completed too.
-    """
+    """Return the script that teaches a shell to complete a command, as click writes it."""
     complete = get_completion_class(shell)
     assert complete is not None, shell
     shell_complete = complete(command, {}, name, f"_{name.upper()}_COMPLETE")
     # not source(), which starts a bash to ask for its version
-    script = shell_complete.source_template % shell_complete.source_vars()
-    if shell == "bash":
-        script = script.replace(_BASH_START, _BASH_START + _BASH_JOIN)
-        script = script.replace(_BASH_WORDS, _BASH_JOINED_WORDS).replace(_BASH_ADDS, _BASH_ADDS_REST)
-    return script
+    return shell_complete.source_template % shell_complete.source_vars()
 
 
 def complete_set(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
