@@ -299,7 +299,7 @@ def _syntax(error: Exception, text: str, source: Source, problems: Problems) -> 
         return problems.stop("R001", "git left a merge conflict here", origin, fix="resolve it")
     context = getattr(error, "context", None)
     begun: Any = getattr(error, "context_mark", None)
-    problem = problem.replace("hexdecimal", "a hexadecimal")  # libyaml's slip
+    problem = problem.replace("expected hexdecimal", "a hexadecimal")  # libyaml's slip
     if begun is not None and "end of stream" in problem:
         mark = begun  # an unclosed quote is seen where it opens
     elif context and begun is not None and begun.line < min(mark.line, len(source.lines) - 1):
