@@ -194,14 +194,15 @@ def config(recipe: Path, as_json: bool, with_origins: bool, resolved: bool, **gi
 @click.argument("workflow", type=FILE)
 @click.option("-o", "--output", type=FILE, help="The recipe to write, instead of stdout.")
 @click.option("--modernise", is_flag=True, help="Exact time and one extend, instead of ComfyUI's numbers.")
+@click.option("--as-of", type=click.Choice(["2025"]), help="Reproduce how ComfyUI rounded fp8-scaled files in 2025.")
 @click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
-def import_(workflow: Path, output: Path | None, modernise: bool, force: bool) -> None:
+def import_(workflow: Path, output: Path | None, modernise: bool, as_of: str | None, force: bool) -> None:
     """Make a recipe of a ComfyUI workflow: JSON, or a picture or video with the workflow in it."""
     from s2v_flow.api import KINDS
     from s2v_flow.cli import report
     from s2v_flow.comfy.importer import import_workflow
 
-    imported = import_workflow(workflow, KINDS, modernises=modernise)
+    imported = import_workflow(workflow, KINDS, modernises=modernise, as_of=int(as_of) if as_of else None)
     for warning in imported.warnings:
         report.print_message(f"warning: {warning}")
     for note in imported.notes:

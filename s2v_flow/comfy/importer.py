@@ -26,7 +26,7 @@ from s2v_flow.comfy.finish import (
 )
 from s2v_flow.comfy.graph import ComfyNode, Graph, Link, Mistakes, is_prompt, needed_order, read_prompt
 from s2v_flow.comfy.meaning import Context, Draft, SkipError
-from s2v_flow.comfy.modernise import modernise
+from s2v_flow.comfy.modernise import modernise, round_as_2025
 from s2v_flow.comfy.sampling import SAMPLING
 from s2v_flow.comfy.scaling import SCALING
 from s2v_flow.comfy.source import bad_file, parse, read_workflow
@@ -55,13 +55,14 @@ class Imported:
     changes: tuple[str, ...]
 
 
-def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False) -> Imported:
+def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False, as_of: int | None = None) -> Imported:
     """Read a workflow, in ComfyUI's editor or API format or hidden in a picture or a video, as a recipe.
 
     Args:
         path: The file.
         kinds: The kinds of nodes by name.
         modernises: Rewrite it to exact time instead of reproducing ComfyUI's numbers.
+        as_of: 2025: reproduce how ComfyUI rounded fp8-scaled files then; unless given, ComfyUI of today counts.
 
     Raises:
         RecipeError: With everything in it that cannot be said in a recipe.
@@ -70,6 +71,8 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False) -> Im
     mistakes = Mistakes(path.name)
     document = _unwrapped(read_workflow(path), path, mistakes)
     graph, draft = _drafted(document, mistakes, path)
+    if as_of == 2025:
+        round_as_2025(draft)
     changes = modernise(draft) if modernises else []
     sections = finish(draft)
     annotate(sections, draft, graph)
@@ -80,7 +83,7 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False) -> Im
     if len(parts) > _MAX_PROFILES:
         mistakes.note(f"{len(parts)} parts are switched off; the first {_MAX_PROFILES} of them may become profiles")
     for part in parts[:_MAX_PROFILES]:
-        profile = _profile(document, part, sections, kinds, path, modernises=modernises)
+        profile = _profile(document, part, sections, kinds, path, modernises=modernises, as_of=as_of)
         if profile is None:
             mistakes.note("a part that is switched off cannot be a profile of this recipe and is left out")
         elif profile:
@@ -141,7 +144,14 @@ def _drafted(document: Any, mistakes: Mistakes, path: Path) -> tuple[Graph, Draf
 
 
 def _profile(
-    document: Any, part: frozenset[str], base: Sections, kinds: Kinds, path: Path, *, modernises: bool
+    document: Any,
+    part: frozenset[str],
+    base: Sections,
+    kinds: Kinds,
+    path: Path,
+    *,
+    modernises: bool,
+    as_of: int | None,
 ) -> dict[str, Any] | None:
     """Return a switched-off part as a profile; None where that cannot be; empty where it changes nothing."""
     mistakes = Mistakes(path.name)
@@ -149,6 +159,8 @@ def _profile(
         graph = read_editor(document, mistakes, part)
         savers = {name for name, node in graph.nodes.items() if node.type in SAVERS and name.split(":")[0] in part}
         draft = translate(graph, mistakes, path.parent, savers)
+        if as_of == 2025:
+            round_as_2025(draft)
         if modernises:
             modernise(draft)
         other = finish(draft)

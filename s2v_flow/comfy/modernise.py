@@ -45,6 +45,16 @@ def modernise(draft: Draft) -> list[str]:
     return list(dict.fromkeys(changes))
 
 
+def round_as_2025(draft: Draft) -> None:
+    """Give fp8-scaled models the rounding that ComfyUI of 2025 gave them on loading."""
+    for node in draft.nodes.values():
+        if (
+            node.kind == "load_diffusion_model"
+            and "fp8" in str(getattr(node.fields["checkpoint"], "value", "")).lower()
+        ):
+            node.fields["fp8_rounding"] = "comfyui_2025"
+
+
 def _whole_videos(draft: Draft) -> list[str]:
     """Take out a slice that is only there because ImageFromBatch has to be told a number."""
     changes = []

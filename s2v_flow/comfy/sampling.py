@@ -211,7 +211,7 @@ def _model_node(context: Context, model: Model) -> NodeRef:
     for file, strength, title in model.loras:
         name = lora_id(title, file.value, {lora["id"] for lora in loras})
         loras.append({"id": name, "file": file, "strength": strength, "allow_partial": True})
-    fields = {"checkpoint": model.checkpoint, "loras": loras or None, "fp8_rounding": "comfyui_2025"}
+    fields = {"checkpoint": model.checkpoint, "loras": loras or None}
     return context.draft.add("load_diffusion_model", "dit", fields, model.source)
 
 

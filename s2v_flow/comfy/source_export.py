@@ -148,8 +148,8 @@ class SourceExporter:
                 self._done[loader.name] = link
             if node.precision != "auto":
                 self._sheet.note("precision has no equivalent: ComfyUI chooses by its own options")
-            if node.fp8_rounding != "comfyui_2025" and "fp8" in node.checkpoint:
-                self._sheet.note("ComfyUI rounds the biases of fp8-scaled files to fp8 as well")
+            if node.fp8_rounding == "comfyui_2025":
+                self._sheet.note("ComfyUI of today does not round the biases of fp8-scaled files any more")
             self._models[loader.name, shift] = self._sheet.add("ModelSamplingSD3", None, model=link, shift=shift)
         return self._models[loader.name, shift]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_workflows import golden, imported, planned, recipe_of, template_path
+from reference import GOLDEN
 
 from s2v_flow.api import KINDS
 from s2v_flow.comfy.importer import import_workflow
@@ -22,7 +23,7 @@ def test_the_template_becomes_one_extend_in_exact_time(tmp_path: Path) -> None:
     assert "  steps_20: {params: {steps: 20, cfg: 6.0}, nodes: {dit: {loras: []}}}\n" in nodes
     for word in ("comfyui", "ignore", "warmup", "talk_2", "drop_frames"):
         assert word not in nodes
-    for said in ("conditioning: official", "i/16 s", "chunks: auto", "seed", "fp8_rounding", "smoothed"):
+    for said in ("conditioning: official", "i/16 s", "chunks: auto", "seed", "smoothed"):
         assert any(said in change for change in made.changes), said
 
 
@@ -77,3 +78,11 @@ def test_frames_that_were_cut_only_by_the_nodes_limit_are_kept(tmp_path: Path) -
     recipe = recipe_of(workflow, tmp_path)
     assert planned(recipe).node("video").facts["frames"] == 4096
     assert "frames_slice" not in imported(workflow, tmp_path, modernises=True).text
+
+
+def test_the_rounding_of_2025_is_written_where_it_is_asked_for_and_the_model_is_in_fp8() -> None:
+    """ComfyUI of today loads fp8-scaled files as we do."""
+    for name, expected in (("fp8_scaled", True), ("template", False)):
+        path = GOLDEN / "e2e" / f"{name}.json"
+        assert ("fp8_rounding: comfyui_2025" in import_workflow(path, KINDS, as_of=2025).text) == expected
+        assert "fp8_rounding" not in import_workflow(path, KINDS).text

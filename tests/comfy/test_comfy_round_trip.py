@@ -49,8 +49,8 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     width, height = draw(st.integers(2, 80)) * 16, draw(st.integers(2, 80)) * 16
     loras = [{"id": f"l{n}", "file": f"l{n}.safetensors", "strength": s} for n, s in enumerate(draw(_strengths()))]
     nodes: dict[str, Any] = {
-        "dit": {"kind": "load_diffusion_model", "checkpoint": "a/x.safetensors", "loras": loras, **ROUNDED},
-        "bare": {"kind": "load_diffusion_model", "checkpoint": "b.safetensors", **ROUNDED},
+        "dit": {"kind": "load_diffusion_model", "checkpoint": "a/x.safetensors", "loras": loras},
+        "bare": {"kind": "load_diffusion_model", "checkpoint": "b.safetensors"},
         "umt5": {"kind": "load_text_encoder", "checkpoint": "umt5.safetensors"},
         "wav": {"kind": "load_audio_encoder", "checkpoint": "wav.safetensors"},
         "vae": {"kind": "load_vae", "checkpoint": "vae.safetensors"},
@@ -104,9 +104,6 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         nodes["latents"] = {"kind": "save_latent", "latent": f"${last}", "file": "l_00001_.latent"}
         nodes["images"] = {"kind": "save_images", "frames": "$frames", "file": "i.png"}
     return {"s2vflow": 1, "params": {"cfg": 5.5, "steps": 4, "word": "w"}, "nodes": nodes}
-
-
-ROUNDED = {"fp8_rounding": "comfyui_2025"}
 
 
 def _strengths() -> st.SearchStrategy[list[float]]:
