@@ -69,7 +69,6 @@ def sketches(folder: Path, models: Path) -> dict[str, Any]:
 
     ramp = torch.arange(16 * 2 * 8 * 8, dtype=torch.float32).reshape(1, 16, 2, 8, 8).sin()
     save_file({"latent_tensor": ramp}, folder / "latent.safetensors")
-    torch.set_num_threads(1)
     recipe = write_recipe(folder, RECIPE)
     given = options(folder, models)
     plan, result = api.plan(recipe, given).plan, api.run(recipe, given)
