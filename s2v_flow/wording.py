@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from s2v_flow.errors import Diagnostic, RecipeError
 
 MAX_DIAGNOSTICS = 50  # mistakes of one recipe that are shown
+WARNING = "warning: "
 _MAX_EXCERPT = 110  # characters of a source line that are shown
 _BEFORE_CARET = 60  # of which so many, at most, stand before the caret
 _MAX_SHOWN = 60  # characters of a value in a message

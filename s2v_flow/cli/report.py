@@ -22,7 +22,7 @@ from s2v_flow.graph.events import (
     StepDone,
 )
 from s2v_flow.library.needs import near_files
-from s2v_flow.wording import MAX_DIAGNOSTICS, count_text, format_diagnostic, size_text, visible
+from s2v_flow.wording import MAX_DIAGNOSTICS, WARNING, count_text, format_diagnostic, size_text, visible
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -65,7 +65,7 @@ def print_error(error: S2VFlowError) -> None:
 
 def noted(text: str) -> str:
     """Return a note as its line begins: `note:`, unless it says `warning:` itself."""
-    return text if text.startswith("warning: ") else f"note: {text}"
+    return text if text.startswith(WARNING) else f"note: {text}"
 
 
 def print_plan(planned: Planned) -> None:

@@ -17,6 +17,7 @@ from s2v_flow.graph.locations import Locations, Missing
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.ports import FieldPath, Ref, Source, Value
+from s2v_flow.wording import WARNING
 
 
 class Origin(Protocol):
@@ -106,9 +107,9 @@ class PlanBuilder:
         """Record a mistake that only planning can see, at a field of a recipe's node."""
         self._diagnostics.append(self._specs[name].diagnostic(field_name, code, message, fix))
 
-    def note(self, name: str, text: str) -> None:
+    def note(self, name: str, text: str, *, is_warning: bool = False) -> None:
         """Record something a person should know before running, about a recipe's node."""
-        self._notes.setdefault(name, []).append(text)
+        self._notes.setdefault(name, []).append(f"{WARNING}{text}" if is_warning else text)
 
     def miss(self, name: str, missing: Missing) -> None:
         """Record that a plan node lacks a file."""

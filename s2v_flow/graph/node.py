@@ -46,7 +46,7 @@ class Planner(Protocol):
     def problem(self, name: str, field_name: str, code: str, message: str, fix: str | None = None) -> None:
         """Record a mistake that only planning can see, at a field of a recipe's node."""
 
-    def note(self, name: str, text: str) -> None:
+    def note(self, name: str, text: str, *, is_warning: bool = False) -> None:
         """Record something a person should know before running, about a recipe's node."""
 
     def file(self, name: str, *field_path: str | int) -> Path | None:

@@ -36,13 +36,13 @@ from s2v_flow.models.conditioning import (
 )
 from s2v_flow.models.dit_block import Block, Head, Step
 from s2v_flow.models.float32 import PatchEmbedding
+from s2v_flow.models.footprint import LATENT_CHANNELS
 from s2v_flow.models.modulation import FREQUENCY_WIDTH, timestep_embedding
 from s2v_flow.models.motion_packer import BUCKETS, MotionPacker, motion_grids
 from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.rope import HEAD_WIDTH, Grid, rotation_table
 from s2v_flow.models.streaming import WeightStream, can_pin
 
-LATENT_CHANNELS = 16
 PATCH = (1, 2, 2)
 PATCH_VALUES = 64
 VIDEO, REFERENCE, MOTION = range(3)  # rows of the condition mask, and the order of the tokens

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LATENT_CHANNELS = 16
+from s2v_flow.models.footprint import LATENT_CHANNELS
+
 SPATIAL_STRIDE = 8
 TEMPORAL_STRIDE = 4
 
@@ -58,11 +59,6 @@ def denormalise(latent: Tensor) -> Tensor:
 def num_latent_frames(num_frames: int) -> int:
     """Return how many latent frames hold `num_frames` >= 1 pixel frames; a remainder of the stride is dropped."""
     return (num_frames - 1) // TEMPORAL_STRIDE + 1
-
-
-def num_pixel_frames(num_latent_frames: int) -> int:
-    """Return how many pixel frames `num_latent_frames` >= 1 latent frames decode to, the first of them to one."""
-    return TEMPORAL_STRIDE * (num_latent_frames - 1) + 1
 
 
 def _statistics(latent: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.activation import activation_bytes
 from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2
+from s2v_flow.models.footprint import activation_bytes
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
 from s2v_flow.models.packed import PackedEmbedding, PackedLinear, PackedWeight, read_packed
-from s2v_flow.models.text_encoder import TextEncoder, build_umt5, read_tokenizer, umt5_shapes
+from s2v_flow.models.text_encoder import TextEncoder, build_umt5, umt5_shapes
+from s2v_flow.models.tokenizer import read_tokenizer
 from s2v_flow.weights.family import describe_mismatch
 from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY, compare, own_keys
 from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, Quantization, read_quantization

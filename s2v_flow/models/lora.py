@@ -14,14 +14,16 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.weights.family import describe_mismatch
 from s2v_flow.weights.lora_keys import Layers, other_method, read_key
 from s2v_flow.weights.reader import Checkpoint, Shapes
+
+if TYPE_CHECKING:  # planning matches files by their headers, without torch
+    import torch
+    from torch import Tensor
 
 _LOW_RANK = {"down", "up", "alpha"}
 # What each way of changing a weight needs; LoKr's factors may be products themselves.
@@ -109,7 +111,7 @@ class LoraUpdate:
         return changed
 
     def _read(self, role: str, device: torch.device | str) -> Tensor:
-        return self.checkpoint.tensor(self.keys[role]).to(device, torch.float32)
+        return self.checkpoint.tensor(self.keys[role]).to(device).float()
 
     def _scale(self, rank: int, device: torch.device | str) -> float:
         """Return alpha / rank; 1 where the file has no alpha."""
@@ -117,6 +119,8 @@ class LoraUpdate:
 
     def _decomposed(self, weight: Tensor) -> Tensor:
         """Return DoRA's weight: the direction of W + (alpha / r) up @ down, with a magnitude for each row or column."""
+        import torch
+
         down, up = self._read("down", weight.device), self._read("up", weight.device).flatten(1)
         moved = weight + (up @ down.flatten(1)).reshape(weight.shape) * self._scale(down.shape[0], weight.device)
         magnitude = self._read("magnitude", weight.device)
@@ -128,6 +132,8 @@ class LoraUpdate:
 
     def _kronecker(self, device: torch.device | str) -> Tensor:
         """Return LoKr's change of a weight, strength included."""
+        import torch
+
         factors, rank = [], None
         for n in (1, 2):
             if f"lokr_w{n}" in self.keys:
@@ -159,6 +165,8 @@ class LoraStack:
 
     def side_branch(self, key: str, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Join the factors of every update of `key`: down [R, in] and up [out, R], or None where there is none."""
+        import torch
+
         factors = [update.factors(device) for update in self.updates.get(key, ())]
         if not factors:
             return None

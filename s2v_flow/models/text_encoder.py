@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from s2v_flow.errors import CheckpointError
-from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY, TOKENIZER_KEY
+from s2v_flow.models.tokenizer import EOS_ID as EOS_ID
+from s2v_flow.models.tokenizer import MAX_TOKENS as MAX_TOKENS
+from s2v_flow.models.tokenizer import read_tokenizer as read_tokenizer
+from s2v_flow.models.tokenizer import tokens
+from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY
 from s2v_flow.weights.reader import Shapes
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-
-MAX_TOKENS = 512
-EOS_ID = 1
 
 
 class TextEncoder:
@@ -31,8 +31,7 @@ class TextEncoder:
 
     def tokenize(self, text: str) -> list[int]:
         """Return every token id of `text` and the end-of-text id, however many; brackets and escapes mean nothing."""
-        ids: list[int] = self._tokenizer.encode(text, out_type=int, add_bos=False, add_eos=False)
-        return [*ids, EOS_ID]
+        return [*tokens(self._tokenizer, text), EOS_ID]
 
     def encode(self, text: str) -> Tensor:
         """Encode a prompt.
@@ -108,26 +107,6 @@ def build_umt5(shapes: Shapes) -> nn.Module:
 def umt5_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the keys and shapes that a checkpoint of this encoder has: the embedding once, as `shared.weight`."""
     return {key: tuple(value.shape) for key, value in module.state_dict().items() if key != EMBEDDING_COPY_KEY}
-
-
-def read_tokenizer(model: bytes, name: str) -> SentencePieceProcessor:
-    """Read a SentencePiece model.
-
-    Args:
-        model: Its serialised form, from the text encoder's file.
-        name: The file, for messages.
-
-    Raises:
-        CheckpointError: It is damaged.
-    """
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
-        raise CheckpointError(f"{name}: its tokenizer ({TOKENIZER_KEY}) is damaged: {error}") from error
-    return processor
 
 
 def _count_layers(shapes: Shapes) -> int:

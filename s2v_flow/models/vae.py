@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.latent_space import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE
+from s2v_flow.models.footprint import LATENT_CHANNELS
+from s2v_flow.models.latent_space import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from s2v_flow.models.vae_layers import (
     Carry,
     Downsample,

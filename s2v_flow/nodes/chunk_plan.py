@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from s2v_flow.graph.node import Planner
 from s2v_flow.graph.ports import Source, Value
+from s2v_flow.models.footprint import MOTION_LATENT_FRAMES
 from s2v_flow.models.speech_rate import segments_of
 from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
 from s2v_flow.nodes.frames import require_cut
-from s2v_flow.nodes.settings import Settings
+from s2v_flow.nodes.settings import ChunkSettings, Settings
 
 FRAMES_PER_LATENT = 4
-
-
-MOTION_LATENT_FRAMES = 19
 
 
 FRAME_RATE_HZ = 16
@@ -101,14 +100,14 @@ def add_chunk(
         since: The time of the timeline's entry that it is sampled with.
     """
     fields = settings.fields
-    num_latent_frames = (fields["length"] - 1) // FRAMES_PER_LATENT + 1
+    num_latent_frames = latent_frames(fields.length)
     offset = FRAMES_PER_LATENT * chain.num_latent_frames
     inputs: PlannedInputs = {key: settings.inputs.get(key) for key in ("model", "positive", "reference")}
     if "speech" in settings.inputs:
         segments = settings.inputs["speech"].sources
         indices = segments_of(offset, FRAMES_PER_LATENT * num_latent_frames, len(segments))
         inputs["speech"] = segments[indices.start : indices.stop]
-    if fields["cfg"] != 1:
+    if fields.cfg != 1:
         inputs["negative"] = settings.inputs.get("negative")
     if not chain.parts:
         start = _add_start(planner, f"{name}.motion", recipe_node, settings)
@@ -124,15 +123,17 @@ def add_chunk(
         num_latent_frames=num_latent_frames,
         audio_offset=offset,
         seed=seed,
-        **{
-            key: fields[key]
-            for key in ("width", "height", "steps", "cfg", "sampler", "scheduler", "shift", "conditioning")
-        },
+        **{name: getattr(fields, name) for name in ChunkSettings.model_fields},
     )
-    facts = {"chunk": len(chain.parts) + 1, "seed": seed, "steps": fields["steps"], "latent_frames": num_latent_frames}
+    facts: dict[str, Any] = {
+        "chunk": len(chain.parts) + 1,
+        "seed": seed,
+        "steps": fields.steps,
+        "latent_frames": num_latent_frames,
+    }
     facts |= {} if since is None else {"since": since}
     latent = planner.add(name, chunk, inputs, recipe_node=recipe_node, facts=facts)["latent"].source
-    if fields["motion"] == "latent":
+    if fields.motion == "latent":
         return replace(chain, parts=(*chain.parts, Part(latent, num_latent_frames)), settings=settings)
     part, pixels = _add_decoding(planner, f"{name}.pixels", recipe_node, chain, settings, latent, num_latent_frames)
     return replace(chain, parts=(*chain.parts, part), settings=settings, pixels=pixels)
@@ -140,14 +141,14 @@ def add_chunk(
 
 def _add_start(planner: Planner, name: str, recipe_node: str, settings: Settings) -> Source | None:
     """Plan the motion latent in front of the first chunk, where something asks for one."""
-    from_reference = bool(settings.fields.get("init_first_frame"))
+    from_reference = settings.fields.init_first_frame
     if not from_reference and "motion_video" not in settings.inputs:
         return None
     inputs: PlannedInputs = {"vae": settings.inputs.get("vae")}
     inputs |= {"reference": settings.inputs.get("reference")} if from_reference else {}
     inputs |= {} if from_reference else {"motion_video": settings.inputs["motion_video"]}
     require_cut(recipe_node, settings.inputs.get("motion_video"), **_size(settings))
-    node = EncodeMotion(**_size(settings), conditioning=settings.fields["conditioning"])
+    node = EncodeMotion(**_size(settings), conditioning=settings.fields.conditioning)
     return planner.add(name, node, inputs, recipe_node=recipe_node)["motion"].source
 
 
@@ -161,9 +162,14 @@ def _add_control(
         offset=offset,
         warmup_frames=warmup_frames(settings),
         num_latent_frames=num_latent_frames,
-        conditioning=settings.fields["conditioning"],
+        conditioning=settings.fields.conditioning,
     )
     return planner.add(name, node, inputs, recipe_node=recipe_node)["control"].source
+
+
+def latent_frames(length: int) -> int:
+    """Return how many latent frames a chunk of `length` pixel frames has."""
+    return (length - 1) // FRAMES_PER_LATENT + 1
 
 
 def warmup_frames(settings: Settings) -> int:
@@ -180,7 +186,7 @@ def voice_frames(settings: Settings) -> int | None:
 
 
 def _size(settings: Settings) -> dict[str, int]:
-    return {"width": settings.fields["width"], "height": settings.fields["height"]}
+    return {"width": settings.fields.width, "height": settings.fields.height}
 
 
 def _add_decoding(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain as chain_iterables
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -10,10 +11,10 @@ from pydantic import Field
 
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Neutral, Source, Value
+from s2v_flow.models.footprint import MOTION_LATENT_FRAMES
 from s2v_flow.nodes.chunk_plan import (
     FRAME_RATE_HZ,
     FRAMES_PER_LATENT,
-    MOTION_LATENT_FRAMES,
     Chain,
     PlannedInputs,
     voice_frames,
@@ -70,15 +71,21 @@ class Decode(Node):
             return {}
         chain: Chain = video.facts["chain"]
         in_pixels = bool(chain.parts) and all(part.frames for part in chain.parts)
-        inputs: PlannedInputs = {"vae": vae, "latent": video}
+        before, num_before = (None, 0) if in_pixels else self._before(chain)
         if in_pixels:
-            inputs = {"parts": tuple(part.frames for part in chain.parts if part.frames)}
             total, drop = self._pixel_frames(planner, name, chain)
         else:
-            before, num_before = self._before(chain)
-            inputs["before"] = before
             total, drop = self._latent_frames(planner, name, chain, num_before)
         frames = voice_frames(chain.settings)
+        num_parts = len(chain.parts)
+        if frames is not None and self.trim == "audio" and not chain.is_open:
+            chain, total = _within(chain, total, drop + frames)
+        if len(chain.parts) < num_parts:
+            text = f"chunks: {num_parts - len(chain.parts)} of {num_parts} lie past the end of the voice and are left "
+            planner.note(name, f"{text}out of {name} (trim: none in {name} keeps them)")
+        inputs: PlannedInputs = {"vae": vae, "latent": tuple(part.latent for part in chain.parts), "before": before}
+        if in_pixels:
+            inputs = {"parts": tuple(part.frames for part in chain.parts if part.frames)}
         available = max(total - drop, 0)
         length = min(available, frames) if frames is not None and self.trim == "audio" else available
         if length == 0 and not chain.is_open:
@@ -90,7 +97,7 @@ class Decode(Node):
                 f"{name}: the chunks cover {length / FRAME_RATE_HZ:.2f} s of {frames / FRAME_RATE_HZ:.2f} s of sound; "
                 "the rest of the sound is cut (chunks: auto covers all of it)",
             )
-        size = {key: chain.settings.fields.get(key) for key in ("width", "height")}
+        size = dict(zip(("width", "height"), chain.settings.size, strict=True))
         known = {"frames": length, "chunks": len(chain.parts), "silent_frames": available - length}
         facts = {**size, **(dict.fromkeys(known) if chain.is_open else known)}
         node = DecodeFrames(
@@ -110,7 +117,7 @@ class Decode(Node):
         reference = chain.reference or chain.settings.inputs.get("reference")
         if self.prefix == "first" or (reference is None and chain.start is None):
             return None, 1
-        if chain.start is not None and chain.settings.fields.get("init_first_frame"):
+        if chain.start is not None and chain.settings.fields.init_first_frame:
             return chain.start, MOTION_LATENT_FRAMES
         return (reference.source, 1) if reference else (None, 1)
 
@@ -141,6 +148,18 @@ class Decode(Node):
             message = f"{what} needs warmup_frames of at least {lacking} to keep picture and sound in time"
             fix = "set warmup_frames in the encode_audio node, or drop_frames here"
             planner.problem(name, key, "R110", f"{message}, got {warmup}", fix)
+
+
+def _within(chain: Chain, num_frames: int, wanted: int) -> tuple[Chain, int]:
+    """Leave out the last chunks that the first `wanted` of `num_frames` frames do without; return how many are left."""
+    parts = list(chain.parts)
+    while len(parts) > 1:
+        own = parts[-1].num_frames if parts[-1].frames else FRAMES_PER_LATENT * parts[-1].num_latent_frames
+        if num_frames - own < wanted:
+            break
+        num_frames -= own
+        parts.pop()
+    return replace(chain, parts=tuple(parts)), num_frames
 
 
 class DecodeFrames(Node):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -292,16 +291,16 @@ def _single(
     value: Value, chain: Chain, num_latent_frames: int, size: Mapping[str, int], *, is_open: bool
 ) -> dict[str, Value]:
     """Return a computed latent as a video of one part, with what the video before it was sampled with."""
-    settings = replace(chain.settings, fields={**chain.settings.fields, **size})
+    settings = chain.settings
     if size:  # the portrait does not fit any more
         inputs = {key: given for key, given in settings.inputs.items() if key != "reference"}
-        settings = Settings(inputs, settings.fields)
+        settings = Settings(inputs, settings.fields.model_copy(update=size))
     return Chain((Part(value.source, num_latent_frames),), settings, chain.seed, None, is_open).value()
 
 
 def _sizes(chain: Chain) -> dict[str, Any]:
-    fields = chain.settings.fields
-    return {"width": fields.get("width"), "height": fields.get("height"), "frames": chain.num_latent_frames}
+    width, height = chain.settings.size
+    return {"width": width, "height": height, "frames": chain.num_latent_frames}
 
 
 def _joined(parts: Any) -> Any:

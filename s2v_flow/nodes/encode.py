@@ -21,6 +21,7 @@ from s2v_flow.nodes.fields import (
     VaeInput,
 )
 from s2v_flow.nodes.frames import require_cut
+from s2v_flow.nodes.remarks import remark_on_prompt
 
 if TYPE_CHECKING:
     from s2v_flow.graph.context import RunContext
@@ -43,6 +44,8 @@ class EncodeText(Node):
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on the encoder: a timeline's prompts need it."""
         encoder = planner.value(self.text_encoder)
+        if encoder is not None:
+            remark_on_prompt(planner, name, encoder, self.text, node=name)
         return planner.add_simple(name, self, {"text_encoder": encoder} if encoder else {})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:

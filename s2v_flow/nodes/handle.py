@@ -18,9 +18,8 @@ ShouldStream = Callable[[int, int, bool], bool]
 class ModelHandle:
     """One user's claim on a model in the registry.
 
-    `facts` say how it was loaded, once it is; `precision` is "fp32", "bf16" or "fp16". `memo` belongs to the handle:
-    results that depend on the model and are wanted again, such as prepared prompts. `runs_in_turn` is what sampling has
-    learnt of the memory: the branches of guidance do not fit side by side.
+    `facts` say how it was loaded, once it is; `precision` is "fp32", "bf16" or "fp16". `runs_in_turn` is what sampling
+    has learnt of the memory: the branches of guidance do not fit side by side.
     """
 
     def __init__(
@@ -36,7 +35,6 @@ class ModelHandle:
     ) -> None:
         self.facts = facts
         self.precision = precision
-        self.memo: dict[tuple[str, ...], Any] = {}
         self.runs_in_turn = False
         self._registry = registry
         self._key = key
@@ -91,7 +89,6 @@ class ModelHandle:
 
     def close(self) -> None:
         """Give the claim back; the registry frees the model when its budget says so."""
-        self.memo.clear()
         if self._model is not None:
             self._model = None
             self._registry.release(self._key)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from s2v_flow.errors import BadNumbersError, CheckpointError
 from s2v_flow.graph.node import Node, Planner
@@ -15,6 +16,8 @@ from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Value
 from s2v_flow.nodes.chunk_plan import Chain, Part
 from s2v_flow.nodes.fields import Precision, model_file
 from s2v_flow.nodes.handle import lacks_room, open_handle
+from s2v_flow.nodes.lora import Lora, coverage_text, matched
+from s2v_flow.nodes.remarks import ModelFacts, is_distilled, remark_on_lora
 from s2v_flow.nodes.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,24 +25,6 @@ if TYPE_CHECKING:
 
 
 LATENT_KEY = "latent_tensor"
-
-
-class Lora(BaseModel):
-    """A LoRA file to put on a diffusion model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    id: Annotated[str, Neutral()] = Field(
-        description="A name of your choice, by which overrides address this LoRA: loras[lightning].strength.",
-        pattern=r"^[A-Za-z0-9_-]+$",
-    )
-    file: Annotated[str, model_file("LoRA", "loras")] = Field(description="File name under the models folder's loras/.")
-    strength: float = Field(1.0, ge=-10, le=10, description="Factor on the LoRA's update; 0 switches it off.")
-    allow_partial: Annotated[bool, Neutral()] = Field(
-        False,
-        description="Accept that some of the file's keys have no home in the model (Lightning LoRAs were trained for "
-        "T2V). What matched is reported either way.",
-    )
 
 
 def _rounding(value: object) -> object:
@@ -91,25 +76,21 @@ class LoadDiffusionModel(Node):
         return {**fields, "fp8_rounding": fields["fp8_rounding"].removesuffix("_2025")}
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
-        """Check the files' headers."""
+        """Check the files' headers, and match the LoRAs' with the model's."""
         values = planner.add_simple(name, self)
         check_header(planner, name, "wan s2v")
         path = planner.file(name, "checkpoint")
-        if path is not None and path == planner.made_model(self.checkpoint):
+        is_demo = path is not None and path == planner.made_model(self.checkpoint)
+        if is_demo:
             planner.note(name, f"{self.checkpoint} is the demo's model: it is untrained, so the picture is abstract")
-        for index in range(len(self.loras)):
+        files = [planner.file(name, "loras", index, "file") for index in range(len(self.loras))]
+        for index, lora in enumerate(self.loras):
             check_header(planner, name, "lora", "loras", index, "file")
-        return values
-
-    def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
-        """Match the LoRAs' headers with the model's before anything heavy starts."""
-        from s2v_flow.models.lora import LoraSpec, open_loras
-        from s2v_flow.weights.reader import Checkpoint
-
-        specs = [LoraSpec(files["loras", index, "file"], lora.strength) for index, lora in enumerate(self.loras)]
-        shapes = Checkpoint.open(files["checkpoint",]).shapes if specs else {}
-        for lora, report in zip(self.loras, open_loras(specs, shapes).reports, strict=True):
-            coverage_text(lora, report)
+            remark_on_lora(planner, name, lora.id, lora.strength, matched(lora, path, files[index]))
+        used = [(lora.file, file) for lora, file in zip(self.loras, files, strict=True) if lora.strength != 0]
+        distilled = tuple(text for text, file in [*used, (self.checkpoint, path)] if is_distilled(text, file))
+        facts = {"model": ModelFacts(is_demo, distilled)}
+        return {port: replace(value, facts=facts) for port, value in values.items()}
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out a handle."""
@@ -258,7 +239,7 @@ class LoadLatent(Node):
         values = planner.add_simple(name, self)
         path = planner.file(name, "file")
         shape = [1, 16, 1, 0, 0] if path is None else latent_shape(path)
-        settings = Settings(fields={"width": 8 * shape[4], "height": 8 * shape[3]})
+        settings = Settings().with_size(8 * shape[4], 8 * shape[3])
         return Chain((Part(values["latent"].source, shape[2]),), settings, is_open=path is None).value()
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,18 +293,3 @@ def check_header(planner: Planner, name: str, family: str, *field_path: str | in
         packings = read_quantization(checkpoint).packings
         has_tokenizer = has_tokenizer or holds_tokenizer(checkpoint)
         check_layout(path, family, checkpoint.entries, packings, has_tokenizer=has_tokenizer)
-
-
-def coverage_text(lora: Lora, report: Any) -> str:
-    """Say how much of a LoRA found a home.
-
-    Raises:
-        CheckpointError: Not all of it did, and the recipe does not allow that.
-    """
-    text = f"LoRA {lora.id}: {report.matched} of {report.total} tensors applied ({report.coverage:.0%})"
-    if report.unmatched:
-        shown = ", ".join(report.unmatched[:5]) + (", ..." if len(report.unmatched) > 5 else "")
-        text += f"; {len(report.unmatched)} have no home in this model: {shown}"
-        if not lora.allow_partial:
-            raise CheckpointError(text, fix=f"set allow_partial: true for the LoRA {lora.id} if that is meant")
-    return text

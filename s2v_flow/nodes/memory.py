@@ -8,16 +8,23 @@ stands in docs/performance.md.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from s2v_flow.graph.estimate import Needs
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
-from s2v_flow.models.activation import activation_bytes
+from s2v_flow.models.footprint import (
+    Weights,
+    chunk_bytes,
+    decoding_bytes,
+    encoding_bytes,
+    latent_bytes,
+    streamed_bytes,
+    tile_side,
+)
 from s2v_flow.models.speech_rate import num_features, num_rows, num_states
+from s2v_flow.models.tokenizer import MAX_TOKENS
 from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
 from s2v_flow.nodes.decode import DecodeFrames
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage
@@ -29,22 +36,7 @@ from s2v_flow.weights.reader import Checkpoint
 PROCESS_BYTES = 345 * 2**20  # resident in a process that has imported torch and transformers (Linux, torch 2.13)
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _WIDE_BYTES = {"BF16": 2, "F16": 2}  # what is not a matrix keeps its dtype, or becomes float32
-_TEXT_TOKENS = 512
-_INJECTIONS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
-_PARTS = ("blocks.", "audio_injector.injector.", "audio_injector.injector_adain_layers.")
-_STREAMED = re.compile(r"(?:blocks|audio_injector\.injector(?:_adain_layers)?)\.[0-9]+\.")
 _LOADERS = frozenset({"load_diffusion_model", "load_text_encoder", "load_audio_encoder", "load_vae"})
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A loader's model as its header tells: shapes by key, what the weights take once loaded, c."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    num_bytes: int
-    item_bytes: int
-    is_packed: bool
-    on_cpu: bool
 
 
 def needs(plan: Plan, to_compute: Collection[str], numerics: Numerics) -> dict[str, Needs]:
@@ -156,19 +148,15 @@ class _Needs:
         """Return the bytes that a node stores, where they are known exactly."""
         if isinstance(node.node, Chunk):
             made = node.node
-            return _latent_bytes(made.width, made.height, made.num_latent_frames)
+            return latent_bytes(made.width, made.height, made.num_latent_frames)
         if isinstance(node.node, EncodeImage):
             pixels = 3 * node.node.width * node.node.height * 4
-            return pixels + _latent_bytes(node.node.width, node.node.height, 1)
+            return pixels + latent_bytes(node.node.width, node.node.height, 1)
         encoder = self._model(node, "audio_encoder")
         if isinstance(node.node, EncodeAudio) and encoder is not None and "num_samples" in node.facts:
             width, layers = _audio_sizes(encoder)
             return num_rows(num_features(num_states(node.facts["num_samples"]))) * (layers + 1) * width * 4
         return None
-
-
-def _latent_bytes(width: int, height: int, num_latent_frames: int) -> int:
-    return 16 * num_latent_frames * (height // 8) * (width // 8) * 4
 
 
 def _read(loader: PlanNode, path: Path, numerics: Numerics) -> Weights:
@@ -199,23 +187,6 @@ def _read(loader: PlanNode, path: Path, numerics: Numerics) -> Weights:
     return Weights(shapes, num_bytes, item_bytes, can_pack and is_packed, numerics.device_class == "cpu")
 
 
-def streamed_bytes(sizes: Mapping[str, int]) -> int:
-    """Count what of streamed weights is on the device: all but blocks and injectors, and two of the largest of these.
-
-    An injector comes with its block.
-    """
-    layers: dict[str, int] = {}
-    resting = 0
-    for key, size in sizes.items():
-        match = _STREAMED.match(key)
-        if match is None:
-            resting += size
-        else:
-            layers[match[0]] = layers.get(match[0], 0) + size
-    largest = (max((size for name, size in layers.items() if name.startswith(part)), default=0) for part in _PARTS)
-    return resting + 2 * sum(largest)
-
-
 Model = Callable[[PlanNode, str], "Weights | None"]
 
 
@@ -226,7 +197,7 @@ def _text_work(node: PlanNode, model: Model) -> int | None:
         return None
     heads = encoder.shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
     wide, narrow = encoder.shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]
-    values = 3 * heads * _TEXT_TOKENS**2 + 3 * _TEXT_TOKENS * wide + 6 * _TEXT_TOKENS * narrow
+    values = 3 * heads * MAX_TOKENS**2 + 3 * MAX_TOKENS * wide + 6 * MAX_TOKENS * narrow
     return values * max(encoder.item_bytes, 4)
 
 
@@ -283,71 +254,11 @@ def _decode_chunk_work(node: PlanNode, model: Model) -> int | None:
     return max(decoding_bytes(vae, width, height, 2), encoding_bytes(vae, width, height, 73)) + 3 * pixels
 
 
-def tile_side(side: int, tiles: int) -> int:
-    """Return how many pixels a tile has along a side that is cut into so many; neighbours share 64."""
-    return side if tiles == 1 else min(8 * -(-(side // 8 + 8 * (tiles - 1)) // tiles), side)
-
-
-def decoding_bytes(vae: Weights, width: int, height: int, frames_per_call: int) -> int:
-    """Count what decoding takes, in arrays of one frame at full size with the narrowest layer's channels.
-
-    The state from one call to the next is 24.7 of them, twice while it is replaced. At the widest moment, in the last
-    stage (four frames for a latent frame), 20 more for each latent frame: the layer's input and its shortcut, the
-    convolution's window and its result, and upsampled ones of twice the channels; 16-bit norms add 7, in float32. What
-    convolutions need besides makes 55 and 21.5; on the CPU they turn 16 bits into float32, which makes 54.
-    """
-    per_call = 21.5 if vae.item_bytes == 4 else (54 if vae.on_cpu else 29)
-    return round(_frame_bytes(vae, width, height) * (55 + per_call * frames_per_call))
-
-
-def encoding_bytes(vae: Weights, width: int, height: int, num_frames: int) -> int:
-    """Count what encoding takes, as `decoding_bytes` does: one frame alone takes 18 arrays, a clip, four at a time, 48.
-
-    The clip itself, float32, stands beside it, twice.
-    """
-    clip = 3 * num_frames * width * height * 4
-    return (18 if num_frames == 1 else 48) * _frame_bytes(vae, width, height) + 2 * clip
-
-
-def _frame_bytes(vae: Weights, width: int, height: int) -> int:
-    return vae.shapes["decoder.head.0.gamma"][0] * width * height * vae.item_bytes
-
-
-def chunk_tokens(chunk: Chunk, inputs: Collection[str]) -> tuple[int, int]:
-    """Count a chunk's tokens: those of the video, and all (with the reference's and the motion's)."""
-    rows, columns = chunk.height // 8, chunk.width // 8
-    frame = (rows // 2) * (columns // 2)
-    still = frame if "reference" in inputs else 0
-    if "motion" in inputs or "history" in inputs:  # buckets of 1, 2 and 16 latent frames
-        still += frame + (rows // 4) * (columns // 4) + 4 * (rows // 8) * (columns // 8)
-    return chunk.num_latent_frames * frame, chunk.num_latent_frames * frame + still
-
-
 def _chunk_work(node: PlanNode, model: Model) -> int | None:
     dit = model(node, "model")
     assert isinstance(node.node, Chunk)
-    return None if dit is None else chunk_bytes(dit, node.node, node.inputs.keys())
-
-
-def chunk_bytes(dit: Weights, chunk: Chunk, inputs: Collection[str]) -> int:
-    """Count what one denoising step takes: the transformer's own computation, see `activation_bytes`.
-
-    Beside this, from the chunk's start: rotations, still tokens, each prompt's keys and values, the audio's, and the
-    solver's latents; with fp8 weights the largest matrix, expanded.
-    """
-    dim, c = dit.shapes["head.modulation"][2], dit.item_bytes
-    ffn = dit.shapes["blocks.0.ffn.0.weight"][0]
-    layers = len({key.split(".")[1] for key in dit.shapes if key.startswith("blocks.")})
-    branches = 2 if "negative" in inputs else 1
-    video, tokens = chunk_tokens(chunk, inputs)
-    step = activation_bytes(dim, ffn, tokens, branches, c)
-    injected = sum(block < layers for block in _INJECTIONS) if "speech" in inputs else 0
-    texts = branches * layers * 2 * _TEXT_TOKENS * dim * c
-    audio = branches * injected * chunk.num_latent_frames * (10 * c + 8) * dim
-    control = 4 * video * dim if "control" in inputs else 0
-    prepared = texts + audio + control + 4 * (tokens - video) * dim + 512 * tokens
-    latents = 6 * _latent_bytes(chunk.width, chunk.height, chunk.num_latent_frames)
-    return step + prepared + latents + (ffn * dim * c if dit.is_packed else 0)
+    size = node.node.width, node.node.height, node.node.num_latent_frames
+    return None if dit is None else chunk_bytes(dit, *size, node.inputs.keys())
 
 
 _WORK: Mapping[str, Callable[[PlanNode, Model], int | None]] = {

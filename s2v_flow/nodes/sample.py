@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from math import log
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Value
-from s2v_flow.nodes.chunk_plan import FRAMES_PER_LATENT, Chain, add_chunk, voice_frames, warmup_frames
+from s2v_flow.nodes.chunk_plan import FRAMES_PER_LATENT, Chain, add_chunk, latent_frames, voice_frames, warmup_frames
 from s2v_flow.nodes.fields import (
     Cfg,
     Conditioning,
@@ -27,9 +29,12 @@ from s2v_flow.nodes.fields import (
     Steps,
     VaeInput,
 )
-from s2v_flow.nodes.settings import FIELDS, Settings
+from s2v_flow.nodes.remarks import remark_on_settings
+from s2v_flow.nodes.settings import Settings, VideoSettings
 from s2v_flow.nodes.timeline import Timeline, TimelineEntry, check_timeline
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName, minimum_steps
+
+USUAL_SHIFTS = (0.05, 0.1, 0.25, 0.5, 1.0, 3.0, 5.0, 8.0, 12.0, 100.0)
 
 
 class Sample(Node):
@@ -75,15 +80,16 @@ class Sample(Node):
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the first chunk."""
-        given = Settings().updated(planner, self, (*FIELDS, "init_first_frame"))
+        given = Settings().updated(planner, self)
         settings = _with_size(given)
-        for key in ("width", "height"):
-            if key in given.fields and given.fields[key] != settings.fields[key]:
-                message = f"{key}: the reference has {settings.fields[key]}, got {given.fields[key]}"
+        for key, own, side in zip(("width", "height"), given.size, settings.size, strict=True):
+            if own is not None and own != side:
+                message = f"{key}: the reference has {side}, got {own}"
                 planner.problem(name, key, "R128", message, f"leave {key} out, or change it in the reference's node")
                 return {}
         if not check_settings(planner, name, self, settings):
             return {}
+        remark_on_settings(planner, name, settings, type(self).model_fields)
         return add_chunk(planner, name, name, Chain(seed=self.seed), settings, self.seed).value()
 
 
@@ -127,10 +133,12 @@ class Extend(Node):
         if video is None:
             return {}
         chain: Chain = video.facts["chain"]
-        settings = _with_size(chain.settings.updated(planner, self, FIELDS))
+        settings = _with_size(chain.settings.updated(planner, self))
         if not check_settings(planner, name, self, settings):
             return {}
-        old, new = ([made.fields.get(key) for key in ("width", "height")] for made in (chain.settings, settings))
+        given = [key for key in type(self).model_fields if getattr(self, key) is not None]
+        remark_on_settings(planner, name, settings, given)
+        old, new = chain.settings.size, settings.size
         if old != new and not chain.is_open:
             message = f"reference: {new[0]}x{new[1]} cannot follow a video of {old[0]}x{old[1]}"
             planner.problem(name, "reference", "R104", message, "encode the portrait at the video's size")
@@ -140,10 +148,10 @@ class Extend(Node):
             fix = "cut an even amount of cells in its latent_cut node, or cut after extend"
             planner.problem(name, "video", "R134", message, fix)
             return {}
-        if chain.parts and chain.pixels is None and settings.fields["motion"] == "pixels":
+        if chain.parts and chain.pixels is None and settings.fields.motion == "pixels":
             planner.problem(name, "motion", "R100", "motion: pixels cannot follow chunks that hand over latents")
             return {}
-        if chain.pixels is not None and settings.fields["length"] != chain.settings.fields["length"]:
+        if chain.pixels is not None and settings.fields.length != chain.settings.fields.length:
             planner.problem(name, "length", "R101", "length cannot change between chunks with motion: pixels")
             return {}
         count = self._num_chunks(planner, name, chain, settings)
@@ -156,7 +164,7 @@ class Extend(Node):
 
     def _add_chunks(self, planner: Planner, name: str, chain: Chain, settings: Settings, count: int) -> Chain:
         timeline = Timeline(planner, name, self.timeline, settings)
-        num_frames = FRAMES_PER_LATENT * ((settings.fields["length"] - 1) // FRAMES_PER_LATENT + 1)
+        num_frames = FRAMES_PER_LATENT * latent_frames(settings.fields.length)
         inherited = chain.seed + len(chain.parts)
         for position in range(count):
             cue = timeline.cue(FRAMES_PER_LATENT * chain.num_latent_frames - warmup_frames(settings), num_frames)
@@ -183,18 +191,17 @@ class Extend(Node):
                     name, "chunks", "R103", "chunks: auto needs a voice", "give speech, or a number of chunks"
                 )
             return 0
-        latent_frames = (settings.fields["length"] - 1) // FRAMES_PER_LATENT + 1
         lacking = frames + warmup_frames(settings) - FRAMES_PER_LATENT * chain.num_latent_frames
-        return max(int(-(-lacking // (FRAMES_PER_LATENT * latent_frames))), 0)
+        return max(-(-lacking // (FRAMES_PER_LATENT * latent_frames(settings.fields.length))), 0)
 
 
 def _with_size(settings: Settings) -> Settings:
     """Take the size from the reference where there is one."""
     reference = settings.inputs.get("reference")
-    if reference is None:
-        return settings
-    size = {key: reference.facts[key] for key in ("width", "height")}
-    return Settings(settings.inputs, {**settings.fields, **size})
+    return settings if reference is None else settings.with_size(reference.facts["width"], reference.facts["height"])
+
+
+Problem = tuple[str, str, str, str | None]
 
 
 def check_settings(planner: Planner, name: str, node: Node, settings: Settings) -> bool:
@@ -202,33 +209,51 @@ def check_settings(planner: Planner, name: str, node: Node, settings: Settings) 
     fields = settings.fields
     # an input whose own node could not be planned is not lacking: what is wrong is said there
     inputs = set(settings.inputs) | set(node.refs())
-    problems: list[tuple[str, str, str, str | None]] = []
+    problems: list[Problem] = []
     key: str
     for key in ("model", "positive"):
         if key not in inputs:
             problems.append((key, "R120", f"{key} is missing and cannot be inherited", f"add {key}: $..."))
-    for key in ("width", "height"):
-        if fields.get(key) is None:
-            problems.append((key, "R121", f"{key} is unknown", "give a reference, or width and height"))
-    if fields.get("cfg", 1) != 1 and "negative" not in inputs:
+    missing = settings.missing()
+    sizes = [key for key in ("width", "height") if key in missing]
+    problems += [(key, "R121", f"{key} is unknown", "give a reference, or width and height") for key in sizes]
+    starts_still, in_pixels = fields.init_first_frame, getattr(fields, "motion", "latent") == "pixels"
+    if getattr(fields, "cfg", 1) != 1 and "negative" not in inputs:
         fix = "add negative: $... (an encode_text node), or set cfg: 1"
-        problems.append(("cfg", "R122", f"cfg {fields['cfg']:g} needs a negative prompt", fix))
+        problems.append(("cfg", "R122", f"cfg {fields.cfg:g} needs a negative prompt", fix))
     needs_vae: list[str] = [key for key in ("control_video", "motion_video") if key in inputs]
-    needs_vae += ["motion"] if fields.get("motion") == "pixels" else []
-    needs_vae += ["init_first_frame"] if fields.get("init_first_frame") else []
+    needs_vae += ["motion"] * in_pixels + ["init_first_frame"] * starts_still
     if needs_vae and "vae" not in inputs:
         problems.append((needs_vae[0], "R123", f"{needs_vae[0]} needs the VAE", "add vae: $... (a load_vae node)"))
-    if (fields.get("motion") == "pixels" or fields.get("init_first_frame")) and "reference" not in inputs:
-        key = "motion" if fields.get("motion") == "pixels" else "init_first_frame"
+    if (in_pixels or starts_still) and "reference" not in inputs:
+        key = "motion" if in_pixels else "init_first_frame"
         problems.append((key, "R124", f"{key} needs a reference", "add reference: $... (an encode_image node)"))
-    if fields.get("init_first_frame") and "motion_video" in inputs:
+    if starts_still and "motion_video" in inputs:
         problems.append(("init_first_frame", "R125", "init_first_frame and motion_video exclude each other", None))
-    least = minimum_steps(fields["sampler"], fields["scheduler"]) if "sampler" in fields else 1
-    if fields.get("steps", least) < least:
-        message = f"steps: {fields['sampler']} with {fields['scheduler']} needs at least {least}, got {fields['steps']}"
-        problems.append(("steps", "R126", message, None))
-    missing = [key for key in FIELDS if key not in fields and key not in ("width", "height")]
-    problems += [(key, "R127", f"{key} is missing and cannot be inherited", f"add {key}: ...") for key in missing]
+    problems += [
+        (key, "R127", f"{key} is missing and cannot be inherited", f"add {key}: ...")
+        for key in missing
+        if key not in sizes
+    ]
+    if not missing:
+        problems += _schedule_problems(node, fields)
     for problem in problems:
         planner.problem(name, *problem)
     return not problems and inputs <= {*settings.inputs, "video"}
+
+
+def _schedule_problems(node: Node, fields: VideoSettings) -> Iterator[Problem]:
+    """Yield a mistake where the sampler cannot step over the noise levels that shift and steps give."""
+    from s2v_flow.sampling.levels import can_step
+
+    sampler, scheduler, steps, shift = fields.sampler, fields.scheduler, fields.steps, fields.shift
+    least = minimum_steps(sampler, scheduler)
+    if steps < least:
+        yield "steps", "R126", f"steps: {sampler} with {scheduler} needs at least {least}, got {steps}", None
+    elif not can_step(sampler, scheduler, steps, shift):
+        better = [value for value in USUAL_SHIFTS if can_step(sampler, scheduler, steps, value)]
+        nearest = min(better, key=lambda value: abs(log(value / shift)), default=None)
+        fix = "take fewer steps" if nearest is None else f"set shift: {nearest:g} (8 is usual), or take fewer steps"
+        key = "shift" if getattr(node, "shift", None) is not None else "steps"
+        message = f"{key}: shift {shift:g} and steps {steps} give no falling schedule with {sampler} and {scheduler}"
+        yield key, "R135", message, fix

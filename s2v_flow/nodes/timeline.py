@@ -13,7 +13,8 @@ from s2v_flow.graph.ports import Value
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
 from s2v_flow.nodes.encode import EncodeText
 from s2v_flow.nodes.fields import Cfg, Seconds, Seed, Shift, Steps
-from s2v_flow.nodes.settings import Settings
+from s2v_flow.nodes.remarks import remark_on_prompt, remark_on_settings
+from s2v_flow.nodes.settings import Settings, own_settings
 
 
 class TimelineEntry(BaseModel):
@@ -94,13 +95,16 @@ class Timeline:
         for key, text in (("positive", entry.prompt), ("negative", entry.negative_prompt)):
             if text is not None:
                 inputs[key] = self._encode(f"{self._name}.{key}[{number}]", text, settings)
-        given = {"steps": entry.steps, "cfg": entry.cfg, "shift": entry.shift}
-        fields = {**settings.fields, **{key: value for key, value in given.items() if value is not None}}
+        own = own_settings(entry)
+        settings = Settings(inputs, settings.fields.model_copy(update=own))
+        given = own.keys() if entry.negative_prompt is None else {*own, "negative"}
+        remark_on_settings(self._builder, self._name, settings, given)
         seed = self._cue.seed if entry.seed is None else entry.seed
-        return Cue(Settings(inputs, fields), seed, entry.at)
+        return Cue(settings, seed, entry.at)
 
     def _encode(self, name: str, text: str, settings: Settings) -> Value:
         encoder: Value = settings.inputs["positive"].facts["text_encoder"]
+        remark_on_prompt(self._builder, self._name, encoder, text, node=name)
         node = EncodeText.model_construct(text_encoder=None, text=text)
         (value,) = self._builder.add(name, node, {"text_encoder": encoder}, recipe_node=self._name).values()
         return replace(value, facts={"text_encoder": encoder})

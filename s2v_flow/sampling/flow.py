@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from s2v_flow.sampling.catalog import SchedulerName
-from s2v_flow.sampling.schedule import NUM_TRAIN_LEVELS, check_falling, check_shift, shifted
+from s2v_flow.sampling.levels import NUM_TRAIN_LEVELS, UNIPC_FIRST_TIME, own_levels
+from s2v_flow.sampling.schedule import check_falling, check_shift
 from s2v_flow.sampling.state import Denoise, Draw, SolverState
 from s2v_flow.sampling.unipc import Variant, unipc_step
-
-UNIPC_FIRST_TIME = float(np.float32(0.999))  # the authors' 0.999 has been through float32
 
 
 def flow_log_snr(sigma: float) -> float:
@@ -82,6 +80,5 @@ def whole_timestep(sigma: float) -> float:
 def _sigmas(first_time: float, steps: int, shift: float) -> tuple[float, ...]:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    check_shift(shift)
-    times: list[float] = np.linspace(first_time, 0, steps + 1)[:-1].tolist()
-    return check_falling((*(shifted(time, shift) for time in times), 0.0), f"{steps} steps")
+    sigmas = own_levels(first_time, steps, check_shift(shift))
+    return check_falling(sigmas, f"shift {shift:g} with {steps} steps")

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
-
-
-def uses_unconditional(cfg: float) -> bool:
-    """Return whether guidance at scale `cfg` needs the unconditional branch: at 1 it has no weight, and is not run."""
-    return not math.isclose(cfg, 1.0)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, cfg: float) -> Tensor:

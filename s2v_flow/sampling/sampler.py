@@ -19,8 +19,9 @@ from torch import Tensor
 
 from s2v_flow.sampling import flow, solver, unipc
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName
+from s2v_flow.sampling.levels import NUM_TRAIN_LEVELS
 from s2v_flow.sampling.noise import check_seed, step_generator
-from s2v_flow.sampling.schedule import NUM_TRAIN_LEVELS, scheduled_sigmas
+from s2v_flow.sampling.schedule import scheduled_sigmas
 from s2v_flow.sampling.state import Denoise, SolverState, Step
 
 

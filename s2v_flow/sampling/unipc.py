@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from s2v_flow.sampling.catalog import SchedulerName
+from s2v_flow.sampling.levels import COMFY_LAST_SIGMA
 from s2v_flow.sampling.schedule import check_falling, scheduled_sigmas
 from s2v_flow.sampling.state import Denoise, Draw, SolverState
 
-COMFY_LAST_SIGMA = 2.0**-10  # 0.001 in the reference's float32 arithmetic
 COMFY_RESULT_SCALE = 0.999
 
 
@@ -70,7 +70,7 @@ def comfy_sigmas(scheduler: SchedulerName, steps: int, shift: float) -> tuple[fl
         ValueError: As `schedule.scheduled_sigmas`, or no level is left above 2^-10.
     """
     sigmas = (*scheduled_sigmas(scheduler, steps + 1, shift)[:-2], COMFY_LAST_SIGMA)
-    return check_falling(sigmas, f"scheduler {scheduler} at {steps} steps")
+    return check_falling(sigmas, f"scheduler {scheduler} with shift {shift:g} and {steps} steps")
 
 
 def comfy_result(x: Tensor) -> Tensor:

@@ -16,20 +16,19 @@ from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import PlanNode
 from s2v_flow.models.conditioning import Branch
 from s2v_flow.models.dit import S2VConfig, WanS2V
-from s2v_flow.models.vae import VAEConfig, WanVAE
-from s2v_flow.models.vae_tiles import Axis
-from s2v_flow.nodes.chunk import Chunk
-from s2v_flow.nodes.memory import (
-    PROCESS_BYTES,
+from s2v_flow.models.footprint import (
     Weights,
     chunk_bytes,
-    chunk_tokens,
     decoding_bytes,
     encoding_bytes,
-    needs,
+    num_tokens,
     streamed_bytes,
     tile_side,
 )
+from s2v_flow.models.vae import VAEConfig, WanVAE
+from s2v_flow.models.vae_tiles import Axis
+from s2v_flow.nodes.chunk import Chunk
+from s2v_flow.nodes.memory import PROCESS_BYTES, needs
 
 ITEM = {torch.float32: 4, torch.bfloat16: 2}
 
@@ -99,12 +98,12 @@ def test_a_denoising_step_holds_what_is_computed_of_it(
 
     tokens: list[int] = []
     held = most_held(work)
-    node = Chunk.model_construct(num_latent_frames=frames, height=8 * rows, width=8 * rows)
+    size = 8 * rows, 8 * rows, frames
     inputs = ["speech", "reference", "history", *(["negative"] if branches == 2 else [])]
-    assert chunk_tokens(node, inputs)[1] == tokens[0]
+    assert num_tokens(*size, inputs)[1] == tokens[0]
     weights = Weights(shapes_of(model), 0, ITEM[dtype], is_packed=False, on_cpu=True)
     unseen = 512 * tokens[0] + 5 * 16 * frames * rows * rows * 4
-    assert chunk_bytes(weights, node, inputs) - unseen == pytest.approx(held, rel=0.15)
+    assert chunk_bytes(weights, *size, inputs) - unseen == pytest.approx(held, rel=0.15)
 
 
 @pytest.mark.parametrize(("width", "side", "group"), [(8, 64, 1), (8, 64, 4), (16, 96, 2)])
@@ -216,7 +215,7 @@ def test_what_is_equal_is_computed_once(tmp_path: Path, tiny_models: Path, monke
 
     chunk_work = memory._WORK["chunk"]
     monkeypatch.setattr(memory, "_WORK", {**memory._WORK, "chunk": counted})
-    plan = planned(tmp_path, tiny_models, talk={"chunks": 12})
+    plan = planned(tmp_path, tiny_models, talk={"chunks": 12}, frames={"trim": "none"})
     assert sum(isinstance(node.node, Chunk) for node in plan.plan.nodes) == 13
     assert len(calls) == 2
 

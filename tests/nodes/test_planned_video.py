@@ -78,7 +78,7 @@ def test_chunks_stand_at_consecutive_frames_of_sound_and_see_the_last_19_latent_
 
 
 def test_short_chunks_see_as_many_earlier_ones_as_hold_19_latent_frames(tmp_path: Path) -> None:
-    plan = planned(tmp_path, 1, {"first": {"length": 5}, "talk": {"chunks": 12}})
+    plan = planned(tmp_path, 7, {"first": {"length": 5}, "talk": {"chunks": 12}})
     assert input_nodes(plan.plan.node("talk[2]"))["history"] == ["first", "talk[1]"]
     assert input_nodes(plan.plan.node("talk[12]"))["history"] == [f"talk[{number}]" for number in range(2, 12)]
 
@@ -93,7 +93,7 @@ def test_short_chunks_see_as_many_earlier_ones_as_hold_19_latent_frames(tmp_path
     ],
 )
 def test_seeds_are_inherited_counted_on_or_listed(tmp_path: Path, seed: object, expected: list[int]) -> None:
-    plan = planned(tmp_path, 1, {"talk": {"chunks": 2, "seed": seed}})
+    plan = planned(tmp_path, 14, {"talk": {"chunks": 2, "seed": seed}})
     assert [chunk.seed for chunk in chunks(plan).values()] == expected
 
 
@@ -113,7 +113,7 @@ def test_a_second_extend_counts_seeds_on_from_the_first_chunk(tmp_path: Path) ->
         "more": {"kind": "extend", "video": "$talk", "chunks": 1},
         "frames": {"latent": "$more"},
     }
-    assert [chunk.seed for chunk in chunks(planned(tmp_path, 1, changes)).values()] == [20, 500, 22]
+    assert [chunk.seed for chunk in chunks(planned(tmp_path, 14, changes)).values()] == [20, 500, 22]
 
 
 def test_with_cfg_1_the_negative_prompt_is_not_planned(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_extend_inherits_all_settings_and_inputs(tmp_path: Path) -> None:
 
 def test_what_extend_says_itself_goes_over_what_it_inherits(tmp_path: Path) -> None:
     other = {"kind": "encode_text", "text_encoder": "$umt5", "text": "She laughs."}
-    plan = planned(tmp_path, 1, {"other": other, "talk": {"chunks": 1, "steps": 3, "cfg": 1, "positive": "$other"}})
+    plan = planned(tmp_path, 9, {"other": other, "talk": {"chunks": 1, "steps": 3, "cfg": 1, "positive": "$other"}})
     first, further = chunks(plan).values()
     assert (first.steps, first.cfg, further.steps, further.cfg) == (20, 6.0, 3, 1.0)
     inputs = input_nodes(plan.plan.node("talk[1]"))
@@ -152,7 +152,7 @@ def test_what_extend_says_itself_goes_over_what_it_inherits(tmp_path: Path) -> N
 
 
 def test_in_pixel_mode_every_chunk_is_decoded_before_the_next(tmp_path: Path) -> None:
-    plan = planned(tmp_path, 1, {"first": {"motion": "pixels"}, "talk": {"chunks": 2}})
+    plan = planned(tmp_path, 14, {"first": {"motion": "pixels"}, "talk": {"chunks": 2}})
     inputs = {node.name: input_nodes(node) for node in plan.plan.nodes}
     assert inputs["first.pixels"] == {"vae": ["vae"], "latent": ["first"], "before": ["reference"]}
     assert inputs["talk[1]"]["motion"] == ["first.pixels"]
@@ -234,7 +234,7 @@ def test_a_pose_video_is_planned_once_per_chunk_at_the_chunks_time(tmp_path: Pat
         "first": {"control_video": "$pose"},
         "talk": {"chunks": 1},
     }
-    plan = planned(tmp_path, 1, changes)
+    plan = planned(tmp_path, 9, changes)
     nodes = [plan.plan.node(f"{name}.control").node for name in ("first", "talk[1]")]
     assert [(node.offset, node.warmup_frames, node.num_latent_frames) for node in nodes] == [(0, 3, 20), (80, 3, 20)]  # type: ignore[attr-defined]
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.models.activation import activation_bytes
 from s2v_flow.models.dit import S2VConfig, WanS2V
+from s2v_flow.models.footprint import activation_bytes
 from s2v_flow.nodes import handle, shortage
 from s2v_flow.nodes.handle import ModelHandle, lacks_room
 from s2v_flow.nodes.shortage import memory_failure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from s2v_flow.sampling.guidance import denoised_from_velocity, guide, uses_unconditional
+from s2v_flow.sampling.guidance import denoised_from_velocity, guide
 
 GENERATOR = torch.Generator().manual_seed(0)
 CONDITIONAL, UNCONDITIONAL, X = torch.randn(3, 1, 16, 1, 2, 2, generator=GENERATOR)
@@ -20,12 +20,6 @@ def test_guidance_leaves_its_arguments_alone() -> None:
     guide(conditional, unconditional, 6.0)
     assert torch.equal(conditional, CONDITIONAL)
     assert torch.equal(unconditional, UNCONDITIONAL)
-
-
-def test_only_a_scale_of_one_spares_the_unconditional_branch() -> None:
-    assert not uses_unconditional(1.0)
-    assert uses_unconditional(1.01)
-    assert uses_unconditional(0.0)
 
 
 def test_guiding_velocities_is_guiding_clean_latents() -> None:

@@ -1,0 +1,138 @@
+"""How much memory work takes: one arithmetic, without torch, for the plan's figures and for what a run decides by.
+
+What models compute with is counted from their code, largest moment by largest moment; each formula says what it counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from s2v_flow.models.tokenizer import MAX_TOKENS
+
+LATENT_CHANNELS = 16
+MOTION_LATENT_FRAMES = 19
+INJECTED_BLOCKS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+_PARTS = ("blocks.", "audio_injector.injector.", "audio_injector.injector_adain_layers.")
+_STREAMED = re.compile(r"(?:blocks|audio_injector\.injector(?:_adain_layers)?)\.[0-9]+\.")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A loader's model as its header tells: shapes by key, what the weights take once loaded, c."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    num_bytes: int
+    item_bytes: int
+    is_packed: bool
+    on_cpu: bool
+
+
+def streamed_bytes(sizes: Mapping[str, int]) -> int:
+    """Count what of streamed weights is on the device: all but blocks and injectors, and two of the largest of these.
+
+    An injector comes with its block.
+    """
+    layers: dict[str, int] = {}
+    resting = 0
+    for key, size in sizes.items():
+        match = _STREAMED.match(key)
+        if match is None:
+            resting += size
+        else:
+            layers[match[0]] = layers.get(match[0], 0) + size
+    largest = (max((size for name, size in layers.items() if name.startswith(part)), default=0) for part in _PARTS)
+    return resting + 2 * sum(largest)
+
+
+def latent_bytes(width: int, height: int, num_latent_frames: int) -> int:
+    """Count a latent's bytes, float32."""
+    return 16 * num_latent_frames * (height // 8) * (width // 8) * 4
+
+
+def num_tokens(width: int, height: int, num_latent_frames: int, inputs: Collection[str]) -> tuple[int, int]:
+    """Count a chunk's tokens: those of the video, and all (with the reference's and the motion's).
+
+    Args:
+        width: The video's width in pixels.
+        height: Its height.
+        num_latent_frames: The chunk's latent frames.
+        inputs: The names of what the chunk is given.
+    """
+    rows, columns = height // 8, width // 8
+    frame = (rows // 2) * (columns // 2)
+    still = frame if "reference" in inputs else 0
+    if "motion" in inputs or "history" in inputs:  # buckets of 1, 2 and 16 latent frames
+        still += frame + (rows // 4) * (columns // 4) + 4 * (rows // 8) * (columns // 8)
+    return num_latent_frames * frame, num_latent_frames * frame + still
+
+
+def activation_bytes(dim: int, ffn_dim: int, num_tokens: int, num_branches: int, item_bytes: int) -> int:
+    """Count what a block's computation holds at its fullest, without weights; attention never holds its scores.
+
+    One float32 stream per branch; beside it, while keys are normalised, two float32 arrays (three where the dtype has
+    fewer bits) and input, queries and keys in the dtype; in the feed-forward the input and two hidden layers.
+
+    Args:
+        dim: The model's width.
+        ffn_dim: The width of the feed-forward's hidden layer.
+        num_tokens: How many tokens are computed at once.
+        num_branches: For how many branches of guidance.
+        item_bytes: The size of a number in the dtype that is computed in.
+    """
+    widened = 4 if item_bytes < 4 else 0  # a float32 copy where the dtype has fewer bits
+    attention = dim * (8 + widened + 3 * item_bytes)
+    feed_forward = dim * item_bytes + 2 * ffn_dim * item_bytes
+    return num_tokens * (4 * dim * num_branches + max(attention, feed_forward))
+
+
+def chunk_bytes(dit: Weights, width: int, height: int, num_latent_frames: int, inputs: Collection[str]) -> int:
+    """Count what one denoising step takes: the transformer's own computation, see `activation_bytes`.
+
+    Beside this, from the chunk's start: rotations, still tokens, each prompt's keys and values, the audio's, and the
+    solver's latents; with fp8 weights the largest matrix, expanded.
+    """
+    dim, c = dit.shapes["head.modulation"][2], dit.item_bytes
+    ffn = dit.shapes["blocks.0.ffn.0.weight"][0]
+    layers = len({key.split(".")[1] for key in dit.shapes if key.startswith("blocks.")})
+    branches = 2 if "negative" in inputs else 1
+    video, tokens = num_tokens(width, height, num_latent_frames, inputs)
+    step = activation_bytes(dim, ffn, tokens, branches, c)
+    injected = sum(block < layers for block in INJECTED_BLOCKS) if "speech" in inputs else 0
+    texts = branches * layers * 2 * MAX_TOKENS * dim * c
+    audio = branches * injected * num_latent_frames * (10 * c + 8) * dim
+    control = 4 * video * dim if "control" in inputs else 0
+    prepared = texts + audio + control + 4 * (tokens - video) * dim + 512 * tokens
+    latents = 6 * latent_bytes(width, height, num_latent_frames)
+    return step + prepared + latents + (ffn * dim * c if dit.is_packed else 0)
+
+
+def tile_side(side: int, tiles: int) -> int:
+    """Return how many pixels a tile has along a side that is cut into so many; neighbours share 64."""
+    return side if tiles == 1 else min(8 * -(-(side // 8 + 8 * (tiles - 1)) // tiles), side)
+
+
+def decoding_bytes(vae: Weights, width: int, height: int, frames_per_call: int) -> int:
+    """Count what decoding takes, in arrays of one frame at full size with the narrowest layer's channels.
+
+    The state from one call to the next is 24.7 of them, twice while it is replaced. At the widest moment, in the last
+    stage (four frames for a latent frame), 20 more for each latent frame: the layer's input and its shortcut, the
+    convolution's window and its result, and upsampled ones of twice the channels; 16-bit norms add 7, in float32. What
+    convolutions need besides makes 55 and 21.5; on the CPU they turn 16 bits into float32, which makes 54.
+    """
+    per_call = 21.5 if vae.item_bytes == 4 else (54 if vae.on_cpu else 29)
+    return round(_frame_bytes(vae, width, height) * (55 + per_call * frames_per_call))
+
+
+def encoding_bytes(vae: Weights, width: int, height: int, num_frames: int) -> int:
+    """Count what encoding takes, as `decoding_bytes` does: one frame alone takes 18 arrays, a clip, four at a time, 48.
+
+    The clip itself, float32, stands beside it, twice.
+    """
+    clip = 3 * num_frames * width * height * 4
+    return (18 if num_frames == 1 else 48) * _frame_bytes(vae, width, height) + 2 * clip
+
+
+def _frame_bytes(vae: Weights, width: int, height: int) -> int:
+    return vae.shapes["decoder.head.0.gamma"][0] * width * height * vae.item_bytes

@@ -1,0 +1,99 @@
+"""What goes on with another result than the user may think: each is said before a run, by the name of the setting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2v_flow.graph.node import Planner
+from s2v_flow.graph.ports import Value
+
+if TYPE_CHECKING:
+    from s2v_flow.models.lora import LoraReport
+    from s2v_flow.nodes.settings import Settings
+
+FEW_STEPS = 8  # what models that are distilled for few steps are run with, at most
+USUAL_STEPS = 20
+LOW_COVERAGE = 0.5  # of a LoRA's tensors
+_DISTILLED = re.compile(
+    r"lightx2v|lightning|distil|causvid|accvid|fusionx|fastwan|self[-_ .]?forcing|turbo|hyper"
+    r"|(?<![a-z])(lcm|dmd\d?|rcm)(?![a-z])|(?<!\d)[1-8][-_ .]?steps?(?![a-z])",
+    re.IGNORECASE,
+)
+_NAME_KEYS = ("title", "name", "tag", "description")  # of a file's metadata: ss_output_name, modelspec.title
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What sampling settings are compared with: whether the model is untrained, and its files made for few steps."""
+
+    is_demo: bool = False
+    distilled: tuple[str, ...] = ()
+
+
+def is_distilled(name: str, path: Path | None) -> bool:
+    """Tell by a model file's name, or the names in its metadata, whether it is made for few steps without guidance."""
+    from s2v_flow.weights.reader import Checkpoint
+
+    metadata = Checkpoint.open(path).metadata if path is not None and path.is_file() else {}
+    names = [text for key, text in metadata.items() if key.lower().endswith(_NAME_KEYS)]
+    return any(_DISTILLED.search(text) for text in (name.replace("\\", "/").rpartition("/")[2], *names))
+
+
+def remark_on_settings(planner: Planner, name: str, settings: Settings, given: Collection[str]) -> None:
+    """Say what settings of a chunk do not do, where node `name` gives one of them itself, by the names in `given`."""
+    inputs, steps, cfg = settings.inputs, settings.fields.steps, settings.fields.cfg
+    if cfg == 1 and "negative" in inputs and {"negative", "cfg"} & set(given):
+        planner.note(name, f"negative: the negative prompt is not used in {name}: with cfg 1 there is no guidance")
+    model = inputs["model"].facts.get("model") if "model" in inputs else None
+    if model is None or not {"model", "steps", "cfg"} & set(given):
+        return
+    if model.distilled and (steps > FEW_STEPS or cfg > 1):
+        text = f"lora: {model.distilled[0]} is made for few steps without guidance, but {name} has steps {steps} and "
+        planner.note(name, f"{text}cfg {cfg:g}: set steps to 4 and cfg to 1, or leave it out")
+    elif not model.distilled and steps <= FEW_STEPS and not model.is_demo:
+        text = (
+            f"lora: {name} has steps {steps} without a LoRA for few steps (Lightning, lightx2v): the picture will be "
+        )
+        planner.note(name, f"{text}blurred or noisy; add one, or set steps to {USUAL_STEPS}")
+
+
+def remark_on_lora(planner: Planner, name: str, lora: str, strength: float, report: LoraReport | None) -> None:
+    """Say which LoRAs do nothing, or little. `report` tells how much of the file found a home, where that is known."""
+    if strength == 0:
+        planner.note(name, f"lora: {lora} has strength 0 and no effect")
+    elif report is not None and report.coverage < LOW_COVERAGE:
+        text = f"lora: {report.matched} of {report.total} tensors of {report.path.name} have a home in the model"
+        planner.note(name, f"{text}: it has {'little' if report.matched else 'no'} effect", is_warning=True)
+
+
+def remark_on_prompt(planner: Planner, name: str, encoder: Value, text: str, *, node: str) -> None:
+    """Say where a prompt is cut: the model takes 512 tokens.
+
+    Args:
+        planner: The plan in the making.
+        name: The recipe's node that gives the prompt.
+        encoder: The text encoder.
+        text: The prompt.
+        node: The plan's node that encodes it.
+
+    Raises:
+        CheckpointError: The text encoder's file is damaged.
+    """
+    from s2v_flow.models.tokenizer import MAX_TOKENS, is_surely_short, measure
+
+    path, given = (planner.file(encoder.source.node, key) for key in ("checkpoint", "tokenizer"))
+    if path is None or not path.is_file() or is_surely_short(text):
+        return
+
+    def count() -> dict[str, Any]:
+        return dict(zip(("tokens", "last_words"), measure(path, text, given), strict=True))
+
+    found = planner.remember(f"tokens of {sha256(text.encode()).hexdigest()}", path, count)
+    if found["tokens"] > MAX_TOKENS:
+        cut = f"prompt: the text of {node} has {found['tokens']} tokens and is cut at {MAX_TOKENS}"
+        planner.note(name, f'{cut}; the last words that count: "{found["last_words"]}"')
