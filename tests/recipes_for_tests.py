@@ -107,6 +107,11 @@ def options(folder: Path, models: Path, cache: Path | None = None, **more: Any) 
     return api.Options(models_dirs=[models], cache_dir=cache or folder / "cache", device="cpu", **more)
 
 
+def without_notes(text: str) -> str:
+    """Return what was printed without its notes: quick recipes have few steps, and a negative prompt at cfg 1."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("note: "))
+
+
 def call(*arguments: object) -> tuple[int, str, str]:
     """Call the program in this process: return its exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
