@@ -43,7 +43,7 @@ def free_bytes(root: Path) -> int:
 
 
 def _disk(root: Path) -> tuple[int, int]:
-    """Return how large a cache's disk is and how much of it is free; zeros where nobody may look."""
+    """Return how large a cache's disk is and how much of it is free; zeros where that cannot be read."""
     for folder in (root, *root.absolute().parents):
         with suppress(OSError):  # it is not there yet, or hidden
             usage = shutil.disk_usage(folder)

@@ -215,7 +215,7 @@ def _root(cache_dir: Path | None) -> Path:
     """Return the cache folder, which need not be there.
 
     Raises:
-        S2VFlowError: It is there, and nobody may look into it.
+        S2VFlowError: It is there, and cannot be read.
     """
     root = _options(cache_dir).cache_root
     try:

@@ -22,7 +22,7 @@ class Closable(Protocol):
     """A live value that holds something: told when nobody needs it any more."""
 
     def close(self) -> None:
-        """Let go."""
+        """Release it."""
 
 
 class CopyTo(Protocol):

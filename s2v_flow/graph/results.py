@@ -181,7 +181,7 @@ class Results:
         raise failure
 
     def forget(self, node: str) -> None:
-        """Let a held result go: nobody needs it any more."""
+        """Release a held result that nobody needs any more."""
         entry = self._held.pop(node, None)
         if entry is None:
             return

@@ -174,7 +174,7 @@ class Run:
         return self._results.not_kept
 
     def close(self) -> None:
-        """Let go of everything that is still live or held."""
+        """Release everything that is still live or held."""
         self._results.close()
         while self._live:
             self._drop(next(reversed(self._live)))  # what uses something goes before what it uses

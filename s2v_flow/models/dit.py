@@ -47,7 +47,7 @@ PATCH = (1, 2, 2)
 PATCH_VALUES = 64
 VIDEO, REFERENCE, MOTION = range(3)  # rows of the condition mask, and the order of the tokens
 Use = Literal["text", "audio", "step"]  # what streamed weights are for: a prompt, a chunk's sound, or a step
-STREAMED = ("blocks.", "audio_injector.")  # how the names of the parameters begin that can rest in host memory
+STREAMED = ("blocks.", "audio_injector.")  # how the names of the parameters begin that can be offloaded to host memory
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class WanS2V(nn.Module):
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the blocks' weights rest in host memory."""
+        """Whether the blocks' weights are offloaded to host memory."""
         return bool(self._streams)
 
     def stream_weights(self, device: torch.device | str) -> None:

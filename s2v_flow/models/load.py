@@ -57,7 +57,8 @@ class _Target:
 
     Parameters named in `wide` are never made narrower than the file has them: the module computes with them in float32.
     Those named in `rounded` lose what fp8 cannot hold, unless the file has them in fp8 with a scale. Those whose names
-    begin like one of `streamed` rest in host memory; where they have to be computed, the device does it, one at a time.
+    begin like one of `streamed` are offloaded to host memory; what has to be computed of them the device does, one at a
+    time.
     """
 
     dtype: torch.dtype
@@ -121,7 +122,7 @@ def load_dit(
         loras: LoRAs, applied in this order: merged in float32, or beside weights that stay packed.
         rounds_linears: If the file is fp8-scaled, round the biases and the linear weights that it keeps in 16 or 32
             bit to fp8 too, without a scale, as ComfyUI (October 2025) does when it loads such a file.
-        streamed: Let the weights of blocks and injectors rest in host memory; they are never all on the device. The
+        streamed: Offload the weights of blocks and injectors to host memory; they are never all on the device. The
             same bits come out.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Weights that rest in host memory and come to the device for their use, the next ones while the present ones compute.
+"""Weights offloaded to host memory and brought to the device for their use, the next ones prefetched meanwhile.
 
 A diffusion model's blocks run one after the other, so two of them on the device are enough: one computes, one arrives.
 Copies overlap with computing; whether they hide behind it on a GPU is not measured yet.
@@ -71,7 +71,7 @@ class Unit:
 
 
 class WeightStream:
-    """The weights of layers that run one after the other, at rest in host memory.
+    """The weights of layers that run one after the other, offloaded to host memory.
 
     Iterating gives the units' numbers, each while its weights are on the device; close the iterator if it is left early
     (`contextlib.closing`). Two copies are alive at a time; between two passes there is none.
@@ -98,12 +98,12 @@ class WeightStream:
         sizes = [_plan(modules, left)[1] for modules in units]
         self.largest_bytes = max(sizes, default=0)
         slabs = pinned_slabs(sizes) if is_pinned else iter([None] * len(sizes))
-        # unit by unit: what a unit held before is let go of before the next one needs room
+        # unit by unit: what a unit held before is freed before the next one needs room
         self._units = tuple(_at_rest(*_plan(modules, left), slab) for modules, slab in zip(units, slabs, strict=True))
 
     @property
     def num_bytes(self) -> int:
-        """The weights at rest, in bytes."""
+        """The offloaded weights, in bytes."""
         return sum(unit.num_bytes for unit in self._units)
 
     def __iter__(self) -> Generator[int, None, None]:

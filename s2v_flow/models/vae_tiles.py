@@ -100,7 +100,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class TiledState:
-    """What a decoder in tiles remembers between calls: its tiles' states, row by row, at rest in host memory."""
+    """What a decoder in tiles remembers between calls: its tiles' states, row by row, offloaded to host memory."""
 
     grid: Grid
     tiles: tuple[DecoderState, ...]

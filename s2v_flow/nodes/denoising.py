@@ -15,7 +15,7 @@ from s2v_flow.models.latent_space import denormalise, normalise
 from s2v_flow.models.speech import SpeechTable, chunk_embed, joined
 from s2v_flow.models.tokenizer import MAX_TOKENS
 from s2v_flow.nodes.resuming import ResumableSampling
-from s2v_flow.nodes.shortage import Ladder, Rung, no_memory
+from s2v_flow.nodes.shortage import Fallback, Fallbacks, no_memory
 from s2v_flow.nodes.tensors import unpack
 from s2v_flow.sampling.guidance import denoised_from_velocity, guide
 from s2v_flow.sampling.noise import initial_noise
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Denoiser:
     """One chunk's model calls: what is the same in every step is prepared once, here.
 
-    Where memory runs out, it goes on with less: what nobody uses is freed; the model's weights rest in host memory; the
-    branches of guidance run one after the other. None of these changes a bit of the result.
+    Where memory runs out, it retries with less: what nobody uses is freed; the model's weights are offloaded to host
+    memory; the branches of guidance run one after the other. None of these changes a bit of the result.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Denoiser:
         self._context = context
         self._inputs = inputs
         self._handle: ModelHandle = inputs["model"]
-        self._ladder = Ladder(context, self._rungs(), self._no_memory)
+        self._retry = Fallbacks(context, self._fallbacks(), self._no_memory)
         sizes = self._num_tokens(), 2 if "negative" in inputs else 1
-        self._model: WanS2V = self._ladder.run(lambda: self._handle.get(*sizes))
-        self._prepared = self._ladder.run(self._prepare_chunk)
-        self._branches = self._ladder.run(self._prepare_branches)
+        self._model: WanS2V = self._retry.run(lambda: self._handle.get(*sizes))
+        self._prepared = self._retry.run(self._prepare_chunk)
+        self._branches = self._retry.run(self._prepare_branches)
 
     def sample(self) -> Tensor:
         """Sample the chunk: its raw latent, float32 [1, 16, F, H, W], on the CPU."""
@@ -69,11 +69,11 @@ class Denoiser:
         def noise() -> Tensor:
             return initial_noise(self._prepared.latent_shape, of.seed)
 
-        sampling = ResumableSampling(self._context, sampler, self._handle.precision, self._ladder)
+        sampling = ResumableSampling(self._context, sampler, self._handle.precision, self._retry)
         try:
             with self._context.stepwise():
                 return denormalise(sampling.sample(denoise, noise)).cpu()
-        finally:  # what is prepared goes now: this object and its ladder refer to each other
+        finally:  # what is prepared goes now: this object and its fallbacks refer to each other
             self._branches.clear()
             del self._prepared
 
@@ -83,12 +83,12 @@ class Denoiser:
         velocities = [found for part in parts for found in self._model(x, timestep, self._prepared, part)]
         return velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], self._settings.cfg)
 
-    def _rungs(self) -> Iterator[Rung]:
+    def _fallbacks(self) -> Iterator[Fallback]:
         if self._handle.stream():
-            yield Rung("stream", "the model's weights rest in host memory and come block by block")
+            yield Fallback("stream", "the model's weights are offloaded to host memory and prefetched block by block")
         if "negative" in self._inputs and not self._handle.runs_in_turn:
             self._handle.runs_in_turn = True
-            yield Rung("turns", "the branches of guidance run one after the other")
+            yield Fallback("turns", "the branches of guidance run one after the other")
 
     def _no_memory(self, failure: str) -> S2VFlowError:
         settings = self._settings

@@ -69,7 +69,7 @@ class ModelHandle:
         return self._model
 
     def stream(self) -> bool:
-        """Let a diffusion model's weights rest in host memory from here on; tell whether that gives any memory back."""
+        """Offload a diffusion model's weights to host memory from here on; tell whether that gives any memory back."""
         if not self.is_on_device or self.facts.get("placement") == "streamed":
             return False
         self._must_stream = True

@@ -117,7 +117,7 @@ class LoadDiffusionModel(Node):
             streams = lacks_room(context, self.precision, size, num_tokens, num_branches)
             if streams:
                 context.note(
-                    "weights and activations do not both fit: the weights rest in host memory and are streamed"
+                    "weights and activations do not both fit: the weights are offloaded to host memory and streamed"
                 )
             return streams
 

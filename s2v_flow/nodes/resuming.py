@@ -17,7 +17,7 @@ from torch import Tensor
 
 from s2v_flow.errors import BadNumbersError, ExitCode, S2VFlowError
 from s2v_flow.nodes.finite import FiniteWatch
-from s2v_flow.nodes.shortage import Ladder, memory_failure
+from s2v_flow.nodes.shortage import Fallbacks, memory_failure
 from s2v_flow.nodes.tensors import pack
 from s2v_flow.sampling.state import Denoise, SolverState
 
@@ -37,13 +37,13 @@ class ResumableSampling:
         context: The node's context.
         sampler: The sampler.
         precision: What the model computes in, for messages.
-        ladder: What is given up where memory runs out.
+        retry: What is given up where memory runs out.
     """
 
     context: RunContext
     sampler: Sampler
     precision: str
-    ladder: Ladder
+    retry: Fallbacks
     _saved_at: float = 0.0
     _stepped_at: float = 0.0
     _watch: FiniteWatch = field(default_factory=FiniteWatch)
@@ -89,7 +89,7 @@ class ResumableSampling:
 
     def _retreat(self, failure: str, state: SolverState) -> None:
         try:
-            self.ladder.retreat(failure)
+            self.retry.retreat(failure)
         except S2VFlowError as error:
             checkpoint = self.context.checkpoint
             if error.exit_code == ExitCode.OUT_OF_MEMORY and checkpoint is not None and state.step > 0:

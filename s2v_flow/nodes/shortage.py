@@ -1,4 +1,4 @@
-"""Where memory runs out: less is taken at once, rung by rung, and said; when nothing helps, the message has figures."""
+"""Where memory runs out: retries with less at once, each of them said; when nothing helps, the message has figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FREED = "frees what is unused and tries again"
 
 
 @dataclass(frozen=True)
-class Rung:
+class Fallback:
     """One retreat: its name in the facts, what a person is told, and what it changes about the result's bytes."""
 
     name: str
@@ -35,18 +35,20 @@ class Rung:
     degraded: dict[str, int] = field(default_factory=dict)
 
 
-class Ladder:
+class Fallbacks:
     """What a node gives up, in order, where memory runs out; each retreat is told and kept with the result.
 
     Args:
         context: The node's context. Its facts get "retreats", and "degraded" where the result's bytes may be others.
-        rungs: Taking the next one is the retreat. Before the first, what nobody uses is freed.
+        fallbacks: Taking the next one is the retreat. Before the first, what nobody uses is freed.
         explain: Makes the error for when there is none left, from what the allocator said.
     """
 
-    def __init__(self, context: RunContext, rungs: Iterator[Rung], explain: Callable[[str], S2VFlowError]) -> None:
+    def __init__(
+        self, context: RunContext, fallbacks: Iterator[Fallback], explain: Callable[[str], S2VFlowError]
+    ) -> None:
         self._context = context
-        self._rungs = rungs
+        self._fallbacks = fallbacks
         self._explain = explain
         self._has_freed = False
 
@@ -54,7 +56,7 @@ class Ladder:
         """Return what `work` returns, calling it again after each retreat.
 
         Raises:
-            S2VFlowError: Memory runs out and there is no rung left.
+            S2VFlowError: Memory runs out and there is no fallback left.
         """
         while True:
             try:
@@ -66,7 +68,7 @@ class Ladder:
             self.retreat(failure)  # outside of the handler, whose traceback holds the tensors that are to go
 
     def retreat(self, failure: str) -> None:
-        """Take the next rung.
+        """Take the next fallback.
 
         Args:
             failure: What the allocator said.
@@ -74,23 +76,23 @@ class Ladder:
         Raises:
             S2VFlowError: There is none.
         """
-        rung: Rung | None = Rung("free", FREED)
+        fallback: Fallback | None = Fallback("free", FREED)
         if self._has_freed:
             try:
-                rung = next(self._rungs, None)
+                fallback = next(self._fallbacks, None)
             except (MemoryError, RuntimeError) as error:  # no memory for the retreat itself
                 if memory_failure(error) is None:
                     raise
-                rung = None
+                fallback = None
         self._has_freed = True
         free_unused(self._context)
-        if rung is None:
+        if fallback is None:
             raise self._explain(failure)
         facts = self._context.facts
-        self._context.record(retreats=[*facts.get("retreats", ()), rung.name])
-        if rung.degraded:
-            self._context.record(degraded={**facts.get("degraded", {}), **rung.degraded})
-        self._context.note(f"memory ran out in {self._context.name}: {rung.text}", is_warning=True)
+        self._context.record(retreats=[*facts.get("retreats", ()), fallback.name])
+        if fallback.degraded:
+            self._context.record(degraded={**facts.get("degraded", {}), **fallback.degraded})
+        self._context.note(f"memory ran out in {self._context.name}: {fallback.text}", is_warning=True)
 
 
 class StreamDecoder:
@@ -113,7 +115,7 @@ class StreamDecoder:
         self._state: Any = None
         self._size = (0, 0)
         self._context = context
-        self._ladder = Ladder(context, self._rungs(), self._no_memory)
+        self._retry = Fallbacks(context, self._fallbacks(), self._no_memory)
 
     def decode(self, latent: Tensor) -> Iterator[Tensor]:
         """Decode the next latent, [1, 16, F, H, W], to groups of pixels [1, 3, n, 8H, 8W].
@@ -124,7 +126,7 @@ class StreamDecoder:
         position = 0
         self._size = (latent.shape[3], latent.shape[4])
         while position < latent.shape[2]:
-            count, pixels = self._ladder.run(partial(self._next, latent[:, :, position:]))
+            count, pixels = self._retry.run(partial(self._next, latent[:, :, position:]))
             position += count
             yield pixels
 
@@ -140,19 +142,19 @@ class StreamDecoder:
         self._state = state
         return part.shape[2], pixels
 
-    def _rungs(self) -> Iterator[Rung]:
+    def _fallbacks(self) -> Iterator[Fallback]:
         from s2v_flow.models.vae import DecoderState
         from s2v_flow.models.vae_tiles import most_tiles, moved
 
         while self._group > 1:
             self._group //= 2
-            text = f"goes on with {self._group} latent frame{'s' if self._group > 1 else ''} at once"
-            yield Rung("group", text, {"frames_per_call": self._group})
+            text = f"retries with {self._group} latent frame{'s' if self._group > 1 else ''} at once"
+            yield Fallback("group", text, {"frames_per_call": self._group})
         if isinstance(self._state, DecoderState):
             self._state = moved(self._state, "cpu")
         for tiles in range(self._tiles + 1, most_tiles(*self._size) + 1):
             self._tiles = tiles
-            yield Rung("tiles", f"goes on with {tiles}x{tiles} tiles", {"tiles": tiles})
+            yield Fallback("tiles", f"retries with {tiles}x{tiles} tiles", {"tiles": tiles})
 
     def _no_memory(self, failure: str) -> S2VFlowError:
         what = f"decode, with one latent frame of {_pixels(*self._size)}{_in_tiles(self._tiles)} at once"
@@ -179,11 +181,11 @@ def encoded(vae: Any, pixels: Tensor, context: RunContext) -> Tensor:
     size = (pixels.shape[3] // 8, pixels.shape[4] // 8)
     tiles = 1
 
-    def rungs() -> Iterator[Rung]:
+    def fallbacks() -> Iterator[Fallback]:
         nonlocal tiles
         for number in range(2, most_tiles(*size) + 1):
             tiles = number
-            yield Rung("tiles", f"encodes in {tiles}x{tiles} tiles", {"encode_tiles": tiles})
+            yield Fallback("tiles", f"encodes in {tiles}x{tiles} tiles", {"encode_tiles": tiles})
 
     def explain(failure: str) -> S2VFlowError:
         what = f"encode, with four frames of {_pixels(*size)}{_in_tiles(tiles)} at once"
@@ -194,7 +196,7 @@ def encoded(vae: Any, pixels: Tensor, context: RunContext) -> Tensor:
         latent: Tensor = vae.encode(given) if tiles == 1 else encode_tiled(vae, given, tiles)
         return latent.float()
 
-    return Ladder(context, rungs(), explain).run(encode)
+    return Fallbacks(context, fallbacks(), explain).run(encode)
 
 
 def memory_failure(error: BaseException) -> str | None:

@@ -153,7 +153,7 @@ def test_a_step_that_ran_out_of_memory_is_taken_again_to_the_same_bits(sampler: 
 @pytest.mark.parametrize(
     ("num_failures", "expected"), [(1, [FREED]), (2, [FREED, STREAMED]), (3, [FREED, STREAMED, IN_TURN])]
 )
-def test_rung_by_rung_the_result_stays_the_same(
+def test_fallback_by_fallback_the_result_stays_the_same(
     num_failures: int, expected: list[str], tmp_path: Path, on_device: None
 ) -> None:
     """Streamed weights, and branches one after the other, change no bit; the result says what was given up."""

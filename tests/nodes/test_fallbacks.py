@@ -98,9 +98,9 @@ def test_a_group_that_does_not_fit_is_decoded_in_smaller_ones(error: type[BaseEx
     assert (plenty.told, plenty.facts) == ([], {})
     assert place.told == [
         "memory ran out in frames: frees what is unused and tries again",
-        "memory ran out in frames: goes on with 4 latent frames at once",
-        "memory ran out in frames: goes on with 2 latent frames at once",
-        "memory ran out in frames: goes on with 1 latent frame at once",
+        "memory ran out in frames: retries with 4 latent frames at once",
+        "memory ran out in frames: retries with 2 latent frames at once",
+        "memory ran out in frames: retries with 1 latent frame at once",
     ]
     assert place.facts == {"retreats": ["free", "group", "group", "group"], "degraded": {"frames_per_call": 1}}
     assert vae.sizes[-1] == 1, "it stays small"
@@ -155,7 +155,7 @@ def test_one_frame_that_does_not_fit_is_decoded_in_tiles(fails_from: int) -> Non
         vae.room = 16 * 16
     assert torch.equal(torch.cat(found, 2), torch.cat(expected, 2))
     assert place.facts["degraded"] == {"frames_per_call": 1, "tiles": 2}
-    assert place.told[-1] == "memory ran out in frames: goes on with 2x2 tiles"
+    assert place.told[-1] == "memory ran out in frames: retries with 2x2 tiles"
 
 
 def test_more_tiles_follow_until_none_would_be_smaller_than_16() -> None:
