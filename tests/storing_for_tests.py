@@ -23,7 +23,7 @@ def content(number: int) -> bytes:
 
 
 def publish_all(store: Store, count: int = KEYS) -> None:
-    """Publish every result as bytes and as a file, with a checkpoint before each."""
+    """Publish every result as bytes and as a file, with a resume point before each."""
     checkpoints = Checkpoints(store.root)
     payload = len(b"{}").to_bytes(8, "little") + b"{}"
     for number in range(count):

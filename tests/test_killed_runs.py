@@ -280,7 +280,7 @@ def kill_at_random(scene: Scene, folder: Path, kills: int, seed: int, *, is_time
             assert ended.code in (WHOLE, KILLED), ended.said
             assert "Traceback" not in ended.said
             figures["ended"] += ended.code == KILLED
-            figures["resumed"] += "goes on from the checkpoint" in ended.said
+            figures["resumed"] += "goes on from the resume point" in ended.said
             scene.check(here, is_finished=ended.code == WHOLE)
             if ended.code == WHOLE:
                 break
@@ -303,7 +303,7 @@ def stop_at_random(scene: Scene, folder: Path, stops: int, seed: int) -> dict[st
             assert ended.code in codes, f"{ended.code}: {ended.said}"
             assert "Traceback" not in ended.said, ended.said
             figures["ended"] += ended.code != WHOLE
-            figures["resumed"] += "goes on from the checkpoint" in ended.said
+            figures["resumed"] += "goes on from the resume point" in ended.said
             scene.check(here, is_finished=ended.code == WHOLE)
             if ended.code == WHOLE:
                 break
@@ -369,7 +369,7 @@ def test_soak_run_kills(scene: Scene, tmp_path: Path) -> None:
     at_changes = kill_at_random(scene, tmp_path / "run", kills // 2, seed, is_timed=False)
     stopped = stop_at_random(scene, tmp_path / "run", kills // 3, seed)
     told = "; ".join(
-        f"{found['ended']} {what}, {found['recipes']} recipes, {found['resumed']} resumed from a checkpoint"
+        f"{found['ended']} {what}, {found['recipes']} recipes, {found['resumed']} resumed from a resume point"
         for what, found in (
             ("kills at random times", timed),
             (f"kills before one of {scene.changes} changes of the folder", at_changes),

@@ -77,12 +77,12 @@ def test_a_signal_stops_at_the_steps_end_and_the_same_command_goes_on(
         steps = scene.at(patched, lambda event: is_step(event, "talk[1]", 2), number)
         found, out, err = call("run", scene.recipe, *where)
     assert (found, out) == (code, "")
-    assert "talk[1] after step 2 of 4, checkpoint written" in err.splitlines()[-1]
+    assert "talk[1] after step 2 of 4, resume point written" in err.splitlines()[-1]
     assert err.splitlines()[-1].endswith("the same command goes on from there")
     plan = json.loads(call("plan", scene.recipe, *where, "--json")[1])
     statuses = {node["name"]: (node["status"], node["reason"]) for node in plan["nodes"]}
     assert statuses["first"] == ("HIT", "stored")
-    assert statuses["talk[1]"] == ("RESUME", "checkpoint at step 2 of 4")
+    assert statuses["talk[1]"] == ("RESUME", "resume point at step 2 of 4")
     assert statuses["talk[2]"][0] == "RUN"
     text = call("plan", scene.recipe, *where)[1]
     assert "  RESUME  talk[1]" in text
@@ -91,7 +91,7 @@ def test_a_signal_stops_at_the_steps_end_and_the_same_command_goes_on(
         steps += scene.at(patched, lambda event: False)
         found, out, err = call("run", scene.recipe, *where)
     assert found == 0, err
-    assert "talk[1]: goes on from the checkpoint after step 2 of 4" in err
+    assert "talk[1]: goes on from the resume point after step 2 of 4" in err
     assert scene.latent() == scene.whole
     assert not list((tmp_path / "checkpoints").glob("*/*"))
 
@@ -120,7 +120,7 @@ def test_outside_of_sampling_the_first_signal_stops_at_once(
 @pytest.mark.slow
 def test_from_python_a_callable_stops_a_run(scene: Scene, tmp_path: Path) -> None:
     """At the step's end, and before the next node where the last step was just taken."""
-    for stop_at, where in ((3, "first after step 3 of 4, checkpoint written"), (STEPS, r"before talk\[1\]")):
+    for stop_at, where in ((3, "first after step 3 of 4, resume point written"), (STEPS, r"before talk\[1\]")):
         seen: list[StepDone] = []
         listen = lambda event, seen=seen: seen.append(event) if isinstance(event, StepDone) else None  # noqa: E731
         given = options(

@@ -1,6 +1,6 @@
 """Half-finished work: one file per fingerprint, a safetensors file that carries its own digest in its header.
 
-A checkpoint belongs to one fingerprint, so that any change of the recipe leaves it behind. It is no result: where it
+A resume point belongs to one fingerprint, so that any change of the recipe leaves it behind. It is no result: where it
 is damaged or does not fit, the work begins anew.
 """
 
@@ -21,21 +21,21 @@ _LENGTH_BYTES = 8
 
 
 class Checkpoints:
-    """The checkpoints inside a cache folder."""
+    """The resume points inside a cache folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def path(self, fingerprint: str) -> Path:
-        """Return where a node's checkpoint stands."""
+        """Return where a node's resume point stands."""
         return self.root / "checkpoints" / fingerprint[:2] / f"{fingerprint}.safetensors"
 
     def write(self, fingerprint: str, facts: Mapping[str, str], payload: bytes) -> None:
-        """Put a checkpoint in the place of the one before it, whole or not at all.
+        """Put a resume point in the place of the one before it, whole or not at all.
 
         Args:
             fingerprint: The node's identity.
-            facts: What a reader must know to tell whether the checkpoint fits.
+            facts: What a reader must know to tell whether the resume point fits.
             payload: The tensors, as a safetensors file's bytes.
 
         Raises:
@@ -50,7 +50,7 @@ class Checkpoints:
             flush_folder(path.parent)
 
     def peek(self, fingerprint: str) -> dict[str, str] | None:
-        """Return a checkpoint's facts, from its header alone: enough to talk about it, not to go on from it."""
+        """Return a resume point's facts, from its header alone: enough to talk about it, not to go on from it."""
         try:
             with self.path(fingerprint).open("rb") as file:
                 header = _header(file.read(_LENGTH_BYTES + _MAX_HEADER_BYTES))
@@ -60,7 +60,7 @@ class Checkpoints:
         return facts if facts.get("fingerprint") == fingerprint and facts.get("schema") == SCHEMA else None
 
     def read(self, fingerprint: str) -> tuple[dict[str, str], bytes] | None:
-        """Return a checkpoint's facts and bytes, verified; None where there is none.
+        """Return a resume point's facts and bytes, verified; None where there is none.
 
         Raises:
             ValueError: There is one that is damaged, or that cannot be read; it is out of the way now.
@@ -83,7 +83,7 @@ class Checkpoints:
         return facts, sealed
 
     def forget(self, fingerprint: str) -> None:
-        """Remove a checkpoint, if there is one."""
+        """Remove a resume point, if there is one."""
         with suppress(OSError):
             self.path(fingerprint).unlink()
 

@@ -58,9 +58,9 @@ class Kept:
 
 
 def tidy(root: Path) -> int:
-    """Remove what dead processes left: temporary files, markers of runs, checkpoints of what is stored by now.
+    """Remove what dead processes left: temporary files, markers of runs, resume points of what is stored by now.
 
-    And what nobody comes back for: checkpoints after 30 days, damaged files in quarantine after a week.
+    And what nobody comes back for: resume points after 30 days, damaged files in quarantine after a week.
     """
     removed = reap(root / "tmp")
     store, checkpoints = Store(root), Checkpoints(root)

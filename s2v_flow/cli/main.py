@@ -49,7 +49,7 @@ EXIT_CODES = "\n".join(
         (8, "NaN or infinity in a result"),
         (9, "a defect of s2vflow"),
         (10, "plan --detailed-exitcode: a run would compute something"),
-        (75, "stopped with a checkpoint by SIGUSR1: the same command goes on"),
+        (75, "stopped with a resume point by SIGUSR1: the same command goes on"),
         (130, "interrupted (Ctrl-C); the same command goes on"),
         (143, "terminated; the same command goes on"),
     )

@@ -145,7 +145,7 @@ class _Row:
     kind: str
     status: str = "running"
     step: int = 0
-    before: int = 0  # steps of an earlier run, which a checkpoint brought along
+    before: int = 0  # steps of an earlier run, which a resume point brought along
     total: int = 0
     unit: str = ""
     started: float = field(default_factory=time.monotonic)

@@ -14,7 +14,7 @@ from s2v_flow.graph.interrupt import ShouldStop, StoppedError, StopRequest, exit
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One node's checkpoint and the run's wish to stop.
+    """One node's resume point and the run's wish to stop.
 
     `is_fresh`: the node is to be computed anew, so that what is there is not gone on from. `told` is what the run has
     said already.
@@ -39,16 +39,16 @@ class Checkpoint:
             return None
 
     def refuse(self, reason: str) -> None:
-        """Say that the checkpoint that is there is not used, and why."""
-        text = f"the checkpoint is not used, {reason}; the node begins anew"
+        """Say that the resume point that is there is not used, and why."""
+        text = f"the resume point is not used, {reason}; the node begins anew"
         self.emit(Noted(self.node, text, is_warning=True))
 
     def save(self, facts: Mapping[str, str], payload: bytes) -> bool:
-        """Keep the state of the work; tell whether that worked. A full disk costs the checkpoint, not the run."""
+        """Keep the state of the work; tell whether that worked. A full disk costs the resume point, not the run."""
         try:
             self.folder.write(self.fingerprint, facts, payload)
         except S2VFlowError as error:
-            text = f"the checkpoint cannot be written: {error.message}; the run goes on without one"
+            text = f"the resume point cannot be written: {error.message}; the run goes on without one"
             if text not in self.told:
                 self.told.add(text)
                 self.emit(Noted(self.node, text, is_warning=True))
@@ -70,5 +70,5 @@ class Checkpoint:
 
 
 def progress_text(facts: Mapping[str, str]) -> str:
-    """Say how far a checkpoint is: "checkpoint at step 3 of 20"."""
-    return f"checkpoint at step {facts.get('step', '?')} of {facts.get('steps', '?')}"
+    """Say how far a resume point is: "resume point at step 3 of 20"."""
+    return f"resume point at step {facts.get('step', '?')} of {facts.get('steps', '?')}"

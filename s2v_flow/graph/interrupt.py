@@ -1,7 +1,7 @@
 """Stopping a run: at the end of the step that is running, or at once.
 
 A signal's first arrival asks for a stop. Where work is being done in steps, it is taken up at the end of the running
-step, after a checkpoint; anywhere else, and at the second arrival, the program leaves at once. Nothing stored is lost
+step, after a resume point; anywhere else, and at the second arrival, the program leaves at once. Nothing stored is lost
 either way.
 """
 
@@ -26,7 +26,7 @@ class StoppedError(BaseException):
     """Somebody asked for a stop. Like KeyboardInterrupt, it is nothing that code on the way should catch.
 
     Attributes:
-        where: What the run had come to ("talk[2] at step 3 of 20, checkpoint written"), or empty.
+        where: What the run had come to ("talk[2] at step 3 of 20, resume point written"), or empty.
         exit_code: 130, 143 or 75, by what asked.
         lost: The plan nodes that were finished and could not be stored.
     """
@@ -100,7 +100,7 @@ class StopRequest:
         is_first, self._exit_code = self._exit_code is None, EXIT_CODES[name]
         if is_first and self._depth:
             again = "Ctrl-C" if name == "SIGINT" else name
-            self._tell(f"\nstopping at the end of this step, with a checkpoint; {again} again stops at once\n")
+            self._tell(f"\nstopping at the end of this step, with a resume point; {again} again stops at once\n")
             return
         raise StoppedError(exit_code=EXIT_CODES[name])
 

@@ -31,7 +31,7 @@ FileDigest = Callable[[Path], "str | None"]
 class NodeStatus:
     """What a run would do with a node, and why.
 
-    HIT: stored. RUN: will be computed. RESUME: the same, from a checkpoint on. LOAD: a file that will be read. SKIP:
+    HIT: stored. RUN: will be computed. RESUME: the same, from a resume point on. LOAD: a file that will be read. SKIP:
     nothing needs it.
     """
 

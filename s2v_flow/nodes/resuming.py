@@ -1,4 +1,4 @@
-"""A sampler's run that survives being stopped, and memory that runs out: checkpoints, and no numbers but finite ones.
+"""A sampler's run that survives being stopped, and memory that runs out: resume points, and no numbers but finite ones.
 
 Imports torch: used inside run().
 """
@@ -49,16 +49,16 @@ class ResumableSampling:
     _watch: FiniteWatch = field(default_factory=FiniteWatch)
 
     def sample(self, denoise: Denoise, noise: Callable[[], Tensor]) -> Tensor:
-        """Take all steps that are left, from the checkpoint if there is one, and return the sampler's result.
+        """Take all steps that are left, from the resume point if there is one, and return the sampler's result.
 
         Args:
             denoise: See `Sampler.iterate`.
             noise: Gives the initial noise.
 
         Raises:
-            BadNumbersError: The latent is not finite; it is not stored, nor is a checkpoint of it.
-            StoppedError: The run is to stop; a checkpoint is written.
-            S2VFlowError: Memory ran out for good; a checkpoint of the steps that are done is written.
+            BadNumbersError: The latent is not finite; it is not stored, nor is a resume point of it.
+            StoppedError: The run is to stop; a resume point is written.
+            S2VFlowError: Memory ran out for good; a resume point of the steps that are done is written.
         """
         total, checkpoint = self.sampler.num_steps, self.context.checkpoint
         begun = (self._resumed(checkpoint) if checkpoint else None) or self.sampler.start(noise())
@@ -109,7 +109,7 @@ class ResumableSampling:
         is_saved = checkpoint.save(self._facts(state.step), pack(state.to_tensors()))
         self._saved_at = self._stepped_at = time.monotonic()
         if must_stop:
-            written = "checkpoint written" if is_saved else "without a checkpoint"
+            written = "resume point written" if is_saved else "without a resume point"
             raise checkpoint.stop(f"after step {state.step} of {self.sampler.num_steps}, {written}")
 
     def _resumed(self, checkpoint: Checkpoint) -> SolverState | None:
@@ -128,7 +128,7 @@ class ResumableSampling:
         if wrong or not 0 < state.step < self.sampler.num_steps:
             checkpoint.refuse(f"it is of another run: {', '.join(wrong) or 'step'} differs")
             return None
-        self.context.note(f"goes on from the checkpoint after step {state.step} of {self.sampler.num_steps}")
+        self.context.note(f"goes on from the resume point after step {state.step} of {self.sampler.num_steps}")
         return state
 
     def _facts(self, step: int) -> dict[str, str]:

@@ -27,7 +27,7 @@ def test_a_chunk_that_was_stopped_goes_on_to_the_same_bits_at_every_step(sampler
     whole = bench.run()
     assert bench.steps() == list(range(1, STEPS + 1))
     for step in range(1, STEPS):
-        with pytest.raises(StoppedError, match=rf"talk\[1\] after step {step} of {STEPS}, checkpoint written"):
+        with pytest.raises(StoppedError, match=rf"talk\[1\] after step {step} of {STEPS}, resume point written"):
             bench.run(step)
         resumed = bench.run()
         assert bench.steps() == list(range(step + 1, STEPS + 1))
@@ -97,7 +97,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_and_not_used(changes: Mapping[st
     assert torch.equal(other.run(), expected)
     (note,) = other.notes()
     assert note.is_warning
-    assert note.text.startswith("the checkpoint is not used, it is of another run: s")
+    assert note.text.startswith("the resume point is not used, it is of another run: s")
     assert other.steps()[0] == 1
 
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_only(
 
     monkeypatch.setattr("s2v_flow.cache.checkpoint.finish", refuse)
     bench = Bench(tmp_path)
-    with pytest.raises(StoppedError, match="without a checkpoint"):
+    with pytest.raises(StoppedError, match="without a resume point"):
         bench.run(3)
     (note,) = bench.notes()
     assert note.is_warning
