@@ -249,7 +249,11 @@ def read_chain(path: Path, problems: Problems, *, is_recipe: bool) -> list[Layer
     name, named_at = str(path), None
     while True:
         seen[os.path.realpath(name)] = name
-        layers.append(read_layer(read_file(Path(name), name, problems, named_at), name, problems, is_recipe=is_recipe))
+        layers.append(
+            read_layer(
+                read_file(Path(name), name, problems, named_at, is_recipe=True), name, problems, is_recipe=is_recipe
+            )
+        )
         is_recipe = False
         extends = layers[-1].extends
         if extends is None:

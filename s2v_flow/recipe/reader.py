@@ -81,7 +81,9 @@ class Source:
         return self.origin(0, 0)
 
 
-def read_file(path: Path, name: str, problems: Problems, named_at: Origin | None = None) -> Tree:
+def read_file(
+    path: Path, name: str, problems: Problems, named_at: Origin | None = None, *, is_recipe: bool = False
+) -> Tree:
     """Read a YAML file.
 
     Args:
@@ -89,6 +91,7 @@ def read_file(path: Path, name: str, problems: Problems, named_at: Origin | None
         name: How messages call it: as the user did.
         problems: Takes what is wrong.
         named_at: What named the file, if not the command line.
+        is_recipe: It is taken for a recipe: what is known to be something else is told.
 
     Raises:
         StopReadingError: The file cannot be read, or is no YAML within the limits; `problems` says why.
@@ -99,7 +102,7 @@ def read_file(path: Path, name: str, problems: Problems, named_at: Origin | None
     if species is not None:
         raise problems.stop("R002", f"cannot read {name}: this is {species.what}", where, fix=species.fix)
     data = _read_bytes(path, MAX_BYTES + 1, source, problems, named_at)
-    species = file_species(path, name, data)
+    species = file_species(path, name, data) if is_recipe else None
     if species is not None:
         raise problems.stop("R070", f"this is {species.what}", where, fix=species.fix)
     return read_yaml(data, source, problems)

@@ -98,7 +98,9 @@ def test_a_plan_as_json_names_chunks_frames_and_every_node(done: tuple[Path, lis
     plan = json.loads(out)
     assert (code, err) == (0, "")
     assert (plan["chunks"], plan["frames"], plan["seconds"], plan["missing"]) == (3, 20, 1.25, [])
-    assert all({"name", "kind", "status", "reason", "fingerprint", "facts"} == node.keys() for node in plan["nodes"])
+    assert all(
+        {"name", "kind", "version", "status", "reason", "fingerprint", "facts"} == node.keys() for node in plan["nodes"]
+    )
     found = {node["name"]: (node["kind"], node["status"]) for node in plan["nodes"]}
     assert found["talk[2]"] == ("extend", "HIT")
     assert found["video"] == ("save_video", "HIT")

@@ -131,16 +131,15 @@ def test_a_value_out_of_range_is_a_mistake_in_the_recipe(tmp_path: Path) -> None
     assert "steps: must be at least 1" in first_message(prompt, tmp_path)
 
 
-def test_the_template_is_imported_in_under_a_second_without_torch(tmp_path: Path) -> None:
+def test_the_template_is_imported_without_torch(tmp_path: Path) -> None:
     """A whole process: Python, the check of the result and of its profile included."""
     code = (
-        "import sys, time; from pathlib import Path; from s2v_flow.api import KINDS; "
+        "import sys; from pathlib import Path; from s2v_flow.api import KINDS; "
         "from s2v_flow.comfy.importer import import_workflow; import s2v_flow.comfy.exporter; "
-        "import_workflow(Path(sys.argv[1]), KINDS); assert 'torch' not in sys.modules; print(time.process_time())"
+        "import_workflow(Path(sys.argv[1]), KINDS); assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", code, str(template_path())]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 1  # second of processor time
+    subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 JUNK = [

@@ -232,7 +232,7 @@ def test_any_tensor_that_is_missing_or_misshapen_is_named(tmp_path: Path, tiny_m
     """Each in turn of a sample that reaches every part of the model."""
     whole = load_file(tiny_models / TINY[node])
     empty = {
-        key: np.zeros(value.shape, np.uint8 if value.dtype == np.uint8 else np.int8) for key, value in whole.items()
+        key: np.zeros(value.shape, np.uint8 if value.dtype == np.uint8 else np.bool_) for key, value in whole.items()
     }
     for key in sorted(empty)[:: len(empty) // 8]:
         path = tmp_path / "x.safetensors"
@@ -282,7 +282,7 @@ def test_a_base_audio_encoder_is_not_a_large_one(tmp_path: Path, tiny_models: Pa
 def resized(weights: Weights, old: int, new: int) -> Weights:
     """Return weights of another width: every side of `old` becomes `new`."""
     return {
-        key: np.zeros([new if side == old else side for side in value.shape], np.int8)
+        key: np.zeros([new if side == old else side for side in value.shape], np.bool_)
         if key != "spiece_model"
         else value
         for key, value in weights.items()

@@ -30,7 +30,7 @@ def codes(text: str | bytes) -> list[str]:
     started = time.process_time()
     with contextlib.suppress(StopReadingError):
         read_yaml(text if isinstance(text, bytes) else text.encode(), Source("r.yaml", Path(), ()), problems)
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 2  # a bound on strangers' data, on a busy machine
     with pytest.raises(RecipeError) as caught:
         problems.raise_any("r.yaml")
     return [diagnostic.code for diagnostic in caught.value.diagnostics]
