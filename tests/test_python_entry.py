@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,11 @@ def test_a_recipe_with_a_matrix_is_read_once(tmp_path: Path, monkeypatch: pytest
     """Its layers, and the recipe itself; the cells are made of them."""
     opened: list[str] = []
     given = reader.read_file
-    monkeypatch.setattr(layers, "read_file", lambda path, *more: (opened.append(str(path)), given(path, *more))[1])
+
+    def read(path: Path, *more: Any, **options: Any) -> Any:
+        opened.append(str(path))
+        return given(path, *more, **options)
+
+    monkeypatch.setattr(layers, "read_file", read)
     planned = s2v_flow.plan(DEMO, axes="seed=1..3", cache_dir=tmp_path, device="cpu")
     assert (opened, planned.labels) == ([str(DEMO)], ("seed=1", "seed=2", "seed=3"))
