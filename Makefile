@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := pyproject.toml constraints.txt
+# which build of torch: auto (CUDA where nvidia-smi answers, else for the CPU), cpu, cuda, or as-is (what is there already)
+TORCH ?= auto
+CONSTRAINTS := $(if $(filter as-is,$(TORCH)),,-c constraints.txt)
 
 .PHONY: demo test lint types tests parity soak schema docs clean
 
@@ -40,10 +43,14 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: $(BIN)/python $(SETUP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+$(VENV)/torch: $(BIN)/python constraints.txt tools/install_torch.sh
+	sh tools/install_torch.sh $(BIN)/python $(TORCH)
 	touch $@
 
-$(VENV)/installed-dev: $(BIN)/python $(SETUP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+$(VENV)/installed: $(VENV)/torch $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/torch $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
 	touch $@ $(VENV)/installed
