@@ -53,6 +53,7 @@ def test_a_run_whose_cache_folder_cannot_be_made_ends_in_a_video(
     assert {path.read_text() for path in (made.folder / "here").iterdir()} == {"mine"}
 
 
+@pytest.mark.slow
 def test_a_voice_in_windows_leaves_nothing_behind_where_no_cache_can_be_made(
     made: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
