@@ -351,7 +351,9 @@ def _make_demo_models(planned: Planned, options: Options, on_event: Listener) ->
     needed = [file for node in planned.plan.nodes for file in node.files.values() if file in made]
     if all(file.is_file() for file in needed):
         return False
-    on_event(Noted("", "making the demo's models, once: tiny, untrained, of the real architecture"))
+    on_event(
+        Noted("", "making the demo's models, once: tiny, of the real architecture, taught to draw one kind of face")
+    )
     from s2v_flow.demo.models import make_demo_models
 
     root = demo_root(options.cache_root)

@@ -25,7 +25,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
 def test_a_plan_takes_the_options_as_keywords(tmp_path: Path) -> None:
     """The same overrides as on the command line; the result is an object."""
     planned = s2v_flow.plan(str(DEMO), sets=["steps=2"], cache_dir=str(tmp_path), device="cpu")
-    assert (planned.num_chunks, planned.num_frames) == (5, 95)
+    assert (planned.num_chunks, planned.num_frames) == (3, 95)
     assert planned.plan.node("first").facts["steps"] == 2
 
 

@@ -283,21 +283,21 @@ def schema(output: Path | None, what: str) -> None:
 @cli.command()
 @click.argument("portrait", type=FILE)
 @click.argument("voice", type=FILE)
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option("-o", "--output", type=FILE, default="talk.mp4", help="The video to make.", show_default=True)
 @click.option("-p", "profiles", multiple=True, metavar="NAMES", help="Profiles of the new recipe: -p quality.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 @start_options
 @folder_options
 def make(
-    portrait: Path, voice: Path, prompt: str, output: Path, as_json: bool, like: str, force: bool, **given: Any
+    portrait: Path, voice: Path, prompt: str | None, output: Path, as_json: bool, like: str, force: bool, **given: Any
 ) -> None:
     """Make a video without a recipe; one is left beside it, to change and to run again."""
     from s2v_flow.cli import report
-    from s2v_flow.start.project import Start, recipe_path, recipe_text, write_recipe
+    from s2v_flow.start.project import DEFAULT_PROMPT, Start, recipe_path, recipe_text, write_recipe
 
     recipe = recipe_path(output)
-    start = Start(portrait, voice, prompt, like, output.name)
+    start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, output.name)
     write_recipe(recipe, recipe_text(start, recipe.parent), force=force)
     given["output_dir"] = given["output_dir"] or recipe.parent  # -o says more than the user's defaults
     options = make_options(**given)

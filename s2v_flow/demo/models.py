@@ -1,6 +1,7 @@
 """The demo's models: complete, tiny, in ComfyUI's folders; the full models' structure with narrow layers.
 
-They make a video of noise, by the same code and in the same files as the real ones.
+`demo_*` are trained: they make a drawn character talk. `tiny_*` are not: they make a video of noise, for tests. Both
+run by the same code and in the same files as the real ones.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from s2v_flow.demo.trained import trained_files
 from s2v_flow.demo.weights import fill_all, uniform
 from s2v_flow.errors import RefusedError
 from s2v_flow.models.audio_encoder import build_wav2vec2
@@ -60,7 +62,7 @@ def make_demo_models(root: Path, seed: int = 0) -> None:
 
     Args:
         root: The models folder; it must not exist, or be empty.
-        seed: Which set of weights.
+        seed: Which set of untrained weights.
 
     Raises:
         RefusedError: `root` has files in it.
@@ -91,6 +93,8 @@ class _Content:
 
 def _files(seed: int) -> Iterator[tuple[str, _Content]]:
     """Make each file's path below the models folder and its content."""
+    for name, weights in trained_files():
+        yield name, _Content(weights)
     with torch.device("meta"):
         dit_shapes, vae_shapes = _shapes(WanS2V(DIT)), _shapes(WanVAE(VAE))
     dit = fill_all(dit_shapes, seed)

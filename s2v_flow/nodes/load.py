@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 LATENT_KEY = "latent_tensor"
+_MADE_FOR_THE_DEMO = "the demo's model: it knows the demo's drawn faces only, and makes no good picture of a photograph"
+_MADE_FOR_TESTS = "a model for tests: it is untrained, so the picture is abstract"
 
 
 def _rounding(value: object) -> object:
@@ -82,7 +84,8 @@ class LoadDiffusionModel(Node):
         path = planner.file(name, "checkpoint")
         is_demo = path is not None and path == planner.made_model(self.checkpoint)
         if is_demo:
-            planner.note(name, f"{self.checkpoint} is the demo's model: it is untrained, so the picture is abstract")
+            is_trained = self.checkpoint.startswith("demo_")
+            planner.note(name, f"{self.checkpoint} is {_MADE_FOR_THE_DEMO if is_trained else _MADE_FOR_TESTS}")
         files = [planner.file(name, "loras", index, "file") for index in range(len(self.loras))]
         for index, lora in enumerate(self.loras):
             check_header(planner, name, "lora", "loras", index, "file")

@@ -87,7 +87,8 @@ def recipe_text(start: Start, folder: Path) -> str:
     if start.voice is not None:
         about["audio"] = f"{_seconds(start.voice):.2f} s"
         voice = _relative(start.voice, folder)
-    size = fitting_size(width, height, RECIPES[start.like].max_area)
+    like = RECIPES[start.like]
+    size = like.size or fitting_size(width, height, like.max_area)
     texts = {"image": portrait, "audio": voice, "prompt": start.prompt}
     for name, text in texts.items():
         found = FORBIDDEN.search(text)

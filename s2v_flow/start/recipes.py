@@ -67,7 +67,10 @@ _NODES: Nodes = {
 
 @dataclass(frozen=True)
 class StartRecipe:
-    """What a likeness changes: parameters, fields of nodes, profiles; `max_area` is its size in pixels."""
+    """What a likeness changes: parameters, fields of nodes, profiles.
+
+    `max_area` is its size in pixels, in the portrait's shape; `size` is its only width and height.
+    """
 
     description: str
     params: Mapping[str, Any]
@@ -75,6 +78,7 @@ class StartRecipe:
     profiles: Mapping[str, Any] = field(default_factory=dict)
     negative_prompt: str = _NEGATIVE
     max_area: int = 640 * 640
+    size: tuple[int, int] | None = None
 
 
 RECIPES: Mapping[str, StartRecipe] = MappingProxyType(
@@ -110,19 +114,26 @@ RECIPES: Mapping[str, StartRecipe] = MappingProxyType(
             max_area=704 * 1024,
         ),
         "demo": StartRecipe(
-            "The whole pipeline at small size, without weights: the models are untrained, the picture is abstract.",
-            params={"length": 17, "steps": 4, "cfg": 2.0, "seed": 20},
+            "A drawn character speaks, without weights to fetch: the demo's small models know drawn faces only.",
+            params={"length": 37, "steps": 4, "cfg": 1.0, "seed": 20},
             nodes={
-                "dit": {"checkpoint": "tiny_s2v.safetensors"},
+                "dit": {"checkpoint": "demo_s2v.safetensors"},
                 "umt5": {"checkpoint": "tiny_umt5.safetensors"},
-                "wav2vec2": {"checkpoint": "tiny_wav2vec2.safetensors"},
-                "vae": {"checkpoint": "tiny_vae.safetensors"},
+                "wav2vec2": {"checkpoint": "demo_wav2vec2.safetensors"},
+                "vae": {"checkpoint": "demo_vae.safetensors"},
                 "first": {"length": "$params.length"},
                 "frames": {"frames_per_call": 4},
-                "video": {"preset": "veryfast"},
+                "talk": {
+                    "timeline": [
+                        {"at": 2.4, "prompt": "She smiles."},
+                        {"at": 4.8, "prompt": "She looks surprised."},
+                    ]
+                },
+                "larger": {"kind": "frames_scale", "frames": "$frames", "factor": 2, "method": "bicubic"},
+                "video": {"frames": "$larger", "preset": "veryfast"},
             },
             negative_prompt="blurry, overexposed, static, subtitles",
-            max_area=192 * 192,
+            size=(128, 128),
         ),
     }
 )
@@ -163,7 +174,12 @@ def start_data(like: str, params: Mapping[str, Any], output: str) -> dict[str, A
     recipe = RECIPES[like]
     inputs = ("image", "audio", "prompt")
     sizes = {name: value for name, value in params.items() if name not in inputs}
-    nodes = {name: {**fields, **recipe.nodes.get(name, {})} for name, fields in _NODES.items()}
+    names = [
+        *(name for name in _NODES if name != "video"),
+        *(name for name in recipe.nodes if name not in _NODES),
+        "video",
+    ]
+    nodes = {name: {**_NODES.get(name, {}), **recipe.nodes.get(name, {})} for name in names}
     nodes["video"]["file"] = output
     data: dict[str, Any] = {
         "s2vflow": 1,

@@ -17,6 +17,9 @@ from s2v_flow.weights.family import detect_family
 from s2v_flow.weights.reader import Checkpoint
 
 FILES = {
+    "audio_encoders/demo_wav2vec2.safetensors": (421, "wav2vec2"),
+    "diffusion_models/demo_s2v.safetensors": (315, "wan s2v"),
+    "vae/demo_vae.safetensors": (194, "wan vae"),
     "audio_encoders/tiny_wav2vec2.safetensors": (422, "wav2vec2"),
     "diffusion_models/tiny_s2v.safetensors": (315, "wan s2v"),
     "diffusion_models/tiny_s2v_fp8_metadata.safetensors": (425, "wan s2v"),

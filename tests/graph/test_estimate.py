@@ -10,7 +10,7 @@ from s2v_flow.cache.store import Entry
 from s2v_flow.graph.estimate import Memory, Needs, estimate
 from s2v_flow.graph.numerics import Numerics
 
-DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+DEMO = Path(__file__).parents[1] / "untrained.yaml"
 
 
 def test_without_past_runs_there_is_no_estimate_of_time(tmp_path: Path) -> None:

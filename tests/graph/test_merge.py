@@ -8,7 +8,7 @@ from s2v_flow.api import Options, plan
 from s2v_flow.graph.build import merge_plans
 from s2v_flow.graph.plan import Plan
 
-DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+DEMO = Path(__file__).parents[1] / "untrained.yaml"
 
 
 def planned(folder: Path, *axes: str) -> Plan:

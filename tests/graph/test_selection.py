@@ -10,7 +10,7 @@ from s2v_flow.api import Options, Planned, plan, require_files
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.selection import Selection
 
-DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+DEMO = Path(__file__).parents[1] / "untrained.yaml"
 
 
 def planned(folder: Path, selection: Selection) -> Planned:

@@ -126,7 +126,7 @@ def test_init_overwrites_nothing_without_force(tmp_path: Path) -> None:
     assert "--force" in err
     assert path.read_text() == before
     assert call("init", "-o", path, "--like", "demo", "--force")[0] == 0
-    assert "tiny_s2v" in path.read_text()
+    assert "demo_s2v" in path.read_text()
     assert os.listdir(tmp_path) == ["recipe.yaml"]
 
 

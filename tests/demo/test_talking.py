@@ -1,0 +1,87 @@
+"""What the demo shows, measured in the videos that it writes; docs/quality.md has the figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2v_flow.demo.trained import FOLDER, vae_with_time
+from s2v_flow.models.vae import VAEConfig, WanVAE
+from training import state
+from training.clips import portrait, talk
+from training.faces import draw_character, render
+from training.measure import correlation, mouth_bend, mouth_opening
+from training.portrait import character
+from training.show import Shown, decibel, figures, shown, speech
+
+
+def held_out_clip(seed: int) -> torch.Tensor:
+    """Draw a character that is in no training set, babbling: [25, 3, 128, 128]."""
+    generator = torch.Generator().manual_seed(9_000_000 + seed)
+    opening = torch.nn.functional.avg_pool1d(torch.rand(1, 1, 50, generator=generator), 3, 1)[0, 0]
+    return render(draw_character(generator), talk(opening, torch.zeros(48), 0, seed % 5).cut(8, 33))
+
+
+@torch.no_grad()
+def test_the_vae_alone_keeps_held_out_characters() -> None:
+    vae = WanVAE(VAEConfig(width=16))
+    vae.load_state_dict(vae_with_time(state.load_weights(FOLDER / "vae.safetensors")))
+    errors = []
+    for seed in range(3):
+        frames = held_out_clip(seed).transpose(0, 1)[None]
+        decoded = vae.decode(vae.encode(frames * 2 - 1)).clamp(-1, 1) / 2 + 0.5
+        errors.append((decoded - frames).square().mean())
+    assert -10 * torch.stack(errors).mean().log10() > VAE_DECIBEL
+
+
+def test_the_measure_tells_how_far_a_mouth_opens_and_bends() -> None:
+    """On drawings, where the truth is known."""
+    who = draw_character(torch.Generator().manual_seed(7))
+    opening = torch.rand(48, generator=torch.Generator().manual_seed(1))
+    plain, smiling, sad = (render(who, talk(opening, torch.zeros(48), number, number)) for number in (0, 1, 4))
+    assert correlation(mouth_opening(plain, who), opening) > 0.97
+    assert mouth_bend(smiling, who).mean() > mouth_bend(plain, who).mean() + 0.02
+    assert mouth_bend(sad, who).mean() < mouth_bend(plain, who).mean() - 0.02
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """Return the demo's video, as it is written."""
+    return shown(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.mark.slow
+def test_the_demo_talks(demo: Shown) -> None:
+    found = figures(demo, character())
+    assert found["correlation"] > CORRELATION
+    assert found["lag"] == 0
+    assert found["opening in silence"] < found["opening when loud"] - 0.05
+
+
+@pytest.mark.slow
+def test_the_demo_keeps_its_face(demo: Shown) -> None:
+    found = figures(demo, character())
+    assert max(value for name, value in found.items() if name.startswith("drift")) < 0.05
+    assert found["sharpness of the last chunk"] > 0.8
+    assert decibel(demo.frames[0], portrait(character())[0]) > 25
+
+
+@pytest.mark.slow
+def test_the_demo_smiles_when_the_timeline_says_so(demo: Shown) -> None:
+    """The corners of the mouth rise in the second chunk."""
+    bend = mouth_bend(demo.frames, character())
+    assert bend[42:74].mean() > bend[:34].mean() + 0.01
+
+
+@pytest.mark.slow
+def test_ten_chunks_do_not_drift(tmp_path: Path) -> None:
+    found = figures(shown(tmp_path, speech(tmp_path / "long.wav", 10)), character())
+    assert max(value for name, value in found.items() if name.startswith("drift")) < 0.05
+    assert found["sharpness of the last chunk"] > 0.8
+    assert found["correlation"] > CORRELATION
+
+
+VAE_DECIBEL = 26.0
+CORRELATION = 0.5

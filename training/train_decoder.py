@@ -1,0 +1,160 @@
+"""Teach the VAE's decoder to draw each frame of a latent frame: `python -m training.train_decoder --state DIR`.
+
+After `clips`. The decoder draws single pictures well; so its first half, up to where frames part for the second time, is
+trained until it gives for each of four frames what it gives for that frame's picture alone. That is at low resolution,
+and cheap. The encoder and the second half stay as they are, and so do the clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training import state
+from training.clips import EXCERPT, NUM_VOICES, clip_frames, load_clips, voice
+from training.detail import add_detail, directions
+from training.faces import render
+from training.vae import TrainableVAE
+
+SEED = 41
+SIDE = 7  # of the excerpt, in latent places
+FIRST_HALF = ("conv2.", "decoder.conv1.", "decoder.middle.", *(f"decoder.upsamples.{index}." for index in range(7)))
+
+
+def main() -> None:
+    """Train until `--steps` are done or `--minutes` are over; every call goes on where the last one stopped."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--state", type=Path, default=state.DEFAULT)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=6)
+    parser.add_argument("--clips", type=int, default=150)
+    parser.add_argument("--save-every", type=int, default=25)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    train(options)
+
+
+def train(options: argparse.Namespace) -> list[float]:
+    """Train and return the loss of every step."""
+    weights_path, state_path = options.state / "vae.safetensors", options.state / "decoder.pt"
+    saved = state.load_state(state_path)
+    teacher = saved["teacher"] if saved else state.load_weights(weights_path)
+    weights = saved["weights"] if saved else teacher
+    step = saved["step"] if saved else 0
+    trained = {key: torch.nn.Parameter(value.clone(), requires_grad=_is_trained(key)) for key, value in weights.items()}
+    average = saved["average"] if saved else {key: value.detach().clone() for key, value in trained.items()}
+    groups = [
+        {
+            "params": [v for k, v in trained.items() if v.requires_grad and ("time_conv" in k) == is_time],
+            "factor": factor,
+        }
+        for is_time, factor in ((True, 2.0), (False, 1.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+    vae = TrainableVAE(trained)
+    lessons = _lessons(options, teacher)
+    scale = torch.stack([wanted.float().std((0, 2, 3)) for _, wanted in lessons]).mean(0)[None, None, :, None, None]
+    rng, generator = random.Random(SEED + step), torch.Generator().manual_seed(SEED + step)
+    held, used = lessons[:10], lessons[10:]
+    losses, within, start = [], [], time.monotonic()
+    while step < options.steps and (time.monotonic() - start) / 60 < options.minutes:
+        left = 1 - step / options.steps
+        for group in optimizer.param_groups:
+            wave = 0.03 + 0.97 * math.sin(math.pi / 2 * left) ** 2
+            group["lr"] = group["factor"] * options.rate * min(1, (step + 1) / 20) * wave
+        # the mouth, or anywhere
+        row, column = (6, 4) if rng.random() < 0.8 else (rng.randrange(9), rng.randrange(9))
+        latents, wanted = (torch.stack(part) for part in zip(*rng.sample(used, options.batch), strict=True))
+        loss, inner = _compare(vae, latents, wanted, row, column, scale, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([v for group in groups for v in group["params"]], 1.0)
+        optimizer.step()
+        step += 1
+        with torch.no_grad():
+            keep = min(0.98, step / (step + 10))
+            for key, value in trained.items():
+                if value.requires_grad:
+                    average[key].lerp_(value, 1 - keep)
+        losses.append(loss.item())
+        within.append(inner)
+        if step % options.save_every == 0 or step == options.steps:
+            with torch.no_grad():
+                latents, wanted = (torch.stack(part) for part in zip(*held, strict=True))
+                judged = _compare(TrainableVAE(average), latents, wanted, 6, 4, scale, torch.Generator().manual_seed(0))
+            recent = slice(-options.save_every, None)
+            mean = [sum(part[recent]) / len(part[recent]) for part in (losses, within)]
+            print(
+                f"{step} {(time.monotonic() - start) / 60:.1f} min loss {mean[0]:.4f}, within latent frames {mean[1]:.3f} "
+                f"of what moves; held out {judged[0].item():.4f}, {judged[1]:.3f}",
+                flush=True,
+            )
+            state.save_weights(average, weights_path)
+            learned = {key: value.detach() for key, value in trained.items()}
+            kept = {"weights": learned, "average": average, "teacher": teacher}
+            state.save_state({**kept, "optimizer": optimizer.state_dict(), "step": step}, state_path)
+    return losses
+
+
+def _is_trained(key: str) -> bool:
+    return key.startswith(FIRST_HALF) or key.startswith("decoder.upsamples.7.time_conv")
+
+
+def _compare(
+    vae: TrainableVAE, latents: Tensor, wanted: Tensor, row: int, column: int, scale: Tensor, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """Return the loss in an excerpt, and the error of what differs within latent frames, over what differs."""
+    part = latents[..., row : row + SIDE, column : column + SIDE].float()
+    found = vae.halfway(part + 0.08 * torch.randn(part.shape, generator=generator))[:, 1:]  # [B, T, C, h, w]
+    goal = wanted[..., 2 * row : 2 * (row + SIDE), 2 * column : 2 * (column + SIDE)].float()
+    error = (found - goal) / scale
+    inner, moving = _inner(error).square().mean(), _inner(goal / scale).square().mean()
+    loss: Tensor = error.square().mean() + 0.5 * inner / (moving + 1e-9)
+    return loss, inner.item() / (moving.item() + 1e-9)
+
+
+@torch.no_grad()
+def _lessons(options: argparse.Namespace, teacher: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs: latents as the DiT shall make them, [16, 4, 16, 16], and features of every frame, [12, C, 32, 32]."""
+    clips: dict[str, dict[str, Tensor]] = {}
+    load_clips(options.state, clips)
+    along = directions(options.state, list(clips.values()))
+    voices = [voice(index, options.state / "voices") for index in range(NUM_VOICES)]
+    vae = TrainableVAE(teacher)
+    folder = options.state / "pictures"
+    folder.mkdir(exist_ok=True)
+    lessons = []
+    names = [name for name in sorted(clips) if not clips[name]["is_long"]]
+    for name in names[: options.clips]:
+        content = clips[name]
+        latent = add_detail(content["latent"].float(), content["opening"], along)
+        latent = torch.cat([content["reference"].float()[:, None], latent], 1)
+        path = folder / name
+        if not path.exists():
+            who, motion = clip_frames(int(name.split(".")[0]), voices)
+            pictures = render(who, motion)[-4 * EXCERPT :]
+            alone = vae.encode(pictures[:, :, None] * 2 - 1)  # [12, 16, 1, 16, 16]
+            state.save_weights({"features": vae.halfway(alone, parts=False)[:, 0]}, path)
+        lessons.append((latent, state.load_weights(path)["features"].half()))
+    return lessons
+
+
+def _inner(video: Tensor) -> Tensor:
+    """Take from each frame [B, T, C, h, w] the mean of its four."""
+    groups = video.unflatten(1, (-1, 4))
+    return groups - groups.mean(2, keepdim=True)
+
+
+if __name__ == "__main__":
+    main()
