@@ -33,8 +33,8 @@ def decoding(plan: api.Planned) -> DecodeFrames:
 
 
 def notes(plan: api.Planned) -> list[str]:
-    """Return a plan's notes, but for that on the demo's models, which all of these recipes name."""
-    return [note for note in plan.notes if "is the demo's model" not in note]
+    """Return a plan's notes, but for that on the models for tests, which all of these recipes name."""
+    return [note for note in plan.notes if "is a model for tests" not in note]
 
 
 def input_nodes(node: PlanNode) -> dict[str, list[str]]:
