@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from s2v_flow.demo.trained import WAV2VEC2_SIZES, generated_wav2vec2
 from s2v_flow.demo.weights import uniform
 from s2v_flow.models.audio_encoder import build_wav2vec2
-from training import state
+from training import loop, state
 from training.voices import mouth, speak
 
 TRAINED = ("feature_extractor.", "feature_projection.", "encoder.pos_conv_embed.")
@@ -31,14 +30,9 @@ SEED = 11
 
 def main() -> None:
     """Train; it takes a few minutes and starts anew with every call."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--state", type=Path, default=state.DEFAULT)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--clips", type=int, default=160)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    train(options)
+    reader = loop.parser(__doc__, steps=1500)
+    reader.add_argument("--clips", type=int, default=160)
+    loop.start(reader, train)
 
 
 def target_directions() -> Tensor:

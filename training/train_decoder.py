@@ -8,39 +8,29 @@ and cheap. The encoder and the second half stay as they are, and so do the clips
 from __future__ import annotations
 
 import argparse
-import math
 import random
-import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from training import state
+from training import loop, state
 from training.clips import EXCERPT, NUM_VOICES, clip_frames, load_clips, voice
 from training.detail import add_detail, directions
 from training.faces import render
 from training.vae import TrainableVAE
 
 SEED = 41
+HELD_OUT = 10  # the first clips judge
 SIDE = 7  # of the excerpt, in latent places
 FIRST_HALF = ("conv2.", "decoder.conv1.", "decoder.middle.", *(f"decoder.upsamples.{index}." for index in range(7)))
 
 
 def main() -> None:
     """Train until `--steps` are done or `--minutes` are over; every call goes on where the last one stopped."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--state", type=Path, default=state.DEFAULT)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--clips", type=int, default=150)
-    parser.add_argument("--save-every", type=int, default=25)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    train(options)
+    reader = loop.long_parser(__doc__, steps=800, rate=1e-3, save_every=25)
+    reader.add_argument("--batch", type=int, default=6)
+    reader.add_argument("--clips", type=int, default=150)
+    loop.start(reader, train)
 
 
 def train(options: argparse.Namespace) -> list[float]:
@@ -49,62 +39,36 @@ def train(options: argparse.Namespace) -> list[float]:
     saved = state.load_state(state_path)
     teacher = saved["teacher"] if saved else state.load_weights(weights_path)
     weights = saved["weights"] if saved else teacher
-    step = saved["step"] if saved else 0
     trained = {key: torch.nn.Parameter(value.clone(), requires_grad=_is_trained(key)) for key, value in weights.items()}
-    average = saved["average"] if saved else {key: value.detach().clone() for key, value in trained.items()}
-    groups = [
-        {
-            "params": [v for k, v in trained.items() if v.requires_grad and ("time_conv" in k) == is_time],
-            "factor": factor,
-        }
-        for is_time, factor in ((True, 2.0), (False, 1.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98), weight_decay=1e-4)
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
+    groups = loop.time_apart(trained, factor=2.0)
+    run = loop.Loop(options, state_path, saved, trained, groups, memory=0.98)
     vae = TrainableVAE(trained)
     lessons = _lessons(options, teacher)
     scale = torch.stack([wanted.float().std((0, 2, 3)) for _, wanted in lessons]).mean(0)[None, None, :, None, None]
-    rng, generator = random.Random(SEED + step), torch.Generator().manual_seed(SEED + step)
-    held, used = lessons[:10], lessons[10:]
-    losses, within, start = [], [], time.monotonic()
-    while step < options.steps and (time.monotonic() - start) / 60 < options.minutes:
-        left = 1 - step / options.steps
-        for group in optimizer.param_groups:
-            wave = 0.03 + 0.97 * math.sin(math.pi / 2 * left) ** 2
-            group["lr"] = group["factor"] * options.rate * min(1, (step + 1) / 20) * wave
+    rng, generator = random.Random(SEED + run.step), torch.Generator().manual_seed(SEED + run.step)
+    held, used = lessons[:HELD_OUT], lessons[HELD_OUT:]
+    within = []
+    for _ in run.steps():
         # the mouth, or anywhere
         row, column = (6, 4) if rng.random() < 0.8 else (rng.randrange(9), rng.randrange(9))
         latents, wanted = (torch.stack(part) for part in zip(*rng.sample(used, options.batch), strict=True))
         loss, inner = _compare(vae, latents, wanted, row, column, scale, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([v for group in groups for v in group["params"]], 1.0)
-        optimizer.step()
-        step += 1
-        with torch.no_grad():
-            keep = min(0.98, step / (step + 10))
-            for key, value in trained.items():
-                if value.requires_grad:
-                    average[key].lerp_(value, 1 - keep)
-        losses.append(loss.item())
+        run.learn(loss)
         within.append(inner)
-        if step % options.save_every == 0 or step == options.steps:
+        if run.is_due:
             with torch.no_grad():
                 latents, wanted = (torch.stack(part) for part in zip(*held, strict=True))
-                judged = _compare(TrainableVAE(average), latents, wanted, 6, 4, scale, torch.Generator().manual_seed(0))
-            recent = slice(-options.save_every, None)
-            mean = [sum(part[recent]) / len(part[recent]) for part in (losses, within)]
+                judged = _compare(
+                    TrainableVAE(run.average), latents, wanted, 6, 4, scale, torch.Generator().manual_seed(0)
+                )
             print(
-                f"{step} {(time.monotonic() - start) / 60:.1f} min loss {mean[0]:.4f}, within latent frames {mean[1]:.3f} "
-                f"of what moves; held out {judged[0].item():.4f}, {judged[1]:.3f}",
+                f"{run.step} {run.minutes:.1f} min loss {run.recent(run.losses):.4f}, within latent frames "
+                f"{run.recent(within):.3f} of what moves; held out {judged[0].item():.4f}, {judged[1]:.3f}",
                 flush=True,
             )
-            state.save_weights(average, weights_path)
-            learned = {key: value.detach() for key, value in trained.items()}
-            kept = {"weights": learned, "average": average, "teacher": teacher}
-            state.save_state({**kept, "optimizer": optimizer.state_dict(), "step": step}, state_path)
-    return losses
+            state.save_weights(run.average, weights_path)
+            run.save(teacher=teacher)
+    return run.losses
 
 
 def _is_trained(key: str) -> bool:

@@ -7,17 +7,14 @@ It learns from whatever clips there are and takes up new ones as they come. Mout
 from __future__ import annotations
 
 import argparse
-import math
 import random
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from s2v_flow.demo import plan
-from training import state
+from training import loop, state
 from training.clips import EXCERPT, load_clips
 from training.detail import add_detail, directions
 from training.dit import SIDE, Student, keep_flags, learned_keys, measure_codes
@@ -29,17 +26,9 @@ HELD_OUT = 16  # the first clips judge
 
 def main() -> None:
     """Train until `--steps` are done or `--minutes` are over; every call goes on where the last one stopped."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--state", type=Path, default=state.DEFAULT)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--save-every", type=int, default=50)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    train(options)
+    reader = loop.long_parser(__doc__, steps=6000, rate=1.5e-3, save_every=50)
+    reader.add_argument("--batch", type=int, default=16)
+    loop.start(reader, train)
 
 
 def train(options: argparse.Namespace) -> list[float]:
@@ -53,21 +42,16 @@ def train(options: argparse.Namespace) -> list[float]:
         weights |= saved["weights"]
     for key in keys:
         weights[key] = torch.nn.Parameter(weights[key])
-    average = saved["average"] if saved else {key: weights[key].detach().clone() for key in keys}
-    step = saved["step"] if saved else 0
     matrices = [weights[key] for key in keys if weights[key].ndim > 1]
     vectors = [weights[key] for key in keys if weights[key].ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98))
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
+    learned = {key: weights[key] for key in keys}
+    run = loop.Loop(options, path, saved, learned, groups, memory=0.995, warmup=50)
     keep_flags(weights)
     student = Student(weights, codes)
-    generator, rng = torch.Generator().manual_seed(SEED + step), random.Random(SEED + step)
+    generator, rng = torch.Generator().manual_seed(SEED + run.step), random.Random(SEED + run.step)
     clips: dict[str, dict[str, Tensor]] = {}
-    losses: list[float] = []
-    start = time.monotonic()
-    while step < options.steps and (time.monotonic() - start) / 60 < options.minutes:
+    for step in run.steps():
         if not clips or step % 25 == 0:
             load_clips(options.state, clips)
             along = directions(options.state, list(clips.values()))
@@ -77,36 +61,17 @@ def train(options: argparse.Namespace) -> list[float]:
                     content["detail"] = torch.tensor(1)
             names = sorted(clips)
             held, used = names[:HELD_OUT], names[HELD_OUT:] or names
-        left = 1 - step / options.steps
-        for group in optimizer.param_groups:
-            group["lr"] = options.rate * min(1, (step + 1) / 50) * (0.03 + 0.97 * math.sin(math.pi / 2 * left) ** 2)
         batch = Batch.of([clips[rng.choice(used)] for _ in range(options.batch)], rng, generator)
-        loss = batch.loss(student)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
-        optimizer.step()
-        keep_flags(weights)
-        step += 1
-        losses.append(loss.item())
-        with torch.no_grad():
-            keep = min(0.995, step / (step + 10))
-            for key in keys:
-                average[key].lerp_(weights[key], 1 - keep)
-        if step % options.save_every == 0 or step == options.steps:
-            judged = judge(Student({**weights, **average}, codes), [clips[name] for name in held for _ in range(3)])
-            minutes = (time.monotonic() - start) / 60
-            recent = losses[-options.save_every :]
+        run.learn(batch.loss(student), mend=lambda: keep_flags(weights))
+        if run.is_due:
+            judged = judge(Student({**weights, **run.average}, codes), [clips[name] for name in held for _ in range(3)])
             print(
-                f"{step} {minutes:.1f} min {len(used)} clips loss {sum(recent) / len(recent):.4f} held out {judged}",
+                f"{run.step} {run.minutes:.1f} min {len(used)} clips loss {run.recent(run.losses):.4f} held out {judged}",
                 flush=True,
             )
-            state.save_weights(average, options.state / "dit.safetensors", torch.float32)
-            learned = {key: weights[key].detach() for key in keys}
-            state.save_state(
-                {"weights": learned, "average": average, "optimizer": optimizer.state_dict(), "step": step}, path
-            )
-    return losses
+            state.save_weights(run.average, options.state / "dit.safetensors", torch.float32)
+            run.save()
+    return run.losses
 
 
 class Batch:

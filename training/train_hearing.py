@@ -19,7 +19,7 @@ from s2v_flow.demo.trained import WAV2VEC2_SIZES, generated_wav2vec2
 from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2
 from s2v_flow.models.audio_injection import CausalAudioEncoder
 from s2v_flow.models.speech import to_video_rate
-from training import state
+from training import loop, state
 from training.clips import CHUNK_FRAMES
 from training.train_dit import mouth_code
 from training.voices import SAMPLES_PER_FRAME, mouth, speak
@@ -34,14 +34,9 @@ INJECTOR = "audio_injector.injector.0.o"
 
 def main() -> None:
     """Train; it takes minutes and starts anew with every call."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--state", type=Path, default=state.DEFAULT)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--voices", type=int, default=40)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    train(options)
+    reader = loop.parser(__doc__, steps=1200)
+    reader.add_argument("--voices", type=int, default=40)
+    loop.start(reader, train)
 
 
 class Hearing:

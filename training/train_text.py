@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s2v_flow.demo import plan
 from s2v_flow.models.load import load_text_encoder
-from training import state
+from training import loop, state
 from training.sentences import sentence
 
 TEXT_TOKENS = 512
@@ -30,14 +30,10 @@ LEARNED = (
 
 def main() -> None:
     """Train; it takes minutes and starts anew with every call."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--state", type=Path, default=state.DEFAULT)
-    parser.add_argument("--text-encoder", type=Path, required=True, help="tiny_umt5.safetensors, as it is generated")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--sentences", type=int, default=4000)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    train(options)
+    reader = loop.parser(__doc__, steps=1500)
+    reader.add_argument("--text-encoder", type=Path, required=True, help="tiny_umt5.safetensors, as it is generated")
+    reader.add_argument("--sentences", type=int, default=4000)
+    loop.start(reader, train)
 
 
 def initial() -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2v_flow.demo.trained import FOLDER
-from training import state
+from training import loop, state
 from training.faces import SIZE, draw_character, mouth_box, render
 from training.motions import random_motion
 from training.vae import TrainableVAE, flat, forget_time, rescale_latents
@@ -27,27 +26,18 @@ SEED = 5
 
 def main() -> None:
     """Train until `--steps` are done or `--minutes` are over; every call goes on where the last one stopped."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--state", type=Path, default=state.DEFAULT)
-    parser.add_argument("--start", type=Path, default=FOLDER / "vae.safetensors", help="weights to begin with")
-    parser.add_argument("--part", choices=("all", "decoder"), default="all")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--rate", type=float, default=6e-4)
-    parser.add_argument("--save-every", type=int, default=25)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    train(options)
+    reader = loop.long_parser(__doc__, steps=6000, rate=6e-4, save_every=25)
+    reader.add_argument("--start", type=Path, default=FOLDER / "vae.safetensors", help="weights to begin with")
+    reader.add_argument("--part", choices=("all", "decoder"), default="all")
+    loop.start(reader, train)
 
 
 def train(options: argparse.Namespace) -> list[float]:
     """Train and return the loss of every step."""
     weights_path, state_path = options.state / "vae.safetensors", options.state / f"vae_{options.part}.pt"
     saved = state.load_state(state_path)
-    step = 0
     if saved is not None:
-        weights, step = saved["weights"], saved["step"]
+        weights = saved["weights"]
     elif weights_path.exists():
         weights = state.load_weights(weights_path)
     else:
@@ -57,26 +47,12 @@ def train(options: argparse.Namespace) -> list[float]:
             forget_time(weights)
             _normalise_latents(weights)
     trained = {key: _parameter(key, value, options.part) for key, value in weights.items()}
-    average = {key: value.detach().clone() for key, value in trained.items()} if saved is None else saved["average"]
-    parameters = [value for value in trained.values() if value.requires_grad]
-    groups = [
-        {
-            "params": [v for k, v in trained.items() if v.requires_grad and ("time_conv" in k) == is_time],
-            "factor": factor,
-        }
-        for is_time, factor in ((True, 4.0), (False, 1.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
+    groups = loop.time_apart(trained, factor=4.0)
+    run = loop.Loop(options, state_path, saved, trained, groups, beta=0.99, memory=0.99, least=0.05)
     vae = TrainableVAE(trained)
-    generator = torch.Generator().manual_seed(SEED + 1000 * step)
-    losses, errors, start = [], [], time.monotonic()
-    while step < options.steps and (time.monotonic() - start) / 60 < options.minutes:
-        left = 1 - step / options.steps
-        for group in optimizer.param_groups:
-            wave = 0.05 + 0.95 * math.sin(math.pi / 2 * left) ** 2
-            group["lr"] = group["factor"] * options.rate * min(1, (step + 1) / 20) * wave
+    generator = torch.Generator().manual_seed(SEED + 1000 * run.step)
+    errors = []
+    for step in run.steps():
         pixels, weight = _batch(generator, clip=step % 6 != 5)
         with torch.set_grad_enabled(options.part == "all"):
             latent = vae.encode(pixels)
@@ -85,30 +61,15 @@ def train(options: argparse.Namespace) -> list[float]:
         loss = _loss(decoded, pixels, weight)
         if options.part == "all":
             loss = loss + 0.01 * _spread(latent)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step += 1
-        with torch.no_grad():
-            keep = min(0.99, step / (step + 10))
-            for key, value in trained.items():
-                if value.requires_grad:
-                    average[key].lerp_(value, 1 - keep)
-        losses.append(loss.item())
+        run.learn(loss)
         errors.append((decoded.detach() - pixels).square().mean().item())
-        if step % options.save_every == 0 or step == options.steps:
-            recent = errors[-options.save_every :]
-            decibel = -10 * math.log10(sum(recent) / len(recent) / 4)
-            minutes = (time.monotonic() - start) / 60
-            print(
-                f"{step} {minutes:.1f} min loss {sum(losses[-options.save_every :]) / len(recent):.4f} psnr {decibel:.2f}",
-                flush=True,
-            )
-            state.save_weights(average, weights_path)
-            snapshot = {"weights": {key: value.detach() for key, value in trained.items()}, "average": average}
-            state.save_state({**snapshot, "optimizer": optimizer.state_dict(), "step": step}, state_path)
-    return losses
+        if run.is_due:
+            decibel = -10 * math.log10(run.recent(errors) / 4)
+            loss_text = f"loss {run.recent(run.losses):.4f} psnr {decibel:.2f}"
+            print(f"{run.step} {run.minutes:.1f} min {loss_text}", flush=True)
+            state.save_weights(run.average, weights_path)
+            run.save()
+    return run.losses
 
 
 def _parameter(key: str, value: Tensor, part: str) -> torch.nn.Parameter:

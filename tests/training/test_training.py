@@ -18,7 +18,7 @@ from s2v_flow.models.conditioning import Branch
 from s2v_flow.models.dit import WanS2V
 from s2v_flow.models.latent_space import normalise
 from s2v_flow.models.load import load_audio_encoder, load_dit, load_text_encoder, load_vae
-from training import state, train_audio, train_dit, train_hearing, train_text, train_vae
+from training import clips, state, train_audio, train_decoder, train_dit, train_hearing, train_text, train_vae
 from training.clips import clip, portrait, voice
 from training.dit import SIDE, Student, keep_flags, learned_keys, measure_codes
 from training.faces import Motion, draw_character, render
@@ -54,6 +54,7 @@ def test_a_character_is_drawn_with_an_open_mouth_where_it_should_be() -> None:
     assert 68 < rows.min() < rows.max() < 112
 
 
+@pytest.mark.slow
 def test_the_vae_learns_and_its_file_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = state.load_weights(FOLDER / "vae.safetensors")
     weights["decoder.head.2.bias"] += 0.3
@@ -105,6 +106,7 @@ def write_clips(folder: Path, count: int) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_dit_learns_and_its_file_loads(tmp_path: Path) -> None:
     write_clips(tmp_path, 3)
     losses = train_dit.train(options(tmp_path, steps=12, batch=2, rate=1e-3))
@@ -113,6 +115,22 @@ def test_the_dit_learns_and_its_file_loads(tmp_path: Path) -> None:
     weights = plan.built_in() | state.load_weights(tmp_path / "dit.safetensors")
     save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "demo_s2v.safetensors")
     load_dit(tmp_path / "demo_s2v.safetensors", quantized=False, **CPU)
+
+
+@pytest.mark.slow
+def test_the_decoder_learns_from_drawn_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.clips.speak", babble)
+    for module in (clips, train_decoder):
+        monkeypatch.setattr(module, "NUM_VOICES", 1)
+    monkeypatch.setattr(train_decoder, "HELD_OUT", 1)
+    state.save_weights(state.load_weights(FOLDER / "vae.safetensors"), tmp_path / "vae.safetensors")
+    clips.make(options(tmp_path, begin=100, clips=103, worker="0/1"))
+    given = options(tmp_path, batch=2, clips=3)
+    losses = train_decoder.train(argparse.Namespace(**vars(given), steps=8))
+    assert np.mean(losses[-3:]) < losses[0]
+    assert len(train_decoder.train(argparse.Namespace(**vars(given), steps=9))) == 1  # goes on where it stopped
+    save_file(vae_with_time(state.load_weights(tmp_path / "vae.safetensors")), tmp_path / "demo_vae.safetensors")
+    load_vae(tmp_path / "demo_vae.safetensors", torch.float32, "cpu")
 
 
 def random_dit() -> dict[str, Tensor]:
@@ -187,6 +205,7 @@ def test_the_text_is_learned(tmp_path: Path, tiny_models: Path) -> None:
     assert (tmp_path / "text.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_ears_are_trained_and_their_file_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_audio, "speak", babble)
     monkeypatch.setattr(train_hearing, "speak", babble)
@@ -199,7 +218,7 @@ def test_the_ears_are_trained_and_their_file_loads(tmp_path: Path, monkeypatch: 
     assert np.mean(losses[-5:]) < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(("index", "num_frames"), [(0, 10), (100, 3)])
+@pytest.mark.parametrize(("index", "num_frames"), [pytest.param(0, 10, marks=pytest.mark.slow), (100, 3)])
 def test_a_clip_is_the_same_every_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int, num_frames: int
 ) -> None:
