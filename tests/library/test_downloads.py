@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import serving
 
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.library import downloads
@@ -91,15 +91,8 @@ def handler(server: Server) -> type[BaseHTTPRequestHandler]:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     state = Server()
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler(state)) as running:
-        state.address = f"http://127.0.0.1:{running.server_port}"
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield state
-        finally:
-            running.shutdown()
-            thread.join()
+    with serving(handler(state)) as state.address:
+        yield state
 
 
 class Pauses(list[float]):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recipes_for_tests import call, write_recipe
+from serving import serving
 
 from s2v_flow import api
 from s2v_flow.errors import MissingError, RefusedError
@@ -61,17 +61,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             self.end_headers()
             return True
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        state.address = f"http://127.0.0.1:{running.server_port}"
+    with serving(Handler) as state.address:
         monkeypatch.setenv("HF_ENDPOINT", state.address)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield state
-        finally:
-            running.shutdown()
-            thread.join()
+        yield state
 
 
 def where(folder: Path) -> list[str]:
