@@ -81,12 +81,13 @@ def read_layer(tree: Tree, file: str, problems: Problems, *, is_recipe: bool) ->
         name: _read_profile(name, entry.value, problems)
         for name, entry in _section(top, "profiles", problems).entries.items()
     }
+    description = _text(top, "description", "text", problems)
     return Layer(
         file=file,
         origin=top.origin,
         body=_read_body(top, problems),
-        description=_read_description(top, problems),
-        extends=_read_extends(top, problems),
+        description=None if description is None else str(description.value),
+        extends=_text(top, "extends", "a file's name", problems),
         profiles=profiles,
         matrix=None if "matrix" not in top.entries else _as_map(top.entries["matrix"].value, "matrix", problems),
     )
@@ -149,22 +150,13 @@ def _check_version(top: MapValue, problems: Problems, is_recipe: bool) -> None:
         problems.add("R019", message, entry.value.origin, fix=f"write `s2vflow: {LANGUAGE_VERSION}`")
 
 
-def _read_description(top: MapValue, problems: Problems) -> str | None:
-    tree = top.get("description")
+def _text(top: MapValue, key: str, expected: str, problems: Problems) -> Scalar | None:
+    """Return a text that may be missing, or null."""
+    tree = top.get(key)
     if tree is None or (isinstance(tree, Scalar) and tree.value is None):
         return None
     if not isinstance(tree, Scalar) or not isinstance(tree.value, str):
-        problems.add("R012", f"description: expected text, got {shown(plain(tree))}", tree.origin)
-        return None
-    return tree.value
-
-
-def _read_extends(top: MapValue, problems: Problems) -> Scalar | None:
-    tree = top.get("extends")
-    if tree is None or (isinstance(tree, Scalar) and tree.value is None):
-        return None
-    if not isinstance(tree, Scalar) or not isinstance(tree.value, str):
-        problems.add("R012", f"extends: expected a file's name, got {shown(plain(tree))}", tree.origin)
+        problems.add("R012", f"{key}: expected {expected}, got {shown(plain(tree))}", tree.origin)
         return None
     return tree
 
