@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 
 MAX_BYTES = 50 << 20
+_MAX_DIGITS = 20  # 2**64 - 1, the largest seed, has as many
 _NAMES = ("workflow", "prompt")  # the editor's format first: it has titles and notes
 _PNG = b"\x89PNG\r\n\x1a\n"
 _FIX = "give the JSON that ComfyUI saves (Workflow > Save or Export), or an image or video with the workflow in it"
@@ -41,17 +42,21 @@ def read_workflow(path: Path) -> Any:
 
 
 def parse(text: str | bytes, path: Path) -> Any:
-    """Parse JSON; NaN, which ComfyUI writes at times, becomes null.
+    """Parse JSON; NaN, which ComfyUI writes at times, becomes null, and what has more than 20 digits a float.
 
     Raises:
         S2VFlowError: It is not JSON, or nested too deep.
     """
     try:
-        return json.loads(text, parse_constant=lambda name: None)
+        return json.loads(text, parse_constant=lambda name: None, parse_int=_number)
     except RecursionError:
         raise bad_file(path, "its JSON is nested too deep") from None
     except ValueError as error:  # also text that is not UTF-8, and numbers with thousands of digits
         raise bad_file(path, f"it is not JSON: {str(error)[:200]}") from error
+
+
+def _number(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
 
 
 def bad_file(path: Path, reason: str) -> S2VFlowError:

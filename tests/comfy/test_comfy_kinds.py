@@ -71,6 +71,15 @@ def test_a_history_without_a_workflow_says_so(document: Any, tmp_path: Path) -> 
         imported(document, tmp_path)
 
 
+def test_a_number_that_no_float_can_be_is_read_or_refused(tmp_path: Path) -> None:
+    """A run's number is only compared; a seed is refused by name."""
+    assert imported([entry(10**400, "a", golden())], tmp_path).text == imported(golden(), tmp_path).text
+    prompt = golden()
+    sampler = next(node for node in prompt.values() if node["class_type"] == "KSampler")
+    sampler["inputs"]["seed"] = 10**400
+    assert "seed" in mistake(prompt, tmp_path)
+
+
 MODEL_LOADERS: dict[str, dict[str, Any]] = {
     "UnetLoaderGGUF": {"unet_name": "s2v-Q4_K_M.gguf"},
     "UnetLoaderGGUFAdvanced": {"unet_name": "s2v-Q4_K_M.gguf", "dequant_dtype": "default", "patch_on_device": False},
