@@ -106,6 +106,17 @@ def size_text(count: int, *, is_memory: bool = False) -> str:
     return f"{count} B"
 
 
+def duration_text(seconds: float) -> str:
+    """Return a length of time for people: "8 s", "3 min 9 s", "2 h 5 min"; below ten seconds with a tenth."""
+    if seconds < 9.95:
+        return f"{max(seconds, 0.0):.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left} min" if hours else f"{minutes} min {rest} s"
+
+
 def did_you_mean(name: str, known: Iterable[str], what: str = "known") -> str | None:
     """Return the usual advice on an unknown name: the nearest known one, and all of them."""
     known = list(known)

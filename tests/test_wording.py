@@ -7,7 +7,7 @@ import pytest
 
 import s2v_flow
 from s2v_flow.errors import Diagnostic, Place
-from s2v_flow.wording import format_diagnostic, listed, nearest, shown, size_text, visible
+from s2v_flow.wording import duration_text, format_diagnostic, listed, nearest, shown, size_text, visible
 
 
 def test_a_diagnostic_has_the_form_of_the_design_page() -> None:
@@ -92,3 +92,20 @@ def test_no_module_but_wording_makes_a_text_of_a_size() -> None:
     by_hand = re.compile(r"/ (?:2\*\*[123]0|10\*\*[369]|1e[369]|\(?1 ?<< ?[123]0):")
     found = [path for path in package.rglob("*.py") if by_hand.search(path.read_text(encoding="utf-8"))]
     assert [path.name for path in found] == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-1, "0.0 s"),
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 0 s"),
+        (189, "3 min 9 s"),
+        (3599.7, "1 h 0 min"),
+        (7530, "2 h 5 min"),
+    ],
+)
+def test_lengths_of_time_are_for_people(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
