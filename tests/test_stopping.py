@@ -20,7 +20,10 @@ from s2v_flow.graph.interrupt import StoppedError, StopRequest
 
 STEPS = 4
 LATENT = {"kind": "save_latent", "latent": "$talk", "file": "out/talk.latent"}
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)]
+SIGNALS = [
+    (signal.SIGINT, 130),
+    *(pytest.param(*it, marks=pytest.mark.slow) for it in ((signal.SIGTERM, 143), (signal.SIGUSR1, 75))),
+]
 
 
 class Scene:
@@ -96,6 +99,7 @@ def test_a_signal_stops_at_the_steps_end_and_the_same_command_goes_on(
     assert not list((tmp_path / "checkpoints").glob("*/*"))
 
 
+@pytest.mark.slow
 def test_the_second_signal_stops_at_once(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a checkpoint, and with the chunks that were finished."""
     scene.at(monkeypatch, lambda event: is_step(event, "talk[1]", 2), signal.SIGINT, signal.SIGINT)

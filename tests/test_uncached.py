@@ -69,6 +69,7 @@ def test_a_voice_in_windows_leaves_nothing_behind_where_no_cache_can_be_made(
     assert len(list((made.folder / "here").iterdir())) == 5
 
 
+@pytest.mark.slow
 @needs_small_disks()
 @pytest.mark.parametrize(("on_disk", "free", "code"), [("cache", 100_000, 0), ("out", 2_000, 6)])
 def test_a_run_on_a_disk_that_is_full_ends_in_a_video_or_with_6(

@@ -33,6 +33,7 @@ def asked(*arguments: Any) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.slow
 def test_a_run_taken_to_another_cache_computes_nothing_there(done: tuple[Path, list[str]], tmp_path: Path) -> None:
     folder, command = done
     bundle, other = tmp_path / "run.tar", tmp_path / "other"

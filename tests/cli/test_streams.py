@@ -13,8 +13,9 @@ from recipes_for_tests import RECIPES
 from s2v_flow.api import check
 
 DEMO = RECIPES / "demo.yaml"
-QUICK = (("--help",), ("check", DEMO), ("plan", DEMO, "--device", "cpu"))
+QUICK = (("--help",), ("plan", DEMO, "--device", "cpu"))
 MORE = (
+    ("check", DEMO),
     *(("--version",), ("schema",), ("nodes",), ("config", DEMO, "--json"), ("graph", DEMO)),
     *(("cache", "ls", "--json"), ("runs",)),
 )
@@ -42,6 +43,7 @@ def test_closed_and_full_streams_make_no_traceback(
     assert bool(out) == ("2>" in tail)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", [">&- 2>&-", ">/dev/full 2>/dev/full"])
 @pytest.mark.parametrize(("words", "code"), WRONG)
 def test_an_errors_code_stays_where_nobody_reads_it(
@@ -57,7 +59,9 @@ def test_a_reader_that_leaves_early_changes_nothing(words: tuple[object, ...], t
     assert (code, err.count(b"Traceback"), err.count(b"BrokenPipe")) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii:strict", ""])
+@pytest.mark.parametrize(
+    "encoding", ["cp1252", *(pytest.param(it, marks=pytest.mark.slow) for it in ("ascii:strict", ""))]
+)
 def test_a_recipe_comes_out_of_any_encoding_as_utf_8(encoding: str, tmp_path: Path) -> None:
     """What is written into a file is a recipe again; errors with signs that a terminal lacks come as escapes."""
     recipe = tmp_path / "recipe.yaml"

@@ -62,6 +62,7 @@ def test_imported_workflow_gives_comfyuis_frames(tmp_path: Path, tiny_models: Pa
     assert np.abs(made - expected).mean() < 0.1
 
 
+@pytest.mark.slow
 def test_each_edited_latent_is_what_its_nodes_say(tmp_path: Path, tiny_models: Path, cache: Path) -> None:
     """An unusual graph runs: the second chunk alone, and a piece of the video, beside and behind each other."""
     workflow = golden("ancestral")

@@ -115,6 +115,7 @@ def _parts() -> st.SearchStrategy[dict[str, float]]:
     return st.fixed_dictionaries({}, optional={"start": start, "max_duration": st.just(3.25)})
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(recipes(), st.sampled_from(["api", "editor"]))
 def test_an_exported_recipe_imported_again_plans_the_same(recipe: dict[str, Any], form: Format) -> None:

@@ -98,7 +98,9 @@ RELEASE: dict[str, tuple[Callable[[Path, Path], Path], str, Callable[[Path], Wei
 }
 
 
-@pytest.mark.parametrize("kind", RELEASE)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "diffusion_model" else pytest.mark.slow) for kind in RELEASE]
+)
 def test_a_file_of_the_release_loads_as_the_same_model(tmp_path: Path, tiny_models: Path, kind: str) -> None:
     """Every parameter, every token; and the same source gives the same bytes."""
     make, name, load = RELEASE[kind]
@@ -269,6 +271,7 @@ def test_a_result_that_is_not_what_was_asked_for_is_thrown_away(
     assert os.listdir(tmp_path) == ["Wan2.1_VAE.pth"]
 
 
+@pytest.mark.slow
 def test_what_stands_beside_the_state_dict_is_left_out_and_said(tmp_path: Path, tiny_models: Path) -> None:
     torch.save(
         {"state_dict": weights(tiny_models, "vae/tiny_vae.safetensors"), "step": 3, "lr": 0.1}, tmp_path / "a.pt"

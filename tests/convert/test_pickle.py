@@ -215,6 +215,7 @@ def test_a_torch_whose_unpickler_has_holes_opens_no_pickle() -> None:
         check_version(version)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_the_process_that_opens_a_pickle_has_nothing_to_do_harm_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -259,6 +260,7 @@ def parent(stat: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_limits_stop_a_file_that_needs_more(tmp_path: Path) -> None:
     """Of memory, of time, of the disk."""
     source = tmp_path / "a.pth"

@@ -24,6 +24,7 @@ def held_out_clip(seed: int) -> torch.Tensor:
     return render(draw_character(generator), talk(opening, torch.zeros(48), 0, seed % 5).cut(8, 33))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_vae_alone_keeps_held_out_characters() -> None:
     vae = WanVAE(VAEConfig(width=16))

@@ -36,7 +36,10 @@ STEP = RATE_HZ // 16
 NOT_SOUND = 4095
 SCALE = 1024.0  # numbers in a latent are divided by it
 BITS = 12
-LENGTHS = [(0.3, 1, 5), (1.23, 3, 20), (6.25, 13, 100)]  # seconds, chunks of 8 frames, frames
+LENGTHS = [  # seconds, chunks of 8 frames, frames
+    (1.23, 3, 20),
+    *(pytest.param(*length, marks=pytest.mark.slow) for length in ((0.3, 1, 5), (6.25, 13, 100))),
+]
 
 
 class StampingAudioEncoder(nn.Module):
@@ -145,7 +148,9 @@ IMAGES = {"kind": "save_images", "frames": "$frames", "file": "out/frame.png"}
 @pytest.mark.usefixtures("stamping_models")
 @pytest.mark.parametrize(("seconds", "num_chunks", "num_frames"), LENGTHS)
 @pytest.mark.parametrize("conditioning", ["official", "comfyui"])
-@pytest.mark.parametrize("prefix", ["reference", "first", "none"])
+@pytest.mark.parametrize(
+    "prefix", ["reference", *(pytest.param(it, marks=pytest.mark.slow) for it in ("first", "none"))]
+)
 def test_frame_i_of_the_file_shows_the_sound_of_frame_i(
     prefix: str,
     conditioning: str,
@@ -182,6 +187,7 @@ def test_the_video_file_is_in_time_too(
     assert (info.num_frames, info.fps, info.has_audio) == (num_frames, 16, True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stamping_models")
 @pytest.mark.parametrize("first", [{}, {"init_first_frame": True}])
 @pytest.mark.parametrize(("motion", "warmup"), [("pixels", 3), ("pixels", 7), ("latent", 7)])
@@ -193,6 +199,7 @@ def test_every_way_to_hand_over_motion_is_in_time(
     assert numbers_shown(saved_frames(tmp_path)) == list(range(1, 21))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stamping_models")
 @pytest.mark.parametrize("prefix", ["reference", "first"])
 def test_without_warm_up_the_first_frame_is_in_time(prefix: str, tmp_path: Path, tiny_models: Path) -> None:

@@ -109,6 +109,7 @@ def _spell_defaults(fields: dict[str, Any], chance: random.Random) -> None:
             fields[name] = field.default
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32))
 def test_another_way_to_write_a_recipe_changes_no_fingerprint(quick_run: Place, seed: int) -> None:

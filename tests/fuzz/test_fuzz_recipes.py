@@ -165,11 +165,11 @@ def fuzz(bench: Bench, count: int, seed: int) -> Counter[str]:
 
 
 def test_spoilt_recipes_are_refused_with_a_place_or_sound(bench: Bench) -> None:
-    """200 of them: planned or refused within a second, every mistake at a place that is there."""
-    outcomes = fuzz(bench, 200, seed=1)
-    assert outcomes["refused"] > 100
-    assert outcomes["sound"] > 5
-    assert bench.places > 200
+    """80 of them: planned or refused within a second, every mistake at a place that is there."""
+    outcomes = fuzz(bench, 80, seed=1)
+    assert outcomes["refused"] > 40
+    assert outcomes["sound"] > 1
+    assert bench.places > 80
 
 
 @pytest.mark.soak

@@ -102,6 +102,7 @@ def test_eight_processes_compute_each_result_once(tmp_path: Path) -> None:
     assert race(tmp_path, 5) == 5 * len(KEYS)
 
 
+@pytest.mark.slow
 def test_without_locks_eight_processes_agree_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on network file systems that grant a lock to everybody."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)

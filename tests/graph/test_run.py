@@ -356,6 +356,7 @@ def test_without_a_file_to_write_the_last_nodes_are_what_a_run_is_for(shop: Work
     assert result.outputs == {}
 
 
+@pytest.mark.slow
 def test_a_chain_of_3000_nodes_runs(shop: Workshop) -> None:
     """Depth costs no stack. Most of these are found stored on the way: the length of "1" is "1"."""
     nodes: dict[str, Node] = {"n0": Word(text="w")}
@@ -365,6 +366,7 @@ def test_a_chain_of_3000_nodes_runs(shop: Workshop) -> None:
     assert (shop.folder / "out.txt").read_bytes() == b"1"
 
 
+@pytest.mark.slow
 def test_a_chain_of_400_damaged_results_is_mended(shop: Workshop) -> None:
     """However far back the damage reaches, it costs no stack; a chain of 200 would, node within node."""
     nodes: dict[str, Node] = {"n0": Word(text="w")}

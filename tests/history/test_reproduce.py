@@ -101,6 +101,7 @@ def test_a_missing_input_is_exit_code_4(done: Place, tmp_path: Path) -> None:
     assert "a file is missing: voice.wav" in err
 
 
+@pytest.mark.slow
 def test_the_first_result_that_differs_is_named_after_versions_and_device(done: Place, tmp_path: Path) -> None:
     def change(essence: dict[str, Any]) -> None:
         essence["software"] = {"s2vflow": ["0.0.9"], "torch": ["1.0"]}
@@ -121,6 +122,7 @@ def test_the_first_result_that_differs_is_named_after_versions_and_device(done: 
     ]
 
 
+@pytest.mark.slow
 def test_the_same_frames_from_another_version_are_the_same(done: Place, tmp_path: Path) -> None:
     """What differs is still said."""
 

@@ -197,6 +197,7 @@ def test_what_branches_share_is_computed_once() -> None:
     assert 2 * flops(model, *inputs, [branch]) - flops(model, *inputs, [branch, branch]) == once + embedding
 
 
+@pytest.mark.slow
 def test_a_full_forward_pass_needs_fewer_flops_than_comfyui() -> None:
     """640x640, 20 latent frames, with motion: ComfyUI's takes 1980.2e12.
 

@@ -78,7 +78,7 @@ class Stack(nn.Module):
         return WeightStream([[layer] for layer in self.layers], "cpu", **{"is_pinned": False, **options})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["plain", *(pytest.param(it, marks=pytest.mark.slow) for it in [*LAYOUTS][1:])])
 def test_streamed_weights_give_the_same_bits_as_resident_ones(layout: str, tiny_models: Path) -> None:
     """Loaded so, or moved so while the model lives; plain, fp8 with scales, LoRAs beside it; both branches at once."""
     resident = load(tiny_models, layout, streamed=False)
@@ -91,6 +91,7 @@ def test_streamed_weights_give_the_same_bits_as_resident_ones(layout: str, tiny_
         assert all(map(torch.equal, velocities(model), expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_pinned", [False, True])
 def test_weights_at_rest_are_as_before(is_pinned: bool, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a pass; after an error in the middle of one; packed into slabs or where they were."""

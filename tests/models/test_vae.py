@@ -106,6 +106,7 @@ def check_decoding(vae: WanVAE, case: str) -> None:
     assert relative_error(vae.decode(inputs["latent"]), expected["pixels"]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_decoding_does_not_depend_on_how_latent_frames_are_grouped() -> None:
     """All 32 groupings of six frames equal the whole to 1e-12 relative in float64 (3e-15 is reached)."""
     vae = make_vae(16).double()

@@ -102,6 +102,7 @@ def test_away_from_the_seams_tiles_equal_the_whole(blind: WanVAE) -> None:
     assert not bool(same.all())
 
 
+@pytest.mark.slow
 def test_decoding_in_tiles_is_a_stream(vae: WanVAE) -> None:
     """Any grouping of frames gives the whole clip's frames, to rounding; a change of tiles midway loses no frame."""
     latent = noise(1, 16, 4, 10, 16)

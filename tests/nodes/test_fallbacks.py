@@ -88,7 +88,7 @@ def some_latent(frames: int, rows: int, columns: int) -> Tensor:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
-@pytest.mark.parametrize("fails_from", [0, 3, 8])
+@pytest.mark.parametrize("fails_from", [3, *(pytest.param(it, marks=pytest.mark.slow) for it in (0, 8))])
 def test_a_group_that_does_not_fit_is_decoded_in_smaller_ones(error: type[BaseException], fails_from: int) -> None:
     """From the state before it: no frame is lost, doubled or out of place, wherever memory runs out."""
     whole, plenty = decode(SmallVae(99), 8)
@@ -137,7 +137,7 @@ def test_other_errors_pass() -> None:
         decode(SmallVae(0, KeyError), 4)
 
 
-@pytest.mark.parametrize("fails_from", [0, 2])
+@pytest.mark.parametrize("fails_from", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_one_frame_that_does_not_fit_is_decoded_in_tiles(fails_from: int) -> None:
     """From the very state before it, cut like the picture; the result is marked with the tiles."""
     plenty, latent = cramped(10**6), some_latent(4, 24, 24)
@@ -158,6 +158,7 @@ def test_one_frame_that_does_not_fit_is_decoded_in_tiles(fails_from: int) -> Non
     assert place.told[-1] == "memory ran out in frames: retries with 2x2 tiles"
 
 
+@pytest.mark.slow
 def test_more_tiles_follow_until_none_would_be_smaller_than_16() -> None:
     """40 x 40 latent pixels: 2x2 tiles of 24, 3x3 of 19, 4x4 of 16; then exit code 7."""
     place = Place()
@@ -178,6 +179,7 @@ def test_tiles_that_were_asked_for_are_not_marked() -> None:
     assert place.facts == {}
 
 
+@pytest.mark.slow
 def test_a_clip_that_cannot_be_encoded_whole_is_encoded_in_tiles() -> None:
     pixels = torch.rand(1, 3, 5, 192, 192, generator=torch.Generator().manual_seed(1)) * 2 - 1
     place = Place()

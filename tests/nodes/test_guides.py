@@ -145,7 +145,8 @@ def sampled(folder: Path, models: Path, cache: str, first: Mapping[str, Any]) ->
     return load_file(folder / "out.latent")["latent_tensor"]
 
 
-@pytest.mark.parametrize("conditioning", ["official", pytest.param("comfyui", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioning", ["official", "comfyui"])
 def test_a_pose_video_and_a_clip_to_continue_each_change_the_latent(
     conditioning: str, folder: Path, tiny_models: Path
 ) -> None:

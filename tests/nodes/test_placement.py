@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from recipes_for_tests import options, write_recipe, write_voice
 from runs_for_tests import QUICK, Place, ran
 
@@ -22,6 +23,7 @@ def stored(place: Place, kind: str) -> dict[str, tuple[Any, Any]]:
     }
 
 
+@pytest.mark.slow
 def test_streamed_weights_give_the_same_bytes_under_the_same_fingerprint(
     tmp_path: Path, tiny_models: Path, quick_run: Place
 ) -> None:

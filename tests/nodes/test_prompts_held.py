@@ -15,6 +15,7 @@ from s2v_flow.graph.events import Event, NodeFinished
 from s2v_flow.models.dit import WanS2V
 
 
+@pytest.mark.slow
 def test_a_chunks_prompts_are_released_with_the_chunk(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

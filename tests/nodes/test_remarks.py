@@ -97,6 +97,7 @@ def test_what_asks_for_all_chunks_gets_them(tmp_path: Path, models: Path) -> Non
         assert api.plan(recipe, options(tmp_path, models)).num_chunks == 4
 
 
+@pytest.mark.slow
 def test_chunks_are_left_out_of_the_video_without_a_change_to_its_frames(tmp_path: Path, models: Path) -> None:
     write_voice(tmp_path / "voice.wav", 10 / 16)
     digests = set()

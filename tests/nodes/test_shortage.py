@@ -171,6 +171,7 @@ def test_fallback_by_fallback_the_result_stays_the_same(
     assert model.is_streamed == (STREAMED in expected)
 
 
+@pytest.mark.slow
 def test_an_allocator_that_fails_at_any_call_changes_no_bit(tmp_path: Path, on_device: None) -> None:
     """Every 97th tensor operation of preparation and steps in turn; S2VFLOW_SOAK_STRIDE=1 takes every one."""
     bench = small_bench(tmp_path)
@@ -183,6 +184,7 @@ def test_an_allocator_that_fails_at_any_call_changes_no_bit(tmp_path: Path, on_d
         assert bench.facts["retreats"] == [FREED], call
 
 
+@pytest.mark.slow
 def test_running_out_twenty_times_leaks_nothing(tmp_path: Path, on_device: None) -> None:
     """After each failed run every byte of every tensor that it made is given back, the model's too."""
     bench = small_bench(tmp_path)

@@ -150,6 +150,7 @@ def now(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> dict[str
     return sketches(tmp_path_factory.mktemp("versions"), tiny_models)
 
 
+@pytest.mark.slow
 def test_whoever_changes_a_kinds_results_gives_it_a_new_version(now: dict[str, Any]) -> None:
     """Else a cache hands out what the old code computed, as if the new code had."""
     kept = json.loads(KEPT.read_text(encoding="utf-8"))

@@ -166,7 +166,7 @@ def is_allowed(value: Any) -> bool:
     return all(map(is_allowed, value)) if isinstance(value, list) else True
 
 
-@settings(max_examples=100, derandomize=True, database=None, deadline=None)
+@settings(max_examples=40, derandomize=True, database=None, deadline=None)
 @given(TREES.filter(is_allowed), st.integers(1, 4), st.sampled_from([20, 60, 120]), st.booleans())
 def test_any_data_reads_back_the_same_by_both_versions_of_yaml(
     data: dict[str, Any], flow_depth: int, width: int, has_comments: bool

@@ -163,6 +163,7 @@ def test_the_mistakes_of_all_cells_come_at_once(vary: Vary) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_thousand_cells_load_in_seconds(vary: Vary) -> None:
     """The layers are read once."""
     started = time.process_time()

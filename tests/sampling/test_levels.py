@@ -24,6 +24,7 @@ def is_taken(sampler: SamplerName, scheduler: SchedulerName, steps: int, shift: 
     return True
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(st.sampled_from(SAMPLERS), st.sampled_from(SCHEDULERS), steps_, shifts)
 def test_what_planning_accepts_the_sampler_accepts(

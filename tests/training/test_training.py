@@ -72,6 +72,7 @@ def test_the_vae_learns_and_its_file_loads(tmp_path: Path, monkeypatch: pytest.M
     load_vae(tmp_path / "demo_vae.safetensors", torch.float32, "cpu")
 
 
+@pytest.mark.slow
 def test_the_vae_is_the_packages() -> None:
     """Frame by frame with gradients, or streamed with kernels of three frames: the same to rounding."""
     weights = state.load_weights(FOLDER / "vae.safetensors")
@@ -198,6 +199,7 @@ def test_what_is_read_is_what_the_cross_attention_adds(tiny_models: Path) -> Non
         torch.testing.assert_close(added[:, 0, plan.EXPRESSION], train_text.read(weights, tokens, lengths))
 
 
+@pytest.mark.slow
 def test_the_text_is_learned(tmp_path: Path, tiny_models: Path) -> None:
     path = tiny_models / "text_encoders" / "tiny_umt5.safetensors"
     losses = train_text.train(options(tmp_path, text_encoder=path, steps=30, sentences=24))
