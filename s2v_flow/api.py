@@ -18,7 +18,7 @@ from s2v_flow.files.atomic import cannot_write
 from s2v_flow.files.facts import file_digest, known_digest, remembered
 from s2v_flow.graph.build import build_plan, merge_plans
 from s2v_flow.graph.estimate import Estimate, estimate
-from s2v_flow.graph.events import Listener, Noted
+from s2v_flow.graph.events import Listener, Noted, StageStarted
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan
@@ -269,7 +269,7 @@ def run_planned(planned: Planned, options: Options, on_event: Listener = ignore)
     for node in planned.plan.nodes:
         if planned.statuses[node.name].status == "LOAD":
             node.node.check(node.files)
-    digests = FileDigests(_digest_memory(options))
+    digests = FileDigests(_digest_memory(options), on_event)
     if options.locked:
         check_lock(lock_path(planned.recipe.path), planned.recipe, planned.plan, digests)
     numerics = Numerics(device_class(planned.device))
@@ -354,6 +354,7 @@ def _make_demo_models(planned: Planned, options: Options, on_event: Listener) ->
     on_event(
         Noted("", "making the demo's models, once: tiny, of the real architecture, taught to draw one kind of face")
     )
+    on_event(StageStarted("", "making the demo's models"))
     from s2v_flow.demo.models import make_demo_models
 
     root = demo_root(options.cache_root)
@@ -367,6 +368,7 @@ def _make_demo_models(planned: Planned, options: Options, on_event: Listener) ->
             code = ExitCode.DISK_FULL if is_full else ExitCode.FAILED
             text = f"{root}: the demo's models cannot be written: {error}"
             raise S2VFlowError(text, _FIX_CACHE, exit_code=code) from error
+    on_event(StageStarted("", ""))
     return True
 
 

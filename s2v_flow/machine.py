@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from s2v_flow.errors import ExitCode, S2VFlowError
@@ -32,8 +33,18 @@ def peak_memory_bytes(status: Path = Path("/proc/self/status")) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peaks(clear: Path = Path("/proc/self/clear_refs")) -> None:
+    """Let the process's and the GPUs' peak memory count from now on, where the system can do that (Linux)."""
+    with suppress(OSError):
+        clear.write_text("5", encoding="ascii")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+
+
 def peak_device_bytes() -> int | None:
-    """Return the most that torch has allocated on one GPU so far, without waiting for it; None where it used none."""
+    """Return the most that torch has allocated on one GPU, without waiting for it; None where it used none."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None

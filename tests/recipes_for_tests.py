@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -108,8 +109,10 @@ def options(folder: Path, models: Path, cache: Path | None = None, **more: Any) 
 
 
 def without_notes(text: str) -> str:
-    """Return what was printed without its notes: quick recipes have few steps, and a negative prompt at cfg 1."""
-    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("note: "))
+    """Return what was printed without notes (quick recipes have few steps, and a negative prompt at cfg 1), and without
+    a run's first and last line."""
+    mark = re.compile(r"(\d\d:\d\d:\d\d [^:]+: )?(note|begin|end): ")
+    return "".join(line for line in text.splitlines(keepends=True) if not mark.match(line))
 
 
 def call(*arguments: object) -> tuple[int, str, str]:

@@ -21,8 +21,9 @@ SCHEMA = Path(__file__).parent.parent / "schemas" / "events.schema.json"
 EXAMPLES: tuple[events.Event, ...] = (
     events.RunStarted(("first", "video"), 9),
     events.NodeStarted("first", "sample"),
+    events.StageStarted("dit", "loading demo_s2v.safetensors"),
     events.StepDone("first", 1, 2, "step"),
-    events.NodeFinished("first", 1.5, 2**40),
+    events.NodeFinished("first", 1.5, 2**40, 2**37),
     events.NodeCached("talk[1]"),
     events.Noted("first", "odd \x1b[31m\n中", is_warning=True),
     events.Delivered("video", "out/talk.mp4", True),
@@ -68,7 +69,7 @@ def test_each_event_is_one_line_that_the_schema_knows() -> None:
     lines = checked(stream.getvalue())
     assert lines[0].keys() == {"type", "events", "s2vflow"}
     assert (lines[0]["type"], lines[0]["events"]) == ("version", 1)
-    assert lines[6]["text"] == "odd \x1b[31m\n中"
+    assert lines[7]["text"] == "odd \x1b[31m\n中"
     assert stream.getvalue().isascii()
 
 
@@ -81,7 +82,7 @@ def test_the_schema_refuses_what_is_no_event(line: dict[str, object]) -> None:
 def test_a_run_writes_its_events_to_a_file(done: Place, tmp_path: Path) -> None:
     code, out, err = done.run("--events", tmp_path / "events.jsonl", "--set", "nodes.talk.seed=[1,5]")
     assert (code, out) == (0, f"{done.video}\n")
-    assert "talk[2]: started (extend)" in err
+    assert "talk[2]: sampling chunk 3 of 3\n" in err
     lines = checked((tmp_path / "events.jsonl").read_text())
     types = [line["type"] for line in lines]
     assert types[:2] == ["version", "run_started"]
@@ -95,7 +96,7 @@ def test_a_dash_gives_stdout_to_the_events_alone(done: Place) -> None:
     code, out, err = done.run("--events", "-", "--force", "video")
     assert code == 0
     assert [line["type"] for line in checked(out)][:3] == ["version", "run_started", "node_started"]
-    assert "video: started (save_video)" in err
+    assert "video: decoding and writing frames\n" in err
 
 
 def test_a_run_that_fails_says_so_in_its_last_line(done: Place, monkeypatch: pytest.MonkeyPatch) -> None:

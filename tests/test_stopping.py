@@ -13,7 +13,7 @@ import pytest
 from recipes_for_tests import call, options, tiny, write_recipe, write_voice
 
 from s2v_flow import api
-from s2v_flow.cli.report import Progress
+from s2v_flow.cli.progress import Progress
 from s2v_flow.errors import ExitCode
 from s2v_flow.graph.events import Event, NodeStarted, StepDone
 from s2v_flow.graph.interrupt import StoppedError, StopRequest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from contextlib import suppress
@@ -14,11 +15,12 @@ import click
 from s2v_flow import __version__
 from s2v_flow.cli.cache import cache
 from s2v_flow.cli.completion import complete_kind
+from s2v_flow.cli.help import MainGroup
 from s2v_flow.cli.models import models
 from s2v_flow.cli.options import (
     FILE,
-    OrderedGroup,
     folder_options,
+    level_options,
     make_options,
     recipe_options,
     record_options,
@@ -33,6 +35,7 @@ from s2v_flow.graph.interrupt import StoppedError, StopRequest
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options, Planned
+    from s2v_flow.cli.progress import Level
     from s2v_flow.graph.run import RunResult
 
 EXIT_CODES = "\n".join(
@@ -57,7 +60,7 @@ EXIT_CODES = "\n".join(
 
 
 @click.group(
-    cls=OrderedGroup,
+    cls=MainGroup,
     commands=[runs, show, diff, reproduce, lock, cache, init, models, doctor, completion],
     epilog=f"\b\nExit codes:\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -71,26 +74,29 @@ def cli() -> None:
 @recipe_options
 @selection_options
 @record_options
+@level_options
 @folder_options
-def run(recipe: Path, as_json: bool, events: str | None, **given: Any) -> None:
+def run(recipe: Path, as_json: bool, events: str | None, level: Level, **given: Any) -> None:
     """Run a recipe: compute what is not stored yet, and write the results."""
     if events == "-" and as_json:
         raise click.UsageError("--events - and --json both write to stdout: give --events a file")
-    _run(recipe, make_options(**given), as_json=as_json, events=events)
+    again = shlex.join(["s2vflow", *sys.argv[1:]])
+    _run(recipe, make_options(**given), level, again, as_json=as_json, events=events)
 
 
-def _run(recipe: Path, options: Options, *, as_json: bool, events: str | None = None) -> None:
+def _run(recipe: Path, options: Options, level: Level, again: str, *, as_json: bool, events: str | None = None) -> None:
     from s2v_flow import api
     from s2v_flow.cli import report
+    from s2v_flow.cli.progress import Progress
     from s2v_flow.runs.stream import open_events, to_all
 
     planned = api.plan(recipe, options)
     if planned.plan.missing and events != "-":
         report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
     api.require_files(planned)
+    progress = Progress(recipe.stem, planned, level)
     for note in planned.notes:
-        report.print_message(report.noted(note))
-    progress = report.Progress()
+        progress.note(note)
     try:
         with open_events(events, progress) as stream:
             result = api.run_planned(planned, options, to_all(progress, *stream))
@@ -105,7 +111,9 @@ def _run(recipe: Path, options: Options, *, as_json: bool, events: str | None = 
     for path in _summary(planned, result):
         if not as_json and events != "-":
             report.print_result(f"{path}")
-    if result.failures:
+    if not result.failures:
+        progress.end(planned, result, again)
+    else:
         names = ", ".join(name for name, why in result.failures.items() if not why.startswith("needs "))
         raise S2VFlowError(f"failed: {names}", kept="every other cell, and all that was finished in these")
 
@@ -136,7 +144,7 @@ def check(recipe: Path, as_json: bool, **given: Any) -> None:
     if as_json:
         report.print_json({"recipe": str(checked.path), "ok": True, "nodes": list(checked.nodes)})
     else:
-        report.print_result(f"{checked.path}: {len(checked.nodes)} nodes, no mistakes")
+        report.print_table(f"{checked.path}: {len(checked.nodes)} nodes, no mistakes")
 
 
 @cli.command()
@@ -252,7 +260,7 @@ def nodes(kind: str | None, as_json: bool) -> None:
     from s2v_flow.cli.describe import describe_kinds, kinds_text
 
     described = describe_kinds(kind)
-    report.print_json(described) if as_json else report.print_result(kinds_text(described, in_full=kind is not None))
+    report.print_json(described) if as_json else report.print_table(kinds_text(described, in_full=kind is not None))
 
 
 @cli.command()
@@ -288,9 +296,18 @@ def schema(output: Path | None, what: str) -> None:
 @click.option("-p", "profiles", multiple=True, metavar="NAMES", help="Profiles of the new recipe: -p quality.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 @start_options
+@level_options
 @folder_options
 def make(
-    portrait: Path, voice: Path, prompt: str | None, output: Path, as_json: bool, like: str, force: bool, **given: Any
+    portrait: Path,
+    voice: Path,
+    prompt: str | None,
+    output: Path,
+    as_json: bool,
+    like: str,
+    force: bool,
+    level: Level,
+    **given: Any,
 ) -> None:
     """Make a video without a recipe; one is left beside it, to change and to run again."""
     from s2v_flow.cli import report
@@ -302,8 +319,9 @@ def make(
     given["output_dir"] = given["output_dir"] or recipe.parent  # -o says more than the user's defaults
     options = make_options(**given)
     again = " ".join(["s2vflow run", str(recipe), *(f"-p {name}" for name in options.profiles)])
-    report.print_message(f"the recipe is {recipe}; to run it again: {again}")
-    _run(recipe, options, as_json=as_json)
+    if level != "quiet":
+        report.print_message(f"the recipe is {recipe}; to run it again: {again}")
+    _run(recipe, options, level, again, as_json=as_json)
 
 
 def main() -> NoReturn:

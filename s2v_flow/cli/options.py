@@ -169,6 +169,14 @@ def record_options(command: CommandT) -> CommandT:
     return command
 
 
+def level_options(command: CommandT) -> CommandT:
+    """Add the options that say how much is told, as `level`."""
+    more = "Tell also what is stored already, every file, details."
+    command = click.option("-v", "--verbose", "level", flag_value="verbose", help=more)(command)
+    less = "Tell errors and results only."
+    return click.option("-q", "--quiet", "level", flag_value="quiet", default="normal", help=less)(command)
+
+
 def make_options(**given: Any) -> Options:
     """Make `Options` from the command line's values."""
     from s2v_flow.api import Options

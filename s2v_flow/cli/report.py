@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TextIO
 
+from s2v_flow.cli.colour import for_people
 from s2v_flow.errors import RecipeError, S2VFlowError
-from s2v_flow.graph.events import (
-    Delivered,
-    Event,
-    NodeCached,
-    NodeFinished,
-    NodeStarted,
-    Noted,
-    RunStarted,
-    StepDone,
-)
 from s2v_flow.library.needs import near_files
-from s2v_flow.wording import MAX_DIAGNOSTICS, WARNING, count_text, format_diagnostic, size_text, visible
+from s2v_flow.wording import (
+    MAX_DIAGNOSTICS,
+    WARNING,
+    count_text,
+    duration_text,
+    format_diagnostic,
+    size_text,
+    visible,
+)
 
 if TYPE_CHECKING:
-    from rich.live import Live
-
     from s2v_flow.api import Planned
+    from s2v_flow.graph.plan import PlanNode
 
-_LINE_EVERY_SECONDS = 5.0
+LINE_EVERY_SECONDS = 5.0
+_MANY_ROWS = 40  # of a plan: from there on like nodes share one
 
 
 def print_result(text: str) -> None:
@@ -42,9 +40,15 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2), flush=True)
 
 
-def print_message(text: str) -> None:
-    """Print a line for people to stderr."""
-    print(text, file=sys.stderr, flush=True)
+def print_table(text: str) -> None:
+    """Print a result for people to stdout: in a terminal with colours, and wrapped at words."""
+    print(for_people(text, sys.stdout), file=sys.stdout, flush=True)
+
+
+def print_message(text: str, stream: TextIO | None = None) -> None:
+    """Print a line for people to stderr, or to another stream."""
+    stream = stream or sys.stderr
+    print(for_people(text, stream), file=stream, flush=True)
 
 
 def print_error(error: S2VFlowError) -> None:
@@ -70,46 +74,56 @@ def noted(text: str) -> str:
 
 def print_plan(planned: Planned) -> None:
     """Print a plan as a table for people, to stdout."""
-    nodes = planned.plan.nodes
-    width = max((len(node.name) for node in nodes), default=0)
-    column = max((len(status.status) for status in planned.statuses.values()), default=4)
-    kinds = max((len(node.kind) for node in nodes), default=0)
-    print_result(f"plan of {planned.recipe.path} on {planned.device}")
-    for node in nodes:
-        status = planned.statuses[node.name]
-        facts = ", ".join(_facts(node.facts))
-        reason = f"{status.reason}" + (f"  [{facts}]" if facts else "")
-        print_result(f"  {status.status:<{column}}  {node.name:<{width}}  {node.kind:<{kinds}}  {visible(reason)}")
+    lines = [f"plan of {planned.recipe.path} on {planned.device}", *_rows(planned)]
     counts = [status.status for status in planned.statuses.values()]
     to_run = counts.count("RUN") + counts.count("RESUME")
-    print_result(f"{counts.count('HIT')} stored, {to_run} to run; {_length(planned)}")
-    if planned.has_work:
-        print_result(_cost(planned))
-        print_result(_memory(planned))
-    for note in planned.notes:
-        print_result(visible(noted(note)))
+    lines.append(f"{counts.count('HIT')} stored, {to_run} to run; {length_text(planned)}")
+    lines += [_cost(planned), _memory(planned)] if planned.has_work else []
+    lines += [visible(noted(note)) for note in planned.notes]
     for item in planned.plan.missing:
-        print_result(f"missing: {visible(item.file)} ({item.kind}), looked for in {', '.join(item.looked_in)}")
-        for near in near_files(item.file, item.kind, item.looked_in):
-            print_result(f"  near: {visible(str(near))}")
-        for home in item.homes:
-            print_result(f"  can be had at {home}")
+        lines.append(f"missing: {visible(item.file)} ({item.kind}), looked for in {', '.join(item.looked_in)}")
+        lines += [f"  near: {visible(str(near))}" for near in near_files(item.file, item.kind, item.looked_in)]
+        lines += [f"  can be had at {home}" for home in item.homes]
+    print_table("\n".join(lines))
+
+
+def _rows(planned: Planned) -> Iterator[str]:
+    """Yield a line for every node; of many, those that follow each other and share kind and status have one."""
+
+    def like(node: PlanNode) -> tuple[str, str, str]:
+        status = planned.statuses[node.name]
+        return status.status, node.kind, status.reason if status.status != "HIT" else ""
+
+    nodes = planned.plan.nodes
+    groups = [[node] for node in nodes]
+    if len(nodes) > _MANY_ROWS:
+        groups = [list(group) for _, group in groupby(nodes, like)]
+    names = [f"{group[0].name} to {group[-1].name}" if len(group) > 1 else group[0].name for group in groups]
+    width, kinds = max(map(len, names), default=0), max((len(node.kind) for node in nodes), default=0)
+    column = max((len(status.status) for status in planned.statuses.values()), default=4)
+    for name, group in zip(names, groups, strict=True):
+        status = planned.statuses[group[0].name]
+        facts = [f"x {len(group)}"] if len(group) > 1 else _facts(group[0].facts)
+        reason = f"{status.reason}" + (f"  [{', '.join(facts)}]" if facts else "")
+        yield f"  {status.status:<{column}}  {name:<{width}}  {group[0].kind:<{kinds}}  {visible(reason)}"
 
 
 def _cost(planned: Planned) -> str:
     cost = planned.estimate
-    reads = f"{cost.num_files} files to read, {size_text(cost.bytes_to_read)}"
+    files = "1 file" if cost.num_files == 1 else f"{cost.num_files} files"
+    reads = f"{files} to read, {size_text(cost.bytes_to_read)}"
     if cost.seconds is None:
         sizes = f"{size_text(cost.known_disk_bytes)} or more to be stored"
         return f"{reads}; {sizes}; no estimate of time: {', '.join(cost.unknown)} never ran here in this size"
     sizes = f"{size_text(cost.disk_bytes or 0)} to be stored"
-    return f"{reads}; about {cost.seconds:.0f} s, {sizes}, from past runs on this machine"
+    return f"{reads}; about {duration_text(cost.seconds)}, {sizes}, from past runs on this machine"
 
 
 def _memory(planned: Planned) -> str:
     largest = planned.estimate.largest
     unknown = [name for name, memory in planned.estimate.memory.items() if memory.peak_bytes is None]
-    missing = f"; unknown for {len(unknown)} nodes, whose files are missing" if unknown else ""
+    nodes = "1 node" if len(unknown) == 1 else f"{len(unknown)} nodes"
+    missing = f"; unknown for {nodes}, whose files are missing" if unknown else ""
     if largest is None:
         return f"no estimate of memory{missing}"
     name, memory = largest
@@ -118,14 +132,17 @@ def _memory(planned: Planned) -> str:
     return f"memory: at most about {size} on {planned.device}, in {name} ({how}){missing}"
 
 
-def _length(planned: Planned) -> str:
+def length_text(planned: Planned) -> str:
+    """Return how much is made: "3 chunks, 224 frames, 14.00 s"; in a matrix "6 cells: 12 chunks; ..."."""
     chunks, frames, seconds = planned.num_chunks, planned.num_frames, planned.seconds
-    parts = ["chunks unknown" if chunks is None else f"{chunks} {'chunk' if chunks == 1 else 'chunks'}"]
-    parts += [] if frames is None else [f"{frames} frames"]
+    parts = [] if frames is None else [f"{frames} frames"]
     parts += [] if seconds is None else [f"{seconds:.2f} s"]
     silent = planned.silent_seconds
     parts += [] if not silent else [f"padded with {silent:.2f} s of silence, which is cut"]
-    return ", ".join(parts)
+    text = "chunks unknown" if chunks is None else f"{chunks} {'chunk' if chunks == 1 else 'chunks'}"
+    if not planned.labels:
+        return ", ".join([text, *parts])
+    return f"{len(planned.labels)} cells: {text}{'; the longest ' if parts else ''}{', '.join(parts)}"
 
 
 def _facts(facts: Mapping[str, Any]) -> list[str]:
@@ -138,109 +155,6 @@ def _facts(facts: Mapping[str, Any]) -> list[str]:
     if facts.get("seconds") is not None:
         shown.append(f"{facts['seconds']:.2f} s")
     return shown
-
-
-@dataclass
-class _Row:
-    kind: str
-    status: str = "running"
-    step: int = 0
-    before: int = 0  # steps of an earlier run, which a resume point brought along
-    total: int = 0
-    unit: str = ""
-    started: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-    def per_step(self) -> float:
-        return (time.monotonic() - self.started) / (self.step - self.before) if self.step else 0.0
-
-    def text(self) -> str:
-        """Return "step 3/20, 1.20 s/step, 20 s left"."""
-        if self.status == "done":
-            return f"{self.seconds:.1f} s, peak {size_text(self.peak_bytes, is_memory=True)}"
-        if not self.step:
-            return ""
-        pace = self.per_step()
-        speed = f"{pace:.2f} s/{self.unit}" if pace >= 0.1 else f"{1 / max(pace, 1e-9):.0f} {self.unit}s/s"
-        return f"{self.unit} {self.step}/{self.total}, {speed}, {pace * (self.total - self.step):.0f} s left"
-
-
-class Progress:
-    """Listens to a run: a live table in a terminal, else a line at every start, end and every few seconds."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._rows: dict[str, _Row] = {}
-        self._last_line = 0.0
-        self._to_run: tuple[str, ...] = ()
-        self._live: Live | None = None
-        if self._stream.isatty() and os.environ.get("TERM") != "dumb":
-            from rich.console import Console
-            from rich.live import Live
-
-            console = Console(file=self._stream, highlight=False)  # which obeys NO_COLOR
-            self._live = Live(console=console, get_renderable=self._table, refresh_per_second=4)
-            self._live.start()
-
-    def close(self) -> None:
-        """Leave the terminal as it was, with the table's last state."""
-        if self._live is not None:
-            self._live.refresh()
-            self._live.stop()
-            self._live = None
-
-    def __call__(self, event: Event) -> None:
-        """Show an event."""
-        if isinstance(event, RunStarted):
-            self._to_run = event.nodes
-        elif isinstance(event, NodeStarted):
-            self._rows[event.node] = _Row(event.kind)
-            self._line(f"{event.node}: started ({event.kind})")
-        elif isinstance(event, StepDone):
-            self._step(event)
-        elif isinstance(event, NodeFinished):
-            row = self._rows[event.node]
-            row.status, row.seconds, row.peak_bytes = "done", event.seconds, event.peak_bytes
-            self._line(f"{event.node}: done, {row.text()}")
-        elif isinstance(event, NodeCached):
-            self._rows[event.node] = _Row("", status="stored")
-            self._line(f"{event.node}: stored already")
-        elif isinstance(event, Noted):
-            self._note(event)
-        elif isinstance(event, Delivered) and not event.changed:
-            self._line(f"{event.node}: {event.path} is up to date")
-
-    def _step(self, event: StepDone) -> None:
-        row = self._rows.setdefault(event.node, _Row(""))
-        row.before = row.before if row.step else event.step - 1
-        row.step, row.total, row.unit = event.step, event.total, event.unit
-        if self._live is None and time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
-            self._line(f"{event.node}: {row.text()}")
-
-    def _note(self, event: Noted) -> None:
-        text = f"{event.node}: {event.text}" if event.node else event.text
-        text = visible(f"warning: {text}" if event.is_warning else f"note: {text}")
-        if self._live is not None:
-            self._live.console.print(text, markup=False)
-        else:
-            self._line(text)
-
-    def _line(self, text: str) -> None:
-        if self._live is None:
-            self._last_line = time.monotonic()
-            print(visible(text), file=self._stream, flush=True)
-
-    def _table(self) -> Any:
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for name, row in list(self._rows.items())[-12:]:
-            table.add_row(visible(name), row.kind, row.status, row.text())
-        waiting = [name for name in self._to_run if name not in self._rows]
-        if waiting:
-            table.add_row(f"{len(waiting)} more", "", "waiting", "")
-        return table
 
 
 class DownloadProgress:
@@ -256,10 +170,14 @@ class DownloadProgress:
         now = time.monotonic()
         if file != self._file:
             self._file, self._started = file, (now, done)
-        elif done < total and now - self._last_line < _LINE_EVERY_SECONDS:
+        elif done < total and now - self._last_line < LINE_EVERY_SECONDS:
             return
         self._last_line = now
         started, before = self._started
         speed = (done - before) / max(now - started, 1e-3)
-        pace = f", {size_text(int(speed))}/s, {(total - done) / speed:.0f} s left" if speed and done < total else ""
+        pace = (
+            f", {size_text(int(speed))}/s, {duration_text((total - done) / speed)} left"
+            if speed and done < total
+            else ""
+        )
         print_message(f"{visible(file)}: {size_text(done)} of {size_text(total)}{pace}")

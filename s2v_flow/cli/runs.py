@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from s2v_flow.cli.options import FILE, FOLDER, OrderedCommand, folder_options, make_options, recipe_options
+from s2v_flow.cli.options import (
+    FILE,
+    FOLDER,
+    OrderedCommand,
+    folder_options,
+    level_options,
+    make_options,
+    recipe_options,
+)
 from s2v_flow.errors import ExitCode, S2VFlowError
+
+if TYPE_CHECKING:
+    from s2v_flow.cli.progress import Level
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 _CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts and runs are kept.  [env: S2VFLOW_CACHE_DIR]")
@@ -35,7 +46,7 @@ def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | 
     listing = list_runs(root)
     for note in listing.notes:
         report.print_message(f"note: skipped: {note}")
-    report.print_json(listing_json(listing)) if as_json else report.print_result(runs_text(listing))
+    report.print_json(listing_json(listing)) if as_json else report.print_table(runs_text(listing))
 
 
 @click.command()
@@ -50,7 +61,7 @@ def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
     from s2v_flow.runs.record import runs_root
 
     found = find(runs_root(make_options(cache_dir=cache_dir, device=None).cache_root), run)
-    report.print_json(found.model_dump(mode="json")) if as_json else report.print_result(show_text(found))
+    report.print_json(found.model_dump(mode="json")) if as_json else report.print_table(show_text(found))
 
 
 @click.command()
@@ -64,20 +75,22 @@ def diff(a: str, b: str, as_json: bool, cache_dir: Path | None) -> None:
     from s2v_flow.history.compare import compare
 
     found = compare(a, b, make_options(cache_dir=cache_dir, device=None))
-    report.print_json(found.to_json()) if as_json else report.print_result(found.to_text())
+    report.print_json(found.to_json()) if as_json else report.print_table(found.to_text())
 
 
 @click.command()
 @click.argument("video", type=FILE)
 @_JSON
 @click.option("-o", "--output", type=FOLDER, metavar="DIRECTORY", help="Keep the new video there.")
+@level_options
 @folder_options
-def reproduce(video: Path, as_json: bool, output: Path | None, **given: Any) -> None:
+def reproduce(video: Path, as_json: bool, output: Path | None, level: Level, **given: Any) -> None:
     """Make an mp4 again from what it says of itself; leave with 1, and name what differs, if its frames do."""
     from s2v_flow.cli import report
+    from s2v_flow.cli.progress import Progress
     from s2v_flow.history.reproduce import reproduce as make_again
 
-    progress = report.Progress()
+    progress = Progress(video.stem, level=level)
     try:
         found = make_again(video, make_options(**given), output_dir=output, on_event=progress)
     finally:

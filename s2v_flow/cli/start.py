@@ -38,7 +38,7 @@ def doctor(as_json: bool, **given: Any) -> None:
     from s2v_flow.cli.doctor import examine, findings_json, findings_text
 
     findings = examine(make_options(**given))
-    report.print_json(findings_json(findings)) if as_json else report.print_result(findings_text(findings))
+    report.print_json(findings_json(findings)) if as_json else report.print_table(findings_text(findings))
     if any(finding.status == "problem" for finding in findings):
         sys.exit(ExitCode.FAILED)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +12,7 @@ from s2v_flow.graph.checkpoint import Checkpoint
 from s2v_flow.graph.events import (
     Listener,
     Noted,
+    StageStarted,
     StepDone,
 )
 from s2v_flow.graph.numerics import Numerics
@@ -82,6 +83,13 @@ class RunContext:
         """Report that `step` of `total` is done."""
         self.emit(StepDone(self.name, step, total, unit))
 
-    def note(self, text: str, *, is_warning: bool = False) -> None:
-        """Report something a person should know."""
-        self.emit(Noted(self.name, text, is_warning))
+    @contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        """Report that something long without steps goes on: "loading x.safetensors"."""
+        self.emit(StageStarted(self.name, text))
+        yield
+        self.emit(StageStarted(self.name, ""))
+
+    def note(self, text: str, *, is_warning: bool = False, is_detail: bool = False) -> None:
+        """Report something a person should know, or a detail for those who ask for details."""
+        self.emit(Noted(self.name, text, is_warning, is_detail))

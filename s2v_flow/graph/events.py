@@ -26,6 +26,14 @@ class NodeStarted:
 
 
 @dataclass(frozen=True)
+class StageStarted:
+    """Something long begins that has no steps: "loading x.safetensors". An empty `stage`: it is over."""
+
+    node: str
+    stage: str
+
+
+@dataclass(frozen=True)
 class StepDone:
     """Step `step` of `total` is done (a denoising step, a decoded group of frames); `unit` says which."""
 
@@ -37,11 +45,16 @@ class StepDone:
 
 @dataclass(frozen=True)
 class NodeFinished:
-    """A plan node is done. `seconds` of wall time; `peak_bytes` is the process's peak memory so far."""
+    """A plan node is done, after `seconds` of wall time.
+
+    `peak_bytes` is the most memory that the process took while the node was computed, `peak_device_bytes` the most that
+    torch had allocated on one GPU (null where it used none). Where the system cannot forget a peak: so far.
+    """
 
     node: str
     seconds: float
     peak_bytes: int
+    peak_device_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +66,15 @@ class NodeCached:
 
 @dataclass(frozen=True)
 class Noted:
-    """Something a person should know: LoRA coverage, a damaged artifact that is computed again, sound that is cut."""
+    """Something a person should know: LoRA coverage, a damaged artifact that is computed again, sound that is cut.
+
+    `is_detail`: only somebody who asks for details wants it.
+    """
 
     node: str
     text: str
     is_warning: bool = False
+    is_detail: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,5 +95,5 @@ class RunFinished:
     error: str | None = None
 
 
-Event = RunStarted | NodeStarted | StepDone | NodeFinished | NodeCached | Noted | Delivered | RunFinished
+Event = RunStarted | NodeStarted | StageStarted | StepDone | NodeFinished | NodeCached | Noted | Delivered | RunFinished
 Listener = Callable[[Event], None]

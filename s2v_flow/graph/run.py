@@ -41,7 +41,7 @@ from s2v_flow.graph.status import (
     to_be_replaced,
 )
 from s2v_flow.graph.turns import node_turn
-from s2v_flow.machine import peak_device_bytes, peak_memory_bytes
+from s2v_flow.machine import forget_peaks, peak_device_bytes, peak_memory_bytes
 
 _MENDS = 3
 
@@ -225,6 +225,8 @@ class Run:
     def _compute(self, node: PlanNode, key: str, image: Mapping[str, Any], *, is_mend: bool = False) -> Entry:
         started = time.monotonic()
         self.emit(NodeStarted(node.name, node.kind))
+        if not is_mend:  # another node is being computed, whose peak it is
+            forget_peaks()
         checkpoint = self._checkpoint(node, key)
 
         def work(scratch: Scratch) -> Entry:
@@ -242,7 +244,8 @@ class Run:
         checkpoint.folder.forget(key)
         self._remember(node, key, entry)
         self._computed.append(node.name)
-        self.emit(NodeFinished(node.name, time.monotonic() - started, peak_memory_bytes()))
+        seconds = time.monotonic() - started
+        self.emit(NodeFinished(node.name, seconds, peak_memory_bytes(), peak_device_bytes()))
         return entry
 
     def _degraded(self, node: PlanNode) -> dict[str, Any]:

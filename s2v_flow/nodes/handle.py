@@ -133,7 +133,8 @@ def open_handle(
     )
 
     def load_now(streams: bool) -> Any:
-        return load(path, **options, **({"streamed": True} if streams else {}))
+        with context.stage(f"loading {path.name}"):
+            return load(path, **options, **({"streamed": True} if streams else {}))
 
     return ModelHandle(
         context.models(),

@@ -16,7 +16,7 @@ from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Value
 from s2v_flow.nodes.chunk_plan import Chain, Part
 from s2v_flow.nodes.fields import Precision, model_file
 from s2v_flow.nodes.handle import lacks_room, open_handle
-from s2v_flow.nodes.lora import Lora, coverage_text, matched
+from s2v_flow.nodes.lora import Lora, coverage_text, matched, unmatched_text
 from s2v_flow.nodes.remarks import ModelFacts, is_distilled, remark_on_lora
 from s2v_flow.nodes.settings import Settings
 
@@ -110,6 +110,8 @@ class LoadDiffusionModel(Node):
             loaded = load_dit(path, loras=specs, rounds_linears=self.fp8_rounding == "comfyui_2025", **options)
             for lora, report in zip(self.loras, loaded.report.loras, strict=True):
                 context.note(coverage_text(lora, report), is_warning=report.matched == 0)
+                if report.unmatched:
+                    context.note(f"LoRA {lora.id}: {unmatched_text(report)}", is_detail=True)
                 coverage = {"id": lora.id, "matched": report.matched, "total": report.total}
                 facts.setdefault("loras", []).append(coverage)
             return loaded.module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -53,16 +53,20 @@ def matched(lora: Lora, checkpoint: Path | None, file: Path | None) -> LoraRepor
     return report
 
 
-def coverage_text(lora: Lora, report: Any) -> str:
-    """Say how much of a LoRA found a home.
+def coverage_text(lora: Lora, report: LoraReport) -> str:
+    """Say how much of a LoRA found a home; which keys did not, `unmatched_text` says.
 
     Raises:
         CheckpointError: Not all of it did, and the recipe does not allow that.
     """
     text = f"LoRA {lora.id}: {report.matched} of {report.total} tensors applied ({report.coverage:.0%})"
-    if report.unmatched:
-        shown = ", ".join(report.unmatched[:5]) + (", ..." if len(report.unmatched) > 5 else "")
-        text += f"; {len(report.unmatched)} have no home in this model: {shown}"
-        if not lora.allow_partial:
-            raise CheckpointError(text, fix=f"set allow_partial: true for the LoRA {lora.id} if that is meant")
+    if report.unmatched and not lora.allow_partial:
+        fix = f"set allow_partial: true for the LoRA {lora.id} if that is meant"
+        raise CheckpointError(f"{text}; {unmatched_text(report)}", fix=fix)
     return text
+
+
+def unmatched_text(report: LoraReport) -> str:
+    """Say which of a LoRA's keys found no home: "54 have no home in this model: ..."."""
+    shown = ", ".join(report.unmatched[:5]) + (", ..." if len(report.unmatched) > 5 else "")
+    return f"{len(report.unmatched)} have no home in this model: {shown}"

@@ -17,7 +17,7 @@ import pytest
 from recipes_for_tests import call, tiny, without_notes, write_recipe, write_voice
 
 from s2v_flow import __version__
-from s2v_flow.cli.report import Progress
+from s2v_flow.cli.progress import Progress
 from s2v_flow.graph.events import Event, NodeFinished, NodeStarted, Noted, RunStarted, StepDone
 
 QUICK = tiny(talk={"chunks": 2, "seed": [1, 2]}, video={"preset": "ultrafast"})
@@ -33,8 +33,13 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> tuple[P
     code, out, err = call("run", recipe, *where)
     assert (code, out) == (0, f"{folder / 'out' / 'talk.mp4'}\n"), err
     lines = err.splitlines()
-    assert "first: started (sample)" in lines
-    assert any(re.fullmatch(r"talk\[2\]: done, \d+\.\d s, peak \d+\.\d [GM]iB", line) for line in lines)
+    clock = r"\d\d:\d\d:\d\d recipe: "
+    assert all(re.match(clock, line) for line in lines)
+    assert re.fullmatch(clock + r".*", lines[0])
+    assert any(re.fullmatch(clock + r"first: sampling chunk 1 of 3", line) for line in lines)
+    assert any(re.fullmatch(clock + r"talk\[2\]: done, \d+\.\d s, peak \d+\.\d [GM]iB", line) for line in lines)
+    end = r"end: talk\.mp4  1\.2 s · 64x64 · 3 chunks · 7 computed, 0 stored · \d.* s · seed 20"
+    assert re.fullmatch(clock + end, lines[-1]), lines[-1]
     assert "\x1b" not in err
     return recipe, where
 
@@ -166,7 +171,7 @@ def test_a_second_run_computes_nothing_and_never_imports_torch(done: tuple[Path,
     assert {"first", "talk[1]", "talk[2]", "video"} <= set(report["stored"])
     assert report["outputs"] == {"video": [str(recipe.parent / "out" / "talk.mp4")]}
     assert imported == "False False"
-    assert without_notes(result.stderr) == f"video: {recipe.parent / 'out' / 'talk.mp4'} is up to date\n"
+    assert without_notes(result.stderr) == ""
 
 
 def test_another_seed_for_the_last_chunk_runs_that_chunk_and_what_follows(
@@ -230,7 +235,7 @@ def test_notes_are_told_before_the_run(done: tuple[Path, list[str]], tmp_path: P
     options = ["--set", "nodes.talk.chunks=0", "--set", "nodes.talk.seed=null", "--output-dir", tmp_path]
     code, _, err = call("run", recipe, *where, *options)
     assert code == 0
-    assert "note: frames: the chunks cover 0.31 s of 1.25 s of sound" in err.partition("video: started")[0]
+    assert "note: frames: the chunks cover 0.31 s of 1.25 s of sound" in err.partition("video: decoding")[0]
 
 
 def assert_goes_on(recipe: Path, where: list[str], change: list[str]) -> None:
@@ -249,7 +254,7 @@ def test_after_ctrl_c_the_next_run_goes_on_from_the_stored_chunks(tmp_path: Path
     command = [sys.executable, "-m", "s2v_flow", "run", str(recipe), *where, *change, *endless]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
-        assert any(line.startswith("talk[1]: started") for line in running.stderr)
+        assert any(" talk[1]: sampling" in line for line in running.stderr)
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "")
@@ -316,7 +321,7 @@ class Terminal(io.StringIO):
 
 
 def shown(stream: io.StringIO) -> str:
-    progress = Progress(stream)
+    progress = Progress(stream=stream)
     events = (
         RunStarted(("first", "video"), 9),
         NodeStarted("first", "sample"),
@@ -336,7 +341,7 @@ def test_in_a_terminal_progress_is_a_table_without_colours_where_no_color_is_set
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     text = shown(Terminal())
-    assert re.search(r"first +sample +done +1\.5 s, peak 1\.0 GiB", text)
+    assert re.search(r"done +first +sampling +1\.5 s +1\.0 GiB", text)
     assert "1 more" in text
     assert "warning: first: odd [red]text[/red] \\x1b[31m" in text
     assert not re.search(r"\x1b\[[0-9;]*[34][0-9;]*m", text)
@@ -344,8 +349,9 @@ def test_in_a_terminal_progress_is_a_table_without_colours_where_no_color_is_set
 
 def test_elsewhere_progress_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert shown(io.StringIO()).splitlines() == [
-        "first: started (sample)",
+    assert [line.partition(" ")[2] for line in shown(io.StringIO()).splitlines()] == [
+        "begin: 2 of 9 nodes to compute",
+        "first: sampling",
         "warning: first: odd [red]text[/red] \\x1b[31m",
         "first: done, 1.5 s, peak 1.0 GiB",
     ]
