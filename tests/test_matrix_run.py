@@ -16,7 +16,9 @@ from s2v_flow.nodes.chunk import Chunk
 
 
 @pytest.mark.slow
-def test_a_matrix_writes_each_cell_and_one_page(tmp_path: Path, tiny_models: Path) -> None:
+def test_a_matrix_writes_each_cell_and_one_page(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two seeds: two videos, a contact sheet and a side-by-side video as long as they are."""
     recipe = write_recipe(tmp_path, tiny())
     write_voice(tmp_path / "voice.wav", 0.5)
@@ -30,12 +32,14 @@ def test_a_matrix_writes_each_cell_and_one_page(tmp_path: Path, tiny_models: Pat
     assert len({probe_video(path).num_frames for path in videos}) == 1
     assert probe_video(videos[-1]).fps == Fraction(16)
 
-    (page,) = (path for path in paths if path.suffix == ".png")
-    page.unlink()
-    page.mkdir()  # so that it cannot be written
+    monkeypatch.setattr("s2v_flow.media.sheet.contact_sheet", fail)
     code, again, err = call("run", str(recipe), *where, "-m", "nodes.first.seed=1,2", "--device", "cpu")
-    assert (code, "warning: the page of all cells cannot be made" in err) == (0, True)
+    assert (code, "warning: the page of all cells cannot be made: the printer is out of ink" in err) == (0, True)
     assert again.splitlines() == [str(video) for video in videos[:2]]
+
+
+def fail(*_: object) -> None:
+    raise OSError("the printer is out of ink")
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(

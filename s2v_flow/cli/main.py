@@ -123,11 +123,10 @@ def _summary(planned: Planned, result: RunResult) -> list[Path]:
     if not planned.labels:
         return []
     from s2v_flow.cli import report
-    from s2v_flow.history.side import cell_videos, summarise
+    from s2v_flow.history.side import summarise
 
-    videos = cell_videos(planned, result)
     try:
-        return summarise(videos, planned.recipe.path.stem) if len(videos) > 1 else []
+        return summarise(planned, result)
     except (S2VFlowError, OSError, ValueError) as error:
         report.print_message(f"warning: the page of all cells cannot be made: {error}")
         return []

@@ -2,55 +2,120 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import count
+from math import ceil, sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2v_flow import api
 from s2v_flow.api import Planned
 from s2v_flow.graph.run import RunResult
 from s2v_flow.history.find import find
+from s2v_flow.recipe.matrix import Cell
 from s2v_flow.runs.manifest import Essence, FileRecord, Manifest
 from s2v_flow.runs.record import runs_root
 from s2v_flow.runs.values import values_of
 
-
-def cell_videos(planned: Planned, result: RunResult) -> list[tuple[str, Path]]:
-    """Return the cells' videos that were written, each with its label, in the cells' order."""
-    found = {name: path for name, paths in result.outputs.items() for path in paths if path.suffix == ".mp4"}
-    return [(label, path) for label in planned.labels for name, path in found.items() if name.startswith(f"{label}/")]
-
-
-def summarise(videos: Sequence[tuple[str, Path]], stem: str) -> list[Path]:
-    """Write the contact sheet and the side-by-side video beside the first video.
-
-    Args:
-        videos: At least two labelled videos.
-        stem: How the two files' names begin.
-
-    Returns:
-        The two files. The sound is the first video's.
-    """
-    from s2v_flow.media.audio import open_audio
-    from s2v_flow.media.sheet import contact_sheet, side_by_side
-    from s2v_flow.media.video import probe_video
-
-    labels, paths = [label for label, _ in videos], [path for _, path in videos]
-    info = probe_video(paths[0])
-    sheet, film = (paths[0].with_name(f"{stem}.{name}") for name in ("cells.png", "cells.mp4"))
-    contact_sheet(paths, labels, sheet)
-    audio = open_audio(paths[0]) if info.has_audio else None
-    side_by_side(paths, labels, film, audio, Fraction(info.fps))
-    return [sheet, film]
+if TYPE_CHECKING:
+    from s2v_flow.media.sheet import Tile
 
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
-
-
 _CHUNK_KINDS = ("sample", "extend")
+_MAX_TILES = 24  # of a page
+_MAX_COLUMNS = 8
+_MAX_IN_ROW = 6  # of a film of one axis
+
+
+def summarise(planned: Planned, result: RunResult) -> list[Path]:
+    """Write a matrix's contact sheets and side-by-side videos beside its first video; none for fewer than two videos.
+
+    They are named after what was swept, talk.cells.seed-cfg.png; a file of that name that shows something else stays,
+    and the new ones are numbered. The sound is the first video's.
+    """
+    sinks: dict[str, dict[str, Path]] = {}
+    for name, paths in result.outputs.items():
+        label, _, node = name.rpartition("/")
+        if label in planned.labels and paths and paths[0].suffix == ".mp4":
+            sinks.setdefault(node, {})[label] = paths[0]
+    cells, written = [variant.cell for variant in planned.variants], []
+    for node, videos in sinks.items():
+        stem = planned.recipe.path.stem + (f".{node}" if len(sinks) > 1 else "")
+        written += _summarise(cells, videos, stem) if len(videos) > 1 else []
+    return written
+
+
+def _summarise(cells: Sequence[Cell], videos: Mapping[str, Path], stem: str) -> list[Path]:
+    from s2v_flow.media.audio import open_audio
+    from s2v_flow.media.sheet import contact_sheet, mark_of, page_identity, side_by_side
+    from s2v_flow.media.video import probe_video
+
+    sheets = laid_out(cells, videos)
+    films = [_turned(page) for page in sheets]
+    swept = "-".join(dict.fromkeys(part.partition("=")[0] for cell in cells for part in cell.parts.values()))
+    first = next(iter(videos.values()))
+    identities = [page_identity(page) for page in (*sheets, *films)]
+    for number in count(1):
+        base = re.sub(r"[^\w.-]", "_", f"{stem}.cells.{swept}" + (f".{number}" if number > 1 else ""))
+        names = [f"{base}.page{index}" if len(sheets) > 1 else base for index in range(1, len(sheets) + 1)]
+        targets = [first.with_name(f"{name}{suffix}") for suffix in (".png", ".mp4") for name in names]
+        named = zip(targets, identities, strict=True)
+        if all(not os.path.lexists(target) or mark_of(target) == identity for target, identity in named):
+            break
+    info = probe_video(first)
+    for page, target in zip(sheets, targets, strict=False):
+        contact_sheet(page, target)
+    for page, target in zip(films, targets[len(sheets) :], strict=True):
+        audio = open_audio(first) if info.has_audio else None
+        side_by_side(page, target, audio, Fraction(info.fps))
+    return targets
+
+
+def laid_out(cells: Sequence[Cell], videos: Mapping[str, Path]) -> list[list[list[Tile | None]]]:
+    """Return a matrix's videos on pages of 24 at most: rows of the first axis' values, columns of the second's.
+
+    `videos` are by the cells' labels; a cell without one leaves a hole. Every combination of further axes' values has
+    pages of its own.
+    """
+    from s2v_flow.media.sheet import Tile
+
+    keys = list(dict.fromkeys(key for cell in cells for key in cell.values))
+
+    def at(cell: Cell, some: Sequence[str]) -> tuple[int, ...]:
+        return tuple(cell.ranks.get(key, -1) for key in some)
+
+    def tile(cell: Cell | None) -> Tile | None:
+        if cell is None or cell.label not in videos:
+            return None
+        head, *rest = (cell.parts[key] for key in keys if key in cell.parts)
+        return Tile((head, ", ".join(rest)) if rest else (head,), videos[cell.label])
+
+    pages = []
+    for others in sorted({at(cell, keys[2:]) for cell in cells}):
+        grid = {(at(cell, keys[:1]), at(cell, keys[1:2])): cell for cell in cells if at(cell, keys[2:]) == others}
+        rows, columns = sorted({row for row, _ in grid}), sorted({column for _, column in grid})
+        for left in range(0, len(columns), _MAX_COLUMNS):
+            wide = columns[left : left + _MAX_COLUMNS]
+            tall = _MAX_TILES // len(wide)
+            for top in range(0, len(rows), tall):
+                lines = [[tile(grid.get((row, column))) for column in wide] for row in rows[top : top + tall]]
+                pages.append([line for line in lines if any(line)])
+    return [page for page in pages if page]
+
+
+def _turned(page: list[list[Tile | None]]) -> list[list[Tile | None]]:
+    """Return a page of one column as a row or, where there are more than six tiles, as several."""
+    if len(page[0]) > 1:
+        return page
+    tiles = [row[0] for row in page]
+    wide = len(tiles) if len(tiles) <= _MAX_IN_ROW else ceil(sqrt(len(tiles)))
+    return [(tiles + [None] * wide)[left : left + wide] for left in range(0, len(tiles), wide)]
 
 
 @dataclass(frozen=True)

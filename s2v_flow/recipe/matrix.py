@@ -141,11 +141,17 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: a short name that no other cell has, its values by path, and the changes that make it."""
+    """One combination: a short name that no other cell has, its values by path, and the changes that make it.
+
+    By path, too: `parts` are those of the label ("seed=1"), `ranks` the values' places on their axes, from 0; what only
+    `include` has comes behind.
+    """
 
     label: str
     values: Mapping[str, Any]
     arguments: tuple[Argument, ...]
+    parts: Mapping[str, str]
+    ranks: Mapping[str, int]
 
 
 def read_matrix(tree: MapValue, problems: Problems) -> Matrix:
@@ -211,7 +217,7 @@ def expand(matrix: Matrix, problems: Problems) -> tuple[Cell, ...]:
     if len(cells) > MAX_CELLS:
         _say_too_many(len(cells), matrix.origin, problems)
         return ()
-    return _labelled(cells)
+    return _labelled(cells, matrix.axes)
 
 
 def _say_too_many(count: int, origin: Origin, problems: Problems) -> None:
@@ -310,17 +316,24 @@ def _seen(entry: Entry) -> str:
     return f"an empty {'list' if value == [] else 'map'}" if value in ([], {}) else shown(value)
 
 
-def _labelled(cells: Sequence[Mapping[str, Argument]]) -> tuple[Cell, ...]:
+def _labelled(cells: Sequence[Mapping[str, Argument]], axes: Mapping[str, Axis]) -> tuple[Cell, ...]:
     keys = list(dict.fromkeys(key for cell in cells for key in cell))
     names = _short_names(keys)
     taken: dict[str, int] = {}
+    seen = {
+        key: {_identity(_plain(argument)): rank for rank, argument in enumerate(axis.arguments)}
+        for key, axis in axes.items()
+    }
     labelled = []
     for cell in cells:
         values = {key: _plain(argument) for key, argument in cell.items()}
-        label = ",".join(f"{names[key]}={_shown(value)}" for key, value in values.items())
+        parts = {key: f"{names[key]}={_shown(value)}" for key, value in values.items()}
+        places = {key: seen.setdefault(key, {}) for key in values}
+        ranks = {key: places[key].setdefault(_identity(value), len(places[key])) for key, value in values.items()}
+        label = ",".join(parts.values())
         taken[label] = taken.get(label, 0) + 1
         label += f" ({taken[label]})" if taken[label] > 1 else ""
-        labelled.append(Cell(label, values, tuple(cell.values())))
+        labelled.append(Cell(label, values, tuple(cell.values()), parts, ranks))
     return tuple(labelled)
 
 

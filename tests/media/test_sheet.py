@@ -15,11 +15,11 @@ from PIL import Image
 
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import reap, stale
-from s2v_flow.media.sheet import contact_sheet, side_by_side
-from s2v_flow.media.video import probe_video
+from s2v_flow.media.sheet import Page, Tile, contact_sheet, side_by_side
+from s2v_flow.media.video import VideoReader, probe_video
 from s2v_flow.media.writer import VideoWriter
 
-LABELS = ["steps=2", "steps=4"]
+LABELS = ("steps=2", "steps=4")
 
 
 def clips(folder: Path, num_frames: int = 8) -> list[Path]:
@@ -30,10 +30,14 @@ def clips(folder: Path, num_frames: int = 8) -> list[Path]:
     return paths
 
 
-def make(folder: Path, videos: list[Path], labels: list[str]) -> tuple[int, int]:
+def page(videos: list[Path], labels: tuple[str, ...]) -> Page:
+    return [[Tile((label,), video)] for video, label in zip(videos, labels, strict=True)]
+
+
+def make(folder: Path, videos: list[Path], labels: tuple[str, ...]) -> tuple[int, int]:
     """Make both; return when they were last written."""
-    contact_sheet(videos, labels, folder / "cells.png")
-    side_by_side(videos, labels, folder / "cells.mp4", None, Fraction(16))
+    contact_sheet(page(videos, labels), folder / "cells.png")
+    side_by_side(page(videos, labels), folder / "cells.mp4", None, Fraction(16))
     return (folder / "cells.png").stat().st_mtime_ns, (folder / "cells.mp4").stat().st_mtime_ns
 
 
@@ -41,19 +45,47 @@ def test_what_was_made_of_the_same_is_left_alone_and_anything_else_is_made_anew(
     videos = clips(tmp_path)
     first = make(tmp_path, videos, LABELS)
     with Image.open(tmp_path / "cells.png") as sheet:
-        assert sheet.width == 4 * 240
+        assert sheet.size == (4 * 240 + 8, 2 * (20 + 240 + 20))
     assert probe_video(tmp_path / "cells.mp4").num_frames == 8
     assert make(tmp_path, videos, LABELS) == first
-    second = make(tmp_path, videos, ["a", "b"])
+    second = make(tmp_path, videos, ("a", "b"))
     assert second[0] != first[0]
     assert second[1] != first[1]
-    third = make(tmp_path, clips(tmp_path, 9), ["a", "b"])
+    third = make(tmp_path, clips(tmp_path, 9), ("a", "b"))
     assert third[0] != second[0]
     assert probe_video(tmp_path / "cells.mp4").num_frames == 9
     for name in ("cells.png", "cells.mp4"):
         (tmp_path / name).write_bytes(b"spoilt")
-    make(tmp_path, videos, ["a", "b"])
+    make(tmp_path, videos, ("a", "b"))
     assert probe_video(tmp_path / "cells.mp4").num_frames == 9
+
+
+def test_holes_are_black_and_labels_are_whole(tmp_path: Path) -> None:
+    """Two rows and columns, one of them a hole; a label that is longer than its video makes the columns wider."""
+    one, other = clips(tmp_path)
+    long = "negative_prompt=blurry, overexposed"
+    grid: Page = [[Tile(("seed=1", long), one), Tile(("seed=1", "b"), other)], [None, Tile(("seed=2", "b"), one)]]
+    contact_sheet(grid, tmp_path / "cells.png")
+    side_by_side(grid, tmp_path / "cells.mp4", None, Fraction(16))
+    with Image.open(tmp_path / "cells.png") as opened:
+        sheet = np.asarray(opened)
+    row = 40 + 240 + 20
+    assert sheet.shape == (2 * row, 2 * 968, 3)
+    assert [int(sheet[row * i + 100, 968 * j + 100].mean()) // 60 for i in (0, 1) for j in (0, 1)] == [1, 2, 0, 1]
+    assert not sheet[row:, :960].any()
+    film = probe_video(tmp_path / "cells.mp4")
+    with VideoReader(tmp_path / "cells.mp4") as reader:
+        (first,) = reader.read(0, 1)
+    lit = np.nonzero((first[20:40, : film.width // 2] > 128).any(axis=(0, 2)))[0]
+    assert 150 < lit.max() < film.width // 2 - 4, "the last letter stands inside its column"
+    assert film.height == 2 * (40 + 32) + 20
+
+
+def test_many_columns_have_two_pictures_each(tmp_path: Path) -> None:
+    one, _ = clips(tmp_path)
+    contact_sheet([[Tile((f"seed={seed}",), one) for seed in range(6)]], tmp_path / "cells.png")
+    with Image.open(tmp_path / "cells.png") as sheet:
+        assert sheet.width == 6 * (2 * 240 + 8)
 
 
 def test_a_file_of_the_users_beside_the_sheet_is_not_touched(tmp_path: Path) -> None:
@@ -71,7 +103,7 @@ def test_a_sheet_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> N
     videos = clips(tmp_path)
     (tmp_path / "cells.png").mkdir()
     with pytest.raises(S2VFlowError, match=r"cells\.png: cannot be written"):
-        contact_sheet(videos, LABELS, tmp_path / "cells.png")
+        contact_sheet(page(videos, LABELS), tmp_path / "cells.png")
     assert not stale(tmp_path)
 
 
