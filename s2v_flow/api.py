@@ -260,32 +260,48 @@ def run(path: Path | str, options: Options | None = None, on_event: Listener = i
     return run_planned(plan(path, options), options, on_event)
 
 
-def run_planned(planned: Planned, options: Options, on_event: Listener = ignore) -> RunResult:
-    """Run a plan; see `run`."""
+def run_planned(planned: Planned, options: Options, on_event: Listener = ignore, run_id: str = "") -> RunResult:
+    """Run a plan, under an id that is given or made; see `run`."""
     require_files(planned)
     options.selection.check(planned.plan, planned.statuses)
-    if _make_demo_models(planned, options, on_event):
-        planned = _plan(planned.recipe, planned.variants, options)
-    for node in planned.plan.nodes:
-        if planned.statuses[node.name].status == "LOAD":
-            node.node.check(node.files)
-    digests = FileDigests(_digest_memory(options), on_event)
-    if options.locked:
-        check_lock(lock_path(planned.recipe.path), planned.recipe, planned.plan, digests)
-    numerics = Numerics(device_class(planned.device))
+    digests, made = FileDigests(_digest_memory(options), on_event), _demo_models(planned, options)
+    if is_made := all(file.is_file() for file in made):
+        _refuse_files(planned, options, digests)
     recorder = Recorder(
         recipe=planned.recipe,
         plan=planned.plan,
         statuses=planned.statuses,
-        numerics=numerics,
+        numerics=Numerics(device_class(planned.device)),
         folder=runs_root(options.cache_root),
         given=_given(options),
         cells=planned.labels,
         digest=digests.known,
         emit=on_event,
         has_host=options.record_host,
+        id=run_id,
     )
+    needed = [status.fingerprint for status in planned.statuses.values() if status.fingerprint is not None]
+    with live_run(options.cache_root, needed, recorder.id), recorder:
+        if not is_made:
+            _make_demo_models(made, options, on_event)
+            planned = _plan(planned.recipe, planned.variants, options)
+            recorder.plan, recorder.statuses = planned.plan, planned.statuses
+            _refuse_files(planned, options, digests)
+        result = _execute(planned, options, recorder, digests)
+    return replace(result, run_id=recorder.id)
 
+
+def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> None:
+    """Refuse models that a run cannot use, and those that are not as locked."""
+    for node in planned.plan.nodes:
+        if planned.statuses[node.name].status == "LOAD":
+            node.node.check(node.files)
+    if options.locked:
+        check_lock(lock_path(planned.recipe.path), planned.recipe, planned.plan, digests)
+
+
+def _execute(planned: Planned, options: Options, recorder: Recorder, digests: FileDigests) -> RunResult:
+    numerics = recorder.numerics
     execution = Run(
         plan=planned.plan,
         statuses=planned.statuses,
@@ -303,16 +319,15 @@ def run_planned(planned: Planned, options: Options, on_event: Listener = ignore)
         cache_limit=options.size_limit,
     )
     recorder.entries, recorder.not_kept = execution.entries, execution.not_kept
-    needed = [status.fingerprint for status in planned.statuses.values() if status.fingerprint is not None]
     waits = planned.has_work and not options.share_gpu
-    on_gpu = gpu_turn(planned.device, on_event, options.should_stop, is_needed=waits)
-    with recorder, live_run(options.cache_root, needed), on_gpu:
+    on_gpu = gpu_turn(planned.device, recorder, options.should_stop, is_needed=waits)
+    with on_gpu:
         try:
             result = execution.execute()
             recorder.failures = result.failures
         finally:
             execution.close()
-    return replace(result, run_id=recorder.id)
+    return result
 
 
 def _given(options: Options) -> Given:
@@ -345,12 +360,13 @@ def require_files(planned: Planned) -> None:
         )
 
 
-def _make_demo_models(planned: Planned, options: Options, on_event: Listener) -> bool:
-    """Make the demo's models if the plan needs one that is not there yet."""
+def _demo_models(planned: Planned, options: Options) -> list[Path]:
+    """Return those of the demo's models that a plan needs."""
     made = set(options.locations.made_models.values())
-    needed = [file for node in planned.plan.nodes for file in node.files.values() if file in made]
-    if all(file.is_file() for file in needed):
-        return False
+    return [file for node in planned.plan.nodes for file in node.files.values() if file in made]
+
+
+def _make_demo_models(needed: list[Path], options: Options, on_event: Listener) -> None:
     on_event(
         Noted("", "making the demo's models, once: tiny, of the real architecture, taught to draw one kind of face")
     )
@@ -369,7 +385,6 @@ def _make_demo_models(planned: Planned, options: Options, on_event: Listener) ->
             text = f"{root}: the demo's models cannot be written: {error}"
             raise S2VFlowError(text, _FIX_CACHE, exit_code=code) from error
     on_event(StageStarted("", ""))
-    return True
 
 
 class _LazyRegistry:

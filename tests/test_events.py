@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import typing
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import jsonschema
@@ -61,13 +62,13 @@ def test_every_kind_of_event_has_a_type_of_its_own() -> None:
 
 
 def test_each_event_is_one_line_that_the_schema_knows() -> None:
-    """Also text with line breaks; the first line is the version."""
+    """Also text with line breaks; the first line is the version. Each has the time and the run."""
     stream = io.StringIO()
-    listen = EventStream(stream)
+    listen = EventStream(stream, "20261122-161502-7f3a")
     for event in EXAMPLES:
         listen(event)
     lines = checked(stream.getvalue())
-    assert lines[0].keys() == {"type", "events", "s2vflow"}
+    assert lines[0].keys() == {"type", "time", "run", "events", "s2vflow"}
     assert (lines[0]["type"], lines[0]["events"]) == ("version", 1)
     assert lines[7]["text"] == "odd \x1b[31m\n中"
     assert stream.getvalue().isascii()
@@ -88,7 +89,10 @@ def test_a_run_writes_its_events_to_a_file(done: Place, tmp_path: Path) -> None:
     assert types[:2] == ["version", "run_started"]
     assert types[-2:] == ["delivered", "run_finished"]
     assert [line["node"] for line in lines if line["type"] == "node_finished"] == ["talk[2]", "video"]
-    assert lines[-1]["run"] == done.manifests()[-1].parent.name
+    assert {line["run"] for line in lines} == {done.manifests()[-1].parent.name}
+    times = [datetime.fromisoformat(line["time"]) for line in lines]
+    assert times == sorted(times)
+    assert {time.utcoffset() for time in times} == {timedelta(0)}
     assert any(line["type"] == "step_done" and line["unit"] == "step" for line in lines)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store, read_entry
 from s2v_flow.files.atomic import STALE_SECONDS, is_alive, machine_id, make_root, reap, stale, writing
-from s2v_flow.files.lock import remove_unused
+from s2v_flow.files.lock import held, is_held, remove_unused
 
 YOUNG_SECONDS = 3600.0
 _QUARANTINE_SECONDS = 7 * 24 * 3600.0
@@ -97,12 +97,13 @@ def _seconds_since(when: float) -> float:
 
 
 @contextmanager
-def live_run(root: Path, fingerprints: Collection[str]) -> Iterator[None]:
+def live_run(root: Path, fingerprints: Collection[str], run: str = "") -> Iterator[None]:
     """Say, inside this block, that a run lives which needs these entries; tidy up before.
 
-    Where the marker cannot be written the run goes on: whoever cleans up then keeps only what is young.
+    Where the marker cannot be written the run goes on: whoever cleans up then keeps only what is young. `is_running`
+    knows it by the id `run`.
     """
-    marker = root / "live" / f"{machine_id()}-{os.getpid()}-{time.monotonic_ns()}.json"
+    marker = root / "live" / f"{machine_id()}-{os.getpid()}-{run or time.monotonic_ns()}.json"
     with suppress(OSError):
         reap(Path(tempfile.gettempdir()))  # where runs that cannot write here have their files
         make_root(root)
@@ -110,16 +111,35 @@ def live_run(root: Path, fingerprints: Collection[str]) -> Iterator[None]:
         marker.parent.mkdir(exist_ok=True)
         marker.write_text(json.dumps(sorted(fingerprints)), encoding="ascii")
     try:
-        yield
+        with held(marker):
+            yield
     finally:
         with suppress(OSError):
             marker.unlink()
 
 
-def _is_live(marker: Path) -> bool:
+def is_running(root: Path, run: str) -> bool:
+    """Tell whether a run is known to live: its marker is locked or, where locks do not work, its process lives here.
+
+    A run on another machine that locks do not reach counts as dead.
+    """
+    for marker in root.glob(f"live/*-{run}.json"):
+        is_known = is_held(marker)
+        if is_known or (is_known is None and _is_process(marker)):
+            return True
+    return False
+
+
+def _is_process(marker: Path) -> bool | None:
+    """Tell whether the process that wrote a marker lives; None where it is another machine's."""
     machine, pid = [*marker.stem.split("-"), "", ""][:2]
-    if machine == machine_id() and pid.isdigit():
-        return is_alive(int(pid))
+    return is_alive(int(pid)) if machine == machine_id() and pid.isdigit() else None
+
+
+def _is_live(marker: Path) -> bool:
+    known = is_held(marker) or _is_process(marker)
+    if known is not None:
+        return known
     with suppress(OSError):
         return time.time() - marker.stat().st_mtime < STALE_SECONDS
     return False

@@ -88,6 +88,7 @@ def _run(recipe: Path, options: Options, level: Level, again: str, *, as_json: b
     from s2v_flow import api
     from s2v_flow.cli import report
     from s2v_flow.cli.progress import Progress
+    from s2v_flow.runs.record import new_run_id
     from s2v_flow.runs.stream import open_events, to_all
 
     planned = api.plan(recipe, options)
@@ -97,9 +98,10 @@ def _run(recipe: Path, options: Options, level: Level, again: str, *, as_json: b
     progress = Progress(recipe.stem, planned, level)
     for note in planned.notes:
         progress.note(note)
+    run_id = new_run_id()
     try:
-        with open_events(events, progress) as stream:
-            result = api.run_planned(planned, options, to_all(progress, *stream))
+        with open_events(events, progress, run_id) as stream:
+            result = api.run_planned(planned, options, to_all(progress, *stream), run_id)
     finally:
         progress.close()
     if as_json:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -61,6 +61,31 @@ def turn(
         with suppress(OSError):
             path.unlink()  # while it is held: who waits for it sees that it is gone, and makes a new one
         os.close(descriptor)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Lock a file that is there inside this block, for `is_held`; where nothing can be locked, do nothing."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            file = stack.enter_context(path.open("r+b"))
+            if _FCNTL is not None:
+                _FCNTL.flock(file, _FCNTL.LOCK_EX)
+        yield
+
+
+def is_held(path: Path) -> bool | None:
+    """Tell whether a process has locked a file, without changing anything; None where that cannot be told."""
+    if _FCNTL is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            _FCNTL.flock(file, _FCNTL.LOCK_SH | _FCNTL.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
 
 
 def gpu_lock_path(device: str) -> Path:

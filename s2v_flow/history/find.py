@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from s2v_flow.cache.housekeeping import is_running
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
 from s2v_flow.runs.essence import read_essence
 from s2v_flow.runs.manifest import Essence, Manifest
@@ -40,6 +41,11 @@ def list_runs(root: Path) -> Listing:
         except MissingError as error:
             notes.append(error.message)
     return Listing(tuple(runs), tuple(notes))
+
+
+def run_ids(root: Path) -> list[str]:
+    """Return the ids of the runs that are kept, the newest first."""
+    return [path.parent.name for path in _paths(root)]
 
 
 def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
@@ -81,11 +87,19 @@ def find(root: Path, text: str) -> Manifest | Essence:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest.
+    """Read a manifest. One that says "running" of a run that lives no more says "killed" here.
 
     Raises:
         MissingError: It cannot be read, or is damaged, or of another version.
     """
+    found = _stored(path)
+    if found.status == "running" and not is_running(path.absolute().parents[2], found.id):
+        found = _stored(path)  # it may have ended just now
+        found = found.model_copy(update={"status": "killed"}) if found.status == "running" else found
+    return found
+
+
+def _stored(path: Path) -> Manifest:
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)

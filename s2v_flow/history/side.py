@@ -164,7 +164,7 @@ def _of_run(manifest: Manifest) -> Side:
         values=manifest.recipe.values,
         files={item.at: item for item in manifest.files},
         environment={key: str(value) for key, value in known.items() if value is not None},
-        seconds={"the whole run": manifest.seconds, **seconds},
+        seconds=seconds if manifest.seconds is None else {"the whole run": manifest.seconds, **seconds},
         latents={node.name: node.outputs["latent"] for node in manifest.nodes if _is_chunk(node.kind, node.outputs)},
         videos={
             item.node: Video(item.frames_sha256, sha256=results[item.node].outputs.get("file"))

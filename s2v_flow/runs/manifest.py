@@ -114,11 +114,13 @@ class Manifest(Part):
 
     manifest: Literal[1] = Field(description="The version of this format.")
     id: str = Field(description="UTC time and four random digits: 20261122-161502-7f3a.")
-    status: Literal["finished", "failed", "interrupted"]
+    status: Literal["running", "finished", "failed", "interrupted", "killed"] = Field(
+        description="running: written at the start. killed: never written, found on reading: running, but no longer."
+    )
     error: str | None = Field(None, description="Why it failed.")
     started: str = Field(description="UTC, ISO 8601.")
-    ended: str = Field(description="UTC, ISO 8601.")
-    seconds: float
+    ended: str | None = Field(description="UTC, ISO 8601; null until it ends.")
+    seconds: float | None = Field(description="null until it ends.")
     recipe: RecipeRecord
     given: GivenRecord
     git: GitRecord | None = Field(None, description="null where there is no repository, or no git.")

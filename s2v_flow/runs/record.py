@@ -9,12 +9,14 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MissingError
-from s2v_flow.files.atomic import finish, temporary
+from s2v_flow.files.atomic import finish, make_root, temporary
 from s2v_flow.files.facts import file_digest
 from s2v_flow.graph.events import (
     Delivered,
@@ -34,6 +36,7 @@ from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.environment import environment, git_state
 from s2v_flow.runs.files import file_records
 from s2v_flow.runs.manifest import (
+    GitRecord,
     GivenRecord,
     LoraRecord,
     Manifest,
@@ -63,7 +66,7 @@ class Given:
 
 @dataclass
 class Recorder:
-    """Listens to a run inside a `with` statement and leaves `<folder>/<id>/manifest.json`.
+    """Listens to a run inside a `with` statement; `<folder>/<id>/manifest.json` is there from its start to stay.
 
     `digest` tells the sha256 of a file if that takes no time, else None; `entries` are to be set to the run's results,
     which grow as it goes on, `not_kept` to those that could not be stored, and `failures` to what failed where others
@@ -91,7 +94,19 @@ class Recorder:
     _delivered: list[Delivered] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.id = _new_id(self._started)
+        with suppress(OSError):  # the manifest will say why
+            make_root(self.folder.parent)
+            for _ in range(3):
+                self.id = self.id or new_run_id()
+                try:
+                    (self.folder / self.id).mkdir(parents=True)
+                    break
+                except FileExistsError:  # another run of the same second and digits
+                    self.id = ""
+        self.id = self.id or new_run_id()
+        with suppress(ValueError):  # it began when it got its id
+            named = datetime.strptime(f"{self.id[:15]}.999+0000", "%Y%m%d-%H%M%S.%f%z")
+            self._started = min(self._started, named)
 
     def __call__(self, event: Event) -> None:
         """Take note of an event and pass it on."""
@@ -105,6 +120,9 @@ class Recorder:
         self.emit(event)
 
     def __enter__(self) -> Recorder:
+        """Write that it is running; where that fails, the end will tell."""
+        with suppress(OSError, MissingError):
+            self._write(self._manifest("running", None))
         return self
 
     def __exit__(
@@ -121,7 +139,7 @@ class Recorder:
             self.emit(Noted("", f"the run's manifest cannot be written: {failure}", is_warning=True))
         self.emit(RunFinished(self.id, status, message))
 
-    def _manifest(self, status: RunStatus, error: str | None) -> Manifest:
+    def _manifest(self, status: RunStatus | Literal["running"], error: str | None) -> Manifest:
         text, origins = written(self.recipe)
         return Manifest(
             manifest=1,
@@ -129,8 +147,8 @@ class Recorder:
             status=status,
             error=None if error is None else home_hidden(error),
             started=self._started.isoformat(timespec="milliseconds"),
-            ended=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            seconds=round(time.monotonic() - self._clock, 3),
+            ended=datetime.now(timezone.utc).isoformat(timespec="milliseconds") if status != "running" else None,
+            seconds=round(time.monotonic() - self._clock, 3) if status != "running" else None,
             recipe=RecipeRecord(
                 path=without_home(str(self.recipe.path)),
                 files=[self._named(file) for file in self.recipe.files],
@@ -143,7 +161,7 @@ class Recorder:
                 files=[self._named(file) for file in self.given.files],
                 overrides=[home_hidden(given) for given in self.given.overrides],
             ),
-            git=git_state(self.recipe.files),
+            git=self._git,
             cells=list(self.cells),
             seeds={node.name: node.facts["seed"] for node in self.plan.nodes if "seed" in node.facts},
             files=file_records(self.plan.nodes, self.digest),
@@ -152,6 +170,10 @@ class Recorder:
             nodes=[self._node(node, status) for node in self.plan.nodes],
             outputs=[record for node in self.plan.nodes for record in self._outputs(node)],
         )
+
+    @cached_property
+    def _git(self) -> GitRecord | None:
+        return git_state(self.recipe.files)
 
     def _named(self, file: Path) -> NamedDigest:
         return NamedDigest(name=without_home(str(file)), sha256=self.digest(file))
@@ -163,7 +185,7 @@ class Recorder:
             for lora in entry.facts.get("loras", [])
         ]
 
-    def _node(self, node: PlanNode, status: RunStatus) -> NodeRecord:
+    def _node(self, node: PlanNode, status: str) -> NodeRecord:
         entry, done = self.entries.get(node.name), self._finished.get(node.name)
         return NodeRecord(
             name=node.name,
@@ -178,12 +200,12 @@ class Recorder:
             degraded=None if entry is None else entry.facts.get("degraded") or None,
         )
 
-    def _state(self, node: PlanNode, status: RunStatus) -> NodeState:
+    def _state(self, node: PlanNode, status: str) -> NodeState:
         if node.name in self._finished:
             return "computed"
         if node.name in self._unfinished:
             return "interrupted" if status == "interrupted" else "failed"
-        if node.name in self.entries:
+        if node.name in self.entries or self.statuses[node.name].entry is not None:
             return "stored"
         if self.statuses[node.name].status == "SKIP":
             return "skipped"
@@ -220,20 +242,13 @@ class Recorder:
 
     def _write(self, manifest: Manifest) -> None:
         """Write the manifest whole or not at all, into a folder of its own."""
-        for is_last in (False, False, True):
-            try:
-                (self.folder / self.id).mkdir(parents=True)
-                break
-            except FileExistsError:  # another run of the same second and digits
-                if is_last:
-                    raise
-                self.id = _new_id(self._started)
-                manifest = manifest.model_copy(update={"id": self.id})
+        (self.folder / self.id).mkdir(parents=True, exist_ok=True)
         with temporary(self.folder.parent / "tmp", ".json") as (file, name):  # a killed run's is removed there
             file.write(to_text(manifest).encode())
             finish(file)
             os.replace(name, self.folder / self.id / "manifest.json")
 
 
-def _new_id(started: datetime) -> str:
-    return f"{started:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+def new_run_id() -> str:
+    """Return an id for a run that begins now: UTC time and four random digits."""
+    return f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"

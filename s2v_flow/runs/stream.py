@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import datetime, timezone
 from typing import Any, TextIO
 
 from pydantic import TypeAdapter
@@ -18,16 +19,19 @@ from s2v_flow.graph.events import Event, Listener, Noted
 from s2v_flow.version import __version__
 
 VERSION = 1  # raised when a type or a field goes away or changes its meaning; new ones may come at any time
+_TIME = {"type": "string", "format": "date-time", "description": "UTC, ISO 8601."}
+_RUN = {"type": "string", "description": "The run's id, under which its manifest is kept."}
 _WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 @contextmanager
-def open_events(target: str | None, tell: Listener) -> Iterator[tuple[Listener, ...]]:
+def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[Listener, ...]]:
     """Give the listener that writes events to a file, or to stdout for "-"; none where no target is given.
 
     Args:
         target: Where to write.
         tell: Told, once, that the file cannot be written any more: the run is worth more than its events.
+        run: The run's id, for every line.
 
     Raises:
         S2VFlowError: The file cannot be opened, or stdout cannot be written.
@@ -35,14 +39,14 @@ def open_events(target: str | None, tell: Listener) -> Iterator[tuple[Listener, 
     if target is None:
         yield ()
     elif target == "-":
-        yield (EventStream(sys.stdout),)
+        yield (EventStream(sys.stdout, run),)
     else:
         try:
             file = open(target, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise S2VFlowError(f"{target}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
         try:
-            yield (_UntilItFails(file, tell),)
+            yield (_UntilItFails(file, tell, run),)
         finally:
             with suppress(OSError):  # what was still to be written: it has been told
                 file.close()
@@ -61,11 +65,11 @@ def to_all(*listeners: Listener) -> Listener:
 class _UntilItFails:
     """Writes events to a file; where that fails, says so and leaves it."""
 
-    def __init__(self, file: TextIO, tell: Listener) -> None:
+    def __init__(self, file: TextIO, tell: Listener, run: str) -> None:
         self._tell = tell
         self._stream: EventStream | None = None
         with self._failing():
-            self._stream = EventStream(file)
+            self._stream = EventStream(file, run)
 
     def __call__(self, event: Event) -> None:
         if self._stream is not None:
@@ -82,19 +86,20 @@ class _UntilItFails:
 
 
 class EventStream:
-    """Writes every event to a text stream as it comes."""
+    """Writes every event to a text stream as it comes, with the time and the run's id."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._put({"type": "version", "events": VERSION, "s2vflow": __version__})
+    def __init__(self, stream: TextIO, run: str) -> None:
+        self._stream, self._run = stream, run
+        self._put("version", {"events": VERSION, "s2vflow": __version__})
 
     def __call__(self, event: Event) -> None:
         """Write an event."""
-        self._put({"type": type_name(type(event)), **asdict(event)})
+        self._put(type_name(type(event)), asdict(event))
 
-    def _put(self, record: Mapping[str, Any]) -> None:
+    def _put(self, kind: str, record: Mapping[str, Any]) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         try:
-            self._stream.write(json.dumps(record) + "\n")
+            self._stream.write(json.dumps({"type": kind, "time": now, "run": self._run, **record}) + "\n")
             self._stream.flush()
         except OSError as error:
             raise S2VFlowError(f"the events cannot be written: {error.strerror}") from error
@@ -122,7 +127,8 @@ def events_schema() -> dict[str, Any]:
 
 
 def _line(name: str, properties: Mapping[str, Any], text: str) -> dict[str, Any]:
-    fields = {
+    head = {"time": _TIME, "run": _RUN}
+    fields = head | {
         key: {part: value for part, value in field.items() if part != "title"} for key, field in properties.items()
     }
     return {

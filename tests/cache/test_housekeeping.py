@@ -17,10 +17,11 @@ import pytest
 from s2v_flow.cache.budget import parse_size
 from s2v_flow.cache.bundle import export_bundle, import_bundle
 from s2v_flow.cache.checkpoint import Checkpoints
-from s2v_flow.cache.housekeeping import collect, inventory, live_run, pin, remove, stats, tidy, verify
+from s2v_flow.cache.housekeeping import collect, inventory, is_running, live_run, pin, remove, stats, tidy, verify
 from s2v_flow.cache.store import Store
 from s2v_flow.errors import MissingError, RefusedError, S2VFlowError
 from s2v_flow.files import atomic
+from s2v_flow.files.lock import held
 
 OLD = time.time() - 5 * 3600
 
@@ -195,6 +196,22 @@ def test_markers_of_dead_runs_and_checkpoints_of_stored_results_go(store: Store)
     assert not marker.exists()
     assert checkpoints.peek(key(1)) is None
     assert (checkpoints.peek(key(7)) or {})["step"] == "3"
+
+
+def test_a_run_is_known_to_live_by_its_lock(store: Store) -> None:
+    """On this machine and on another; an old marker stays as long as it is locked."""
+    with live_run(store.root, [], "a-run"):
+        assert is_running(store.root, "a-run")
+        assert not is_running(store.root, "another")
+    assert not is_running(store.root, "a-run")
+    marker = store.root / "live" / "00000000-1-elsewhere.json"
+    marker.write_text("[]")
+    os.utime(marker, (OLD - 86400, OLD - 86400))
+    with held(marker):
+        assert is_running(store.root, "elsewhere")
+        assert (tidy(store.root), marker.exists()) == (0, True)
+    assert not is_running(store.root, "elsewhere")
+    assert (tidy(store.root), marker.exists()) == (1, False)
 
 
 def test_a_bundle_brings_results_into_another_cache(store: Store, tmp_path: Path) -> None:
