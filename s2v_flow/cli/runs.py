@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from s2v_flow.cli.completion import complete_run
 from s2v_flow.cli.options import (
     FILE,
     FOLDER,
@@ -32,7 +34,11 @@ _CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts and runs
 @_JSON
 @_CACHE
 def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
-    """List the runs, the newest first. Results and videos do not depend on a run's manifest."""
+    """List the runs, the newest first, with what changed since the run before of the same recipe.
+
+    A run is running, finished, failed, interrupted (by Ctrl-C or a signal) or killed. Results and videos do not depend
+    on a run's manifest.
+    """
     from s2v_flow.cli import report
     from s2v_flow.history.find import forget_runs, list_runs
     from s2v_flow.history.text import listing_json, runs_text
@@ -46,11 +52,11 @@ def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | 
     listing = list_runs(root)
     for note in listing.notes:
         report.print_message(f"note: skipped: {note}")
-    report.print_json(listing_json(listing)) if as_json else report.print_table(runs_text(listing))
+    report.print_json(listing_json(listing)) if as_json else report.print_table(runs_text(listing, _width()))
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=complete_run)
 @_JSON
 @_CACHE
 def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
@@ -61,21 +67,29 @@ def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
     from s2v_flow.runs.record import runs_root
 
     found = find(runs_root(make_options(cache_dir=cache_dir, device=None).cache_root), run)
-    report.print_json(found.model_dump(mode="json")) if as_json else report.print_table(show_text(found))
+    report.print_json(found.model_dump(mode="json")) if as_json else report.print_table(show_text(found, _width()))
+
+
+def _width() -> int | None:
+    """Return the terminal's width; None where stdout is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=complete_run)
+@click.argument("b", shell_complete=complete_run)
+@click.option("--exit-code", is_flag=True, help="Leave with 1 if anything but times differs.")
 @_JSON
 @_CACHE
-def diff(a: str, b: str, as_json: bool, cache_dir: Path | None) -> None:
+def diff(a: str, b: str, exit_code: bool, as_json: bool, cache_dir: Path | None) -> None:
     """Compare two runs, mp4s or recipes: values, models, inputs, environment, times, results."""
     from s2v_flow.cli import report
     from s2v_flow.history.compare import compare
 
     found = compare(a, b, make_options(cache_dir=cache_dir, device=None))
     report.print_json(found.to_json()) if as_json else report.print_table(found.to_text())
+    if exit_code and not found.is_same:
+        sys.exit(ExitCode.FAILED)
 
 
 @click.command()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from math import log10
 from pathlib import Path
@@ -15,13 +16,14 @@ from s2v_flow.api import Options
 from s2v_flow.cache.store import DamagedObjectError, Store, StoredObject
 from s2v_flow.history.side import Side, Video, side
 from s2v_flow.runs.manifest import FileRecord
-from s2v_flow.wording import shown
+from s2v_flow.wording import duration_text, listed, shown
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 
+_CHUNK = re.compile(r"\[\d+\]$")
 _SHORT = 12  # digits of a digest that people are shown
 
 
@@ -30,7 +32,8 @@ class Measure:
     """How two results of one node compare.
 
     `max_abs` is the largest difference of two values (of a video: of 0 to 255); `psnr_db` is missing where nothing
-    differs; `note` says why nothing could be measured.
+    differs; `relative`, of latents, is the difference's root mean square over that of the first one's values; `note`
+    says why nothing could be measured.
     """
 
     node: str
@@ -38,6 +41,7 @@ class Measure:
     is_identical: bool
     max_abs: float | None = None
     psnr_db: float | None = None
+    relative: float | None = None
     note: str | None = None
 
 
@@ -51,7 +55,10 @@ def compare_latents(store: Store, node: str, a: str, b: str) -> Measure:
         return Measure(node, "latent", False, note="not both are in the cache any more")
     if one.shape != other.shape:
         return Measure(node, "latent", False, note=f"{_size(one)} cannot be compared with {_size(other)}")
-    return Measure(node, "latent", False, float(abs(one - other).max()))
+    gap = one - other
+    scale = float((one**2).mean()) ** 0.5
+    relative = round(float((gap**2).mean()) ** 0.5 / scale, 6) if scale else None
+    return Measure(node, "latent", False, float(abs(gap).max()), relative=relative)
 
 
 def compare_videos(store: Store, node: str, a: Video, b: Video) -> Measure:
@@ -113,12 +120,24 @@ def _file(store: Store, video: Video) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A value that differs; None where one side has none. `section` is params, nodes, models, inputs or environment."""
+    """A value that differs; None where one side has none. `section` is params, nodes, models, inputs or environment.
+
+    `also` are other values that differ in the same way: those that a parameter is put into.
+    """
 
     section: str
     name: str
     a: Any
     b: Any
+    also: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as an object; without `also` where that says nothing."""
+        return {name: value for name, value in asdict(self).items() if name != "also" or value}
+
+    def to_text(self) -> str:
+        """Return "seed 20 -> 21"."""
+        return f"{self.name.partition('.')[2]} {_short(self.a)} -> {_short(self.b)}"
 
 
 @dataclass(frozen=True)
@@ -138,15 +157,24 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `s2vflow diff --json` prints."""
-        return {"same": self.is_same, **asdict(self)}
+        found = {name: [item.to_json() for item in getattr(self, name)] for name in ("differences", "times")}
+        return {"same": self.is_same, **asdict(self), **found}
 
     def to_text(self) -> str:
         """Return the lines that `s2vflow diff` prints."""
         lines = [f"a: {self.a}", f"b: {self.b}"]
         for item in self.differences:
-            lines.append(f"{item.section}: {item.name}: {_short(item.a)} -> {_short(item.b)}")
-        lines += [f"time: {item.name}: {item.a:.1f} s -> {item.b:.1f} s" for item in self.times]
-        lines += [f"{measure.what}: {measure.node}: {_measured(measure)}" for measure in self.measures]
+            also = f" (and {listed(item.also)})" if item.also else ""
+            lines.append(f"{item.section}: {item.name}: {_short(item.a)} -> {_short(item.b)}{also}")
+        times: dict[str, list[float]] = {}
+        for item in self.times:  # of all chunks of a node together
+            told = times.setdefault(_CHUNK.sub("", item.name), [0.0, 0.0])
+            told[:] = [told[0] + item.a, told[1] + item.b]
+        lines += [f"time: {name}: {duration_text(a)} -> {duration_text(b)}" for name, (a, b) in times.items()]
+        alike: dict[tuple[str, str], list[str]] = {}
+        for measure in self.measures:
+            alike.setdefault((measure.what, _measured(measure)), []).append(measure.node)
+        lines += [f"{what}: {listed(names)}: {text}" for (what, text), names in alike.items()]
         return "\n".join([*lines, "the same" if self.is_same else "not the same"])
 
 
@@ -178,8 +206,25 @@ def compare(a: str, b: str, options: Options) -> Comparison:
         for name, video in one.videos.items()
         if name in other.videos
     ]
-    found = (*_values(one, other), *_files(one, other), *_environment(one, other))
+    found = (*inputs_that_differ(one, other), *_environment(one, other))
     return Comparison(one.name, other.name, found, times, tuple(measures))
+
+
+def inputs_that_differ(one: Side, other: Side) -> list[Difference]:
+    """Return the values, models and inputs that differ, each change once: a file's content says more than its name."""
+    files = list(_files(one, other))
+    named = {item.name for item in files}
+    found: dict[str, Difference] = {}
+    renamed = []
+    for item in _values(one, other):
+        change = repr((item.a, item.b))
+        if item.name in named:
+            renamed.append(change)
+        elif item.section == "nodes" and change in found and found[change].section == "params":
+            found[change] = replace(found[change], also=(*found[change].also, item.name))
+        else:
+            found[change if item.section == "params" else item.name] = item
+    return [*(item for key, item in found.items() if key not in renamed or item.also), *files]
 
 
 def _values(one: Side, other: Side) -> Iterator[Difference]:
@@ -228,4 +273,5 @@ def _measured(measure: Measure) -> str:
     if measure.is_identical:
         return "identical"
     psnr = "" if measure.psnr_db is None else f", PSNR {measure.psnr_db:.2f} dB"
-    return f"differs by at most {measure.max_abs:.6g}{psnr}"
+    relative = "" if measure.relative is None else f"{100 * measure.relative:.3g} % of its root mean square, "
+    return f"differs by {relative}at most {measure.max_abs:.6g}{psnr}"

@@ -150,10 +150,11 @@ def side(text: str, options: api.Options) -> Side:
     if text.endswith(RECIPE_SUFFIXES):
         return Side(text, values_of(api.check(text)))
     found = find(runs_root(options.cache_root), text)
-    return _of_run(found) if isinstance(found, Manifest) else _of_video(text, found)
+    return of_run(found) if isinstance(found, Manifest) else _of_video(text, found)
 
 
-def _of_run(manifest: Manifest) -> Side:
+def of_run(manifest: Manifest) -> Side:
+    """Return what is known of a run."""
     known = manifest.environment.model_dump(exclude={"host", "user"})
     if manifest.git is not None and manifest.git.commit is not None:
         known["commit"] = manifest.git.commit + (" and changes" if manifest.git.is_dirty else "")

@@ -2,75 +2,227 @@
 
 from __future__ import annotations
 
+import json
+import re
+import textwrap
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
+from s2v_flow.history.compare import Difference, inputs_that_differ
 from s2v_flow.history.find import Listing
-from s2v_flow.runs.manifest import Essence, FileRecord, Manifest
-from s2v_flow.wording import size_text
+from s2v_flow.history.side import of_run
+from s2v_flow.recipe.problems import Problems, StopReadingError
+from s2v_flow.recipe.reader import Source, read_yaml
+from s2v_flow.recipe.tree import plain
+from s2v_flow.runs.manifest import Essence, FileRecord, Manifest, NodeState
+from s2v_flow.wording import duration_text, listed, shortened, size_text, visible
 
 _SHORT = 12  # digits of a digest that people are shown
+_MAX_CHANGES = 4  # of a run that the list shows
+_TOLD: tuple[NodeState, ...] = ("computed", "stored", "failed", "interrupted", "not_reached")
 
 
-def runs_text(listing: Listing) -> str:
-    """Return a line for every run: id, how it ended, how long it took, what it did, the recipe."""
+def runs_text(listing: Listing, width: int | None = None) -> str:
+    """Return a line for every run, wrapped at `width` columns: id, status, start, length, recipe, output, changes."""
     if not listing.runs:
         return "no runs"
     rows = []
-    for run in listing.runs:
-        counts = Counter(node.status for node in run.nodes)
-        did = ", ".join(f"{counts[state]} {state}" for state in ("computed", "stored", "failed") if counts[state])
-        rows.append(f"{run.id}  {run.status:<11}  {run.seconds:>8.1f} s  {did}  {run.recipe.path}")
-    return "\n".join(rows)
+    for run, before in _with_before(listing):
+        outputs = [item.name for item in run.outputs]
+        more = f" and {len(outputs) - 1} more" if len(outputs) > 1 else ""
+        output = f"{outputs[0]}{more}" if outputs else "-"
+        rows.append((run.id, run.status, _local(run.started), _took(run), run.recipe.path, output, _news(run, before)))
+    return "\n".join(_wrapped(line, width) for line in _table(rows))
 
 
 def listing_json(listing: Listing) -> dict[str, Any]:
     """Return the object that `s2vflow runs --json` prints: what a list needs; `show` has the rest."""
-    kept = {"id", "status", "error", "started", "ended", "seconds"}
+    kept = {"id", "status", "error", "started", "ended", "seconds", "cells"}
     runs = []
-    for run in listing.runs:
+    for run, before in _with_before(listing):
         outputs = [item.name for item in run.outputs]
-        runs.append({**run.model_dump(mode="json", include=kept), "recipe": run.recipe.path, "outputs": outputs})
+        changes = [] if before is None else [item.to_json() for item in _changes(run, before)]
+        found = {**run.model_dump(mode="json", include=kept), "recipe": run.recipe.path, "outputs": outputs}
+        runs.append({**found, "before": before and before.id, "changes": changes})
     return {"runs": runs, "skipped": list(listing.notes)}
 
 
-def show_text(found: Manifest | Essence) -> str:
-    """Return a run, or what a video says of itself, as lines with the recipe at the end."""
+def show_text(found: Manifest | Essence, width: int | None = None) -> str:
+    """Return a run, or what a video says of itself, wrapped at `width` columns, what the recipe says at the end."""
     lines = _run_lines(found) if isinstance(found, Manifest) else _video_lines(found)
     text = found.recipe.text if isinstance(found, Manifest) else found.recipe
-    return "\n".join([*lines, "recipe:", *(f"  {line}".rstrip() for line in text.splitlines())])
+    told = [item.name for item in found.files]
+    return "\n".join(_wrapped(line, width) for line in (*lines, *_recipe_lines(text, told)))
 
 
-def _run_lines(run: Manifest) -> list[str]:
-    lines = [f"run {run.id}: {run.status}, {run.seconds:.1f} s, {run.started}"]
-    lines += [] if run.error is None else [f"error: {run.error}"]
+def _with_before(listing: Listing) -> list[tuple[Manifest, Manifest | None]]:
+    """Return every run with the one before of the same recipe."""
+    last: dict[str, Manifest] = {}
+    pairs = []
+    for run in reversed(listing.runs):
+        pairs.append((run, last.get(run.recipe.path)))
+        last[run.recipe.path] = run
+    return pairs[::-1]
+
+
+def _changes(run: Manifest, before: Manifest) -> list[Difference]:
+    return inputs_that_differ(of_run(before), of_run(run))
+
+
+def _news(run: Manifest, before: Manifest | None) -> str:
+    """Return why a run failed, its cells, and what differs from the run before: "seed 20 -> 21"."""
+    found = [] if before is None else [item.to_text() for item in _changes(run, before)]
+    more = [f"{len(found) - _MAX_CHANGES} more"] if len(found) > _MAX_CHANGES else []
+    cells = [f"{len(run.cells)} cells: {listed(run.cells, 3)}"] if run.cells else []
+    error = [] if run.error is None else [shortened(run.error)]
+    return "; ".join([*error, *cells, *found[:_MAX_CHANGES], *more])
+
+
+def _local(time: str) -> str:
+    with suppress(ValueError):
+        return f"{datetime.fromisoformat(time).astimezone():%Y-%m-%d %H:%M}"
+    return time
+
+
+def _took(run: Manifest) -> str:
+    if run.seconds is not None:
+        return duration_text(run.seconds)
+    with suppress(ValueError, TypeError):
+        if run.status == "running":
+            since = datetime.now(timezone.utc) - datetime.fromisoformat(run.started)
+            return f"{duration_text(since.total_seconds())} so far"
+    return "-"
+
+
+def _run_lines(run: Manifest) -> Iterator[str]:
+    yield f"run {run.id}: {run.status}, {_took(run)}, started {_local(run.started)}"
     given = [*(f"-p {name}" for name in run.given.profiles), *(f"-f {file.name}" for file in run.given.files)]
+    known = run.environment.model_dump(exclude_none=True)
+    lines = [] if run.error is None else [f"error: {run.error}"]
+    if run.status == "killed":
+        lines.append("it ended without a word; the same command goes on from what it had stored")
     lines.append(" ".join(["recipe:", run.recipe.path, *given, *run.given.overrides]))
     if run.git is not None:
         lines.append(f"commit: {run.git.commit or 'none yet'}{', with changes' if run.git.is_dirty else ''}")
-    known = run.environment.model_dump(exclude_none=True)
     lines.append("environment: " + ", ".join(f"{name} {value}" for name, value in known.items()))
-    lines += [f"seed: {name}: {seed}" for name, seed in run.seeds.items()]
-    lines += [_file_line(item) for item in run.files]
-    lines += [f"lora: {item.id} in {item.node}: {item.matched} of {item.total} keys" for item in run.loras]
-    for node in run.nodes:
-        peak = size_text(node.peak_bytes or 0, is_memory=True)
-        cost = "" if node.seconds is None else f", {node.seconds:.1f} s, peak {peak}"
-        lines.append(f"node: {node.name} ({node.kind}): {node.status.replace('_', ' ')}{cost}")
-    for item in run.outputs:
-        frames = "" if item.frames is None else f", {item.frames} frames"
-        lines.append(f"output: {item.name}, {item.size} bytes{frames}, sha256 {(item.sha256 or '')[:_SHORT]}")
-    return lines
+    lines += [f"seeds: {_ranges(dict.fromkeys(run.seeds.values()))}"] if run.seeds else []
+    loras = Counter((item.id, item.matched, item.total) for item in run.loras)
+    for (name, matched, total), count in loras.items():
+        share = f" ({matched / total:.0%})".replace("%", " %") if total else ""
+        lines.append(f"LoRA {name}: {matched} of {total} keys{share}, in {count} node{'' if count == 1 else 's'}")
+    for state in ("failed", "interrupted"):
+        names = [node.name for node in run.nodes if node.status == state]
+        lines += [f"{state}: {listed(names)}"] if names else []
+    yield from lines
+    if run.outputs:
+        yield "outputs:"
+        rows = [(item.name, _size(item.size), f"{item.frames or '?'} frames", _sha256(item)) for item in run.outputs]
+        yield from _table(rows, "  ")
+    yield from _times(run)
+    yield from _files(run.files)
 
 
-def _video_lines(essence: Essence) -> list[str]:
+def _times(run: Manifest) -> Iterator[str]:
+    """Yield what each kind of node did, and what that took, with totals."""
+    total = sum(node.seconds or 0.0 for node in run.nodes)
+    told = [node for node in run.nodes if node.status in _TOLD and run.seconds is not None]
+    rows = []
+    for kind in [*dict.fromkeys(node.kind for node in told), ""]:
+        nodes = [node for node in told if kind in ("", node.kind)]
+        seconds, states = sum(node.seconds or 0.0 for node in nodes), Counter(node.status for node in nodes)
+        did = ", ".join(f"{states[state]} {state.replace('_', ' ')}" for state in _TOLD if states[state])
+        took = (duration_text(seconds), f"{seconds / total:.0%}".replace("%", " %")) if total else ("", "")
+        rows.append((kind or "together", *took, did))
+    if told:
+        yield "time:"
+        yield from _table(rows, "  ")
+    peak = max((node.peak_bytes or 0 for node in run.nodes), default=0)
+    if peak:
+        yield f"peak memory: {size_text(peak, is_memory=True)}"
+
+
+def _video_lines(essence: Essence) -> Iterator[str]:
     versions = (f"{name} {version}" for name, found in essence.software.items() for version in found)
-    lines = [f"made by the node {essence.node} on {essence.device} with {', '.join(versions) or 'unknown versions'}"]
-    lines += [_file_line(item) for item in essence.files]
-    lines += [f"node: {name} ({node.kind}): {node.fingerprint[:_SHORT]}" for name, node in essence.nodes.items()]
-    return [*lines, f"frames: {essence.frames}, sha256 {(essence.frames_sha256 or 'unknown')[:_SHORT]}"]
+    yield f"made by the node {essence.node} on {essence.device} with {', '.join(versions) or 'unknown versions'}"
+    kinds = Counter(node.kind for node in essence.nodes.values())
+    yield f"of stored results: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
+    yield f"frames: {essence.frames}, sha256 {(essence.frames_sha256 or 'unknown')[:_SHORT]}"
+    yield from _files(essence.files)
 
 
-def _file_line(item: FileRecord) -> str:
-    size = "" if item.size is None else f", {item.size} bytes"
-    return f"{item.role}: {item.name} ({item.at}){size}, sha256 {(item.sha256 or 'unknown')[:_SHORT]}"
+def _files(files: Sequence[FileRecord]) -> Iterator[str]:
+    for role in ("model", "input"):
+        rows = [(item.name, _size(item.size), _sha256(item), item.at) for item in files if item.role == role]
+        if rows:
+            yield f"{role}s:"
+            yield from _table(rows, "  ")
+
+
+def _sha256(item: Any) -> str:
+    return f"sha256 {(item.sha256 or 'unknown')[:_SHORT]}"
+
+
+def _size(size: int | None) -> str:
+    return "-" if size is None else size_text(size)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Return numbers in their order, those that follow each other as "20..32"."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1][1:] = [number]
+        else:
+            groups.append([number])
+    return listed("..".join(map(str, group)) for group in groups)
+
+
+def _recipe_lines(text: str, told: Sequence[str]) -> Iterator[str]:
+    """Yield what a recipe says, each parameter's value once, without references and what has been told."""
+    source = Source("recipe", Path(), tuple(text.splitlines()) or ("",))
+    try:
+        found = plain(read_yaml(text.encode(), source, Problems()))
+        nodes, params = dict(found["nodes"]), dict(found.get("params", {}))
+    except (StopReadingError, KeyError, TypeError, ValueError, AttributeError):
+        yield from ("recipe:", *(f"  {line}" for line in text.splitlines()))
+        return
+    yield "recipe (--json has the whole text):"
+    yield from _said("params", params, told)
+    texts = [value for value in params.values() if isinstance(value, str)]
+    for name, node in nodes.items():
+        fields = dict(node) if isinstance(node, Mapping) else {}
+        kind = fields.pop("kind", None)
+        repeated = {key for key, value in fields.items() if value == params.get(key) or value in texts}
+        yield from _said(f"{name} ({kind})", {key: fields[key] for key in fields if key not in repeated}, told)
+
+
+def _said(name: str, values: Mapping[str, Any], told: Sequence[str]) -> Iterator[str]:
+    said = []
+    for key, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if text not in told and not re.match(r'["[]*\$', text):
+            said.append(f"{key} {text!r}" if " " in text and text == value else f"{key} {text}")
+    if said:
+        yield f"  {name}: {', '.join(said)}"
+
+
+def _table(rows: Sequence[tuple[str, ...]], indent: str = "") -> Iterator[str]:
+    """Yield rows with their columns below each other."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{cell:<{length}}" for cell, length in zip(row, widths, strict=True))
+        yield f"{indent}{'  '.join(cells).rstrip()}"
+
+
+def _wrapped(line: str, width: int | None) -> str:
+    """Return a line, broken between words where it is longer than `width`, the rest indented."""
+    line = visible(line)
+    if width is None or len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    wrapped = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrapped)

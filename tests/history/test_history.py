@@ -11,6 +11,9 @@ import pytest
 from recipes_for_tests import call
 from runs_for_tests import Place, copied
 
+from s2v_flow.history.find import read_manifest
+from s2v_flow.history.text import show_text
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, quick_run: Place) -> Place:
@@ -35,10 +38,15 @@ def test_runs_are_listed_the_newest_first(done: Place, ids: list[str]) -> None:
     assert sorted(line.split()[0] for line in lines) == sorted(ids)
     assert [line.split()[0][:15] for line in lines] == sorted((name[:15] for name in ids), reverse=True)
     assert {line.split()[1] for line in lines} == {"finished"}
-    assert all(line.endswith("recipe.yaml") for line in lines)
+    assert all(re.search(r"recipe\.yaml +out/talk\.mp4", line) for line in lines)
+    assert [line.partition("talk.mp4")[2].strip() for line in lines] == ["talk.seed [1, 2] -> [1, 9]", "", ""]
     listed = json.loads(done.call("runs", "--json")[1])
     assert [run["id"] for run in listed["runs"]] == [line.split()[0] for line in lines]
     assert listed["runs"][0]["outputs"] == ["out/talk.mp4"]
+    assert [run["status"] for run in listed["runs"]] == ["finished"] * 3
+    assert [run["before"] for run in listed["runs"]] == [listed["runs"][1]["id"], None, None], "the first was a copy"
+    change = {"section": "nodes", "name": "nodes.talk.seed", "a": [1, 2], "b": [1, 9]}
+    assert [run["changes"] for run in listed["runs"]] == [[change], [], []]
 
 
 def test_without_runs_the_list_says_so(tmp_path: Path) -> None:
@@ -84,12 +92,14 @@ def test_a_run_is_shown_by_its_id_its_beginning_or_its_file(done: Place, ids: li
     code, text, _ = done.call("show", ids[0])
     assert code == 0
     assert text.startswith(f"run {ids[0]}: finished")
-    assert re.search(r"^node: first \(sample\): computed, \d+\.\d s, peak \d+\.\d [GM]iB$", text, re.M)
+    assert re.search(r"^  extend +\d.* s +\d+ % +2 computed$", text, re.M)
+    assert re.search(r"^  together +\d.* s +100 % +\d computed$", text, re.M)
     assert re.search(
-        r"^model: tiny_vae\.safetensors \(nodes\.vae\.checkpoint\), \d+ bytes, sha256 [0-9a-f]{12}$", text, re.M
+        r"^  tiny_vae\.safetensors +\d+\.\d [Mk]B +sha256 [0-9a-f]{12} +nodes\.vae\.checkpoint$", text, re.M
     )
-    assert "seed: talk[2]: 2" in text
-    assert "\n  s2vflow: 1\n" in text
+    assert "\nseeds: 20, 1..2\n" in text
+    assert "talk[2]" not in text
+    assert "\n  talk (extend): chunks 2, seed [1, 2]\n" in text
     path = done.cache / "runs" / ids[0] / "manifest.json"
     for name in (str(path), str(path.parent)):
         assert done.call("show", name)[1] == text
@@ -97,11 +107,20 @@ def test_a_run_is_shown_by_its_id_its_beginning_or_its_file(done: Place, ids: li
     assert done.call("show", "last")[1].startswith("run 2")
 
 
+def test_a_run_is_wrapped_between_words(done: Place, ids: list[str]) -> None:
+    """With nothing lost; a word that is longer than the terminal is left whole."""
+    found = read_manifest(done.cache / "runs" / ids[0] / "manifest.json")
+    whole, narrow = show_text(found), show_text(found, 60)
+    assert whole.split() == narrow.split()
+    assert all(len(line) <= 60 or len(line.split()) == 1 for line in narrow.splitlines())
+    assert len(whole.splitlines()) < len(narrow.splitlines())
+
+
 def test_a_video_is_shown_with_what_it_was_made_of(done: Place) -> None:
     code, text, _ = done.call("show", done.video)
     assert code == 0
     assert text.startswith("made by the node video on cpu with s2vflow ")
-    assert "node: talk[2] (extend): " in text
+    assert re.search(r"^of stored results: .*1 sample, 2 extend, 1 save_video$", text, re.M)
     assert "frames: 20, sha256 " in text
     found = json.loads(done.call("show", done.video, "--json")[1])
     assert (found["essence"], found["node"]) == (1, "video")
@@ -126,7 +145,7 @@ def test_what_is_no_run_is_refused(
 
 
 def test_two_equal_runs_differ_in_times_only(done: Place, ids: list[str]) -> None:
-    code, text, _ = done.call("diff", ids[0], ids[1])
+    code, text, _ = done.call("diff", "--exit-code", ids[0], ids[1])
     assert code == 0
     lines = text.splitlines()
     assert lines[0] == f"a: {ids[0]}"
@@ -153,7 +172,11 @@ def test_two_runs_differ_from_the_changed_value_on(done: Place, ids: list[str]) 
     assert 0 < measures["video"]["max_abs"] <= 255
     assert 5 < measures["video"]["psnr_db"] < 60
     assert {"the whole run", "talk[2]", "video"} <= {item["name"] for item in found["times"]}
-    text = done.call("diff", ids[0], ids[2])[1]
+    assert 0 < measures["talk[2]"]["relative"] < 10
+    code, text, _ = done.call("diff", "--exit-code", ids[0], ids[2])
+    assert code == 1
+    assert re.search(r"^latent: talk\[2\]: differs by [\d.]+ % of its root mean square, at most [\d.]+$", text, re.M)
+    assert "\nlatent: first, talk[1]: identical\n" in text
     assert "nodes: nodes.talk.seed: [1, 2] -> [1, 9]" in text
     assert re.search(r"^video: video: differs by at most \d+, PSNR \d+\.\d\d dB$", text, re.M)
 
@@ -207,6 +230,19 @@ def test_recipes_are_compared_after_their_layers_without_running(done: Place, tm
     assert call("diff", one, other)[1].endswith("\nthe same\n")
     one.write_text(base.replace('"steps": 2', '"steps": 0'))
     assert call("diff", one, other)[0] == 3
+
+
+def test_a_change_is_told_once(done: Place, tmp_path: Path) -> None:
+    """A parameter names the fields that it is put into; a field that has changed by itself is told by itself."""
+    text = done.recipe.read_text().replace('"steps": 2', '"steps": "$params.steps"')
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text(text + "params: {steps: 3}\n")
+    other.write_text(text.replace('"seed": 20', '"seed": 21') + "params: {steps: 4}\n")
+    assert call("diff", one, other)[1].splitlines()[2:] == [
+        "params: params.steps: 3 -> 4 (and nodes.first.steps)",
+        "nodes: nodes.first.seed: 20 -> 21",
+        "not the same",
+    ]
 
 
 def test_a_run_is_compared_with_a_recipe_by_its_values(done: Place, ids: list[str]) -> None:

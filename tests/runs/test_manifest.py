@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,6 @@ from s2v_flow.cli.describe import schema_text
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.events import Delivered, Event, NodeStarted, Noted, RunFinished
 from s2v_flow.history.find import read_manifest
-from s2v_flow.runs import record
 from s2v_flow.runs.environment import git_state
 
 SCHEMA = Path(__file__).parents[2] / "schemas" / "manifest.schema.json"
@@ -117,6 +119,57 @@ def test_seeds_are_those_of_every_chunk(manifest: dict[str, Any]) -> None:
 def test_the_loras_coverage_is_kept_for_every_chunk(manifest: dict[str, Any]) -> None:
     assert [item["node"] for item in manifest["loras"]] == ["first", "talk[1]", "talk[2]"]
     assert all(item["id"] == "light" and 0 < item["matched"] < item["total"] for item in manifest["loras"])
+
+
+def test_a_lora_is_shown_once_with_its_share(done: Place, manifest: dict[str, Any]) -> None:
+    matched, total = (manifest["loras"][0][key] for key in ("matched", "total"))
+    shown = f"LoRA light: {matched} of {total} keys ({matched / total:.0%})".replace("%", " %")
+    lines = done.call("show", manifest["id"])[1].splitlines()
+    assert [line for line in lines if "LoRA" in line] == [f"{shown}, in 3 nodes"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process")
+@pytest.mark.parametrize("axes", [[], ["nodes.first.seed=7,8"]])
+def test_a_run_is_listed_from_its_start_and_as_killed_once_it_is(
+    done: Place, tmp_path: Path, tiny_models: Path, axes: list[str]
+) -> None:
+    """A real process; its marker is removed by the next run, and it stays killed."""
+    made = copied(done, tmp_path)
+    program = (
+        "import json, sys, time\n"
+        "from s2v_flow import api\n"
+        "def wait(event):\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+        "given = json.loads(sys.argv[1])\n"
+        "api.run(given.pop('recipe'), on_event=wait, **given)\n"
+    )
+    given = {"recipe": str(made.recipe), "models_dirs": [str(tiny_models)], "cache_dir": str(made.cache)}
+    given |= {"device": "cpu", "axes": axes, "profiles": ["other"]}
+    command = [sys.executable, "-c", program, json.dumps(given)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        newest = checked(made.manifests()[-1])
+        assert (newest["status"], newest["ended"], newest["seconds"]) == ("running", None, None)
+        listed = json.loads(made.call("runs", "--json")[1])["runs"]
+        assert [run["status"] for run in listed if run["id"] == newest["id"]] == ["running"]
+        assert " so far" in made.call("show", newest["id"])[1]
+        child.kill()
+    for _ in range(2):
+        lines = made.call("runs")[1].splitlines()
+        assert [line.split()[1] for line in lines if newest["id"] in line] == ["killed"]
+        assert made.call("show", newest["id"])[1].startswith(f"run {newest['id']}: killed, -, started 2")
+        assert made.run("-p", "other", "--set", "seed=7")[0] == 0
+    assert not list((made.cache / "live").iterdir())
+
+
+def test_a_manifest_of_before_is_read(done: Place, manifest: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever `running` says of a run that nothing is known of, it does not run."""
+    for status in ("finished", "running"):
+        (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "status": status}))
+        assert read_manifest(tmp_path / "manifest.json").status == {"running": "killed"}.get(status, status)
 
 
 def test_every_node_has_its_state_and_what_it_cost(done: Place, manifest: dict[str, Any]) -> None:
@@ -225,12 +278,11 @@ def test_a_video_that_is_moved_at_once_loses_no_manifest(done: Place, tmp_path: 
     assert output.sha256 == kept.nodes[-1].outputs["file"]
 
 
-def test_two_runs_of_one_name_do_not_meet(done: Place, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = iter(["20261122-161502-aaaa", "20261122-161502-aaaa", "20261122-161502-bbbb"])
-    monkeypatch.setattr(record, "_new_id", lambda started: next(names))
-    chosen = options(done.folder, tiny_models, profiles=["other"], sets=["seed=7"])
-    ids = [api.run(done.recipe, chosen).run_id for _ in range(2)]
-    assert ids == ["20261122-161502-aaaa", "20261122-161502-bbbb"]
+def test_two_runs_of_one_name_do_not_meet(done: Place, tiny_models: Path) -> None:
+    chosen, name = options(done.folder, tiny_models, profiles=["other"], sets=["seed=7"]), "20261122-161502-aaaa"
+    planned = api.plan(done.recipe, chosen)
+    ids = [api.run_planned(planned, chosen, run_id=name).run_id for _ in range(2)]
+    assert ids[0] == name != ids[1]
     assert [checked(done.cache / "runs" / name / "manifest.json")["id"] for name in ids] == ids
 
 
