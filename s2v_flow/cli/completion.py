@@ -1,4 +1,4 @@
-"""What a shell may complete: paths for --set, profiles, kinds of nodes. Read off the recipe, without checking it."""
+"""What a shell may complete: of a recipe, which is not checked, and of the runs that are kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import CompletionItem, get_completion_class
 
 if TYPE_CHECKING:
     from s2v_flow.recipe.fields import Accepts
@@ -49,6 +49,24 @@ def complete_kind(ctx: click.Context, param: click.Parameter, incomplete: str) -
     from s2v_flow.nodes.table import NODE_KINDS
 
     return [kind.kind for kind in NODE_KINDS if kind.kind.startswith(incomplete)]
+
+
+def complete_node(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the name of a recipe's node."""
+    merged = _merged(ctx)
+    return [] if merged is None else [name for name in merged.body.nodes.entries if name.startswith(incomplete)]
+
+
+def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete a run's id, the newest first, `last`, or a file."""
+    from s2v_flow.cli.defaults import with_defaults
+    from s2v_flow.history.find import LAST, run_ids
+    from s2v_flow.options import Options
+    from s2v_flow.runs.record import runs_root
+
+    root = runs_root(Options(**with_defaults({"cache_dir": ctx.params.get("cache_dir")})).cache_root)
+    names = [name for name in (LAST, *run_ids(root)) if name.startswith(incomplete)]
+    return [*map(CompletionItem, names), CompletionItem(incomplete, type="file")]
 
 
 def _merged(ctx: click.Context) -> Merged | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from s2v_flow.cli.completion import complete_profile, complete_set
+from s2v_flow.cli.completion import complete_node, complete_profile, complete_set
 from s2v_flow.graph.interrupt import StopRequest
 
 if TYPE_CHECKING:
@@ -137,15 +137,18 @@ def folder_options(command: CommandT) -> CommandT:
 
 def selection_options(command: CommandT) -> CommandT:
     """Add the options that pick a part of the plan."""
+    names: dict[str, Any] = {"shell_complete": complete_node}
     for decorate in (
         click.option("--fail-fast", is_flag=True, help="In a matrix: one cell that fails stops the others."),
         click.option("-m", "axes", multiple=True, metavar="PATH=VALUES", help="Vary a value: -m seed=1..8."),
         click.option("--cache-only", is_flag=True, help="Fail instead of computing anything."),
         click.option("--no-cache", is_flag=True, help="Compute everything anew."),
-        click.option("--force", multiple=True, metavar="NODE[+]", help="Compute it anew; + and what follows it."),
-        click.option("--only", multiple=True, metavar="NODE", help="Run it alone, from stored inputs."),
-        click.option("--from", "start", metavar="NODE", help="Compute nothing before it."),
-        click.option("--until", multiple=True, metavar="NODE", help="Run nothing after it."),
+        click.option(
+            "--force", multiple=True, metavar="NODE[+]", help="Compute it anew; with + all after it.", **names
+        ),
+        click.option("--only", multiple=True, metavar="NODE", help="Run it alone, from stored inputs.", **names),
+        click.option("--from", "start", metavar="NODE", help="Compute nothing before it.", **names),
+        click.option("--until", multiple=True, metavar="NODE", help="Run nothing after it.", **names),
     ):
         command = decorate(command)
     return command

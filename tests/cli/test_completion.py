@@ -76,6 +76,22 @@ def test_kinds_and_commands_are_completed() -> None:
     assert "doctor" in complete("d")
 
 
+def test_nodes_are_completed() -> None:
+    for option in ("--until", "--from", "--only", "--force"):
+        assert complete("run", DEMO, option, "vo") == ["voice"]
+
+
+def test_runs_are_completed_by_their_ids(tmp_path: Path) -> None:
+    """The newest first; a file may be meant, too."""
+    for name in ("20261122-161502-7f3a", "20261123-080000-0001"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "manifest.json").touch()
+    ids = ["20261123-080000-0001", "20261122-161502-7f3a"]
+    for command in (["show"], ["diff"], ["diff", "last"]):
+        assert complete(command[0], "--cache-dir", tmp_path, *command[1:], "") == ["last", *ids, ""]
+    assert complete("show", "--cache-dir", tmp_path, "20261122") == [ids[1], "20261122"]
+
+
 @pytest.mark.parametrize("recipe", ["no-such.yaml", "bad.yaml", None])
 def test_without_a_readable_recipe_nothing_is_proposed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str | None
