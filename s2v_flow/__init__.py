@@ -18,14 +18,23 @@ from s2v_flow.version import __version__
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options, check, load, plan, run
+    from s2v_flow.session import Session
 
-__all__ = ["Options", "__version__", "check", "load", "plan", "run"]
+__all__ = ["Options", "Session", "__version__", "check", "load", "plan", "run"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:
     """Import the Python entry when it is first used: `import s2v_flow` alone costs nothing."""
     if name not in __all__:
         raise AttributeError(f"module 's2v_flow' has no attribute {name!r}")
+    if name == "Session":
+        from s2v_flow.session import Session
+
+        return Session
     from s2v_flow import api
 
     return getattr(api, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from s2v_flow.graph.events import Listener, Noted, StageStarted
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan
-from s2v_flow.graph.run import Run, RunResult, ignore
+from s2v_flow.graph.run import Run, ignore
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess, replacing
 from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, near_files, recipe_needs
@@ -34,7 +35,9 @@ from s2v_flow.nodes.memory import needs
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.options import Options as Options
 from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.layers import Written
 from s2v_flow.recipe.load import Variant, load_cells, load_recipe
+from s2v_flow.result import Result, result_of
 from s2v_flow.runs.environment import torch_version
 from s2v_flow.runs.essence import note_maker
 from s2v_flow.runs.lockfile import check_lock, lock_path
@@ -44,6 +47,7 @@ from s2v_flow.version import __version__
 from s2v_flow.wording import size_text
 
 KINDS: Mapping[str, type[Node]] = {kind.kind: kind for kind in NODE_KINDS}
+RecipeLike = str | Written
 _HASHED_AT_ONCE_BYTES = 64 << 20
 _FIX_CACHE = "free some space, or name another folder with --cache-dir"
 
@@ -60,6 +64,24 @@ class Planned:
     cells: Mapping[str, Recipe] = field(default_factory=dict)
     variants: tuple[Variant, ...] = ()  # a matrix's cells
     free_bytes: int | None = None  # memory where the models will run; None: not known
+
+    def __repr__(self) -> str:
+        facts = [f"{self.num_chunks} chunks", f"{self.num_frames} frames"] if self.num_frames else []
+        facts += [f"{len(self.variants)} cells"] if self.variants else []
+        counts = Counter(status.status for status in self.statuses.values())
+        facts += [f"{count} {status}" for status, count in counts.items()]
+        facts += [f"{len(self.plan.missing)} missing"] if self.plan.missing else []
+        return f"<Planned {self.recipe.path} on {self.device}: {', '.join(facts)}>"
+
+    def _repr_html_(self) -> str:
+        from s2v_flow.notebook import table
+
+        rows = []
+        for node in self.plan.nodes:
+            status = self.statuses[node.name]
+            rows.append((status.status, node.name, node.kind, status.reason))
+        missing = [f"missing: {item.file} ({item.kind})" for item in self.plan.missing]
+        return table(repr(self)[1:-1], ("status", "node", "kind", "why"), rows, [*missing, *self.notes])
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -159,21 +181,25 @@ class Planned:
         }
 
 
-def check(path: Path | str, options: Options | None = None, **fields: Any) -> Recipe:
+def check(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: The recipe file.
-        options: Profiles, override files, `sets` and `overrides` count here.
+        recipe: The recipe's file, or a dict of its shape; paths in a dict are relative to the current folder.
+        options: Profiles, override files, `sets`, `params` and `overrides` count here.
         fields: Single fields of `Options`.
 
     Raises:
         RecipeError: With every mistake that was found; also where a recipe's file cannot be read.
     """
-    return load_recipe(Path(path), kinds=KINDS, changes=replace(options or Options(), **fields).changes)
+    return load_recipe(_written(recipe), kinds=KINDS, changes=replace(options or Options(), **fields).changes)
 
 
 load = check  # the name that some look for first
+
+
+def _written(recipe: RecipeLike) -> Written:
+    return recipe if isinstance(recipe, Mapping) else Path(recipe)
 
 
 def model_needs(path: Path | None, options: Options | None = None) -> list[ModelNeed]:
@@ -188,11 +214,11 @@ def model_needs(path: Path | None, options: Options | None = None) -> list[Model
     return recipe_needs(check(path, options), options.locations)
 
 
-def plan(path: Path | str, options: Options | None = None, **fields: Any) -> Planned:
+def plan(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> Planned:
     """Find out what a run would do, without computing anything and without importing torch.
 
     Args:
-        path: The recipe file.
+        recipe: See `check`.
         options: See `Options`.
         fields: Single fields of `Options`.
 
@@ -201,7 +227,8 @@ def plan(path: Path | str, options: Options | None = None, **fields: Any) -> Pla
         S2VFlowError: A file that is there cannot be used, or the device is not there.
     """
     options = replace(options or Options(), **fields)
-    return _plan(*load_cells(Path(path), kinds=KINDS, changes=options.changes, axes=options.axes), options)
+    cells = load_cells(_written(recipe), kinds=KINDS, changes=options.changes, axes=options.axes)
+    return _plan(*cells, options)
 
 
 def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Planned:
@@ -242,11 +269,11 @@ def _digest_memory(options: Options) -> Path:
     return options.cache_root / "digests.json"
 
 
-def run(path: Path | str, options: Options | None = None, on_event: Listener = ignore, **fields: Any) -> RunResult:
+def run(recipe: RecipeLike, options: Options | None = None, on_event: Listener = ignore, **fields: Any) -> Result:
     """Run a recipe: compute what is not stored yet, and write the results.
 
     Args:
-        path: The recipe file.
+        recipe: See `check`.
         options: See `Options`.
         on_event: Called with every event, in the calling thread.
         fields: Single fields of `Options`.
@@ -257,11 +284,25 @@ def run(path: Path | str, options: Options | None = None, on_event: Listener = i
         S2VFlowError: A node failed; what was finished before is stored.
     """
     options = replace(options or Options(), **fields)
-    return run_planned(plan(path, options), options, on_event)
+    return run_planned(plan(recipe, options), options, on_event)
 
 
-def run_planned(planned: Planned, options: Options, on_event: Listener = ignore, run_id: str = "") -> RunResult:
-    """Run a plan, under an id that is given or made; see `run`."""
+def run_planned(
+    planned: Planned,
+    options: Options,
+    on_event: Listener = ignore,
+    run_id: str = "",
+    models: LazyRegistry | None = None,
+) -> Result:
+    """Run a plan; see `run`.
+
+    Args:
+        planned: What `plan` gave.
+        options: See `Options`.
+        on_event: Called with every event, in the calling thread.
+        run_id: Under which the run is recorded; "": one is made.
+        models: Can be shared by runs; without, none stays live that no node needs.
+    """
     require_files(planned)
     options.selection.check(planned.plan, planned.statuses)
     digests, made = FileDigests(_digest_memory(options), on_event), _demo_models(planned, options)
@@ -287,8 +328,8 @@ def run_planned(planned: Planned, options: Options, on_event: Listener = ignore,
             planned = _plan(planned.recipe, planned.variants, options)
             recorder.plan, recorder.statuses = planned.plan, planned.statuses
             _refuse_files(planned, options, digests)
-        result = _execute(planned, options, recorder, digests)
-    return replace(result, run_id=recorder.id)
+        result = _execute(planned, options, recorder, digests, models or LazyRegistry(lambda: 0))
+    return result_of(result, recorder.id, options.cache_root)
 
 
 def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> None:
@@ -300,7 +341,9 @@ def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> N
         check_lock(lock_path(planned.recipe.path), planned.recipe, planned.plan, digests)
 
 
-def _execute(planned: Planned, options: Options, recorder: Recorder, digests: FileDigests) -> RunResult:
+def _execute(
+    planned: Planned, options: Options, recorder: Recorder, digests: FileDigests, models: LazyRegistry
+) -> RunResult:
     numerics = recorder.numerics
     execution = Run(
         plan=planned.plan,
@@ -308,7 +351,7 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
         store=Store(options.cache_root),
         numerics=numerics,
         device=planned.device,
-        models=_LazyRegistry(),
+        models=models,
         file_digest=digests,
         emit=recorder,
         forced=options.selection.forced(planned.plan),
@@ -334,7 +377,7 @@ def _given(options: Options) -> Given:
     changes = options.changes
     overrides = (
         *(f"-m {text}" for text in options.axes),
-        *(f"--{item.kind} {item.text}" for item in changes.overrides),
+        *map(str, changes.overrides),
     )
     return Given(tuple(changes.profiles), tuple(changes.files), overrides)
 
@@ -387,15 +430,31 @@ def _make_demo_models(needed: list[Path], options: Options, on_event: Listener) 
     on_event(StageStarted("", ""))
 
 
-class _LazyRegistry:
-    """The model registry, made on the first call: a run that computes nothing does not import torch."""
+class LazyRegistry:
+    """The model registry, made on the first call: a run that computes nothing does not import torch.
 
-    def __init__(self) -> None:
+    Args:
+        budget: Says, on the first call, how many bytes of models that no node needs may stay live; None: any number.
+    """
+
+    def __init__(self, budget: Callable[[], int | None]) -> None:
+        self._budget = budget
         self._registry: Any = None
 
     def __call__(self) -> Any:
+        """Return the registry."""
         if self._registry is None:
             from s2v_flow.models.registry import ModelRegistry
 
-            self._registry = ModelRegistry(memory_budget_bytes=0)  # nothing stays live that no node needs any more
+            self._registry = ModelRegistry(self._budget())
         return self._registry
+
+    @property
+    def num_loads(self) -> int:
+        """How many models have been loaded."""
+        return 0 if self._registry is None else int(self._registry.loads.total())
+
+    def close(self) -> None:
+        """Free every model that is not in use."""
+        if self._registry is not None:
+            self._registry.free_unused()

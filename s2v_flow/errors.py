@@ -31,11 +31,17 @@ class ExitCode(IntEnum):
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """A position in a file that a person wrote; line and column count from 1. `file` is as the user named it."""
+    """A position in a file that a person wrote; line and column count from 1. `file` is as the user named it.
+
+    What came as Python's values has no lines: `line` is 0, and `file` says all, as in "<dict>:nodes.first.steps".
+    """
 
     file: str
     line: int = 1
     column: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,10 @@ class S2VFlowError(Exception):
 
 @dataclass(eq=False)
 class RecipeError(S2VFlowError):
-    """The recipe (or an override of it) is wrong; carries every mistake that was found, unless there are very many."""
+    """The recipe (or an override of it) is wrong; carries every mistake that was found, unless there are very many.
+
+    `str()` gives the mistakes as the command line prints them.
+    """
 
     diagnostics: Sequence[Diagnostic] = ()
     are_all: bool = field(default=True, kw_only=True)  # whether these are all

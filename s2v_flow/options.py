@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from s2v_flow.cache.budget import parse_size
 from s2v_flow.demo.catalog import demo_paths
@@ -31,6 +32,7 @@ class Options:
     profiles: Sequence[str] = ()
     override_files: Sequence[Path] = ()
     sets: Sequence[str] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)  # by name, as Python's values
     overrides: Sequence[Override] = ()
     models_dirs: Sequence[Path] = ()
     extra_model_paths: Sequence[Path] = ()
@@ -62,8 +64,9 @@ class Options:
 
     @cached_property
     def changes(self) -> Changes:
-        """What is laid over the recipe: of the overrides, `sets` come first."""
-        overrides = (*(Override("set", text) for text in self.sets), *self.overrides)
+        """What is laid over the recipe: of the overrides, `sets` come first, then `params`."""
+        params = (Override("param", str(name), value) for name, value in self.params.items())
+        overrides = (*(Override("set", text) for text in self.sets), *params, *self.overrides)
         return Changes(self.profiles, self.override_files, overrides, Path.cwd())
 
     @cached_property

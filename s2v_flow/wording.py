@@ -32,7 +32,7 @@ def format_diagnostic(diagnostic: Diagnostic) -> str:
     if place is None:
         lines.append(visible(head))
     else:
-        lines.append(visible(f"{place.file}:{place.line}:{place.column}: {head}"))
+        lines.append(visible(f"{place}: {head}"))
         if diagnostic.excerpt is not None:
             lines += _excerpt(diagnostic.excerpt, place.line, place.column, diagnostic.width)
     if diagnostic.inside is not None:
@@ -40,6 +40,18 @@ def format_diagnostic(diagnostic: Diagnostic) -> str:
     if diagnostic.fix is not None:
         lines.append(visible(f"  fix: {diagnostic.fix}"))
     return "\n".join(lines)
+
+
+def mistakes_text(error: RecipeError) -> str:
+    """Return every mistake of a recipe as the command line prints them, and how many there are."""
+    shown = [format_diagnostic(item) for item in error.diagnostics[:MAX_DIAGNOSTICS]]
+    return "\n\n".join([*shown, f"{count_text(error)}; nothing was run"])
+
+
+def worded(error: RecipeError) -> RecipeError:
+    """Make the mistakes of a recipe the error's message."""
+    error.message = mistakes_text(error)
+    return error
 
 
 def count_text(error: RecipeError) -> str:

@@ -43,11 +43,28 @@ ALLOWED: dict[str, set[str]] = {
     # runs and the Python face
     "runs": {"recipe", "graph", "cache", "files", "media", "version", "wording", "errors"},
     "options": {"recipe", "nodes", "graph", "cache", "demo", "library"},
+    "notebook": set(),
+    "result": {"notebook", "graph", "cache", "media", "wording", "errors"},
     "api": {
-        *("options", "recipe", "nodes", "graph", "cache", "files", "models", "demo", "machine", "library", "runs"),
+        *(
+            "options",
+            "result",
+            "notebook",
+            "recipe",
+            "nodes",
+            "graph",
+            "cache",
+            "files",
+            "models",
+            "demo",
+            "machine",
+            "library",
+            "runs",
+        ),
         *("version", "wording", "errors"),
     },
-    "": {"api", "version"},  # the package itself
+    "session": {"api", "options", "result", "graph", "nodes", "machine", "errors"},
+    "": {"api", "session", "version"},  # the package itself
     "history": {
         *("", "api", "runs", "recipe", "graph", "cache", "files", "media", "demo", "machine", "wording", "errors"),
     },

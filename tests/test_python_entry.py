@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+import re
+import shutil
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from recipes_for_tests import call, tiny
+from runs_for_tests import Place, copied, place
+from safetensors.torch import load_file, save_file
 
 import s2v_flow
-from s2v_flow.errors import RecipeError
+from s2v_flow.errors import MissingError, RecipeError, S2VFlowError
+from s2v_flow.graph.events import Event, StepDone
+from s2v_flow.media.video import VideoReader
+from s2v_flow.notebook import EMBEDDED_BYTES, MAX_ROWS, table
 from s2v_flow.recipe import layers, reader
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -76,3 +90,187 @@ def test_a_recipe_with_a_matrix_is_read_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(layers, "read_file", read)
     planned = s2v_flow.plan(DEMO, axes="seed=1..3", cache_dir=tmp_path, device="cpu")
     assert (opened, planned.labels) == ([str(DEMO)], ("seed=1", "seed=2", "seed=3"))
+
+
+def test_dir_shows_what_there_is_without_importing_it() -> None:
+    code = "import sys, s2v_flow; print(*dir(s2v_flow), 'torch' in sys.modules, 's2v_flow.api' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["Options", "Session", "__version__", "check", "load", "plan", "run", "False", "False"]
+
+
+def test_an_error_says_the_mistakes_as_the_command_line_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        s2v_flow.check(DEMO, sets=["stepz=3", "cfg=x"])
+    code, _, err = call("check", DEMO, "--set", "stepz=3", "--set", "cfg=x")
+    assert (code, err) == (3, f"{caught.value}\n")
+    assert "did you mean steps?" in err
+
+
+def test_params_are_values_of_python(tmp_path: Path) -> None:
+    """They equal --set, take numpy's numbers and paths, and count by their type."""
+    given = {"steps": np.int64(3), "cfg": 2, "image": Path("a.png"), "seed": 2**64 - 1}
+    params = s2v_flow.check(DEMO, params=given).params
+    assert {name: params[name] for name in given} == {"steps": 3, "cfg": 2, "image": "a.png", "seed": 2**64 - 1}
+    same = [s2v_flow.plan(DEMO, cache_dir=tmp_path, device="cpu", **more).statuses for more in (
+        {"params": {"steps": 3, "prompt": "3"}}, {"sets": ["steps=3", "prompt=3"]})]  # fmt: skip
+    assert same[0] == same[1]
+    for name, value, code, text in (
+        ("stepz", 3, "R051", "there is no parameter stepz"),
+        ("steps", "3", "R052", "params.steps: expected a whole number, got '3'"),
+        ("steps", 3.0, "R052", "params.steps: expected a whole number, got 3.0"),
+        ("steps", None, "R052", "params.steps: expected a whole number, got null"),
+        ("cfg", float("nan"), "R008", "NaN"),
+        ("prompt", "a\x00", "R003", "U+0000"),
+        ("prompt", {1}, "R012", "got set"),
+        ("a=b c", 1, "R051", "there is no parameter a=b c"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            s2v_flow.check(DEMO, params={name: value})
+        (found,) = caught.value.diagnostics
+        assert (found.code, str(found.place)) == (code, f"<params>:{name}")
+        assert text in found.message
+
+
+def test_a_dict_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same plan as its file; its paths are relative to the current folder."""
+    given = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    monkeypatch.chdir(DEMO.parent)
+    planned = s2v_flow.plan(given, params={"steps": 3}, cache_dir=tmp_path, device="cpu")
+    expected = s2v_flow.plan(DEMO, params={"steps": 3}, cache_dir=tmp_path, device="cpu")
+    assert planned.statuses == expected.statuses
+    assert planned.plan.node("video").files == expected.plan.node("video").files
+    assert len(s2v_flow.plan({"s2vflow": 1, "extends": DEMO.name}, cache_dir=tmp_path).plan.nodes) > 10
+
+
+def test_mistakes_in_a_dict_have_a_place() -> None:
+    given = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    nodes = given["nodes"]
+    nodes["first"] |= {"steps": "many", "smapler": "euler", "cfg": float("inf")}
+    nodes["dit"] |= {"loras": [{"id": "a", "file": 5}], 3: 4}
+    with pytest.raises(RecipeError) as caught:
+        s2v_flow.check(given)
+    assert {str(item.place): item.code for item in caught.value.diagnostics} == {
+        "<dict>:nodes.first.steps": "R012",
+        "<dict>:nodes.first.smapler": "R011",
+        "<dict>:nodes.first.cfg": "R008",
+        "<dict>:nodes.dit.loras[0].file": "R012",
+        "<dict>:nodes.dit.3": "R007",
+    }
+    assert str(caught.value).startswith("<dict>:nodes.dit.3: error[R007]: a key must be text\n")
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: {"description": "x" * reader.MAX_BYTES}, "1000000 bytes"),
+        (lambda: {"params": dict.fromkeys(map(str, range(reader.MAX_EVENTS)), 1)}, "20000 values"),
+        (lambda: _circle(), "nest 32 deep"),
+    ],
+)
+def test_a_dict_has_the_limits_of_a_text(make: Callable[[], dict[str, Any]], text: str) -> None:
+    with pytest.raises(RecipeError, match=text):
+        s2v_flow.check({"s2vflow": 1, **make()})
+
+
+def _circle() -> dict[str, Any]:
+    circle: dict[str, Any] = {}
+    circle["nodes"] = circle
+    return circle
+
+
+def test_objects_are_short_in_print_and_whole_in_a_notebook(tmp_path: Path) -> None:
+    """Whatever a recipe holds is escaped."""
+    planned = s2v_flow.plan(DEMO, axes="seed=1,2", cache_dir=tmp_path, device="cpu")
+    assert re.fullmatch(r"<Planned .*demo.yaml on cpu: 6 chunks, 95 frames, 2 cells, \d+ LOAD, \d+ RUN>", repr(planned))
+    assert len(repr(planned.recipe)) < 400
+    html = planned._repr_html_()
+    assert html.count("<tr>") == len(planned.plan.nodes) + 1
+    made = table("<b>", ("a",), [("RUN", "<script>")] * (MAX_ROWS + 1), ["&"])
+    assert ("<script>" in made, made.count("&lt;script&gt;"), "and 1 more" in made) == (False, MAX_ROWS, True)
+
+
+def test_a_result_gives_frames_latents_and_players(
+    quick_run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is on the disk; nothing is computed again."""
+    here = copied(quick_run, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"models_dirs": here.where[1], "cache_dir": here.cache, "device": "cpu"}
+    result = s2v_flow.run(here.recipe, **given)
+    assert (result.computed, len(repr(result)) < 300) == ((), True)
+    frames = list(result.frames())
+    assert [(len(frames), frame.shape, frame.dtype) for frame in frames[:1]] == [(20, (64, 64, 3), np.uint8)]
+    with VideoReader(here.video) as video:
+        assert np.array_equal(frames[19], video.read(19, 1)[0])
+    shapes = {name: tuple(latent.shape) for name, latent in result.latents().items()}
+    assert shapes == dict.fromkeys(("first", "talk[1]", "talk[2]"), (1, 16, 2, 8, 8))
+    assert 'src="data:video/mp4;base64,' in result._repr_html_()
+    with pytest.raises(MissingError, match="which video is meant"):
+        result.frames("vide")
+    name = tmp_path / 'a"<b>.mp4'
+    name.write_bytes(b"0" * (EMBEDDED_BYTES + 1))
+    sweep = replace(result, outputs={"seed=1/video": (here.video,), "seed=2/video": (name,), "x/y": (Path("no.mp4"),)})
+    html = sweep._repr_html_()
+    assert (html.count("<figure"), html.count("<video"), "base64" in html) == (3, 2, False)
+    assert 'src="a%22%3Cb%3E.mp4"' in html
+    assert "not there any more" in html
+    shutil.rmtree(here.cache / "objects")
+    with pytest.raises(MissingError, match="not in the cache"):
+        result.latents()
+
+
+ONE_CHUNK = tiny(
+    talk=None, frames=None, video=None, saved={"kind": "save_latent", "latent": "$first", "file": "out/first.latent"}
+)
+
+
+def test_a_session_loads_a_model_once(tiny_models: Path, tmp_path: Path) -> None:
+    """For another seed none; for another precision or file that one; with the bits of single runs."""
+    models = tmp_path / "models"
+    shutil.copytree(tiny_models, models)
+    here = place(tmp_path, models, ONE_CHUNK)
+    given: dict[str, Any] = {"models_dirs": models, "device": "cpu"}
+    seed = "nodes.first.seed={}".format
+
+    def fail(event: Event) -> None:
+        assert not isinstance(event, StepDone) or event.node != "first" or 1 / 0
+
+    with s2v_flow.Session(cache_dir=here.cache, **given) as session:
+        first = session.run(here.recipe, sets=seed(1))
+        loaded = session.num_loads
+        assert loaded == 4
+        second = session.run(here.recipe, sets=seed(2))
+        assert (session.num_loads, "first" in second.computed) == (loaded, True)
+        with pytest.raises(ZeroDivisionError):
+            session.run(here.recipe, fail, sets=seed(3))
+        session.run(here.recipe, sets=seed(3))
+        assert session.num_loads == loaded
+        session.run(here.recipe, sets=[seed(3), "nodes.dit.precision=bf16"])
+        assert session.num_loads == loaded + 1
+        file = models / "diffusion_models" / "tiny_s2v.safetensors"
+        changed = {name: tensor * 1.01 for name, tensor in load_file(file).items()}
+        save_file(changed, file)
+        third = session.run(here.recipe, sets=seed(2))
+        assert (session.num_loads, "first" in third.computed) == (loaded + 2, True)
+    with pytest.raises(S2VFlowError, match="closed"):
+        session.run(here.recipe)
+    alone = s2v_flow.run(here.recipe, cache_dir=tmp_path / "other", sets=seed(2), **given)
+    assert alone.entries["first"].outputs == third.entries["first"].outputs
+    assert alone.entries["first"].outputs != second.entries["first"].outputs != first.entries["first"].outputs
+
+
+def test_a_session_frees_its_models_and_keeps_to_its_memory(tiny_models: Path, tmp_path: Path) -> None:
+    here = place(tmp_path, tiny_models, ONE_CHUNK)
+    found: list[weakref.ref[Any]] = []
+
+    def look(event: object) -> None:
+        if isinstance(event, StepDone):
+            found.extend(map(weakref.ref, (item for item in gc.get_objects() if type(item).__name__ == "WanS2V")))
+
+    with s2v_flow.Session(cache_dir=here.cache, models_dirs=tiny_models, device="cpu", memory=1) as session:
+        session.run(here.recipe, look)
+        assert found
+        assert all(model() is None for model in found)
+        loaded = session.num_loads
+        session.run(here.recipe, sets="nodes.first.seed=5")
+        assert session.num_loads == loaded + 1

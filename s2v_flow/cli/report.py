@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from s2v_flow.cli.colour import for_people
 from s2v_flow.errors import RecipeError, S2VFlowError
 from s2v_flow.library.needs import near_files
-from s2v_flow.wording import (
-    MAX_DIAGNOSTICS,
-    WARNING,
-    count_text,
-    duration_text,
-    format_diagnostic,
-    size_text,
-    visible,
-)
+from s2v_flow.wording import WARNING, duration_text, mistakes_text, size_text, visible
 
 if TYPE_CHECKING:
     from s2v_flow.api import Planned
@@ -54,10 +46,9 @@ def print_message(text: str, stream: TextIO | None = None) -> None:
 def print_error(error: S2VFlowError) -> None:
     """Print an error: every mistake of a recipe, or what, why, what is kept and what to do."""
     if isinstance(error, RecipeError) and error.diagnostics:
-        shown = [format_diagnostic(item) for item in error.diagnostics[:MAX_DIAGNOSTICS]]
-        print_message("\n\n".join([*shown, f"{count_text(error)}; nothing was run"]))
+        print_message(mistakes_text(error))
         return
-    at = f"{error.place.file}:{error.place.line}:{error.place.column}: " if error.place else ""
+    at = f"{error.place}: " if error.place else ""
     print_message(visible(f"{at}error: {error.message}"))
     if error.inside:
         print_message(f"  in:  {visible(error.inside)}")

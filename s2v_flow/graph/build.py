@@ -17,7 +17,7 @@ from s2v_flow.graph.locations import Locations, Missing
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.ports import FieldPath, Ref, Source, Value
-from s2v_flow.wording import WARNING
+from s2v_flow.wording import WARNING, worded
 
 
 class Origin(Protocol):
@@ -163,9 +163,7 @@ class PlanBuilder:
             self._values[name] = self._specs[name].node.plan(self, name)
         self._refuse_shared_outputs()
         if self._diagnostics:
-            raise RecipeError(
-                "the recipe cannot be planned", diagnostics=sorted(self._diagnostics, key=Diagnostic.sort_key)
-            )
+            raise worded(RecipeError("", diagnostics=sorted(self._diagnostics, key=Diagnostic.sort_key)))
         graph = _graph(self._nodes.values())
         targets = [node.name for node in self._nodes.values() if node.node.is_sink]
         targets = targets or [name for name in self._nodes if graph.out_degree(name) == 0]
@@ -179,7 +177,8 @@ class PlanBuilder:
 def _is_typed(origin: Origin) -> bool:
     """Tell whether a value was given with --set or its like. A recipe may extend a file so named: then it was not."""
     option = origin.place.file
-    return option in ("--set", "--set-json", "-m") and not (origin.base_dir / option).exists()
+    is_given = option in ("--set", "--set-json", "-m") or option.startswith("<params>:")
+    return is_given and not (origin.base_dir / option).exists()
 
 
 def build_plan(

@@ -61,6 +61,13 @@ class RunResult:
     failures: Mapping[str, str] = field(default_factory=dict)  # plan nodes that failed where others went on, and why
     not_kept: tuple[str, ...] = ()  # plan nodes whose results could not be stored
 
+    def __repr__(self) -> str:
+        files = [str(path) for paths in self.outputs.values() for path in paths]
+        written = files[:3] + ([f"{len(files) - 3} more"] if len(files) > 3 else [])
+        facts = [f"{len(self.computed)} computed", f"{len(self.cached)} stored"]
+        facts += [f"{len(self.failures)} failed"] if self.failures else []
+        return f"<{type(self).__name__} {self.run_id}: {', '.join([*facts, *written])}>"
+
     def to_json(self) -> dict[str, Any]:
         """Return the object that `s2vflow run --json` prints."""
         outputs = {name: [str(path) for path in paths] for name, paths in self.outputs.items()}

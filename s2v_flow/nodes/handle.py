@@ -62,6 +62,7 @@ class ModelHandle:
             streams = self._must_stream or self._should_stream(num_tokens, num_branches, is_live)
             expected = 0 if streams else self._expected_bytes
             self._model = self._registry.acquire(self._key, lambda: self._load(streams), expected_bytes=expected)
+            self.facts.update(self._registry.facts.setdefault(self._key, dict(self.facts)))
             if streams:  # it may be live already, and resident
                 self._model.stream_weights(self._device)
             if hasattr(self._model, "is_streamed"):
@@ -176,7 +177,10 @@ def lacks_room(context: RunContext, asked: str, lora_bytes: int, num_tokens: int
         num_tokens=num_tokens,
         num_branches=num_branches,
     )
-    return weights + lora_bytes + activations + RESERVE_BYTES > free
+    needed = weights + lora_bytes + activations + RESERVE_BYTES
+    if needed > free and context.models().free_unused():  # what earlier runs of a session have left
+        free = free_device_bytes(context.device) or 0
+    return needed > free
 
 
 def free_device_bytes(device: str) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,10 @@ from typing import Any, Literal
 from s2v_flow.errors import Place
 from s2v_flow.graph.ports import NAME
 from s2v_flow.recipe.fields import Accepts
+from s2v_flow.recipe.objects import tree_of
 from s2v_flow.recipe.problems import Problems, StopReadingError
-from s2v_flow.recipe.reader import FORBIDDEN, MAX_DEPTH, MAX_EVENTS, Source, read_text, read_yaml
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, ScalarValue, Tree, plain, read_scalar
+from s2v_flow.recipe.reader import FORBIDDEN, MAX_DEPTH, Source, read_text, read_yaml
+from s2v_flow.recipe.tree import ListValue, Origin, Scalar, ScalarValue, Tree, plain, read_scalar
 from s2v_flow.wording import nearest, shortened, shown
 
 _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -129,7 +130,7 @@ def _read_json(argument: Argument, text: str, problems: Problems) -> Tree:
         raise faulty(problems, "R052", message, there, fix) from error
     except ValueError as error:
         raise faulty(problems, "R052", f"{shortened(argument.path)}: {error}", origin) from error
-    return _tree(value, argument, _Count(), problems)
+    return _tree(value, lambda path: origin, problems)
 
 
 def _depth(text: str) -> int:
@@ -156,29 +157,17 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class _Count:
-    """How many values there are so far."""
-
-    def __init__(self) -> None:
-        self.values = 0
-
-
-def _tree(value: Any, argument: Argument, count: _Count, problems: Problems) -> Tree:
-    """Return JSON's values as a tree; all of it was written where the argument's value was."""
-    origin = argument.value_origin
-    count.values += 1
-    if count.values > MAX_EVENTS:
-        raise faulty(problems, "R004", f"a recipe may have {MAX_EVENTS} values, here are more", origin)
-    if isinstance(value, dict):
-        entries = {key: Entry(origin, _tree(item, argument, count, problems)) for key, item in value.items()}
-        return MapValue(entries, origin)
-    if isinstance(value, list):
-        return ListValue(tuple(_tree(item, argument, count, problems) for item in value), origin)
-    found = FORBIDDEN.search(value) if isinstance(value, str) else None
-    if found is not None:
-        message = f"the character U+{ord(found[0]):04X} may not stand in a recipe, nor be written as an escape"
-        raise faulty(problems, "R003", message, origin)
-    return Scalar(value, origin, is_quoted=True)
+def _tree(value: Any, at: Callable[[str], Origin], problems: Problems) -> Tree:
+    """Return values as a tree; where a recipe cannot hold them, the mistakes are collected."""
+    found = Problems()
+    try:
+        tree = tree_of(value, at, found)
+    except StopReadingError:
+        tree = None
+    problems.extend(found)
+    if tree is None or found:
+        raise FaultyOverrideError
+    return tree
 
 
 MAX_TEXT_FILE_BYTES = 64_000
@@ -200,11 +189,18 @@ class Override:
     kind "set": PATH=VALUE, read as the place in the schema takes it;
     kind "set-json": PATH=JSON, of a type that the place takes;
     kind "set-file": PATH=FILE, whose text is the value, without one line break at its end;
-    kind "unset": PATH, which goes back to its default; a parameter goes back to what the recipe says.
+    kind "unset": PATH, which goes back to its default; a parameter goes back to what the recipe says;
+    kind "param": a parameter's name, from Python, with its `value`.
     """
 
-    kind: Literal["set", "set-json", "set-file", "unset"]
+    kind: Literal["set", "set-json", "set-file", "unset", "param"]
     text: str
+    value: Any = None
+
+    def __str__(self) -> str:
+        if self.kind == "param":
+            return f"--set-json params.{self.text}={json.dumps(self.value, default=str)}"
+        return f"--{self.kind} {self.text}"
 
 
 @dataclass(frozen=True)
@@ -252,7 +248,7 @@ class Argument:
     `file` is the file that the value was read from; `reading` is what YAML alone would make of a text.
     """
 
-    kind: Literal["set", "set-json", "set-file", "unset", "matrix"]
+    kind: Literal["set", "set-json", "set-file", "unset", "param", "matrix"]
     path: str
     steps: tuple[Step, ...]
     path_origin: Origin
@@ -286,7 +282,7 @@ def parse_overrides(overrides: Iterable[Override], base_dir: Path, problems: Pro
     Args:
         overrides: The changes in order.
         base_dir: Where relative paths in them start.
-        problems: Takes what is wrong, at places like `--set:2:7`: the second --set, column 7.
+        problems: Takes what is wrong, at places like `--set:2:7`: the second --set, column 7; `<params>:steps`.
     """
     numbers: dict[str, int] = {}
     arguments = []
@@ -302,6 +298,11 @@ def parse_overrides(overrides: Iterable[Override], base_dir: Path, problems: Pro
 
 
 def _parse_override(override: Override, source: Source, problems: Problems) -> Argument:
+    if override.kind == "param":
+        origin = Origin(Place(f"<params>:{override.text}", 0, 0), "", source.base_dir)
+        to_param = (Step("params", False, 0), Step(override.text, False, len("params.")))
+        tree = _tree(override.value, lambda path: origin, problems)
+        return Argument("param", f"params.{override.text}", to_param, origin, tree, origin)
     check_characters(override.text, source, problems)
     path, equals, value = override.text.partition("=")
     example = "steps" if override.kind == "unset" else "steps=20 or nodes.first.cfg=6"

@@ -147,4 +147,5 @@ def _said(origin: Origin, recipe: Recipe) -> str:
     if place.file.startswith("-") and not (origin.base_dir / place.file).exists():
         return place.file
     profile = recipe.profile_places.get(place)
-    return f"{place.file}:{place.line}" + (f" (profile {profile})" if profile is not None else "")
+    said = f"{place.file}:{place.line}" if place.line else place.file
+    return said + (f" (profile {profile})" if profile is not None else "")

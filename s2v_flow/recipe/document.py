@@ -12,6 +12,7 @@ from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.matrix import Matrix
 from s2v_flow.recipe.tree import MapValue, Origin
+from s2v_flow.wording import shortened, shown
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,7 @@ class Recipe:
     profile_places: Mapping[Place, str] = field(default_factory=dict)
     matrix: Matrix = field(default_factory=Matrix)
     matrix_text: MapValue | None = None
+
+    def __repr__(self) -> str:
+        params = ", ".join(f"{name}={shown(value)}" for name, value in self.params.items())
+        return f"<Recipe {self.path}: {len(self.nodes)} nodes{f'; {shortened(params, 200)}' if params else ''}>"

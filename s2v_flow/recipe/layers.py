@@ -11,10 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from s2v_flow.errors import Place
 from s2v_flow.graph.ports import NAME
 from s2v_flow.recipe.argument import Changes
+from s2v_flow.recipe.objects import tree_of
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, origins_of, plain
@@ -33,6 +35,10 @@ _NAME = re.compile(NAME)
 
 
 _RESERVED = frozenset({"params"})  # `$params.x` is a parameter
+
+
+Written = Path | Mapping[str, Any]
+"""A recipe as it is given: a file, or a dict of its shape."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,13 @@ class Merged:
     profile_places: Mapping[Place, str]
 
 
-def merge_layers(path: Path, changes: Changes, problems: Problems) -> Merged:
-    """Read a recipe and the profiles and files that are laid over it.
+def name_of(recipe: Written) -> str:
+    """Return how messages call a recipe: as the user did, or <dict>."""
+    return "<dict>" if isinstance(recipe, Mapping) else str(recipe)
+
+
+def merge_layers(recipe: Written, changes: Changes, problems: Problems) -> Merged:
+    """Read a recipe, a file or a dict, and the profiles and files that are laid over it.
 
     A profile may live in any layer; profiles of the same name are merged, in the order of the layers, before they are
     applied.
@@ -190,7 +201,7 @@ def merge_layers(path: Path, changes: Changes, problems: Problems) -> Merged:
     Raises:
         StopReadingError: A file cannot be read.
     """
-    chain = read_chain(path, problems, is_recipe=True)
+    chain = read_chain(recipe, problems, is_recipe=True)
     overrides = [layer for file in changes.files for layer in read_chain(file, problems, is_recipe=False)]
     known: dict[str, Body] = {}
     for layer in (*chain, *overrides):
@@ -230,22 +241,22 @@ def merge_bodies(base: Body, over: Body) -> Body:
     return Body(_merge_maps(base.params, over.params), nodes)
 
 
-def read_chain(path: Path, problems: Problems, *, is_recipe: bool) -> list[Layer]:
-    """Read a file and what it extends, the innermost base first.
+def read_chain(recipe: Written, problems: Problems, *, is_recipe: bool) -> list[Layer]:
+    """Read a file, or a dict, and what it extends, the innermost base first.
 
     Raises:
         StopReadingError: A file cannot be read, or the chain is too long or runs in a circle.
     """
     layers: list[Layer] = []
     seen: dict[str, str] = {}  # real path -> name
-    name, named_at = str(path), None
+    name, named_at = name_of(recipe), None
     while True:
         seen[os.path.realpath(name)] = name
-        layers.append(
-            read_layer(
-                read_file(Path(name), name, problems, named_at, is_recipe=True), name, problems, is_recipe=is_recipe
-            )
-        )
+        if isinstance(recipe, Mapping) and not layers:
+            tree = _dict_tree(recipe, problems)
+        else:
+            tree = read_file(Path(name), name, problems, named_at, is_recipe=True)
+        layers.append(read_layer(tree, name, problems, is_recipe=is_recipe))
         is_recipe = False
         extends = layers[-1].extends
         if extends is None:
@@ -257,6 +268,12 @@ def read_chain(path: Path, problems: Problems, *, is_recipe: bool) -> list[Layer
             raise problems.stop("R041", f"files extend each other in a circle: {circle}", named_at)
         if len(seen) >= MAX_CHAIN:
             raise problems.stop("R042", f"a chain of extends may have {MAX_CHAIN} files", named_at)
+
+
+def _dict_tree(recipe: Mapping[str, Any], problems: Problems) -> Tree:
+    """Return a recipe that is a dict; its values stand at places like `<dict>:nodes.first.steps`."""
+    here = Path.cwd()
+    return tree_of(recipe, lambda path: Origin(Place(f"<dict>:{path}" if path else "<dict>", 0, 0), "", here), problems)
 
 
 def _base_name(extends: Scalar, name: str, problems: Problems) -> str:

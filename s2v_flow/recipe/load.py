@@ -11,7 +11,7 @@ from s2v_flow.graph.link import link, sort
 from s2v_flow.graph.node import Node
 from s2v_flow.recipe.argument import NO_CHANGES, Argument, Changes, parse_overrides
 from s2v_flow.recipe.document import NodeSpec, Recipe
-from s2v_flow.recipe.layers import Body, merge_layers
+from s2v_flow.recipe.layers import Body, Written, merge_layers, name_of
 from s2v_flow.recipe.matrix import Cell, Matrix, expand, parse_axes, read_matrix, with_axes
 from s2v_flow.recipe.overrides import apply_overrides
 from s2v_flow.recipe.params import Parameters
@@ -31,7 +31,7 @@ class Variant:
     recipe: Recipe
 
 
-def load_recipe(path: Path, *, kinds: Mapping[str, type[Node]], changes: Changes = NO_CHANGES) -> Recipe:
+def load_recipe(path: Written, *, kinds: Mapping[str, type[Node]], changes: Changes = NO_CHANGES) -> Recipe:
     """Read a recipe, lay changes over it, and validate the result.
 
     What the recipe's matrix varies is checked as well, but not combined: see `load_cells`.
@@ -51,7 +51,11 @@ def load_recipe(path: Path, *, kinds: Mapping[str, type[Node]], changes: Changes
 
 
 def load_cells(
-    path: Path, *, kinds: Mapping[str, type[Node]], changes: Changes = NO_CHANGES, axes: Sequence[str] = ()
+    path: Written,
+    *,
+    kinds: Mapping[str, type[Node]],
+    changes: Changes = NO_CHANGES,
+    axes: Sequence[str] = (),
 ) -> tuple[Recipe, tuple[Variant, ...]]:
     """Read a recipe, and make one more of it for each cell of its matrix; see `load_recipe`.
 
@@ -79,19 +83,25 @@ def load_cells(
 
 
 @contextmanager
-def _collecting(path: Path) -> Iterator[Problems]:
+def _collecting(path: Written) -> Iterator[Problems]:
     """Give a collection of mistakes, and raise at the end what it holds, or what stopped the reading."""
     problems = Problems()
     with suppress(StopReadingError):
         yield problems
-    problems.raise_any(str(path))
+    problems.raise_any(name_of(path))
 
 
 class _Reader:
     """A recipe's layers, merged, with the command line's changes; from which one recipe or many are made."""
 
-    def __init__(self, path: Path, kinds: Mapping[str, type[Node]], changes: Changes, problems: Problems) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Written,
+        kinds: Mapping[str, type[Node]],
+        changes: Changes,
+        problems: Problems,
+    ) -> None:
+        self.path = Path(name_of(path))
         self.kinds = kinds
         self.problems = problems
         self.merged = merge_layers(path, changes, problems)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from s2v_flow.errors import Diagnostic, Place, RecipeError
 from s2v_flow.recipe.tree import Origin
-from s2v_flow.wording import count_text
+from s2v_flow.wording import worded
 
 CODES: Mapping[str, str] = MappingProxyType(
     {
@@ -82,6 +82,9 @@ class Problems:
         self._found: dict[tuple[object, str, str], Diagnostic] = {}
         self._unreadable: set[Place | None] = set()
 
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
     def has(self, code: str) -> bool:
         """Return whether a mistake of this code was found."""
         return any(diagnostic.code == code for diagnostic in self._found.values())
@@ -128,10 +131,9 @@ class Problems:
         """Do nothing if nothing is wrong.
 
         Raises:
-            RecipeError: With all mistakes, sorted by place; the message counts them.
+            RecipeError: With all mistakes, sorted by place.
         """
         if self._found:
             found = sorted(self._found.values(), key=Diagnostic.sort_key)
-            error = RecipeError(recipe, diagnostics=found[:_MAX_COLLECTED], are_all=len(found) <= _MAX_COLLECTED)
-            error.message = f"{recipe}: {count_text(error)}; nothing was run"
-            raise error
+            are_all = len(found) <= _MAX_COLLECTED
+            raise worded(RecipeError(recipe, diagnostics=found[:_MAX_COLLECTED], are_all=are_all))

@@ -24,7 +24,7 @@ from s2v_flow.wording import nearest, shortened
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
 MAX_EVENTS = 20_000
-_TOO_DEEP = ("R004", f"maps and lists may nest {MAX_DEPTH} deep, here are more")
+TOO_DEEP = ("R004", f"maps and lists may nest {MAX_DEPTH} deep, here are more")
 MAX_ALIASES = 16
 
 # libyaml's parser where PyYAML was built with it: several times faster, the same events
@@ -285,7 +285,7 @@ class _Guard:
         if self.aliases > MAX_ALIASES:
             return "R004", f"a recipe may have {MAX_ALIASES} aliases, here are more"
         if len(self.open) + self.heights[-1] > MAX_DEPTH:
-            return _TOO_DEEP
+            return TOO_DEEP
         if self.size > MAX_EVENTS:
             return "R004", f"a recipe may have {MAX_EVENTS} values, here aliases make more of them"
         return None
@@ -295,7 +295,7 @@ def _syntax(error: Exception, text: str, source: Source, problems: Problems) -> 
     mark: Any = getattr(error, "problem_mark", None)
     problem = str(getattr(error, "problem", None) or error).splitlines()[0]
     if "maximum nesting depth" in problem:  # libyaml of PyYAML 6.0.4 scans ahead, with a limit of its own
-        return problems.stop(*_TOO_DEEP, source.origin(mark.line, mark.column))
+        return problems.stop(*TOO_DEEP, source.origin(mark.line, mark.column))
     conflict = _CONFLICT.search(text)
     if conflict is not None:
         origin = _origin_at(text, conflict.start(), source)

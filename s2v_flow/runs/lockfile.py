@@ -17,7 +17,7 @@ from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import MapValue, Origin, Scalar, plain
 from s2v_flow.runs.files import NamedFile, files_of
 from s2v_flow.runs.values import without_home
-from s2v_flow.wording import shown
+from s2v_flow.wording import shown, worded
 
 VERSION = 1
 LOCK_CODES: Mapping[str, str] = MappingProxyType(
@@ -109,8 +109,7 @@ def check_lock(path: Path, recipe: Recipe, plan: Plan, digest: Callable[[Path], 
             faults[section, name] = entry.origin.diagnostic("L003", message, inside=item.at, fix=fix)
     if faults:
         found_all = sorted(faults.values(), key=Diagnostic.sort_key)
-        text = "a file is not the one that was locked; nothing was run"
-        raise RecipeError(text, diagnostics=found_all[:_MAX_FAULTS], exit_code=ExitCode.MISSING)
+        raise worded(RecipeError("", diagnostics=found_all[:_MAX_FAULTS], exit_code=ExitCode.MISSING))
 
 
 def _name(item: NamedFile) -> tuple[str, str]:

@@ -1,0 +1,85 @@
+"""What a run gave, for Python: the files, their frames, the latents, and players in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2v_flow.cache.store import DamagedObjectError, Store
+from s2v_flow.errors import MissingError
+from s2v_flow.graph.run import RunResult
+from s2v_flow.notebook import players
+from s2v_flow.wording import did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+@dataclass(frozen=True, repr=False)
+class Result(RunResult):
+    """A `RunResult` that can be looked into; see there for its fields. `cache_root` is the cache folder of the run."""
+
+    cache_root: Path = Path()
+
+    @property
+    def videos(self) -> dict[str, Path]:
+        """The mp4 files by plan node ("video"; "seed=1/video" in a sweep)."""
+        return {name: path for name, paths in self.outputs.items() for path in paths if path.suffix == ".mp4"}
+
+    def frames(self, name: str | None = None) -> Iterator[NDArray[np.uint8]]:
+        """Iterate over a delivered video's frames, decoded one by one: memory does not grow with its length.
+
+        Args:
+            name: Which of `videos`, where there are several.
+
+        Returns:
+            An iterator of uint8 arrays [H, W, 3], RGB, as they are after H.264.
+
+        Raises:
+            MissingError: There is no such video, or it is not there any more.
+        """
+        videos = self.videos
+        if name is None and len(videos) == 1:
+            name = next(iter(videos))
+        if name not in videos:
+            what = "the run wrote no video" if not videos else f"frames({name or ''}): which video is meant?"
+            raise MissingError(what, fix=did_you_mean(name or "", videos, "videos"))
+        from s2v_flow.media.video import VideoReader, probe_video
+
+        return iter(VideoReader(videos[name], probe_video(videos[name]).fps))
+
+    def latents(self) -> dict[str, Tensor]:
+        """Return the sampled latents that the cache holds, by plan node ("first", "talk[1]").
+
+        Returns:
+            Raw latents, float32 [1, 16, F, H, W], on the CPU.
+
+        Raises:
+            MissingError: The cache has evicted one of them since.
+        """
+        from safetensors.torch import load
+
+        store, found = Store(self.cache_root), {}
+        for name, entry in self.entries.items():
+            if "latent" in entry.outputs:
+                try:
+                    found[name] = load(store.read(entry.outputs["latent"]))["samples"]
+                except DamagedObjectError as error:
+                    raise MissingError(f"the latent of {name} is not in the cache", fix="run again") from error
+        return found
+
+    def _repr_html_(self) -> str:
+        others = [f"{name}: {paths[0]}" for name, paths in self.outputs.items() if paths and name not in self.videos]
+        failures = [f"{name} failed: {why}" for name, why in self.failures.items()]
+        labelled = [(name.rpartition("/")[0] or name, path) for name, path in self.videos.items()]
+        return players(repr(self)[1:-1], labelled, [*others, *failures])
+
+
+def result_of(result: RunResult, run_id: str, cache_root: Path) -> Result:
+    """Return what a run gave, with the cache in which its parts lie."""
+    fields: dict[str, Any] = vars(result) | {"run_id": run_id, "cache_root": cache_root}
+    return Result(**fields)

@@ -1,0 +1,79 @@
+"""Several runs in one process that share the models that are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from s2v_flow.api import LazyRegistry, Planned, RecipeLike, plan, run_planned
+from s2v_flow.errors import S2VFlowError
+from s2v_flow.graph.events import Listener
+from s2v_flow.graph.run import ignore
+from s2v_flow.machine import free_memory_bytes
+from s2v_flow.nodes.handle import free_device_bytes
+from s2v_flow.options import Options
+from s2v_flow.result import Result
+
+
+class Session:
+    """Runs that keep their models loaded for the next one; leaving the `with` block frees them.
+
+    A model is used again where file contents, LoRAs, precision and device are the same; a file that has changed is
+    loaded anew. Where memory runs out, models that no node needs go first. Runs go one after another.
+
+    Args:
+        options: See `Options`; what all runs have in common.
+        memory: How many bytes of models that no node needs may stay loaded. Unless given, three quarters of what is
+            free at the first model on the device of that run; no limit where that is not known.
+        fields: Single fields of `Options`.
+    """
+
+    def __init__(self, options: Options | None = None, *, memory: int | None = None, **fields: Any) -> None:
+        self.options = replace(options or Options(), **fields)
+        self._memory = memory
+        self._device = "cpu"
+        self._models: LazyRegistry | None = LazyRegistry(self._budget)
+
+    def plan(self, recipe: RecipeLike, **fields: Any) -> Planned:
+        """Plan with the session's options, and single fields laid over them; see `s2v_flow.plan`."""
+        return plan(recipe, self.options, **fields)
+
+    def run(self, recipe: RecipeLike, on_event: Listener = ignore, **fields: Any) -> Result:
+        """Run with the session's options, and single fields laid over them; see `s2v_flow.run`.
+
+        Raises:
+            S2VFlowError: As `s2v_flow.run`, after which the session can go on; or the session is closed.
+        """
+        if self._models is None:
+            raise S2VFlowError("this session is closed", fix="begin another: with s2v_flow.Session() as session:")
+        options = replace(self.options, **fields)
+        planned = plan(recipe, options)
+        self._device = planned.device
+        return run_planned(planned, options, on_event, models=self._models)
+
+    @property
+    def num_loads(self) -> int:
+        """How many times a model has been loaded so far."""
+        return 0 if self._models is None else self._models.num_loads
+
+    def close(self) -> None:
+        """Free all models; nothing can be run afterwards."""
+        if self._models is not None:
+            self._models.close()
+        self._models = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _budget(self) -> int | None:
+        if self._memory is not None:
+            return self._memory
+        free = free_device_bytes(self._device)
+        free = free_memory_bytes("cpu") if free is None else free
+        return None if free is None else free * 3 // 4
