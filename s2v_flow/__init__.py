@@ -2,12 +2,13 @@
 
     import s2v_flow
 
-    planned = s2v_flow.plan("recipes/demo.yaml", sets=["steps=2"])      # no torch, nothing computed
+    planned = s2v_flow.plan("recipes/demo.yaml", params={"steps": 2})      # no torch, nothing computed
     print(planned.num_chunks, planned.seconds)
-    result = s2v_flow.run("recipes/demo.yaml", sets=["steps=2"], on_event=print)
+    result = s2v_flow.run("recipes/demo.yaml", params={"steps": 2}, on_event=print)
     print(result.outputs["video"])
 
-The keywords are the fields of `s2v_flow.Options`; errors are those of `s2v_flow.errors`.
+A recipe may also be a dict; `with Session() as session: session.run(...)` keeps models loaded between runs. The other
+keywords are the fields of `s2v_flow.Options`; errors are those of `s2v_flow.errors`.
 """
 
 from __future__ import annotations

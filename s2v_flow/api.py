@@ -20,7 +20,6 @@ from s2v_flow.files.facts import file_digest, known_digest, remembered
 from s2v_flow.graph.build import build_plan, merge_plans
 from s2v_flow.graph.estimate import Estimate, estimate
 from s2v_flow.graph.events import Listener, Noted, StageStarted
-from s2v_flow.graph.node import Node
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan
 from s2v_flow.graph.run import Run, ignore
@@ -32,7 +31,7 @@ from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
 from s2v_flow.nodes.fit import check_fit
 from s2v_flow.nodes.memory import needs
-from s2v_flow.nodes.table import NODE_KINDS
+from s2v_flow.nodes.table import KINDS as KINDS
 from s2v_flow.options import Options as Options
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.layers import Written
@@ -41,12 +40,12 @@ from s2v_flow.result import Result, result_of
 from s2v_flow.runs.environment import torch_version
 from s2v_flow.runs.essence import note_maker
 from s2v_flow.runs.lockfile import check_lock, lock_path
+from s2v_flow.runs.packages import plugins_of
 from s2v_flow.runs.record import Given, Recorder, runs_root
 from s2v_flow.runs.sources import FileDigests
 from s2v_flow.version import __version__
 from s2v_flow.wording import size_text
 
-KINDS: Mapping[str, type[Node]] = {kind.kind: kind for kind in NODE_KINDS}
 RecipeLike = str | Written
 _HASHED_AT_ONCE_BYTES = 64 << 20
 _FIX_CACHE = "free some space, or name another folder with --cache-dir"
@@ -333,10 +332,12 @@ def run_planned(
 
 
 def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> None:
-    """Refuse models that a run cannot use, and those that are not as locked."""
+    """Refuse models that a run cannot use, plug-ins that cannot be imported, and files that are not as locked."""
     for node in planned.plan.nodes:
         if planned.statuses[node.name].status == "LOAD":
             node.node.check(node.files)
+    for plugin in plugins_of(planned.recipe, planned.plan) if planned.has_work else ():
+        plugin.load()
     if options.locked:
         check_lock(lock_path(planned.recipe.path), planned.recipe, planned.plan, digests)
 

@@ -46,9 +46,9 @@ def complete_profile(ctx: click.Context, param: click.Parameter, incomplete: str
 
 def complete_kind(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Complete the kind of a node."""
-    from s2v_flow.nodes.table import NODE_KINDS
+    from s2v_flow.nodes.table import KINDS
 
-    return [kind.kind for kind in NODE_KINDS if kind.kind.startswith(incomplete)]
+    return [kind for kind in KINDS if kind.startswith(incomplete)]
 
 
 def complete_node(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -103,38 +103,36 @@ def _paths(merged: Merged, incomplete: str) -> Iterator[str]:
 
 def _words(merged: Merged, path: str) -> list[str]:
     """Return the words that a field or a parameter takes."""
-    from s2v_flow.nodes.table import NODE_KINDS
+    from s2v_flow.nodes.table import KINDS
     from s2v_flow.recipe.fields import field_at
     from s2v_flow.recipe.params import param_takes
     from s2v_flow.recipe.tree import MapValue, Scalar
 
-    kinds = {kind.kind: kind for kind in NODE_KINDS}
     body, parts = merged.body, path.split(".")
     takes: list[Accepts | None] = []
     if parts[0] == "nodes" and len(parts) == 3:
         node = body.nodes.get(parts[1])
         kind = node.get("kind") if isinstance(node, MapValue) else None
-        known = kinds.get(str(kind.value)) if isinstance(kind, Scalar) else None
+        known = KINDS.get(str(kind.value)) if isinstance(kind, Scalar) else None
         takes = [] if known is None else [field_at(known, (parts[2],))]
     elif len(parts) == 1 or (parts[0] == "params" and len(parts) == 2):
         value = body.params.get(parts[-1])
-        takes = [] if value is None else list(param_takes(parts[-1], value, body, kinds))
+        takes = [] if value is None else list(param_takes(parts[-1], value, body, KINDS))
     sets = [{*given.words, *(("true", "false") if bool in given.scalars else ())} for given in takes if given]
     return sorted(set[str].intersection(*sets)) if sets else []
 
 
 def _fields(node: Tree) -> Iterator[str]:
     """Yield the fields that a node can have, and those of list items that it has."""
-    from s2v_flow.nodes.table import NODE_KINDS
+    from s2v_flow.nodes.table import KINDS
     from s2v_flow.recipe.tree import ListValue, MapValue, path_text, plain
 
     if not isinstance(node, MapValue):
         return
     given = node.get("kind")
     kind = None if given is None else plain(given)
-    for known in NODE_KINDS:
-        if known.kind == kind:
-            yield from known.model_fields
+    known = KINDS.get(str(kind))
+    yield from known.model_fields if known else ()
     for key, entry in node.entries.items():
         items = entry.value.items if isinstance(entry.value, ListValue) else ()
         for index, item in enumerate(items):

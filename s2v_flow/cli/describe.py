@@ -7,7 +7,7 @@ from typing import Any
 
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.node import Node
-from s2v_flow.nodes.table import NODE_KINDS
+from s2v_flow.nodes.table import KINDS
 from s2v_flow.recipe.fields import accepts
 from s2v_flow.recipe.schema import recipe_schema
 from s2v_flow.runs.manifest import manifest_schema
@@ -18,7 +18,8 @@ from s2v_flow.wording import did_you_mean
 def schema_text(what: str) -> str:
     """Return a JSON Schema as text: of a "recipe", of a run's "manifest", or of a line of its "events"."""
     if what == "recipe":
-        schema = recipe_schema({kind.kind: kind for kind in NODE_KINDS})
+        usable = KINDS.usable()
+        schema = recipe_schema({name: kind for name, kind in usable.items() if not isinstance(kind, S2VFlowError)})
     else:
         schema = dict(manifest_schema()) if what == "manifest" else events_schema()
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
@@ -28,24 +29,28 @@ def describe_kinds(kind: str | None = None) -> list[dict[str, Any]]:
     """Describe all kinds, or one.
 
     Returns:
-        One object per kind: kind, summary, outputs (port to type), fields (name, type, required, default, description).
+        One object per kind: kind, package ("name version", null for s2vflow's own), summary, outputs (port to type),
+        fields (name, type, required, default, description); error where a package's kind cannot be imported.
 
     Raises:
         S2VFlowError: There is no such kind.
     """
-    chosen = [item for item in NODE_KINDS if kind in (None, item.kind)]
-    if not chosen:
-        names = [item.kind for item in NODE_KINDS]
-        hint = did_you_mean(kind or "", names, "kinds")
+    if kind is not None and kind not in KINDS:
+        hint = did_you_mean(kind, KINDS, "kinds")
         raise S2VFlowError(f"there is no kind {kind!r}", fix=hint, exit_code=ExitCode.USAGE)
-    return [_describe(item) for item in chosen]
+    chosen = KINDS.usable() if kind is None else {kind: KINDS[kind]}
+    return [_describe(name, item) for name, item in chosen.items()]
 
 
 def kinds_text(described: list[dict[str, Any]], *, in_full: bool) -> str:
     """Return descriptions as text: a line each, or with all fields."""
     width = max(len(item["kind"]) for item in described)
     if not in_full:
-        lines = [f"{item['kind']:<{width}}  {item['summary']}" for item in described]
+        packages = [f" [{item['package']}]" if item["package"] else "" for item in described]
+        lines = [
+            f"{item['kind']:<{width}}  {item['summary']}{package}"
+            for item, package in zip(described, packages, strict=True)
+        ]
         return "\n".join([*lines, "", "s2vflow nodes KIND shows a kind's fields."])
     lines = []
     for item in described:
@@ -57,7 +62,12 @@ def kinds_text(described: list[dict[str, Any]], *, in_full: bool) -> str:
     return "\n".join(lines)
 
 
-def _describe(kind: type[Node]) -> dict[str, Any]:
+def _describe(name: str, kind: type[Node] | S2VFlowError) -> dict[str, Any]:
+    plugin = KINDS.plugins.get(name)
+    package = None if plugin is None else str(plugin)
+    if isinstance(kind, S2VFlowError):
+        text = f"cannot be used: {kind}"
+        return {"kind": name, "package": package, "summary": text, "outputs": {}, "fields": [], "error": str(kind)}
     ports = kind.input_ports()
     fields = []
     for name, info in kind.model_fields.items():
@@ -74,6 +84,7 @@ def _describe(kind: type[Node]) -> dict[str, Any]:
         )
     return {
         "kind": kind.kind,
+        "package": package,
         "summary": " ".join((kind.__doc__ or "").split()),
         "outputs": dict(kind.outputs),
         "fields": fields,

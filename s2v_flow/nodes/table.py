@@ -1,10 +1,12 @@
-"""The table of node kinds. Adding a kind = one class, one row here, one test."""
+"""The table of node kinds. Adding a kind = one class, one row here, one test; or a package of its own (`plugins`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from types import MappingProxyType
 
+from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.decode import Decode
 from s2v_flow.nodes.edit import (
@@ -22,6 +24,8 @@ from s2v_flow.nodes.load_media import LoadAudio, LoadImage, LoadVideo
 from s2v_flow.nodes.sample import Extend, Sample
 from s2v_flow.nodes.save import SaveImages, SaveLatent, SaveVideo
 from s2v_flow.nodes.scale import FramesScale, ImageScale
+from s2v_flow.plugins import NODES, SAMPLERS, Plugin, plugins
+from s2v_flow.sampling import catalog
 
 PLANNING_CODES: Mapping[str, str] = MappingProxyType(
     {
@@ -80,3 +84,63 @@ NODE_KINDS: tuple[type[Node], ...] = (
     SaveImages,
     SaveLatent,
 )
+
+
+_WITHIN = ("chunk", "encode_motion", "encode_control", "decode_chunk", "decode_frames")  # what kinds are planned as
+
+
+class Kinds(Mapping[str, type[Node]]):
+    """All kinds by name: this table's, then those of installed packages, each imported when it is looked up.
+
+    Raises:
+        S2VFlowError: On every use, if a name is declared twice; on a look-up, if that plug-in cannot be used.
+    """
+
+    def __getitem__(self, name: str) -> type[Node]:
+        plugin = self.plugins.get(name)
+        return _own()[name] if plugin is None else _loaded(plugin)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*_own(), *self.plugins))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    @property
+    def plugins(self) -> Mapping[str, Plugin]:
+        """The kinds of other packages."""
+        return _plugins()
+
+    def usable(self) -> dict[str, type[Node] | S2VFlowError]:
+        """Return all kinds, imported, and in place of those that cannot be the reason."""
+        return {name: self._or_why_not(name) for name in self}
+
+    def _or_why_not(self, name: str) -> type[Node] | S2VFlowError:
+        try:
+            return self[name]
+        except S2VFlowError as error:
+            return error
+
+
+KINDS = Kinds()
+
+
+@cache
+def _own() -> Mapping[str, type[Node]]:
+    return {kind.kind: kind for kind in NODE_KINDS}
+
+
+@cache
+def _plugins() -> Mapping[str, Plugin]:
+    plugins(SAMPLERS, catalog.SAMPLERS)  # names that are taken are told at once
+    return plugins(NODES, (*_own(), *_WITHIN))
+
+
+@cache
+def _loaded(plugin: Plugin) -> type[Node]:
+    kind = plugin.load()
+    if not (isinstance(kind, type) and issubclass(kind, Node)):
+        raise plugin.faulty("is no subclass of s2v_flow.graph.node.Node")
+    if kind.kind != plugin.name:
+        raise plugin.faulty(f"is declared under another name than its kind, {kind.kind}")
+    return kind

@@ -16,6 +16,7 @@ from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import MapValue, Origin, Scalar, plain
 from s2v_flow.runs.files import NamedFile, files_of
+from s2v_flow.runs.packages import packages_of
 from s2v_flow.runs.values import without_home
 from s2v_flow.wording import shown, worded
 
@@ -25,9 +26,11 @@ LOCK_CODES: Mapping[str, str] = MappingProxyType(
         "L001": "the lock is not written as `s2vflow lock` writes it",
         "L002": "the lock does not know a file that the recipe needs",
         "L003": "a file is not the one that was locked",
+        "L004": "a package is not in the version that was locked",
     }
 )
 _SECTIONS = ("models", "inputs")
+_PACKAGES = "packages"
 _PREFIX = "sha256:"
 _DIGEST = re.compile("sha256:[0-9a-f]{64}")
 _MAX_FAULTS = 50
@@ -39,7 +42,7 @@ def lock_path(recipe: Path) -> Path:
 
 
 def lock_text(recipe: Recipe, plan: Plan, digest: Callable[[Path], str], *, kept: Mapping[str, Any]) -> str:
-    """Return the lock of a recipe's models and inputs.
+    """Return the lock of a recipe's models and inputs, and of the packages whose kinds or samplers it uses.
 
     Args:
         recipe: The recipe.
@@ -62,6 +65,7 @@ def lock_text(recipe: Recipe, plan: Plan, digest: Callable[[Path], str], *, kept
                 exit_code=ExitCode.RECIPE,
             )
         sections[section][name] = f"{_PREFIX}{sha256}"
+    sections[_PACKAGES] = kept.get(_PACKAGES, {}) | packages_of(recipe, plan)
     above = f"The models and inputs of {recipe.path.name}; `s2vflow run --locked` refuses any others.\n"
     above += "Written by `s2vflow lock`."
     found = {section: dict(sorted(files.items())) for section, files in sections.items() if files}
@@ -77,15 +81,15 @@ def read_lock(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     tree = _read(path)
-    return {section: plain(tree).get(section, {}) for section in _SECTIONS}
+    return {section: plain(tree).get(section, {}) for section in (*_SECTIONS, _PACKAGES)}
 
 
 def check_lock(path: Path, recipe: Recipe, plan: Plan, digest: Callable[[Path], str]) -> None:
-    """Compare a plan's models and inputs with the lock.
+    """Compare a plan's models and inputs, and the packages that it uses, with the lock.
 
     Raises:
         MissingError: There is no lock.
-        RecipeError: It is not written as a lock is, or a file is not the one that was locked: every such file.
+        RecipeError: It is not written as a lock is, or a file or package is not the one that was locked: all of them.
     """
     again = f"s2vflow lock {recipe.path}"
     if not path.exists():
@@ -107,6 +111,17 @@ def check_lock(path: Path, recipe: Recipe, plan: Plan, digest: Callable[[Path], 
             message = f"{item.name} is not the file that was locked: expected {entry.value}, got {found}"
             fix = f"put the locked file back; or, if this one is meant, `{again}`"
             faults[section, name] = entry.origin.diagnostic("L003", message, inside=item.at, fix=fix)
+    locked = tree.get(_PACKAGES)
+    for package, version in packages_of(recipe, plan).items():
+        entry = locked.get(package) if isinstance(locked, MapValue) else None
+        if not isinstance(entry, Scalar) or entry.value != version:
+            message = f"{package} {version} is installed, and not in {path.name}"
+            fix = f"`{again}` writes the lock anew"
+            if isinstance(entry, Scalar):
+                message = f"{package} {version} is installed, {entry.value} was locked"
+                fix = f"pip install '{package}=={entry.value}'; or, if this one is meant, `{again}`"
+            origin = tree.origin if entry is None else entry.origin
+            faults[_PACKAGES, package] = origin.diagnostic("L004", message, fix=fix)
     if faults:
         found_all = sorted(faults.values(), key=Diagnostic.sort_key)
         raise worded(RecipeError("", diagnostics=found_all[:_MAX_FAULTS], exit_code=ExitCode.MISSING))
@@ -143,12 +158,12 @@ def _check(tree: MapValue, problems: Problems) -> None:
     if not isinstance(version, Scalar) or version.value != VERSION or isinstance(version.value, bool):
         wrong(f"expected `lock: {VERSION}`", tree.origin if version is None else version.origin)
     for key, entry in tree.entries.items():
-        if key not in ("lock", *_SECTIONS):
-            wrong(f"a lock has models and inputs, not {shown(key)}", entry.key_origin)
-        elif key in _SECTIONS and not isinstance(entry.value, MapValue):
-            wrong(f"{key}: expected a map of files", entry.value.origin)
+        if key not in ("lock", *_SECTIONS, _PACKAGES):
+            wrong(f"a lock has models, inputs and packages, not {shown(key)}", entry.key_origin)
+        elif key != "lock" and not isinstance(entry.value, MapValue):
+            wrong(f"{key}: expected a map", entry.value.origin)
         elif isinstance(entry.value, MapValue):
             for name, file in entry.value.entries.items():
                 text = file.value.value if isinstance(file.value, Scalar) else None
-                if not isinstance(text, str) or _DIGEST.fullmatch(text) is None:
+                if key != _PACKAGES and (not isinstance(text, str) or _DIGEST.fullmatch(text) is None):
                     wrong(f"{name}: expected its digest, sha256: and 64 hexadecimal digits", file.value.origin)

@@ -129,6 +129,7 @@ class Manifest(Part):
     files: list[FileRecord] = Field(description="Every model and input.")
     loras: list[LoraRecord]
     environment: EnvironmentRecord
+    packages: dict[str, str] = Field({}, description="Others whose kinds or samplers were used: name -> version.")
     nodes: list[NodeRecord] = Field(description="Every plan node, in order.")
     outputs: list[OutputRecord]
 

@@ -47,6 +47,7 @@ from s2v_flow.runs.manifest import (
     RecipeRecord,
     to_text,
 )
+from s2v_flow.runs.packages import packages_of
 from s2v_flow.runs.values import home_hidden, values_of, without_home, written
 
 
@@ -167,6 +168,7 @@ class Recorder:
             files=file_records(self.plan.nodes, self.digest),
             loras=self._loras(),
             environment=environment(self.numerics.device_class, has_host=self.has_host),
+            packages=packages_of(self.recipe, self.plan),
             nodes=[self._node(node, status) for node in self.plan.nodes],
             outputs=[record for node in self.plan.nodes for record in self._outputs(node)],
         )

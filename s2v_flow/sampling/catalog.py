@@ -1,15 +1,19 @@
 """The names of samplers and schedulers, and the rules about them that a recipe is checked against. No torch here.
 
-A new sampler is one name here, one function in `solver.py`, `unipc.py` or `flow.py`, and one row in `sampler.py`.
+A new sampler is one name here, one function in `solver.py`, `unipc.py` or `flow.py`, and one row in `sampler.py`; other
+packages' samplers are known by what they declare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-SamplerName = Literal[
+from s2v_flow.plugins import SAMPLERS as PLUGINS
+from s2v_flow.plugins import declared
+
+SAMPLERS = (
     "uni_pc",
     "uni_pc_bh2",
     "euler",
@@ -23,10 +27,16 @@ SamplerName = Literal[
     "ipndm",
     "flow_unipc",
     "flow_dpmpp",
-]
+)
+"""The built-in samplers."""
+
+if TYPE_CHECKING:
+    SamplerName: TypeAlias = str
+else:
+    SamplerName = Literal[SAMPLERS + tuple(plugin.name for plugin in declared() if plugin.entry.group == PLUGINS)]
+
 SchedulerName = Literal["simple", "normal", "sgm_uniform", "beta", "linear_quadratic", "kl_optimal", "ddim_uniform"]
 
-SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
 
 OWN_SCHEDULE: tuple[SamplerName, ...] = ("flow_unipc", "flow_dpmpp")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2v_flow.plugins import SAMPLERS, plugins
 from s2v_flow.sampling import flow, solver, unipc
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName
 from s2v_flow.sampling.levels import NUM_TRAIN_LEVELS
@@ -189,13 +190,23 @@ def make_sampler(
 
     Raises:
         ValueError: An unknown name, or a value that is out of range.
+        S2VFlowError: The sampler is another package's, and cannot be imported.
     """
-    if name not in SOLVERS:
-        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SOLVERS)}")
+    row = SOLVERS.get(name) or _plugin(name)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    row = SOLVERS[name]
     return Sampler(name, row.sigmas(scheduler, steps, shift), check_seed(seed), torch.device(device), row)
+
+
+def _plugin(name: SamplerName) -> Solver:
+    """Return another package's sampler, which is a step alone or a row."""
+    plugin = plugins(SAMPLERS).get(name)
+    if plugin is None:
+        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SOLVERS)}")
+    made = plugin.load()
+    if not isinstance(made, Solver) and not callable(made):
+        raise plugin.faulty("is neither a function nor a Solver")
+    return made if isinstance(made, Solver) else Solver(made)
 
 
 def _moved(state: SolverState, device: torch.device) -> SolverState:

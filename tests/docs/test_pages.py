@@ -202,6 +202,21 @@ def test_the_python_of_the_readme_runs(sandbox: Path) -> None:
     assert (sandbox / "recipes" / "out" / "demo.mp4").is_file()
 
 
+@pytest.mark.slow
+def test_the_python_of_the_page_runs(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Block after block, in one namespace."""
+    demo = sandbox / "recipes" / "demo.yaml"
+    demo.write_text(small(demo.read_text(encoding="utf-8")), encoding="utf-8")
+    namespace: dict[str, Any] = {}
+    for code in blocks(text_of("docs/python.md"), "python"):
+        exec(compile(code, "docs/python.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert "<params>:stepz: error[R051]: there is no parameter stepz" in out
+    assert "a file is missing: nothing.wav" in out
+    assert namespace["planned"].recipe.nodes["first"].node.seed == 5
+    assert len(namespace["latents"]) == namespace["planned"].num_chunks
+
+
 def write_recipes(folder: Path) -> None:
     """Write the recipes that pages name, made small: the cookbook's, and its first one under another name."""
     for block in blocks(text_of("docs/cookbook.md"), "yaml"):

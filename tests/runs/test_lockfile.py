@@ -147,8 +147,8 @@ DIGEST = "sha256:" + "0" * 64
         ("lock: 2", "1:7", "expected `lock: 1`"),
         ("lock: true", "1:7", "expected `lock: 1`"),
         ("models: {}", "1:1", "expected `lock: 1`"),
-        ("lock: 1\nmodles: {}", "2:1", "a lock has models and inputs, not 'modles'"),
-        ("lock: 1\nmodels: []", "2:9", "models: expected a map of files"),
+        ("lock: 1\nmodles: {}", "2:1", "a lock has models, inputs and packages, not 'modles'"),
+        ("lock: 1\nmodels: []", "2:9", "models: expected a map"),
         ("lock: 1\nmodels: {a: abc}", "2:13", "a: expected its digest"),
         ("lock: 1\ninputs: {a: {sha256: abc}}", "2:13", "a: expected its digest"),
         (f"lock: 1\ninputs: {{a: {DIGEST}0}}", "2:13", "a: expected its digest"),
@@ -167,4 +167,4 @@ def test_a_lock_that_is_no_lock_is_told_by_place(here: Place, text: str, place: 
 
 
 def test_the_codes_are_explained() -> None:
-    assert list(LOCK_CODES) == ["L001", "L002", "L003"]
+    assert list(LOCK_CODES) == ["L001", "L002", "L003", "L004"]
