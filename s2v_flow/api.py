@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from s2v_flow.cache.store import Store
 from s2v_flow.demo.catalog import demo_root
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import cannot_write
-from s2v_flow.files.facts import file_digest, known_digest, remembered
+from s2v_flow.files.facts import remembered
 from s2v_flow.graph.build import build_plan, merge_plans
 from s2v_flow.graph.estimate import Estimate, estimate
 from s2v_flow.graph.events import Listener, Noted, StageStarted
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan
-from s2v_flow.graph.run import Run, ignore
+from s2v_flow.graph.run import Run, RunResult, ignore
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess, replacing
 from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, near_files, recipe_needs
@@ -36,18 +37,16 @@ from s2v_flow.options import Options as Options
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.layers import Written
 from s2v_flow.recipe.load import Variant, load_cells, load_recipe
-from s2v_flow.result import Result, result_of
-from s2v_flow.runs.environment import torch_version
+from s2v_flow.result import Result
+from s2v_flow.runs.environment import plugins_of, torch_version
 from s2v_flow.runs.essence import note_maker
 from s2v_flow.runs.lockfile import check_lock, lock_path
-from s2v_flow.runs.packages import plugins_of
 from s2v_flow.runs.record import Given, Recorder, runs_root
 from s2v_flow.runs.sources import FileDigests
 from s2v_flow.version import __version__
 from s2v_flow.wording import size_text
 
 RecipeLike = str | Written
-_HASHED_AT_ONCE_BYTES = 64 << 20
 _FIX_CACHE = "free some space, or name another folder with --cache-dir"
 
 
@@ -75,10 +74,8 @@ class Planned:
     def _repr_html_(self) -> str:
         from s2v_flow.notebook import table
 
-        rows = []
-        for node in self.plan.nodes:
-            status = self.statuses[node.name]
-            rows.append((status.status, node.name, node.kind, status.reason))
+        found = [(self.statuses[node.name], node) for node in self.plan.nodes]
+        rows = [(status.status, node.name, node.kind, status.reason) for status, node in found]
         missing = [f"missing: {item.file} ({item.kind})" for item in self.plan.missing]
         return table(repr(self)[1:-1], ("status", "node", "kind", "why"), rows, [*missing, *self.notes])
 
@@ -232,15 +229,11 @@ def plan(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> P
 
 def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Planned:
     device = resolve_device(options.device)
-    memory = _digest_memory(options)
+    digests = FileDigests(_digest_memory(options))
 
     def remember(what: str, file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        is_large = file.stat().st_size > _HASHED_AT_ONCE_BYTES
-        digest = known_digest(file, memory) if is_large else file_digest(file, memory)
-        if digest is None:
-            return compute()
-        key = f"{what}:{digest}"
-        return remembered(options.cache_root / "facts.json", key, compute)
+        digest = digests.known(file)
+        return remembered(options.cache_root / "facts.json", f"{what}:{digest}", compute) if digest else compute()
 
     def built(of: Recipe, label: str) -> Plan:
         locations = replace(options.locations, output_tag=re.sub(r"[^A-Za-z0-9._=,-]", "_", label))
@@ -256,7 +249,7 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
     check_fit(made)
     forced = options.selection.forced(made)
     store, numerics = Store(options.cache_root), Numerics(device_class(device))
-    statuses = assess(made, store, numerics, FileDigests(memory).known, forced)
+    statuses = assess(made, store, numerics, digests.known, forced)
     has_work = any(status.status in TO_COMPUTE for status in statuses.values())
     to_compute = {name for name, status in statuses.items() if status.status in TO_COMPUTE}
     computed = needs(made, {node.name for node in made.nodes if node.node.is_stored} & to_compute, numerics)
@@ -291,7 +284,7 @@ def run_planned(
     options: Options,
     on_event: Listener = ignore,
     run_id: str = "",
-    models: LazyRegistry | None = None,
+    models: Any = None,
 ) -> Result:
     """Run a plan; see `run`.
 
@@ -300,7 +293,7 @@ def run_planned(
         options: See `Options`.
         on_event: Called with every event, in the calling thread.
         run_id: Under which the run is recorded; "": one is made.
-        models: Can be shared by runs; without, none stays live that no node needs.
+        models: A `lazy_registry` that runs share; without, none stays live that no node needs.
     """
     require_files(planned)
     options.selection.check(planned.plan, planned.statuses)
@@ -327,8 +320,8 @@ def run_planned(
             planned = _plan(planned.recipe, planned.variants, options)
             recorder.plan, recorder.statuses = planned.plan, planned.statuses
             _refuse_files(planned, options, digests)
-        result = _execute(planned, options, recorder, digests, models or LazyRegistry(lambda: 0))
-    return result_of(result, recorder.id, options.cache_root)
+        result = _execute(planned, options, recorder, digests, models or lazy_registry())
+    return Result(**vars(replace(result, run_id=recorder.id)), cache_root=options.cache_root)
 
 
 def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> None:
@@ -342,9 +335,7 @@ def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> N
         check_lock(lock_path(planned.recipe.path), planned.recipe, planned.plan, digests)
 
 
-def _execute(
-    planned: Planned, options: Options, recorder: Recorder, digests: FileDigests, models: LazyRegistry
-) -> RunResult:
+def _execute(planned: Planned, options: Options, recorder: Recorder, digests: FileDigests, models: Any) -> RunResult:
     numerics = recorder.numerics
     execution = Run(
         plan=planned.plan,
@@ -431,31 +422,16 @@ def _make_demo_models(needed: list[Path], options: Options, on_event: Listener) 
     on_event(StageStarted("", ""))
 
 
-class LazyRegistry:
-    """The model registry, made on the first call: a run that computes nothing does not import torch.
+def lazy_registry(budget: Callable[[], int | None] = lambda: 0) -> Any:
+    """Return what makes a model registry on its first call: a run that computes nothing does not import torch.
 
-    Args:
-        budget: Says, on the first call, how many bytes of models that no node needs may stay live; None: any number.
+    `budget` says then how many bytes of models that no node needs may stay live; None: any number.
     """
 
-    def __init__(self, budget: Callable[[], int | None]) -> None:
-        self._budget = budget
-        self._registry: Any = None
+    @cache
+    def registry() -> Any:
+        from s2v_flow.models.registry import ModelRegistry
 
-    def __call__(self) -> Any:
-        """Return the registry."""
-        if self._registry is None:
-            from s2v_flow.models.registry import ModelRegistry
+        return ModelRegistry(budget())
 
-            self._registry = ModelRegistry(self._budget())
-        return self._registry
-
-    @property
-    def num_loads(self) -> int:
-        """How many models have been loaded."""
-        return 0 if self._registry is None else int(self._registry.loads.total())
-
-    def close(self) -> None:
-        """Free every model that is not in use."""
-        if self._registry is not None:
-            self._registry.free_unused()
+    return registry

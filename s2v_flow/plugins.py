@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, distributions
+from itertools import chain
 from typing import Any
 
 from s2v_flow.errors import ExitCode, S2VFlowError
@@ -68,15 +69,10 @@ def plugins(group: str, built_in: Collection[str] = ()) -> Mapping[str, Plugin]:
 @cache
 def declared() -> tuple[Plugin, ...]:
     """Return everything that installed packages declare, in the order of Python's search path."""
-    return tuple(_declared())
-
-
-def _declared() -> Iterator[Plugin]:
     here = os.path.realpath(os.curdir)
-    seen = set()
-    for distribution in distributions(path=[path for path in sys.path if os.path.realpath(path) != here]):
-        entries = [entry for entry in distribution.entry_points if entry.group in (NODES, SAMPLERS)]
-        if entries and distribution.name not in seen:  # of two copies, Python imports the first
-            seen.add(distribution.name)
-            for entry in entries:
-                yield Plugin(entry.name, distribution.name, distribution.version, entry)
+    found: dict[str, list[Plugin]] = {}
+    for item in distributions(path=[path for path in sys.path if os.path.realpath(path) != here]):
+        entries = [entry for entry in item.entry_points if entry.group in (NODES, SAMPLERS)]
+        if entries:  # of two copies, Python imports the first
+            found.setdefault(item.name, [Plugin(entry.name, item.name, item.version, entry) for entry in entries])
+    return tuple(chain.from_iterable(found.values()))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from s2v_flow.cache.store import DamagedObjectError, Store
+from s2v_flow.cache.store import Store
 from s2v_flow.errors import MissingError
 from s2v_flow.graph.run import RunResult
 from s2v_flow.notebook import players
@@ -59,17 +59,14 @@ class Result(RunResult):
             Raw latents, float32 [1, 16, F, H, W], on the CPU.
 
         Raises:
-            MissingError: The cache has evicted one of them since.
+            S2VFlowError: One of them has been evicted since.
         """
         from safetensors.torch import load
 
         store, found = Store(self.cache_root), {}
         for name, entry in self.entries.items():
             if "latent" in entry.outputs:
-                try:
-                    found[name] = load(store.read(entry.outputs["latent"]))["samples"]
-                except DamagedObjectError as error:
-                    raise MissingError(f"the latent of {name} is not in the cache", fix="run again") from error
+                found[name] = load(store.read(entry.outputs["latent"]))["samples"]
         return found
 
     def _repr_html_(self) -> str:
@@ -77,9 +74,3 @@ class Result(RunResult):
         failures = [f"{name} failed: {why}" for name, why in self.failures.items()]
         labelled = [(name.rpartition("/")[0] or name, path) for name, path in self.videos.items()]
         return players(repr(self)[1:-1], labelled, [*others, *failures])
-
-
-def result_of(result: RunResult, run_id: str, cache_root: Path) -> Result:
-    """Return what a run gave, with the cache in which its parts lie."""
-    fields: dict[str, Any] = vars(result) | {"run_id": run_id, "cache_root": cache_root}
-    return Result(**fields)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from s2v_flow.api import LazyRegistry, Planned, RecipeLike, plan, run_planned
+from s2v_flow.api import Planned, RecipeLike, lazy_registry, plan, run_planned
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.events import Listener
 from s2v_flow.graph.run import ignore
@@ -33,7 +33,7 @@ class Session:
         self.options = replace(options or Options(), **fields)
         self._memory = memory
         self._device = "cpu"
-        self._models: LazyRegistry | None = LazyRegistry(self._budget)
+        self._models = lazy_registry(self._budget)
 
     def plan(self, recipe: RecipeLike, **fields: Any) -> Planned:
         """Plan with the session's options, and single fields laid over them; see `s2v_flow.plan`."""
@@ -54,14 +54,17 @@ class Session:
 
     @property
     def num_loads(self) -> int:
-        """How many times a model has been loaded so far."""
-        return 0 if self._models is None else self._models.num_loads
+        """How many times a model has been loaded."""
+        return self._models().loads.total() if self._is_used() else 0
 
     def close(self) -> None:
         """Free all models; nothing can be run afterwards."""
-        if self._models is not None:
-            self._models.close()
+        if self._is_used():
+            self._models().free_unused()
         self._models = None
+
+    def _is_used(self) -> bool:
+        return self._models is not None and self._models.cache_info().currsize > 0
 
     def __enter__(self) -> Session:
         return self

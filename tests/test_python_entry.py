@@ -215,7 +215,7 @@ def test_a_result_gives_frames_latents_and_players(
     assert 'src="a%22%3Cb%3E.mp4"' in html
     assert "not there any more" in html
     shutil.rmtree(here.cache / "objects")
-    with pytest.raises(MissingError, match="not in the cache"):
+    with pytest.raises(S2VFlowError, match="a stored result is damaged"):
         result.latents()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cached_property
 from types import MappingProxyType
+from typing import ClassVar
 
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.node import Node
@@ -96,51 +97,38 @@ class Kinds(Mapping[str, type[Node]]):
         S2VFlowError: On every use, if a name is declared twice; on a look-up, if that plug-in cannot be used.
     """
 
-    def __getitem__(self, name: str) -> type[Node]:
-        plugin = self.plugins.get(name)
-        return _own()[name] if plugin is None else _loaded(plugin)
+    _own: ClassVar = {kind.kind: kind for kind in NODE_KINDS}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter((*_own(), *self.plugins))
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    @property
+    @cached_property
     def plugins(self) -> Mapping[str, Plugin]:
         """The kinds of other packages."""
-        return _plugins()
+        plugins(SAMPLERS, catalog.SAMPLERS)  # names that are taken are told at once
+        return plugins(NODES, (*self._own, *_WITHIN))
+
+    def __getitem__(self, name: str) -> type[Node]:
+        plugin = self.plugins.get(name)
+        if plugin is None:
+            return self._own[name]
+        kind = plugin.load()
+        if not (isinstance(kind, type) and issubclass(kind, Node) and kind.kind == plugin.name):
+            raise plugin.faulty(f"is no subclass of s2v_flow.graph.node.Node with the kind {plugin.name}")
+        return kind
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._own, *self.plugins))
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self.plugins)
 
     def usable(self) -> dict[str, type[Node] | S2VFlowError]:
         """Return all kinds, imported, and in place of those that cannot be the reason."""
-        return {name: self._or_why_not(name) for name in self}
-
-    def _or_why_not(self, name: str) -> type[Node] | S2VFlowError:
-        try:
-            return self[name]
-        except S2VFlowError as error:
-            return error
+        found: dict[str, type[Node] | S2VFlowError] = {}
+        for name in self:
+            try:
+                found[name] = self[name]
+            except S2VFlowError as error:
+                found[name] = error
+        return found
 
 
 KINDS = Kinds()
-
-
-@cache
-def _own() -> Mapping[str, type[Node]]:
-    return {kind.kind: kind for kind in NODE_KINDS}
-
-
-@cache
-def _plugins() -> Mapping[str, Plugin]:
-    plugins(SAMPLERS, catalog.SAMPLERS)  # names that are taken are told at once
-    return plugins(NODES, (*_own(), *_WITHIN))
-
-
-@cache
-def _loaded(plugin: Plugin) -> type[Node]:
-    kind = plugin.load()
-    if not (isinstance(kind, type) and issubclass(kind, Node)):
-        raise plugin.faulty("is no subclass of s2v_flow.graph.node.Node")
-    if kind.kind != plugin.name:
-        raise plugin.faulty(f"is declared under another name than its kind, {kind.kind}")
-    return kind

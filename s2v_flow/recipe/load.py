@@ -51,11 +51,7 @@ def load_recipe(path: Written, *, kinds: Mapping[str, type[Node]], changes: Chan
 
 
 def load_cells(
-    path: Written,
-    *,
-    kinds: Mapping[str, type[Node]],
-    changes: Changes = NO_CHANGES,
-    axes: Sequence[str] = (),
+    path: Written, *, kinds: Mapping[str, type[Node]], changes: Changes = NO_CHANGES, axes: Sequence[str] = ()
 ) -> tuple[Recipe, tuple[Variant, ...]]:
     """Read a recipe, and make one more of it for each cell of its matrix; see `load_recipe`.
 
@@ -94,13 +90,7 @@ def _collecting(path: Written) -> Iterator[Problems]:
 class _Reader:
     """A recipe's layers, merged, with the command line's changes; from which one recipe or many are made."""
 
-    def __init__(
-        self,
-        path: Written,
-        kinds: Mapping[str, type[Node]],
-        changes: Changes,
-        problems: Problems,
-    ) -> None:
+    def __init__(self, path: Written, kinds: Mapping[str, type[Node]], changes: Changes, problems: Problems) -> None:
         self.path = Path(name_of(path))
         self.kinds = kinds
         self.problems = problems

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from s2v_flow.graph.plan import Plan
+from s2v_flow.plugins import NODES, SAMPLERS, Plugin, plugins
+from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.manifest import EnvironmentRecord, GitRecord
 from s2v_flow.version import __version__
 
@@ -24,6 +27,19 @@ def torch_version() -> str | None:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def plugins_of(recipe: Recipe, plan: Plan) -> list[Plugin]:
+    """Return the other packages' kinds and samplers that a recipe and its plan use."""
+    kinds, samplers = plugins(NODES), plugins(SAMPLERS)
+    found = [kinds.get(spec.kind) for spec in recipe.nodes.values()]
+    found += [samplers.get(getattr(node.node, "sampler", "")) for node in plan.nodes]
+    return list(dict.fromkeys(plugin for plugin in found if plugin is not None))
+
+
+def packages_of(recipe: Recipe, plan: Plan) -> dict[str, str]:
+    """Return these packages' versions by name."""
+    return {plugin.package: plugin.version for plugin in plugins_of(recipe, plan)}
 
 
 def environment(device_class: str, *, has_host: bool = False) -> EnvironmentRecord:

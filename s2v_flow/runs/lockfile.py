@@ -15,8 +15,8 @@ from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import MapValue, Origin, Scalar, plain
+from s2v_flow.runs.environment import packages_of
 from s2v_flow.runs.files import NamedFile, files_of
-from s2v_flow.runs.packages import packages_of
 from s2v_flow.runs.values import without_home
 from s2v_flow.wording import shown, worded
 
@@ -114,14 +114,11 @@ def check_lock(path: Path, recipe: Recipe, plan: Plan, digest: Callable[[Path], 
     locked = tree.get(_PACKAGES)
     for package, version in packages_of(recipe, plan).items():
         entry = locked.get(package) if isinstance(locked, MapValue) else None
-        if not isinstance(entry, Scalar) or entry.value != version:
-            message = f"{package} {version} is installed, and not in {path.name}"
-            fix = f"`{again}` writes the lock anew"
-            if isinstance(entry, Scalar):
-                message = f"{package} {version} is installed, {entry.value} was locked"
-                fix = f"pip install '{package}=={entry.value}'; or, if this one is meant, `{again}`"
-            origin = tree.origin if entry is None else entry.origin
-            faults[_PACKAGES, package] = origin.diagnostic("L004", message, fix=fix)
+        wanted = None if entry is None else plain(entry)
+        if wanted != version:
+            message = f"{package} {version} is installed, {'none' if wanted is None else wanted} was locked"
+            fix = f"pip install '{package}=={wanted}'; or, if this one is meant, `{again}`"
+            faults[_PACKAGES, package] = (entry or tree).origin.diagnostic("L004", message, fix=fix)
     if faults:
         found_all = sorted(faults.values(), key=Diagnostic.sort_key)
         raise worded(RecipeError("", diagnostics=found_all[:_MAX_FAULTS], exit_code=ExitCode.MISSING))

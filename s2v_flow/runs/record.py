@@ -33,7 +33,7 @@ from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus, preimage
 from s2v_flow.recipe.document import Recipe
-from s2v_flow.runs.environment import environment, git_state
+from s2v_flow.runs.environment import environment, git_state, packages_of
 from s2v_flow.runs.files import file_records
 from s2v_flow.runs.manifest import (
     GitRecord,
@@ -47,7 +47,6 @@ from s2v_flow.runs.manifest import (
     RecipeRecord,
     to_text,
 )
-from s2v_flow.runs.packages import packages_of
 from s2v_flow.runs.values import home_hidden, values_of, without_home, written
 
 
