@@ -106,25 +106,40 @@ class Budget:
         """Make the cache smaller where it, or what it leaves free, is not as it should be."""
         if self._is_off or self._size < self._waits_for:
             return
+        room = self._room()
+        assert self._limit is not None
+        goal = int(self._limit * LOW_WATER) if self._size > self._limit else self._size
+        goal = min(goal, self._size + room)
+        if goal < self._size:
+            self._shrink(max(goal, 0))
+
+    def room(self, expected: int) -> int:
+        """Return how many bytes may be added before a result has to go; where it lacks, what is spare goes."""
+        room = self._room()
+        if room < expected and not self._is_off:
+            self._shrink(self._size + room - expected, NO_LIMIT)
+        return self._room()
+
+    def _room(self) -> int:
+        """Return how many bytes are left within the limit and before the reserve; below 0: how many are too much."""
         if self._limit is None or self._reserve is None:
             self._limit = default_limit(self._root) if self._limit is None else self._limit
             self._reserve = default_reserve(self._root) if self._reserve is None else self._reserve
-        goal = int(self._limit * LOW_WATER) if self._size > self._limit else self._size
-        goal = min(goal, self._size - (self._reserve - free_bytes(self._root)))
-        if goal < self._size:
-            self._shrink(max(goal, 0))
+        return min(self._limit - self._size, free_bytes(self._root) - self._reserve)
 
     def make_room(self, size: int) -> bool:
         """Let something go because the disk is full; tell whether so many bytes came free."""
         if self._is_off:
             return False
         before = objects_size(self._root)
-        self._shrink(max(before - size, 0))
+        self._shrink(max(before - size, 0), 0)
         return self._size <= before - size
 
-    def _shrink(self, goal: int) -> None:
+    def _shrink(self, goal: int, fits: int | None = None) -> None:
+        """Shrink to `goal`; results only as long as there is more than `fits`, by default what there is room for."""
         assert not self._is_off
-        found = collect(self._root, goal, is_tidy=True)
+        fits = self._size + self._room() if fits is None else fits
+        found = collect(self._root, goal, fits, is_tidy=True)
         self._size = found["bytes_after"]
         step = int((default_limit(self._root) if self._limit is None else self._limit) * _WAIT)
         self._waits_for = 0 if found["within_limit"] else self._size + max(step, 1)

@@ -1,7 +1,7 @@
 """Looking after a cache folder: what is in it, what of it is sound, what may go.
 
 Every order here is safe at any moment: entries go before their objects, so that what is looked up is there; and
-nothing goes that is pinned, younger than an hour, or of a run that lives.
+nothing goes that is pinned, younger than an hour, or of a run that lives, but what is spare.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Kept:
     written: float
     is_pinned: bool
     is_held: bool
+    is_spare: bool  # made again as it is used: it may go before anything else, at any moment
 
     @property
     def value(self) -> float:
@@ -157,10 +158,11 @@ def inventory(root: Path) -> list[Kept]:
             written, is_pinned = path.stat().st_mtime, (root / "pins" / path.stem).exists()
             age = _seconds_since(written)
             is_used = age < YOUNG_SECONDS or (written >= since and age < float("inf"))
-            is_held = is_pinned or is_used or path.stem in held
+            is_spare = bool(entry.facts.get("is_spare"))
+            is_held = is_pinned or ((is_used or path.stem in held) and not is_spare)
             size = sum(item.size for item in set(entry.outputs.values()))
-            found.append(Kept(entry, path, size, written, is_pinned, is_held))
-    return sorted(found, key=lambda kept: (kept.value, kept.written))
+            found.append(Kept(entry, path, size, written, is_pinned, is_held, is_spare))
+    return sorted(found, key=lambda kept: (not kept.is_spare, kept.value, kept.written))
 
 
 def _held(root: Path) -> tuple[set[str], float]:
@@ -227,12 +229,13 @@ def verify(root: Path, *, is_repair: bool = False) -> dict[str, Any]:
     return {"sound": sound, "damaged": damaged, "repaired": is_repair}
 
 
-def collect(root: Path, limit: int, *, is_dry: bool = False, is_tidy: bool = False) -> dict[str, Any]:
+def collect(root: Path, limit: int, fits: int = 0, *, is_dry: bool = False, is_tidy: bool = False) -> dict[str, Any]:
     """Make a cache smaller than `limit` bytes, as far as what may go allows.
 
     Args:
         root: The cache folder.
         limit: Bytes.
+        fits: From so many bytes on, what is more than spare stays.
         is_dry: Only say what would go.
         is_tidy: Whether somebody has just tidied up.
     """
@@ -246,8 +249,9 @@ def collect(root: Path, limit: int, *, is_dry: bool = False, is_tidy: bool = Fal
     for path, size in _orphans(root, users):
         total -= size if is_dry or _goes(path, started) else 0
     for item in kept:
-        if total <= limit:
+        if total <= (limit if item.is_spare else max(limit, fits)):
             break
+        fits = fits if item.is_spare else 0
         if item.is_held or not (is_dry or _still_goes(root, item, started)):
             continue
         going.append(item)
@@ -257,7 +261,7 @@ def collect(root: Path, limit: int, *, is_dry: bool = False, is_tidy: bool = Fal
         "bytes_after": total,
         "limit_bytes": limit,
         "removed": [item.to_json() for item in going],
-        "within_limit": total <= limit,
+        "within_limit": total <= max(limit, fits),
         "dry_run": is_dry,
     }
 

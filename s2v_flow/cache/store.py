@@ -104,7 +104,7 @@ class Store:
         Raises:
             DamagedObjectError: It is gone or damaged.
         """
-        path = self._object_path(item)
+        path = self.object_path(item)
         try:
             payload = path.read_bytes()
         except OSError as error:
@@ -217,7 +217,7 @@ class Store:
         Raises:
             DamagedObjectError: It is gone or damaged.
         """
-        path = self._object_path(item)
+        path = self.object_path(item)
         try:
             is_sound = file_sha256(path) == item.sha256
         except OSError as error:
@@ -227,7 +227,7 @@ class Store:
 
     def put_aside(self, item: StoredObject) -> None:
         """Move a damaged object to quarantine."""
-        self._quarantine(self._object_path(item))
+        self._quarantine(self.object_path(item))
 
     def put_entry_aside(self, fingerprint: str) -> None:
         """Move an entry to quarantine: it counts as not there."""
@@ -236,7 +236,7 @@ class Store:
     def _put(self, payload: bytes | Path, item: StoredObject) -> None:
         if self._has(item):
             with suppress(OSError):
-                os.utime(self._object_path(item))  # an eviction under way spares what is younger than itself
+                os.utime(self.object_path(item))  # an eviction under way spares what is younger than itself
         elif isinstance(payload, Path) and payload.stat().st_dev == os.stat(self.root / "tmp").st_dev:
             with payload.open("r+b") as file:  # Windows flushes only what is open for writing
                 os.fsync(file.fileno())
@@ -252,7 +252,7 @@ class Store:
                 self._place(name, item)
 
     def _place(self, name: str, item: StoredObject) -> None:
-        path = self._object_path(item)
+        path = self.object_path(item)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.chmod(name, 0o444)
         os.replace(name, path)
@@ -271,13 +271,13 @@ class Store:
         if item.file_name in self._unusable:
             return False
         try:
-            return self._object_path(item).stat().st_size == item.size
+            return self.object_path(item).stat().st_size == item.size
         except OSError:
             return False
 
     def _blocks(self, item: StoredObject) -> Iterator[bytes]:
         """Yield an object's bytes; its own errors are told apart from those of whoever writes the bytes elsewhere."""
-        path = self._object_path(item)
+        path = self.object_path(item)
         try:
             with path.open("rb") as file:
                 while block := file.read(_BLOCK):
@@ -287,14 +287,14 @@ class Store:
 
     def _unreadable(self, item: StoredObject, error: OSError) -> DamagedObjectError:
         """Return the error for an object that cannot be read; it must not stand in the way of a new one."""
-        path = self._object_path(item)
+        path = self.object_path(item)
         if error.errno in _PASSING or not self._quarantine(path):
             self._unusable.add(item.file_name)
         return DamagedObjectError.at(path, error.strerror or str(error))
 
     def _changed(self, item: StoredObject) -> DamagedObjectError:
         """Return the error for an object whose bytes have changed, and put it aside."""
-        path = self._object_path(item)
+        path = self.object_path(item)
         if not self._quarantine(path):
             self._unusable.add(item.file_name)
         return DamagedObjectError.at(path, "its bytes have changed")
@@ -302,7 +302,8 @@ class Store:
     def _entry_path(self, fingerprint: str) -> Path:
         return self.root / "entries" / fingerprint[:2] / f"{fingerprint}.json"
 
-    def _object_path(self, item: StoredObject) -> Path:
+    def object_path(self, item: StoredObject) -> Path:
+        """Return where an object's file is."""
         return self.root / "objects" / item.sha256[:2] / item.file_name
 
     def _quarantine(self, path: Path) -> bool:

@@ -33,10 +33,11 @@ def key(number: int) -> str:
     return f"{number:064x}"
 
 
-def put(store: Store, number: int, size: int = 1000, seconds: float = 1.0) -> None:
+def put(store: Store, number: int, size: int = 1000, seconds: float = 1.0, *, is_spare: bool = False) -> None:
     """Store a result of so many bytes that took so long, hours ago; the higher its number, the later."""
     payload = number.to_bytes(4, "big") * (size // 4)
-    entry = store.publish(key(number), {"kind": "toy"}, {"out": payload}, {"seconds": seconds, "node": f"n{number}"})
+    facts = {"seconds": seconds, "node": f"n{number}", **({"is_spare": True} if is_spare else {})}
+    entry = store.publish(key(number), {"kind": "toy"}, {"out": payload}, facts)
     for item in entry.outputs.values():
         os.utime(store.root / "objects" / item.sha256[:2] / item.file_name, (OLD, OLD))
     os.utime(store.root / "entries" / key(number)[:2] / f"{key(number)}.json", (OLD + number, OLD + number))
@@ -102,6 +103,33 @@ def test_the_least_worth_and_then_the_least_used_go_down_to_four_fifths(
     assert said == [
         "removed 3 stored results to keep the cache within its limit (3.0 kB of 11.0 kB); --cache-limit sets it"
     ]
+
+
+def test_what_is_spare_goes_first_however_young_and_results_stay_once_the_limit_is_kept(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With four fifths as the goal, results would go that fitted if nothing spare were there."""
+    disk(monkeypatch, 100_000, 90_000)
+    put(store, 20, 1000, seconds=1e6, is_spare=True)
+    with live_run(store.root, [key(20)]):
+        store.touch(key(20))
+        Budget(store.root, 10_500, lambda text: None).begin()
+    assert stored(store) == set(range(10))
+
+
+def test_spare_room_is_what_nothing_else_needs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is spare makes room for what is spare; pinned it stays; a disk's reserve counts, without a limit too."""
+    disk(monkeypatch, 100_000, 90_000)
+    put(store, 20, 1000, is_spare=True)
+    put(store, 21, 1000, is_spare=True)
+    pin(store.root, [key(20)])
+    budget = Budget(store.root, 14_000, lambda text: None)
+    budget.begin()
+    assert (budget.room(2_000), stored(store)) == (2_000, {*range(10), 20, 21})
+    assert (budget.room(3_500), stored(store)) == (3_000, {*range(10), 20})
+    disk(monkeypatch, 100_000, 10_500)
+    assert Budget(store.root, NO_LIMIT, pytest.fail).room(1_000) == 500
+    assert len(stored(store)) == 11
 
 
 def test_what_a_run_adds_is_counted_and_young_results_stay(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
