@@ -15,6 +15,7 @@ from s2v_flow.graph.events import (
     StageStarted,
     StepDone,
 )
+from s2v_flow.graph.keep import Keep
 from s2v_flow.graph.numerics import Numerics
 
 
@@ -49,7 +50,7 @@ class RunContext:
     `device` is torch's name ("cpu", "cuda:0"); `models` gives the model registry, made on the first call (graph knows
     no tensors, so it is untyped here); `files` and `digests` are the node's files by field path; `input_digests` are
     its inputs' digests; `make_scratch` makes the folder that `scratch` gives; `checkpoint` keeps half-done work (stored
-    nodes only).
+    nodes only); `keep` keeps what a live value gives out (of kinds that are kept).
     """
 
     name: str
@@ -65,6 +66,7 @@ class RunContext:
     emit: Listener
     facts: dict[str, Any] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
+    keep: Keep | None = None
 
     @property
     def scratch(self) -> Path:

@@ -47,7 +47,7 @@ class Results:
     def __init__(self, store: Store, emit: Listener, limit: int | None = NO_LIMIT) -> None:
         self.store = store
         self._emit = emit
-        self._budget = Budget(store.root, limit, lambda text: emit(Noted("", text)))
+        self.budget = Budget(store.root, limit, lambda text: emit(Noted("", text)))
         self._payloads: dict[StoredObject, bytes | Path] = {}
         self._held: dict[str, Entry] = {}  # by plan node, as long as somebody needs it
         self._not_kept: dict[str, None] = {}
@@ -63,7 +63,7 @@ class Results:
         """Begin a run that will use these stored results."""
         for entry in entries.values():
             self.store.touch(entry.fingerprint)
-        self._budget.begin()
+        self.budget.begin()
 
     def find(self, node: str, key: str) -> Entry | None:
         """Return a result that is stored, or held for another plan node."""
@@ -130,13 +130,13 @@ class Results:
                 entry = self.store.publish(key, image, outputs, facts, replaces=replaces, items=items)
             except CannotWriteError as error:
                 size = sum(item.size for item in items.values())
-                if not is_second and error.is_full and self._budget.make_room(size):
+                if not is_second and error.is_full and self.budget.make_room(size):
                     continue
                 if is_last:
                     raise
-                self._tell(error.reason, error.fix)
+                self.tell(error.reason, error.fix)
                 break
-            self._budget.added(sum(item.size for item in set(items.values())))
+            self.budget.added(sum(item.size for item in set(items.values())))
             self.forget(node)
             self._not_kept.pop(node, None)
             if holds:
@@ -170,7 +170,7 @@ class Results:
                 if not scratch.refuses(error):
                     raise
                 if failure is None:
-                    self._tell(error.reason, error.fix)
+                    self.tell(error.reason, error.fix)
                 failure = error
                 error.__traceback__ = error.__cause__ = error.__context__ = (
                     None  # they hold what the node had in memory
@@ -210,7 +210,8 @@ class Results:
         elif error.kept is None:
             error.kept = "every result that was finished: the same command goes on from there"
 
-    def _tell(self, reason: str, fix: str | None) -> None:
+    def tell(self, reason: str, fix: str | None) -> None:
+        """Say, once for each reason, that the store cannot be written."""
         if reason in self._reasons:
             return
         self._reasons.add(reason)

@@ -26,8 +26,9 @@ from s2v_flow.graph.events import (
     RunStarted,
 )
 from s2v_flow.graph.failure import failures_of, placed
-from s2v_flow.graph.fingerprint import fingerprint
+from s2v_flow.graph.fingerprint import as_made, fingerprint
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never
+from s2v_flow.graph.keep import Keep
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.ports import Source
@@ -273,10 +274,8 @@ class Run:
         facts: Mapping[str, Any],
         is_mend: bool,
     ) -> Entry:
-        """Keep a result under what it is: one that was made with less than was asked for is another result."""
-        if facts.get("degraded"):
-            image = {**image, "degraded": facts["degraded"]}
-            key = fingerprint(image)
+        """Keep a result under what it is."""
+        key, image = as_made(key, image, facts)
         is_last = not node.node.is_sink and node.name not in self._consumed
         is_forced = node.name in self.forced
         return self._results.publish(
@@ -288,7 +287,12 @@ class Run:
         return Checkpoint(folder, key, node.name, self.emit, self.should_stop, is_fresh, self._told)
 
     def _run(
-        self, node: PlanNode, scratch: Scratch, facts: dict[str, Any], checkpoint: Checkpoint | None = None
+        self,
+        node: PlanNode,
+        scratch: Scratch,
+        facts: dict[str, Any],
+        checkpoint: Checkpoint | None = None,
+        keep: Keep | None = None,
     ) -> Mapping[str, Any]:
         values: dict[str, Any] = {}
         digests: dict[str, tuple[str, ...]] = {}
@@ -313,6 +317,7 @@ class Run:
             self.emit,
             facts,
             checkpoint,
+            keep,
         )
         with failures_of(node, scratch):
             return node.node.run(context, values)
@@ -322,10 +327,12 @@ class Run:
         if node.node.is_stored:
             return self._artifact(node, source.port)
         if node.name not in self._live:
-            key, _ = self._identify(node)
+            key, image = self._identify(node)
             self._digests.update(output_digests(node, key, None))
             facts = self._live_facts[node.name] = {}
-            self._live[node.name] = self._run(node, Scratch(_no_folder), facts)
+            what = (node.name, key, image, facts, self.about, node.name in self.forced)
+            keep = Keep(self.store, self._results.budget, self._results.tell, self.emit, *what)
+            self._live[node.name] = self._run(node, Scratch(_no_folder), facts, keep=keep)
         return self._live[node.name][source.port]
 
     def _artifact(self, node: PlanNode, port: str) -> Artifact:

@@ -47,12 +47,12 @@ class Selection:
             S2VFlowError: A name is unknown.
         """
         if self.is_fresh:
-            return frozenset(node.name for node in plan.nodes if node.node.is_stored)
+            return frozenset(node.name for node in plan.nodes if node.node.is_stored or node.node.is_kept)
         chosen: set[str] = set()
         for given in self.force:
             found = members(plan, given.removesuffix("+"))
             chosen |= found | (after(plan, found) if given.endswith("+") else set())
-        return frozenset(name for name in chosen if plan.node(name).node.is_stored)
+        return frozenset(name for name in chosen if plan.node(name).node.is_stored or plan.node(name).node.is_kept)
 
     def check(self, plan: Plan, statuses: Mapping[str, NodeStatus]) -> None:
         """Refuse a run that would have to compute what it may not.

@@ -116,12 +116,14 @@ def assess(
             found[node.name] = NodeStatus("RUN", image)
             continue
         key = fingerprint(image)
+        known.update(output_digests(node, key, None))
         if node.name in forced:
             found[node.name] = NodeStatus("RUN", "forced", key)
             continue
-        entry = store.lookup(key) if node.node.is_stored else None
-        known.update(output_digests(node, key, entry))
+        entry = store.lookup(key) if node.node.is_stored or node.node.is_kept else None
         if entry is not None:
+            entry = entry if node.node.is_stored else None
+            known.update(output_digests(node, key, entry))
             found[node.name] = NodeStatus("HIT", "stored", key, entry)
         elif node.node.is_stored and (facts := checkpoints.peek(key)) is not None:
             found[node.name] = NodeStatus("RESUME", progress_text(facts), key)
@@ -169,7 +171,8 @@ def _with_need(plan: Plan, found: Mapping[str, NodeStatus]) -> dict[str, NodeSta
             reason = status.reason if status.fingerprint is None else "read when it is needed"
             status = NodeStatus("LOAD", reason, status.fingerprint)
         elif status.status == "RUN" and not node.node.is_stored:
-            status = NodeStatus("RUN", "made as it is used, never stored", status.fingerprint)
+            text = "made as it is used, and kept" if node.node.is_kept else "made as it is used, never stored"
+            status = NodeStatus("RUN", text, status.fingerprint)
         result[node.name] = status
     return result
 

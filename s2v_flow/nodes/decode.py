@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain as chain_iterables
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -21,6 +22,7 @@ from s2v_flow.nodes.chunk_plan import (
     warmup_frames,
 )
 from s2v_flow.nodes.fields import LatentInput, VaeInput
+from s2v_flow.nodes.frames import Frames, warned_of_flat, window
 
 if TYPE_CHECKING:
     import numpy as np
@@ -168,6 +170,7 @@ class DecodeFrames(Node):
     kind: ClassVar[str] = "decode_frames"
     stage: ClassVar[int] = 2
     outputs: ClassVar = {"frames": "frames"}
+    is_kept: ClassVar[bool] = True
     has_numerics: ClassVar[bool] = True
 
     doubles_first: bool
@@ -177,21 +180,41 @@ class DecodeFrames(Node):
     tiles: Tiles
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give out the stream; nothing is decoded before somebody iterates."""
+        """Give out the stream; nothing is decoded before somebody iterates, or where the frames are kept."""
         import numpy as np
 
-        from s2v_flow.nodes.frames import Frames, warned_of_flat, window
-
         def groups() -> Iterator[np.ndarray]:
-            source = self._stored(inputs) if "parts" in inputs else self._decode(context, inputs)
-            return warned_of_flat(context, window(source, self.drop_frames, self.num_frames))
+            return warned_of_flat(context, self._frames(context, inputs, is_whole=True))
 
         def read(start: int, count: int) -> np.ndarray:
-            found = list(window(groups(), start, count))
+            found = list(window(warned_of_flat(context, self._frames(context, inputs)), start, count))
             return np.concatenate(found) if found else np.zeros((0, height, width, 3), np.uint8)
 
         width, height = context.planned["width"], context.planned["height"]
         return {"frames": Frames(width, height, self.num_frames, groups, read, context.facts)}
+
+    def _frames(
+        self, context: RunContext, inputs: Mapping[str, Any], *, is_whole: bool = False
+    ) -> Iterator[np.ndarray]:
+        """Yield the frames: those that are kept; else they are decoded and, if the whole is asked for, kept."""
+        if "parts" in inputs:
+            yield from window(self._stored(inputs), self.drop_frames, self.num_frames)
+            return
+        from s2v_flow.media.lossless import LosslessWriter, read_lossless
+
+        done, keep = 0, context.keep
+        if keep is not None and (path := keep.find()) is not None:
+            with suppress(OSError):  # evicted just now: the rest is decoded
+                for frame in read_lossless(path):
+                    yield frame
+                    done += 1
+        decoded = window(self._decode(context, inputs), self.drop_frames, self.num_frames)
+        if keep is not None and is_whole and not done:
+            width, height = context.planned["width"], context.planned["height"]
+            expected = self.num_frames * width * height * 3 // 2  # half of it, as frames with grain take
+            decoded = keep.passing(decoded, self.num_frames, expected, lambda path: LosslessWriter(path, width, height))
+        if done < self.num_frames:
+            yield from window(decoded, done, self.num_frames - done)
 
     def _stored(self, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
         from s2v_flow.nodes.tensors import unpack

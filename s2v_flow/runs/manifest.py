@@ -85,7 +85,7 @@ class NodeRecord(Part):
 
     name: str
     kind: str
-    status: NodeState = Field(description="live: made as it was used, never stored. skipped: nothing needed it.")
+    status: NodeState = Field(description="live: made as it was used. skipped: nothing needed it.")
     fingerprint: str | None = Field(description="Its identity; null where it was not found out.")
     seconds: float | None = Field(None, description="Wall time, where it was computed in this run.")
     peak_bytes: int | None = Field(None, description="The process's peak memory when it was done.")

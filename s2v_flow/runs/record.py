@@ -22,6 +22,7 @@ from s2v_flow.graph.events import (
     Delivered,
     Event,
     Listener,
+    NodeCached,
     NodeFinished,
     NodeStarted,
     Noted,
@@ -90,6 +91,7 @@ class Recorder:
     _started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     _clock: float = field(default_factory=time.monotonic)
     _unfinished: set[str] = field(default_factory=set)
+    _cached: set[str] = field(default_factory=set)
     _finished: dict[str, NodeFinished] = field(default_factory=dict)
     _delivered: list[Delivered] = field(default_factory=list)
 
@@ -115,6 +117,8 @@ class Recorder:
         elif isinstance(event, NodeFinished):
             self._unfinished.discard(event.node)
             self._finished[event.node] = event
+        elif isinstance(event, NodeCached):
+            self._cached.add(event.node)
         elif isinstance(event, Delivered):
             self._delivered.append(event)
         self.emit(event)
@@ -206,7 +210,7 @@ class Recorder:
             return "computed"
         if node.name in self._unfinished:
             return "interrupted" if status == "interrupted" else "failed"
-        if node.name in self.entries or self.statuses[node.name].entry is not None:
+        if node.name in self.entries or node.name in self._cached or self.statuses[node.name].entry is not None:
             return "stored"
         if self.statuses[node.name].status == "SKIP":
             return "skipped"

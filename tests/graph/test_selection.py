@@ -29,10 +29,10 @@ def test_until_leaves_out_what_comes_after(tmp_path: Path) -> None:
 
 
 def test_force_takes_a_node_and_with_a_plus_what_follows(tmp_path: Path) -> None:
-    """What is not stored at all, such as a loader, cannot be forced."""
+    """Frames are decoded anew with what is before them. What is not stored at all, such as a loader, is not forced."""
     made = planned(tmp_path, Selection()).plan
     assert Selection(force=("talk[3]",)).forced(made) == {"talk[3]"}
-    assert Selection(force=("talk[3]+",)).forced(made) == {"talk[3]", "talk[4]", "video"}
+    assert Selection(force=("talk[3]+",)).forced(made) == {"talk[3]", "talk[4]", "frames", "video"}
     assert Selection(force=("dit",)).forced(made) == frozenset()
     assert "positive" in Selection(is_fresh=True).forced(made)
 
