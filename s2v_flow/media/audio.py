@@ -21,6 +21,8 @@ from s2v_flow.media.source import (
     MIN_SAMPLE_RATE_HZ,
 )
 
+_BLOCK_SAMPLES = 65_536
+
 
 class Sound(Protocol):
     """A sound, whole or read as it is used."""
@@ -121,7 +123,8 @@ class AudioClip:
     """A file's sound, or a part of it, read as it is used: memory does not grow with its length.
 
     The part runs from sample `first` to `last` (not included), faded in and out linearly over `num_fade_samples` (at
-    most half of it); of the part, the first `limit` samples count.
+    most half of it), with `num_lead` samples of silence before it and `num_tail` after it; of all that, the first
+    `limit` samples count.
     """
 
     path: str | os.PathLike[str]
@@ -132,11 +135,13 @@ class AudioClip:
     num_fade_samples: int = 0
     limit: int | None = None
     gain: float = 1.0
+    num_lead: int = 0
+    num_tail: int = 0
 
     @property
     def num_samples(self) -> int:
         """The number of samples of each channel."""
-        length = self.last - self.first
+        length = self.num_lead + self.last - self.first + self.num_tail
         return length if self.limit is None else min(length, self.limit)
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
@@ -145,14 +150,20 @@ class AudioClip:
         Raises:
             MissingError, MediaError, RefusedError: as `read_audio`.
         """
+        yield from silence(self.num_channels, min(self.num_lead, self.num_samples))
+        length = min(self.num_samples - self.num_lead, self.last - self.first)
+        yield from self._part(length)
+        yield from silence(self.num_channels, self.num_samples - self.num_lead - length)
+
+    def _part(self, length: int) -> Iterator[NDArray[np.float32]]:
         position = -self.first  # of a block's first sample within the part
-        for _, samples, _ in _checked_blocks(self.path, MAX_AUDIO_SECONDS):
-            start, stop = max(-position, 0), min(self.num_samples - position, samples.shape[1])
+        for _, samples, _ in _checked_blocks(self.path, MAX_AUDIO_SECONDS) if length > 0 else ():
+            start, stop = max(-position, 0), min(length - position, samples.shape[1])
             if start < stop:
                 faded = self._faded(samples[:, start:stop], position + start)
                 yield faded if self.gain == 1 else faded * np.float32(self.gain)
             position += samples.shape[1]
-            if position >= self.num_samples:
+            if position >= length:
                 return
 
     def _faded(self, samples: NDArray[np.float32], position: int) -> NDArray[np.float32]:
@@ -164,6 +175,12 @@ class AudioClip:
             return samples
         gain = (nearest_end + 1).clip(max=length + 1).astype(np.float32) / np.float32(length + 1)
         return np.asarray(samples * gain)
+
+
+def silence(num_channels: int, num_samples: int) -> Iterator[NDArray[np.float32]]:
+    """Yield silence in blocks [channels, n]; none where there are no samples."""
+    for start in range(0, num_samples, _BLOCK_SAMPLES):
+        yield np.zeros((num_channels, min(_BLOCK_SAMPLES, num_samples - start)), np.float32)
 
 
 def open_audio(path: str | os.PathLike[str]) -> AudioClip:

@@ -79,6 +79,45 @@ class Resampled:
         return _soxr_blocks(self.sound.blocks(), self.num_channels, self.sound.sample_rate_hz, self.sample_rate_hz)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Sounds one after the other, at the highest of their rates; mono ones are doubled where another is stereo.
+
+    Of all that, the first `limit` samples count.
+    """
+
+    parts: tuple[Sound, ...]
+    limit: int | None = None
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Samples a second."""
+        return max(part.sample_rate_hz for part in self.parts)
+
+    @property
+    def num_channels(self) -> int:
+        """The number of channels."""
+        return max(part.num_channels for part in self.parts)
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples of each channel."""
+        rate = self.sample_rate_hz
+        length = sum(resampled_length(part.num_samples, part.sample_rate_hz, rate) for part in self.parts)
+        return length if self.limit is None else min(length, self.limit)
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the samples in order, [channels, n] each."""
+        left = self.num_samples
+        for part in self.parts:
+            for block in Resampled(part, self.sample_rate_hz).blocks() if left else ():
+                wanted = block[:, :left]
+                left -= wanted.shape[1]
+                yield np.repeat(wanted, self.num_channels, axis=0) if len(block) < self.num_channels else wanted
+                if not left:
+                    break
+
+
 def resample(audio: Audio, sample_rate_hz: int) -> Audio:
     """Resample all of a sound as `Resampled` does.
 

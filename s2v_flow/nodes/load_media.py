@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from s2v_flow.errors import S2VFlowError
-from s2v_flow.graph.node import Node, Planner
+from s2v_flow.graph.node import Node, Planner, Precision
 from s2v_flow.graph.ports import FileField, Value
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
-from s2v_flow.nodes.fields import Seconds
+from s2v_flow.nodes.fields import AudioInput, Seconds
 from s2v_flow.nodes.frames import Frames
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ class LoadAudio(Node):
     end: Seconds | None = Field(None, description="Where to end; unless given, at the file's end.")
     max_duration: Seconds | None = Field(None, description="At most so long.")
     fade: Seconds = Field(0.0, description="Fade in and out over so long.")
+    lead: Seconds = Field(0.0, description="Silence before it: the video begins so much earlier, the mouth shut.")
+    tail: Seconds = Field(0.0, description="Silence after it: the video goes on for so long, the mouth shut.")
+    volume: float = Field(0.0, ge=-100, le=100, description="Louder or softer, in decibels: 6 is twice, -6 half.")
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Count the samples: the voice's length decides how many chunks there are."""
@@ -73,6 +76,8 @@ class LoadAudio(Node):
             return values
         num_samples, rate = known["num_samples"], known["sample_rate_hz"]
         first, last = self._part(num_samples, rate)
+        samples = [round(seconds * rate) for seconds in (self.lead, self.tail)]
+        count = last - first + sum(samples)
         if first >= last:
             length = f"the file lasts {num_samples / rate:.2f} s"
             planner.problem(name, "start", "R130", f"nothing is left between start and end: {length}")
@@ -80,9 +85,7 @@ class LoadAudio(Node):
         node = _LoadAudioAnew(**dict(self)) if known["notes"] else self
         keys = ("num_samples", "sample_rate_hz", "num_channels", "gain")
         planner.add(name, node, {}, recipe_node=name, facts={key: known[key] for key in keys})
-        frames = -(-(last - first) * FRAME_RATE_HZ // rate)
-        facts = {"frames": frames, "seconds": (last - first) / rate}
-        return _with_facts(values, {**facts, "num_samples": last - first, "sample_rate_hz": rate})
+        return _with_facts(values, sound_facts(count, rate, known["num_channels"]))
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the sound, to be read as it is used."""
@@ -91,8 +94,15 @@ class LoadAudio(Node):
         known = context.planned
         rate = known["sample_rate_hz"]
         part = self._part(known["num_samples"], rate)
-        fade, gain = round(self.fade * rate), known["gain"]
-        return {"audio": AudioClip(context.files["file",], rate, known["num_channels"], *part, fade, gain=gain)}
+        fade, gain = round(self.fade * rate), known["gain"] * 10 ** (self.volume / 20)
+        silent = {"num_lead": round(self.lead * rate), "num_tail": round(self.tail * rate)}
+        clip = AudioClip(context.files["file",], rate, known["num_channels"], *part, fade, gain=gain, **silent)
+        return {"audio": clip}
+
+    def identity(self, digests: Mapping[tuple[str | int, ...], str], precision: Precision) -> dict[str, Any]:
+        """Return the fields that determine the result; those that came later only where they are used."""
+        later = ("lead", "tail", "volume")
+        return {key: value for key, value in super().identity(digests, precision).items() if value or key not in later}
 
     def _part(self, num_samples: int, rate: int) -> tuple[int, int]:
         """Return the first sample to take and the one after the last."""
@@ -105,6 +115,32 @@ class _LoadAudioAnew(LoadAudio):
     """A sound that earlier versions read otherwise: mixed down, filled with silence, or from another track."""
 
     version: ClassVar[int] = 2
+
+
+class AudioConcat(Node):
+    """Join two sounds, one after the other, at the higher of their sample rates; in stereo if either is."""
+
+    kind: ClassVar[str] = "audio_concat"
+    outputs: ClassVar = {"audio": "audio"}
+
+    first: AudioInput = Field(description="The sound that comes first.")
+    second: AudioInput = Field(description="The sound that follows.")
+
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
+        """Add up how long they are, where both files are there."""
+        values = planner.add_simple(name, self)
+        parts = [value.facts for value in map(planner.value, (self.first, self.second)) if value and value.facts]
+        if len(parts) < 2:
+            return values
+        rate = max(part["sample_rate_hz"] for part in parts)
+        count = sum(-(-part["num_samples"] * rate // part["sample_rate_hz"]) for part in parts)
+        return _with_facts(values, sound_facts(count, rate, max(part["num_channels"] for part in parts)))
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out the sound, to be read as it is used."""
+        from s2v_flow.media.resample import Joined
+
+        return {"audio": Joined((inputs["first"], inputs["second"]))}
 
 
 class LoadVideo(Node):
@@ -133,6 +169,13 @@ class LoadVideo(Node):
                     yield frame[None]
 
         return {"frames": Frames(kept.info.width, kept.info.height, len(kept), groups, kept.read, close=kept.close)}
+
+
+def sound_facts(num_samples: int, sample_rate_hz: int, num_channels: int) -> dict[str, Any]:
+    """Return what planning knows of a sound: its samples, its seconds, and the video frames that it fills."""
+    frames = -(-num_samples * FRAME_RATE_HZ // sample_rate_hz)
+    known = {"num_samples": num_samples, "sample_rate_hz": sample_rate_hz, "num_channels": num_channels}
+    return {"frames": frames, "seconds": num_samples / sample_rate_hz, **known}
 
 
 def _with_facts(values: Mapping[str, Value], facts: Mapping[str, Any]) -> dict[str, Value]:

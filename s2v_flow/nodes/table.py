@@ -21,7 +21,7 @@ from s2v_flow.nodes.edit import (
 )
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage, EncodeText
 from s2v_flow.nodes.load import LoadAudioEncoder, LoadDiffusionModel, LoadLatent, LoadTextEncoder, LoadVae
-from s2v_flow.nodes.load_media import LoadAudio, LoadImage, LoadVideo
+from s2v_flow.nodes.load_media import AudioConcat, LoadAudio, LoadImage, LoadVideo
 from s2v_flow.nodes.sample import Extend, Sample
 from s2v_flow.nodes.save import SaveImages, SaveLatent, SaveVideo
 from s2v_flow.nodes.scale import FramesScale, ImageScale
@@ -81,6 +81,7 @@ NODE_KINDS: tuple[type[Node], ...] = (
     ImageScale,
     ImageFromFrames,
     FramesConcat,
+    AudioConcat,
     SaveVideo,
     SaveImages,
     SaveLatent,

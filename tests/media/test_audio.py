@@ -315,3 +315,19 @@ def test_more_channels_than_eight_are_refused_before_they_are_read(tmp_path: Pat
     spoilt = Path(__file__).parents[1] / "fuzz" / "corpus" / "media" / "claims_29_channels.aac"
     with pytest.raises(MediaError, match="it has 29 channels"):
         probe_audio(spoilt)
+
+
+def test_silence_stands_before_and_after_a_clip(tmp_path: Path) -> None:
+    """Of any length, in blocks; a limit counts from the silence's start, and nothing is read for silence alone."""
+    soundfile.write(tmp_path / "a.wav", np.ones((3000, 2), "f4"), 8_000, subtype="FLOAT")
+    clip = replace(open_audio(tmp_path / "a.wav"), first=1000, num_lead=70_000, num_tail=500)
+    expected = np.concatenate([np.zeros(70_000), np.ones(2000), np.zeros(500)]).astype("f4")
+    assert clip.num_samples == 72_500
+    assert all(np.array_equal(row, expected) for row in whole(clip))
+    assert max(block.shape[1] for block in clip.blocks()) <= 65_536
+    for limit in (0, 10, 70_000, 71_999, 72_100, 90_000):
+        cut = replace(clip, limit=limit)
+        assert np.array_equal(whole(cut)[1], expected[:limit])
+        assert cut.num_samples == min(limit, 72_500)
+    (tmp_path / "a.wav").unlink()
+    assert np.array_equal(whole(replace(clip, limit=60_000))[0], expected[:60_000])

@@ -11,7 +11,7 @@ import torch
 from reference import load_golden, relative_error
 
 from s2v_flow.media.audio import Audio
-from s2v_flow.media.resample import Resampled, resample, resample_windowed_sinc, speech_blocks, speech_waveform
+from s2v_flow.media.resample import Joined, Resampled, resample, resample_windowed_sinc, speech_blocks, speech_waveform
 
 
 @pytest.mark.parametrize("rate", [22_050, 44_100, 48_000])
@@ -129,3 +129,17 @@ def test_windowed_sinc_equals_what_it_was_before_it_came_in_blocks() -> None:
         part = resample_windowed_sinc(signal[:, start * 441 // 160 // 441 * 441 :][:, :4410], 44_100, 16_000)
         offset = start * 441 // 160 // 441 * 160
         assert np.array_equal(whole[0, offset + 20 : offset + 1580], part[0, 20:1580])
+
+
+def test_joined_sounds_follow_one_another_at_the_higher_rate_in_stereo() -> None:
+    mono = Audio(np.random.default_rng(0).uniform(-1, 1, (1, 1001)).astype(np.float32), 8_000)
+    stereo = Audio(np.random.default_rng(1).uniform(-1, 1, (2, 700)).astype(np.float32), 16_000)
+    sound = Joined((mono, stereo, mono))
+    assert (sound.sample_rate_hz, sound.num_channels, sound.num_samples) == (16_000, 2, 2002 + 700 + 2002)
+    got = np.concatenate([*sound.blocks()], axis=1)
+    twice = resample(mono, 16_000).waveform.repeat(2, axis=0)
+    assert np.array_equal(got, np.concatenate([twice, stereo.waveform, twice], axis=1))
+    for limit in (0, 100, 2002, 2100, 9999):
+        cut = Joined(sound.parts, limit)
+        assert np.array_equal(np.concatenate([got[:, :0], *cut.blocks()], axis=1), got[:, :limit])
+        assert cut.num_samples == min(limit, 4704)

@@ -242,3 +242,29 @@ def test_a_pose_video_is_planned_once_per_chunk_at_the_chunks_time(tmp_path: Pat
 def test_a_recipe_without_outputs_is_noted(tmp_path: Path) -> None:
     plan = planned(tmp_path, 1, {"video": None, "frames": None})
     assert notes(plan) == ["the recipe writes no file: results stay in the cache (add a save_video node)"]
+
+
+def test_silence_and_a_second_sound_lengthen_the_voice(tmp_path: Path) -> None:
+    """`lead` and `tail` count as sound; joined sounds as both, at the higher rate; without one, the length is open."""
+    assert planned(tmp_path, 4.8, {"voice": {"lead": "0.25s", "tail": "0.5s"}}).num_frames == 77 + 12
+    write_voice(tmp_path / "b.wav", 2, 44_100)
+    more = {"kind": "load_audio", "file": "b.wav"}
+    both = {"kind": "audio_concat", "first": "$voice", "second": "$more"}
+    changes: Changes = {"more": more, "both": both, "speech": {"audio": "$both"}, "video": {"audio": "$both"}}
+    plan = planned(tmp_path, 4.8, changes)
+    assert plan.num_frames == 109  # 6.8 s
+    assert plan.plan.node("speech").facts["num_samples"] == 3000 + 16_000 * 6.8
+    (tmp_path / "b.wav").unlink()
+    assert planned(tmp_path, 4.8, changes).num_frames is None
+
+
+def test_silence_and_volume_count_in_a_sounds_identity_where_they_are_used(tmp_path: Path) -> None:
+    """Without them what is stored is found as before they were there."""
+
+    def identity(**fields: Any) -> dict[str, Any]:
+        node = planned(tmp_path, 1, {"voice": fields}).plan.node("voice").node
+        return node.identity({("file",): "sha256:0"}, lambda kind, text: text)
+
+    plain = {"file": "sha256:0", "start": 0.0, "end": None, "max_duration": None, "fade": 0.0}
+    assert identity(lead=0.0, tail=0, volume=0.0) == identity() == plain
+    assert identity(tail="0.5s", volume=-3.0) == {**plain, "tail": 0.5, "volume": -3.0}
