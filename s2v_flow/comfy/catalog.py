@@ -13,7 +13,11 @@ from typing import Any
 CONTROL_WORDS = frozenset({"fixed", "increment", "decrement", "randomize"})
 """What the editor keeps behind a seed: how it changes after each run."""
 
-VIRTUAL = frozenset({"Reroute", "PrimitiveNode", "Note", "MarkdownNote", "SetNode", "GetNode"})
+REROUTES = ("Reroute", "Reroute (rgthree)")
+_SWITCHES = ("Fast Groups Bypasser", "Fast Groups Muter", "Fast Bypasser", "Fast Muter", "Label", "Bookmark")
+VIRTUAL = frozenset(
+    {*REROUTES, "PrimitiveNode", "Note", "MarkdownNote", "SetNode", "GetNode", *(f"{n} (rgthree)" for n in _SWITCHES)}
+)
 """Nodes that exist in the editor only."""
 NOTES = frozenset({"Note", "MarkdownNote"})
 
@@ -77,14 +81,25 @@ VAELoader|Load VAE||vae_name:S|VAE
 VAELoaderKJ|VAELoader KJ||vae_name:S|VAE
 AudioEncoderLoader|Load Audio Encoder||audio_encoder_name:S|AUDIO_ENCODER
 LoraLoaderModelOnly|LoraLoaderModelOnly|model:MODEL|lora_name:S strength_model:F=1.0|MODEL
+LoraLoaderBypassModelOnly|Load LoRA (Bypass, Model Only)|model:MODEL|lora_name:S strength_model:F=1.0|MODEL
 LoraLoader|Load LoRA|model:MODEL clip:CLIP|lora_name:S strength_model:F=1.0 strength_clip:F=1.0|MODEL CLIP
+Power Lora Loader (rgthree)|Power Lora Loader (rgthree)|model:MODEL clip:CLIP?||MODEL CLIP
 ModelSamplingSD3|ModelSamplingSD3|model:MODEL|shift:F=3.0|MODEL
 LoadImage|Load Image||image:S upload:A=image|IMAGE MASK
 LoadAudio|Load Audio||audio:S audioUI:A upload:A|AUDIO
 LoadVideo|Load Video||file:S upload:A=image|VIDEO
+VHS_LoadAudio|Load Audio (Path)||audio_file:S seek_seconds:F=0.0 duration:F=0.0|AUDIO FLOAT
+VHS_LoadAudioUpload|Load Audio (Upload)||audio:S start_time:F=0.0 duration:F=0.0|AUDIO FLOAT
+VHS_LoadVideo|Load Video (Upload)||video:S force_rate:F=0.0 custom_width:I=0 custom_height:I=0 frame_load_cap:I=0 \
+skip_first_frames:I=0 select_every_nth:I=1|IMAGE frame_count:INT audio:AUDIO video_info:VHS_VIDEOINFO
+VHS_LoadVideoPath|Load Video (Path)||video:S force_rate:F=0.0 custom_width:I=0 custom_height:I=0 frame_load_cap:I=0 \
+skip_first_frames:I=0 select_every_nth:I=1|IMAGE frame_count:INT audio:AUDIO video_info:VHS_VIDEOINFO
 LoadLatent|LoadLatent||latent:S|LATENT
 GetVideoComponents|Get Video Components|video:VIDEO||images:IMAGE audio:AUDIO fps:FLOAT
 TrimAudioDuration|Trim Audio Duration|audio:AUDIO|start_index:F=0.0 duration:F=60.0|AUDIO
+AudioConcat|Audio Concat|audio1:AUDIO audio2:AUDIO|direction:S=after|AUDIO
+AudioAdjustVolume|Audio Adjust Volume|audio:AUDIO|volume:I=1|AUDIO
+EmptyAudio|Empty Audio||duration:F=60.0 sample_rate:I=44100 channels:I=2|AUDIO
 ImageScale|Upscale Image|image:IMAGE|upscale_method:S width:I=512 height:I=512 crop:S=disabled|IMAGE
 ImageScaleBy|Upscale Image By|image:IMAGE|upscale_method:S scale_by:F=1.0|IMAGE
 ImageScaleToTotalPixels|Scale Image to Total Pixels|image:IMAGE|\
@@ -136,8 +151,8 @@ LatentCut|LatentCut|samples:LATENT|dim:S=x index:I=0 amount:I=1|LATENT
 VAEDecode|VAE Decode|samples:LATENT vae:VAE||IMAGE
 VAEDecodeTiled|VAE Decode (Tiled)|samples:LATENT vae:VAE|\
 tile_size:I=512 overlap:I=64 temporal_size:I=64 temporal_overlap:I=8|IMAGE
-CreateVideo|Create Video|images:IMAGE audio:AUDIO?|fps:F=30.0|VIDEO
-SaveVideo|Save Video|video:VIDEO|filename_prefix:S=video/ComfyUI format:A=auto codec:A=auto|
+CreateVideo|Create Video|images:IMAGE audio:AUDIO?|fps:F=30.0 bit_depth:R=8 color_space:R=sRGB|VIDEO
+SaveVideo|Save Video|video:VIDEO|filename_prefix:S=video/ComfyUI format:A=auto codec:A=auto|video:VIDEO
 SaveAnimatedWEBP|SaveAnimatedWEBP|images:IMAGE|\
 filename_prefix:S=ComfyUI fps:F=6.0 lossless:A=true quality:A=80 method:A=default|
 SaveAnimatedPNG|SaveAnimatedPNG|images:IMAGE|filename_prefix:S=ComfyUI fps:F=6.0 compress_level:A=4|
@@ -151,12 +166,39 @@ PrimitiveInt|Int||value:I*|INT
 PrimitiveFloat|Float||value:F|FLOAT
 INTConstant|INT Constant||value:I|value:INT
 FloatConstant|Float Constant||value:F|value:FLOAT
+BOOLConstant|BOOL Constant||value:B|value:BOOLEAN
+StringConstant|String Constant||string:S|STRING
+StringConstantMultiline|String Constant Multiline||string:S strip_newlines:B=true|STRING
+easy int|Int||value:I|int:INT
+easy float|Float||value:F|float:FLOAT
+Seed (rgthree)|Seed (rgthree)||seed:I|SEED:INT
+ComfyMathExpression|Math Expression||expression:S=a|FLOAT INT BOOL:BOOLEAN
+SimpleCalculatorKJ|Simple Calculator KJ||expression:S|FLOAT INT BOOLEAN
+SimpleMath+|Simple Math||value:S|INT FLOAT
+MathExpression~pysssss|Math Expression||expression:S|INT FLOAT
+ComfyNumberConvert|Number Convert|value:*||FLOAT INT
 PrimitiveString|String||value:S|STRING
 PrimitiveStringMultiline|String (Multiline)||value:S|STRING
 PrimitiveBoolean|Boolean||value:B|BOOLEAN
 StringConcatenate|Concatenate||string_a:S string_b:S delimiter:S|STRING
 ComfySwitchNode|Switch|on_false:*? on_true:*?|switch:B=true|output:*
+Any Switch (rgthree)|Any Switch (rgthree)|any_01:*? any_02:*? any_03:*? any_04:*? any_05:*?||*
 """
+
+IGNORED: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("MultiGPU_WorkUnits", "SelectModelDevice", "ModelAttentionBackend"), "model:MODEL"),
+        **dict.fromkeys(("PathchSageAttentionKJ", "ModelPatchTorchSettings", "TorchCompileModel"), "model:MODEL"),
+        **dict.fromkeys(("TorchCompileModelWanVideoV2", "TorchCompileModelAdvanced"), "model:MODEL"),
+        **dict.fromkeys(("EasyCache", "LazyCache"), "model:MODEL"),
+        **dict.fromkeys(("SelectCLIPDevice", "OverrideCLIPDevice"), "clip:CLIP"),
+        **dict.fromkeys(("SelectVAEDevice", "OverrideVAEDevice"), "vae:VAE"),
+        "VRAM_Debug": "any_input:*? image_pass:IMAGE? model_pass:MODEL?",
+        "easy cleanGpuUsed": "anything:*",
+        "PreviewAny": "source:*",
+    }
+)
+"""Nodes that hand on what they take, with their inputs: they choose a device, a kernel, a cache, or show a value."""
 
 BRANCHES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -171,12 +213,17 @@ BRANCHES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "match size": ("crop",),
             "scale to multiple": ("multiple",),
         },
-        "SaveVideo": dict.fromkeys(("mp4", "webm", "mkv"), ("codec", "codec.encoding", "codec.encoding.crf")),
+        "SaveVideo": {
+            **dict.fromkeys(("mp4", "webm", "mkv"), ("codec",)),
+            **dict.fromkeys(("h264", "h265", "hevc", "vp9", "av1"), ("encoding",)),
+            "re-encode": ("crf",),
+        },
     }
 )
 """Widgets that a choice brings along (their names begin with the choice's and a dot), by class and choice."""
 
-_TYPES = {"S": "STRING", "I": "INT", "F": "FLOAT", "B": "BOOLEAN", "A": "ANY"}
+_TYPES = {"S": "STRING", "I": "INT", "F": "FLOAT", "B": "BOOLEAN", "A": "ANY", "R": "READ"}
+"""A widget of type READ is read but not written: older versions of ComfyUI have none of that name."""
 _TITLES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "CLIPTextEncode": frozenset(
@@ -191,7 +238,9 @@ _TITLES: Mapping[str, frozenset[str]] = MappingProxyType(
 def classes() -> Mapping[str, ComfyClass]:
     """Return the known classes by name."""
     rows = (row.split("|") for row in _ROWS.strip().splitlines())
-    return MappingProxyType({name: _class(name, *rest) for name, *rest in rows})
+    named = ((name.replace("~", "|"), rest) for name, *rest in rows)  # one class has a bar in its name
+    ignored = ((name, [name, links, "", links.replace("?", "")]) for name, links in IGNORED.items())
+    return MappingProxyType({name: _class(name, *rest) for name, rest in (*named, *ignored)})
 
 
 def base_class(class_type: str) -> str:
@@ -206,7 +255,7 @@ def as_type(value: Any, type_: str) -> Any:
     Raises:
         ValueError: It is of another type.
     """
-    if type_ not in _TYPES.values() or type_ == "ANY":
+    if type_ not in _TYPES.values() or type_ in ("ANY", "READ"):
         return value
     if not isinstance(value, (str, int, float)) or (isinstance(value, bool) and type_ != "BOOLEAN"):
         raise ValueError(value)

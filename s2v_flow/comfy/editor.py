@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from s2v_flow.comfy.catalog import NOTES, VIRTUAL, base_class, classes, is_stock_title
-from s2v_flow.comfy.graph import MAX_NODES, Box, ComfyNode, Graph, Link, Mistakes, Note, Value
+from s2v_flow.comfy.catalog import NOTES, REROUTES, VIRTUAL, classes, is_stock_title
+from s2v_flow.comfy.graph import MAX_NODES, Box, ComfyNode, Graph, Link, Mistakes, Note, Value, known_class
 from s2v_flow.comfy.widgets import Promoted, list_in, maps_in, promoted_values, widget_values
 from s2v_flow.errors import RecipeError
 from s2v_flow.wording import shortened
@@ -174,7 +174,9 @@ class _Reader:
     def _node(self, scope: Scope, name: str, type_: str, node: Mapping[str, Any]) -> ComfyNode:
         title = node.get("title")
         is_own = isinstance(title, str) and bool(title) and not is_stock_title(type_, title)
-        made = ComfyNode(name, base_class(type_), {}, title if is_own else None, _box(scope.name, node))
+        made = ComfyNode(
+            name, known_class(type_, self._mistakes), {}, title if is_own else None, _box(scope.name, node)
+        )
         inputs: dict[str, Link | Value] = {}
         known = classes().get(made.type)
         if known is not None:
@@ -237,7 +239,7 @@ class _Reader:
             child = scope.children[node["id"]]
             ends = [key for key, link in child.links.items() if link[2] == _OUTPUT_SIDE and link[3] == slot]
             return (child, ends[0]) if ends else None
-        if type_ == "Reroute":
+        if type_ in REROUTES:
             return self._further(scope, _first_link(node))
         if type_ == "PrimitiveNode":
             title = node.get("title")

@@ -253,11 +253,18 @@ class _Exporter:
             self._sheet.add("SaveImage", name, images=images, filename_prefix=_prefix(node.file, ".png"))
             return
         default = type(node).model_fields
-        if any(getattr(node, key) != default[key].default for key in ("crf", "preset")):
-            self._sheet.note("crf and preset have no equivalent: SaveVideo chooses")
+        if node.preset != default["preset"].default:
+            self._sheet.note("preset has no equivalent: SaveVideo chooses")
+        quality = {} if node.crf == default["crf"].default else _quality(node.crf)
         audio = {"audio": self._sources.one(planned, "audio")} if "audio" in planned.inputs else {}
         video = self._sheet.add("CreateVideo", None, images=images, **audio, fps=node.fps)
-        self._sheet.add("SaveVideo", name, video=video, filename_prefix=_prefix(node.file, ".mp4"))
+        self._sheet.add("SaveVideo", name, video=video, filename_prefix=_prefix(node.file, ".mp4"), **quality)
+
+
+def _quality(crf: int) -> dict[str, Any]:
+    """Return SaveVideo's choices within choices (ComfyUI 0.38 and later; earlier ones take what they know)."""
+    encoding = {"format.codec.encoding": "re-encode", "format.codec.encoding.crf": float(crf)}
+    return {"format": "mp4", "format.codec": "h264", **encoding}
 
 
 def _prefix(file: str, suffix: str) -> str:
@@ -281,8 +288,8 @@ def write_prompt(nodes: Sequence[ComfyNode]) -> dict[str, Any]:
         for name, given in node.inputs.items():
             if isinstance(given, Link):
                 inputs[name] = [given.node, given.slot]
-            elif known.input(name).type != "ANY" or given.value == "auto":  # buttons and players are not sent
-                inputs[name] = given.value
+            elif "." in name or known.input(name).type != "ANY" or given.value in ("auto", "mp4"):
+                inputs[name] = given.value  # buttons and players are not sent
         document[node.id] = {"inputs": inputs, "class_type": node.type, "_meta": {"title": node.title or known.title}}
     return document
 
@@ -347,9 +354,13 @@ def _entry(
 def _widgets(node: ComfyNode, known: ComfyClass) -> list[Any]:
     values: list[Any] = []
     for item in known.widgets:
+        if item.type == "READ":
+            continue
         given = node.inputs.get(item.name)
         values.append(given.value if isinstance(given, Value) else item.default)
         values += ["fixed"] if item.has_control else []
+        parts = (part for name, part in node.inputs.items() if name.startswith(f"{item.name}."))
+        values += [part.value for part in parts if isinstance(part, Value)]
     return values
 
 

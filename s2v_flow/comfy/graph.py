@@ -143,6 +143,14 @@ class Mistakes:
         return RecipeError(f"{self.file} cannot become a recipe", diagnostics=tuple(self.found))
 
 
+def known_class(class_type: str, mistakes: Mistakes) -> str:
+    """Return the class that a node is a copy of, and note what is lost: on which device its model is kept."""
+    plain = base_class(class_type)
+    if plain != class_type:
+        mistakes.note(f"{class_type} is read as {plain}: where a model is kept, placement says here")
+    return plain
+
+
 def needed_order(graph: Graph, targets: list[str], mistakes: Mistakes) -> list[str]:
     """Return the nodes that feed the targets, each after what it takes from.
 
@@ -204,7 +212,7 @@ def read_prompt(document: Mapping[str, Any], mistakes: Mistakes) -> Graph:
         title = meta.get("title") if isinstance(meta, Mapping) else None
         is_own = isinstance(title, str) and not is_stock_title(class_type, title)
         given = {name: _input(part) for key, value in inputs.items() for name, part in _flat(str(key), value)}
-        nodes[name] = ComfyNode(name, base_class(class_type), given, title if is_own else None)
+        nodes[name] = ComfyNode(name, known_class(class_type, mistakes), given, title if is_own else None)
     mistakes.raise_any()
     return Graph(nodes)
 

@@ -29,8 +29,10 @@ from s2v_flow.comfy.meaning import Context, Draft, SkipError
 from s2v_flow.comfy.modernise import modernise, round_as_2025
 from s2v_flow.comfy.sampling import SAMPLING
 from s2v_flow.comfy.scaling import SCALING
+from s2v_flow.comfy.sounds import SOUNDS
 from s2v_flow.comfy.source import bad_file, parse, read_workflow
 from s2v_flow.comfy.sources import SOURCES
+from s2v_flow.comfy.values import VALUES
 from s2v_flow.errors import Place, RecipeError
 from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.document import Recipe
@@ -42,7 +44,18 @@ from s2v_flow.wording import shortened
 _MAX_PROFILES = 8
 _MAX_WRAPPERS = 8
 _WRAPPERS = ("history", "queue_running", "queue_pending", "extra_data", "extra_pnginfo")  # of the server's answers
-_TRANSLATORS = {**SOURCES, **SCALING, **SAMPLING}
+_TRANSLATORS = {**SOURCES, **SOUNDS, **VALUES, **SCALING, **SAMPLING}
+_VALUES = ("INT", "FLOAT", "STRING", "BOOLEAN")
+_LOADERS = {
+    "MODEL": "UNETLoader or UnetLoaderGGUF",
+    "CLIP": "CLIPLoader",
+    "VAE": "VAELoader",
+    "AUDIO_ENCODER": "AudioEncoderLoader",
+    "IMAGE": "LoadImage or LoadVideo",
+    "VIDEO": "LoadVideo",
+    "AUDIO": "LoadAudio",
+    "LATENT": "LoadLatent",
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ def _unwrapped(document: Any, path: Path, mistakes: Mistakes) -> Any:
 def _workflows(value: Any, path: Path, depth: int, name: str = "") -> Iterator[tuple[float, str, Any]]:
     """Yield the workflows in a document, each with its number in the server's queue and its name there."""
     if isinstance(value, str):
-        value = parse(value, path)
+        value = parse(value, path) if value.lstrip()[:1] in ("{", "[") else None
     if is_editor(value) or is_prompt(value):
         yield 0.0, name, value
     elif depth and isinstance(value, list):
@@ -210,9 +223,10 @@ def translate(graph: Graph, mistakes: Mistakes, folder: Path, wanted: Collection
     """
     targets = _targets(graph, mistakes, wanted)
     order = needed_order(graph, targets, mistakes)
-    unknown = [graph.nodes[name] for name in order if graph.nodes[name].type not in classes()]
-    for node in unknown:
-        mistakes.add("W003", f"there is no such node here: {node.type}", node, _advice(node))
+    fed = {link.node: _type_of(graph.nodes[name], key) for name in order for key, link in graph.nodes[name].links()}
+    for node in (graph.nodes[name] for name in order):
+        if node.type not in classes():
+            mistakes.add("W003", f"there is no such node here: {node.type}", node, _advice(node, fed.get(node.id)))
     mistakes.raise_any()
     if wanted is None:
         _note_dropped(graph, set(order), mistakes)
@@ -245,14 +259,24 @@ def _by_number(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(":")]
 
 
-def _advice(node: ComfyNode) -> str:
+def _type_of(node: ComfyNode, name: str) -> str | None:
+    """Return the type of an input, where its class is known."""
+    known = classes().get(node.type)
+    return next((item.type for item in known.inputs if item.name == name), None) if known else None
+
+
+def _advice(node: ComfyNode, gives: str | None) -> str:
     if node.type.startswith("WanVideo"):
         return "build this part with ComfyUI's own nodes (WanSoundImageToVideo, KSampler); the wrapper's are not known"
     if node.type.count("-") == 4:
         return "its subgraph is not in the file: open the workflow in ComfyUI and save it again"
     if "gguf" in node.type.lower():
         return "load its file with UnetLoaderGGUF or CLIPLoaderGGUF, or use the safetensors file with UNETLoader"
-    return "bypass it (Ctrl+B) or replace it by a node that s2vflow knows, and save the workflow again"
+    if next(node.links(), None) is not None:
+        return "bypass it (Ctrl+B) or replace it by a node that s2vflow knows, and save the workflow again"
+    if gives in _VALUES:
+        return "type its value into the node that takes it, and save the workflow again"
+    return f"replace it by {_LOADERS.get(gives or '', 'a loader that s2vflow knows')}, and save the workflow again"
 
 
 def _note_dropped(graph: Graph, used: set[str], mistakes: Mistakes) -> None:

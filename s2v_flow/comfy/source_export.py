@@ -8,7 +8,7 @@ from typing import Any
 
 from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
-from s2v_flow.comfy.sources import WHOLE_SECONDS
+from s2v_flow.comfy.sounds import WHOLE_SECONDS
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.recipe.document import NodeSpec
@@ -34,11 +34,12 @@ class Sheet:
         inputs: dict[str, Link | Value] = {}
         for item in known.inputs:
             value = given.pop(item.name, None)
-            if value is None and item.is_widget:
+            if value is None and item.is_widget and item.type != "READ":
                 value = item.default
             if value is not None:
                 inputs[item.name] = value if isinstance(value, (Link, Value)) else Value(value)
-        assert not given, f"{class_type} has no {', '.join(given)}"
+        inputs |= {name: Value(value) for name, value in given.items() if "." in name}  # what a choice brings along
+        assert inputs.keys() >= given.keys(), f"{class_type} has no {', '.join(given)}"
         name = str(len(self.nodes) + 1)
         self.nodes.append(ComfyNode(name, class_type, inputs, title))
         return Link(name, 0)
@@ -88,6 +89,9 @@ class SourceExporter:
             ),
             "frames_concat": lambda planned, node: self._add(
                 planned, "ImageBatch", image1=self.one(planned, "first"), image2=self.one(planned, "second")
+            ),
+            "audio_concat": lambda planned, node: self._add(
+                planned, "AudioConcat", audio1=self.one(planned, "first"), audio2=self.one(planned, "second")
             ),
             "frames_slice": self._slice,
             "frames_delay": self._delay,
@@ -193,6 +197,21 @@ class SourceExporter:
         return self._add(planned, "LoadImage", image=node.file)
 
     def _audio(self, planned: PlanNode, node: Any) -> Link:
+        return self._altered(planned, node, self._trimmed(planned, node))
+
+    def _altered(self, planned: PlanNode, node: Any, link: Link) -> Link:
+        """Put silence around a sound, and change its volume."""
+        if node.volume != round(node.volume):
+            self._sheet.note(f"volume {node.volume:g} is rounded: AudioAdjustVolume takes whole decibels")
+        if round(node.volume):
+            link = self._add(planned, "AudioAdjustVolume", audio=link, volume=round(node.volume))
+        for seconds, direction in ((node.lead, "before"), (node.tail, "after")):
+            if seconds:
+                silent = self._sheet.add("EmptyAudio", None, duration=float(seconds))
+                link = self._sheet.add("AudioConcat", None, audio1=link, audio2=silent, direction=direction)
+        return link
+
+    def _trimmed(self, planned: PlanNode, node: Any) -> Link:
         link = self._add(planned, "LoadAudio", audio=node.file)
         if node.fade:
             self._sheet.note("fade has no equivalent")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,16 +14,6 @@ from s2v_flow.comfy.meaning import Context, FramesMade, Latent, Made, Model, Nod
 from s2v_flow.wording import shortened
 
 GGUF_MODELS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "GGUFLoaderKJ", "LoaderGGUF")
-PRIMITIVES = (
-    "PrimitiveInt",
-    "PrimitiveFloat",
-    "PrimitiveString",
-    "PrimitiveStringMultiline",
-    "PrimitiveBoolean",
-    "INTConstant",
-    "FloatConstant",
-)
-WHOLE_SECONDS = 86_400.0  # a day: TrimAudioDuration cannot be told "to the end"
 _PLACE = re.compile(r"\s*\[(input|output|temp)\]$")
 _OTHER_CODEC = re.compile(r"26[56]|hevc|av1|vp[89]|webm|webp|png|gif|prores|ffv1", re.IGNORECASE)
 _LONGEST_WEIGHT = 24
@@ -30,10 +21,11 @@ _WEIGHT = re.compile(r":\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*$")
 _TOKEN = re.compile(r"%[^%/]*%")
 
 
-def file_name(context: Context, node: ComfyNode, name: str) -> Value:
+def file_name(context: Context, node: ComfyNode, name: str, type_: str | None = None) -> Value:
     """Return a file's name as a recipe writes it: forward slashes, without ComfyUI's `[input]`."""
-    given = context.value(node, name)
+    given = context.value(node, name, type_)
     text = given.value.replace("\\", "/")
+    text = text.strip('" ').removeprefix("input/") if node.type.startswith("VHS_") else text
     match = _PLACE.search(text)
     if match is not None:
         text = text[: match.start()]
@@ -58,10 +50,24 @@ def _lora(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     model = context.meaning(node, "model", Model)
     lora = (file_name(context, node, "lora_name"), context.value(node, "strength_model"), node.title)
     made = Model(model.checkpoint, model.source, (*model.loras, lora), model.shift)
-    if node.type == "LoraLoaderModelOnly":
+    if node.type != "LoraLoader":
         return (made,)
     context.mistakes.note(f"{node.described()}: the LoRA is put on the diffusion model only, not on the text encoder")
     return made, context.optional(node, "clip")
+
+
+def _power_lora(context: Context, node: ComfyNode) -> tuple[Any, ...]:
+    """Several LoRAs in a node, each a map: those that are on, in their order."""
+    model = context.meaning(node, "model", Model)
+    loras = list(model.loras)
+    for name, given in node.inputs.items():
+        row = given.value if isinstance(given, Value) else None
+        if not name.lower().startswith("lora_") or not isinstance(row, Mapping) or not row.get("on"):
+            continue
+        one = replace(node, inputs={"lora": Value(row.get("lora")), "strength": Value(row.get("strength", 1.0))})
+        if row.get("lora") not in (None, "", "None"):
+            loras.append((file_name(context, one, "lora", "STRING"), context.value(one, "strength", "FLOAT"), None))
+    return Model(model.checkpoint, model.source, tuple(loras), model.shift), context.optional(node, "clip")
 
 
 def _shift(context: Context, node: ComfyNode) -> tuple[Any, ...]:
@@ -83,10 +89,6 @@ def _load_image(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     return (Made(context.draft.add("load_image", "portrait", fields, node), "image"),)
 
 
-def _load_audio(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    return (Made(context.draft.add("load_audio", "voice", {"file": file_name(context, node, "audio")}, node), "audio"),)
-
-
 def _load_video(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     return (file_name(context, node, "file"),)
 
@@ -105,21 +107,6 @@ def _video_components(context: Context, node: ComfyNode) -> tuple[Any, ...]:
         f"{node.described()}: load_video gives 16 frames a second, whatever the file has; ComfyUI takes them one by one"
     )
     return FramesMade(frames), Made(audio, "audio"), Value(16.0)
-
-
-def _trim(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    voice = context.draft[context.port(node, "audio", "audio")]
-    start, duration = context.value(node, "start_index"), context.value(node, "duration")
-    if start.value < 0:
-        raise context.refuse(node, "start_index counts from the end", "give it from the beginning, in seconds")
-    fields = dict(voice.fields)
-    if voice.fields.keys() > {"file"}:  # trimmed before
-        before = fields.get("max_duration", Value(float("inf"))).value - start.value
-        start = Value(start.value + fields.get("start", Value(0.0)).value)
-        duration = duration if duration.value <= before else Value(before)
-    fields |= {"start": start} if start.value else {}
-    fields |= {"max_duration": duration} if duration.value < WHOLE_SECONDS else {}
-    return (Made(context.draft.add("load_audio", voice.usual, fields, node), "audio"),)
 
 
 def _repeat(context: Context, node: ComfyNode) -> tuple[Any, ...]:
@@ -182,6 +169,9 @@ def _speech(context: Context, node: ComfyNode) -> tuple[Any, ...]:
 def _create_video(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     audio = context.optional(node, "audio")
     sound = None if audio is None else Made(context.typed(node, "audio", audio, "audio"), "audio")
+    for name, usual in (("bit_depth", ("8", "auto", "None")), ("color_space", ("sRGB",))):
+        if str(context.value(node, name).value) not in usual:
+            context.mistakes.note(f"{node.described()}: {name} is left out: videos are saved in 8 bits, as sRGB")
     return (Video(context.meaning(node, "images", object), sound, context.value(node, "fps")),)
 
 
@@ -243,7 +233,7 @@ def _save_animation(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     sound = None if audio is None else context.typed(node, "audio", audio, "audio")
     rate = "frame_rate" if node.type == "VHS_VideoCombine" else "fps"
     if node.type == "VHS_VideoCombine" and context.value(node, "pingpong").value:
-        context.mistakes.warn(f"pingpong: {node.described()}: the video is not played backwards at its end")
+        raise context.refuse(node, "pingpong: recipes play no video backwards at its end", "switch pingpong off")
     _save_frames(context, node, context.meaning(node, "images", object), sound, context.value(node, rate))
     return ()
 
@@ -269,26 +259,12 @@ def _load_latent(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     return (Latent(ref),)
 
 
-def _primitive(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    given = context.value(node, "value")
-    return (Value(given.value, given.knob or node.id, given.title or node.title),)
-
-
-def _concatenate(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    parts = [context.value(node, name).value for name in ("string_a", "string_b", "delimiter")]
-    return (Value(f"{parts[0]}{parts[2]}{parts[1]}"),)
-
-
-def _switch(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    name = "on_true" if context.value(node, "switch").value else "on_false"
-    given = node.inputs.get(name)
-    return (given,) if isinstance(given, Value) else (context.meaning(node, name, object),)
-
-
 SOURCES: Mapping[str, Translator] = MappingProxyType(
     {
         **dict.fromkeys(("UNETLoader", "DiffusionModelLoaderKJ", *GGUF_MODELS), _unet),
         "LoraLoaderModelOnly": _lora,
+        "LoraLoaderBypassModelOnly": _lora,
+        "Power Lora Loader (rgthree)": _power_lora,
         "LoraLoader": _lora,
         "ModelSamplingSD3": _shift,
         **dict.fromkeys(
@@ -297,11 +273,9 @@ SOURCES: Mapping[str, Translator] = MappingProxyType(
         "AudioEncoderLoader": _loader("load_audio_encoder", "wav2vec2", "audio_encoder"),
         **dict.fromkeys(("VAELoader", "VAELoaderKJ"), _loader("load_vae", "vae", "vae")),
         "LoadImage": _load_image,
-        "LoadAudio": _load_audio,
         "LoadVideo": _load_video,
         "LoadLatent": _load_latent,
         "GetVideoComponents": _video_components,
-        "TrimAudioDuration": _trim,
         "RepeatImageBatch": _repeat,
         "CLIPTextEncode": _text,
         "ConditioningZeroOut": _zeroed,
@@ -312,8 +286,5 @@ SOURCES: Mapping[str, Translator] = MappingProxyType(
         "SaveImage": _save_image,
         "PreviewImage": _save_image,
         "SaveLatent": _save_latent,
-        **dict.fromkeys(PRIMITIVES, _primitive),
-        "StringConcatenate": _concatenate,
-        "ComfySwitchNode": _switch,
     }
 )

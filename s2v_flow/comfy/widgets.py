@@ -23,6 +23,8 @@ def widget_values(known: ComfyClass, node: Mapping[str, Any]) -> tuple[dict[str,
     if isinstance(given, Mapping):  # some custom nodes keep names
         return values | {str(name): value for name, value in given.items()}, None
     given = list(given) if isinstance(given, list) else []
+    loras = [value for value in given if isinstance(value, Mapping) and "lora" in value]
+    values |= {f"lora_{number}": value for number, value in enumerate(loras, start=1)}
     names = [str(item["widget"].get("name")) for item in maps_in(node, "inputs") if _is_map(item.get("widget"))]
     pairs = _paired(names, given, known)
     if pairs is None:
@@ -54,12 +56,15 @@ def _paired(
 
 
 def _names_by_place(known: ComfyClass, given: list[Any]) -> list[str]:
-    """Return a class's widgets in order, with those that the choice among them brings along behind it."""
-    names = [item.name for item in known.widgets]
-    for index, name in enumerate(names):
-        for choice, parts in BRANCHES.get(known.name, {}).items():
-            if given[index : index + 1] == [choice] and len(given) > len(names):
-                return [*names[: index + 1], *(f"{name}.{part}" for part in parts), *names[index + 1 :]]
+    """Return a class's widgets in order, with those that a choice among them brings along behind it."""
+    branches = BRANCHES.get(known.name, {}) if len(given) > len(known.widgets) else {}
+    names: list[str] = []
+    pending = [item.name for item in known.widgets]
+    while pending:
+        name = pending.pop(0)
+        choice = given[len(names)] if len(names) < len(given) else None
+        pending[:0] = [f"{name}.{part}" for part in branches.get(choice, ())] if isinstance(choice, str) else []
+        names.append(name)
     return names
 
 
