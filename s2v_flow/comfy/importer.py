@@ -45,7 +45,7 @@ _MAX_PROFILES = 8
 _MAX_WRAPPERS = 8
 _WRAPPERS = ("history", "queue_running", "queue_pending", "extra_data", "extra_pnginfo")  # of the server's answers
 _TRANSLATORS = {**SOURCES, **SOUNDS, **VALUES, **SCALING, **SAMPLING}
-_VALUES = ("INT", "FLOAT", "STRING", "BOOLEAN")
+_VALUES = {"INT", "FLOAT", "STRING", "BOOLEAN"}
 _LOADERS = {
     "MODEL": "UNETLoader or UnetLoaderGGUF",
     "CLIP": "CLIPLoader",
@@ -54,7 +54,6 @@ _LOADERS = {
     "IMAGE": "LoadImage or LoadVideo",
     "VIDEO": "LoadVideo",
     "AUDIO": "LoadAudio",
-    "LATENT": "LoadLatent",
 }
 
 
@@ -223,10 +222,13 @@ def translate(graph: Graph, mistakes: Mistakes, folder: Path, wanted: Collection
     """
     targets = _targets(graph, mistakes, wanted)
     order = needed_order(graph, targets, mistakes)
-    fed = {link.node: _type_of(graph.nodes[name], key) for name in order for key, link in graph.nodes[name].links()}
-    for node in (graph.nodes[name] for name in order):
-        if node.type not in classes():
-            mistakes.add("W003", f"there is no such node here: {node.type}", node, _advice(node, fed.get(node.id)))
+    fed: dict[str, set[str]] = {}
+    for name in order:
+        for key, link in graph.nodes[name].links():
+            fed.setdefault(link.node, set()).add(_type_of(graph.nodes[name].type, key))
+    for node in (graph.nodes[name] for name in order if graph.nodes[name].type not in classes()):
+        takes = {_type_of(graph.nodes[link.node].type, link.slot) for _, link in node.links()}
+        mistakes.add("W003", f"there is no such node here: {node.type}", node, _advice(node, fed[node.id], takes))
     mistakes.raise_any()
     if wanted is None:
         _note_dropped(graph, set(order), mistakes)
@@ -259,24 +261,29 @@ def _by_number(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(":")]
 
 
-def _type_of(node: ComfyNode, name: str) -> str | None:
-    """Return the type of an input, where its class is known."""
-    known = classes().get(node.type)
-    return next((item.type for item in known.inputs if item.name == name), None) if known else None
+def _type_of(class_type: str, port: str | int) -> str:
+    """Return the type of an input, by its name, or of an output, by its place; "*" where it is not known."""
+    known = classes().get(class_type)
+    ports = (
+        {item.name: item.type for item in known.inputs} | dict(enumerate(t for _, t in known.outputs)) if known else {}
+    )
+    return ports.get(port, "*")
 
 
-def _advice(node: ComfyNode, gives: str | None) -> str:
+def _advice(node: ComfyNode, gives: set[str], takes: set[str]) -> str:
+    """Return what to do about a node that is not known: bypass it only where it can hand on what it takes."""
     if node.type.startswith("WanVideo"):
         return "build this part with ComfyUI's own nodes (WanSoundImageToVideo, KSampler); the wrapper's are not known"
     if node.type.count("-") == 4:
         return "its subgraph is not in the file: open the workflow in ComfyUI and save it again"
     if "gguf" in node.type.lower():
         return "load its file with UnetLoaderGGUF or CLIPLoaderGGUF, or use the safetensors file with UNETLoader"
-    if next(node.links(), None) is not None:
+    if takes and ("*" in takes | gives or takes & gives):
         return "bypass it (Ctrl+B) or replace it by a node that s2vflow knows, and save the workflow again"
-    if gives in _VALUES:
+    if gives <= _VALUES:
         return "type its value into the node that takes it, and save the workflow again"
-    return f"replace it by {_LOADERS.get(gives or '', 'a loader that s2vflow knows')}, and save the workflow again"
+    known = " and ".join(_LOADERS[type_] for type_ in _LOADERS if type_ in gives and not takes)
+    return f"replace it by {known or 'a node that s2vflow knows'}, and save the workflow again"
 
 
 def _note_dropped(graph: Graph, used: set[str], mistakes: Mistakes) -> None:

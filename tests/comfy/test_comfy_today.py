@@ -282,11 +282,12 @@ def test_advice_fits_the_node(tmp_path: Path) -> None:
         fix = caught.value.diagnostics[0].fix or ""
         assert word in fix
         assert "bypass" not in fix
-    workflow = golden()
-    workflow["54"]["class_type"] = "MyPatch"
-    with pytest.raises(RecipeError) as caught:
-        imported(workflow, tmp_path)
-    assert "bypass" in (caught.value.diagnostics[0].fix or "")
+    for node, can_be_bypassed in (("54", True), ("80", False)):  # of a model; of a latent, a picture
+        workflow = golden()
+        workflow[node]["class_type"] = "MyNode"
+        with pytest.raises(RecipeError) as caught:
+            imported(workflow, tmp_path)
+        assert ("bypass" in (caught.value.diagnostics[0].fix or "")) == can_be_bypassed
 
 
 @pytest.mark.parametrize("document", [{"prompt": "hello"}, {"workflow": "a man talks", "prompt": 3}])
