@@ -18,7 +18,7 @@ from s2v_flow.sampling.schedule import scheduled_sigmas
 
 DOCS = Path(__file__).parent
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Load files and models": ("load", "load_media"),
+    "Load files and models": ("load", "load_media", "speak"),
     "Encode": ("encode",),
     "Sample and decode": ("sample", "decode"),
     "Edit": ("edit", "scale"),

@@ -105,6 +105,8 @@ class _Exporter:
             node = self._recipe.nodes[name].node
             if getattr(node, "motion", None) == "pixels":
                 self._mistake(name, "motion", "ComfyUI hands motion over as latents only", "set motion: latent")
+            if node.kind == "speak":
+                self._mistake(name, "text", "ComfyUI has no voice from text", "save the voice, and load it instead")
             if getattr(node, "init_first_frame", False):
                 self._mistake(name, "init_first_frame", "ComfyUI has no init_first_frame", "set it to false")
             if getattr(node, "sampler", None) in AUTHORS_SAMPLERS:

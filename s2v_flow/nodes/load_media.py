@@ -43,7 +43,7 @@ class LoadImage(Node):
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Decode the image, and pass on its size."""
         values = planner.add_simple(name, self)
-        return _with_facts(values, _probed(planner, name, "image", _measure_image))
+        return with_facts(values, _probed(planner, name, "image", _measure_image))
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the image, to be read when it is needed: float32 [H, W, 3] in [0, 1]."""
@@ -85,7 +85,7 @@ class LoadAudio(Node):
         node = _LoadAudioAnew(**dict(self)) if known["notes"] else self
         keys = ("num_samples", "sample_rate_hz", "num_channels", "gain")
         planner.add(name, node, {}, recipe_node=name, facts={key: known[key] for key in keys})
-        return _with_facts(values, sound_facts(count, rate, known["num_channels"]))
+        return with_facts(values, sound_facts(count, rate, known["num_channels"]))
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the sound, to be read as it is used."""
@@ -134,7 +134,7 @@ class AudioConcat(Node):
             return values
         rate = max(part["sample_rate_hz"] for part in parts)
         count = sum(-(-part["num_samples"] * rate // part["sample_rate_hz"]) for part in parts)
-        return _with_facts(values, sound_facts(count, rate, max(part["num_channels"] for part in parts)))
+        return with_facts(values, sound_facts(count, rate, max(part["num_channels"] for part in parts)))
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the sound, to be read as it is used."""
@@ -154,7 +154,7 @@ class LoadVideo(Node):
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Decode a frame, and pass on how large they are and how many."""
         values = planner.add_simple(name, self)
-        return _with_facts(values, _probed(planner, name, "video", _measure_video))
+        return with_facts(values, _probed(planner, name, "video", _measure_video))
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the frames, read when they are needed; one reader is kept for those that ask for them in order."""
@@ -178,7 +178,8 @@ def sound_facts(num_samples: int, sample_rate_hz: int, num_channels: int) -> dic
     return {"frames": frames, "seconds": num_samples / sample_rate_hz, **known}
 
 
-def _with_facts(values: Mapping[str, Value], facts: Mapping[str, Any]) -> dict[str, Value]:
+def with_facts(values: Mapping[str, Value], facts: Mapping[str, Any]) -> dict[str, Value]:
+    """Return values with what planning knows of them."""
     return {port: replace(value, facts=facts) for port, value in values.items()}
 
 

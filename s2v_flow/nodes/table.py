@@ -25,6 +25,7 @@ from s2v_flow.nodes.load_media import AudioConcat, LoadAudio, LoadImage, LoadVid
 from s2v_flow.nodes.sample import Extend, Sample
 from s2v_flow.nodes.save import SaveImages, SaveLatent, SaveVideo
 from s2v_flow.nodes.scale import FramesScale, ImageScale
+from s2v_flow.nodes.speak import Speak
 from s2v_flow.plugins import NODES, SAMPLERS, Plugin, plugins
 from s2v_flow.sampling import catalog
 
@@ -82,6 +83,7 @@ NODE_KINDS: tuple[type[Node], ...] = (
     ImageFromFrames,
     FramesConcat,
     AudioConcat,
+    Speak,
     SaveVideo,
     SaveImages,
     SaveLatent,
