@@ -12,7 +12,7 @@ import soxr
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from s2v_flow.media.audio import Audio, Sound
+from s2v_flow.media.audio import Sound
 
 SPEECH_RATE_HZ = 16_000
 """The rate that Wav2Vec2 was trained with."""
@@ -42,11 +42,6 @@ def speech_blocks(sound: Sound, conditioning: Literal["comfyui", "official"]) ->
             yield block[0]
     else:
         raise ValueError(f"conditioning must be 'comfyui' or 'official', got {conditioning!r}")
-
-
-def speech_waveform(sound: Sound, conditioning: Literal["comfyui", "official"]) -> NDArray[np.float32]:
-    """Return all of a sound as `speech_blocks` gives it: mono float32 [samples] at 16 kHz."""
-    return np.concatenate([*speech_blocks(sound, conditioning)])
 
 
 def resampled_length(num_samples: int, from_rate: int, to_rate: int) -> int:
@@ -116,19 +111,6 @@ class Joined:
                 yield np.repeat(wanted, self.num_channels, axis=0) if len(block) < self.num_channels else wanted
                 if not left:
                     break
-
-
-def resample(audio: Audio, sample_rate_hz: int) -> Audio:
-    """Resample all of a sound as `Resampled` does.
-
-    Raises:
-        ValueError: the rate is not positive.
-    """
-    if sample_rate_hz < 1:
-        raise ValueError(f"sample_rate_hz must be at least 1, got {sample_rate_hz}")
-    if sample_rate_hz == audio.sample_rate_hz:
-        return audio
-    return Audio(np.concatenate([*Resampled(audio, sample_rate_hz).blocks()], axis=1), sample_rate_hz)
 
 
 def _soxr_blocks(
