@@ -264,10 +264,10 @@ def _by_number(name: str) -> list[tuple[int, int, str]]:
 def _type_of(class_type: str, port: str | int) -> str:
     """Return the type of an input, by its name, or of an output, by its place; "*" where it is not known."""
     known = classes().get(class_type)
-    ports = (
-        {item.name: item.type for item in known.inputs} | dict(enumerate(t for _, t in known.outputs)) if known else {}
-    )
-    return ports.get(port, "*")
+    if known is None:
+        return "*"
+    outputs = dict(enumerate(type_ for _, type_ in known.outputs))
+    return (outputs | {item.name: item.type for item in known.inputs}).get(port, "*")
 
 
 def _advice(node: ComfyNode, gives: set[str], takes: set[str]) -> str:
