@@ -130,6 +130,14 @@ class Planned:
             )
         return tuple(notes)
 
+    @property
+    def loras(self) -> list[dict[str, Any]]:
+        """How much of each LoRA has a home in its model: {id, file, matched, total, unmatched}, counted in tensors.
+
+        The last three are None where one of the files is missing.
+        """
+        return [lora for node in self.plan.nodes for lora in node.facts.get("loras", ())]
+
     def _lengths(self, fact: str) -> list[Any]:
         return list(dict.fromkeys(node.facts[fact] for node in self.plan.nodes if fact in node.facts))
 
@@ -149,7 +157,8 @@ class Planned:
             entry |= {"estimate": vars(cost)} if cost else {}
             memory = self.estimate.memory.get(node.name)
             entry |= {"memory": vars(memory)} if memory else {}
-            nodes.append({**entry, "fingerprint": status.fingerprint, "facts": dict(node.facts)})
+            facts = {key: fact for key, fact in node.facts.items() if key != "loras"}
+            nodes.append({**entry, "fingerprint": status.fingerprint, "facts": facts})
         return {
             "recipe": str(self.recipe.path),
             "device": self.device,
@@ -172,6 +181,7 @@ class Planned:
                 {"file": item.file, "kind": item.kind, "homes": list(item.homes), "looked_in": list(item.looked_in)}
                 for item in self.plan.missing
             ],
+            "loras": self.loras,
             "cells": list(self.labels),
             "notes": list(self.notes),
         }

@@ -195,7 +195,7 @@ def test_a_value_that_no_model_takes(changes: Changes, code: str, words: str, tm
 
 @pytest.mark.parametrize("allow_partial", [False, True])
 def test_a_lora_for_another_model(allow_partial: bool, tmp_path: Path, models: Path) -> None:
-    """Not one of its keys has a home: an error, or where parts may be left over, a warning."""
+    """Not one of its keys has a home: an error, even where parts may be left over."""
     lora = {
         "diffusion_model.up.7.lora_up.weight": np.zeros((8, 2), np.float32),
         "diffusion_model.up.7.lora_down.weight": np.zeros((2, 8), np.float32),
@@ -206,17 +206,10 @@ def test_a_lora_for_another_model(allow_partial: bool, tmp_path: Path, models: P
         "talk": {"chunks": 0},
     }
     words = "LoRA foreign: 0 of 2 tensors applied (0%); 2 have no home in this model: diffusion_model.up.7.lora_down"
-    if not allow_partial:
-        code, err = refused(tmp_path, models, changes)
-        assert code == 4
-        assert f"error: {words}" in err
-        assert "fix: set allow_partial: true for the LoRA foreign if that is meant" in err
-        return
-    write_voice(tmp_path / "voice.wav", 0.1)
-    recipe = write_recipe(tmp_path, tiny(**changes))
-    code, _, err = call("run", recipe, "--models-dir", models, "--cache-dir", tmp_path / "cache", "--device", "cpu")
-    assert code == 0
-    assert f"warning: dit: {words}" in err
+    code, err = refused(tmp_path, models, changes)
+    assert code == 4
+    assert f"error: {words}" in err
+    assert "fix: it is for another model: name another file, or remove the LoRA foreign" in err
 
 
 def write_prompt_recipe(folder: Path, text: str) -> Path:

@@ -70,6 +70,10 @@ def print_plan(planned: Planned) -> None:
     to_run = counts.count("RUN") + counts.count("RESUME")
     lines.append(f"{counts.count('HIT')} stored, {to_run} to run; {length_text(planned)}")
     lines += [_cost(planned), _memory(planned)] if planned.has_work else []
+    for lora in planned.loras:
+        if lora["total"] is not None:
+            count = f"{lora['matched']} of {lora['total']} tensors have a home in the model"
+            lines.append(visible(f"lora {lora['id']}: {count}"))
     lines += [visible(noted(note)) for note in planned.notes]
     for item in planned.plan.missing:
         lines.append(f"missing: {visible(item.file)} ({item.kind}), looked for in {', '.join(item.looked_in)}")

@@ -107,6 +107,11 @@ class PlanBuilder:
         """Record a mistake that only planning can see, at a field of a recipe's node."""
         self._diagnostics.append(self._specs[name].diagnostic(field_name, code, message, fix))
 
+    def describe(self, name: str, **facts: Any) -> None:
+        """Add facts to a plan node."""
+        node = self._nodes[name]
+        self._nodes[name] = replace(node, facts={**node.facts, **facts})
+
     def note(self, name: str, text: str, *, is_warning: bool = False) -> None:
         """Record something a person should know before running, about a recipe's node."""
         self._notes.setdefault(name, []).append(f"{WARNING}{text}" if is_warning else text)

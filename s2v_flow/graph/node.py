@@ -46,6 +46,9 @@ class Planner(Protocol):
     def problem(self, name: str, field_name: str, code: str, message: str, fix: str | None = None) -> None:
         """Record a mistake that only planning can see, at a field of a recipe's node."""
 
+    def describe(self, name: str, **facts: Any) -> None:
+        """Add facts to a plan node."""
+
     def note(self, name: str, text: str, *, is_warning: bool = False) -> None:
         """Record something a person should know before running, about a recipe's node."""
 

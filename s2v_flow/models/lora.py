@@ -11,6 +11,7 @@ Weight-Decomposed Low-Rank Adaptation", 2024, equation 5.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,11 @@ if TYPE_CHECKING:  # planning matches files by their headers, without torch
     from torch import Tensor
 
 _LOW_RANK = {"down", "up", "alpha"}
+_LIVE_AVATAR = {
+    *(f"blocks.N.{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
+    *("blocks.N.ffn.0", "blocks.N.ffn.2"),
+    *(f"audio_injector.injector.N.{name}" for name in "qkvo"),
+}
 # What each way of changing a weight needs; LoKr's factors may be products themselves.
 _WHOLE = (
     {"down", "up"},
@@ -50,6 +56,7 @@ class LoraReport:
     """How much of a LoRA found a home: tensors matched of all, and the keys that did not, sorted.
 
     `misshapen` are those among `unmatched` whose target exists in another shape, each with both shapes.
+    `may_be_causal`: it changes the layers that LiveAvatar's LoRA does, and has no alpha, like that.
     """
 
     path: Path
@@ -58,6 +65,7 @@ class LoraReport:
     total: int
     unmatched: tuple[str, ...]
     misshapen: tuple[str, ...] = ()
+    may_be_causal: bool = False
 
     @property
     def coverage(self) -> float:
@@ -201,19 +209,25 @@ def open_loras(specs: Iterable[LoraSpec], shapes: Shapes) -> LoraStack:
 def _match(spec: LoraSpec, checkpoint: Checkpoint, shapes: Shapes, stack: LoraStack) -> None:
     unmatched: list[str] = []
     misshapen: list[str] = []
+    updates: dict[str, LoraUpdate] = {}
     for target in _targets(checkpoint, shapes, unmatched):
         mismatch = _shape_mismatch(target, checkpoint.shapes, shapes[target.parameter])
         if mismatch:
             misshapen.append(f"{target.parameter}: {mismatch}")
             unmatched.extend(target.keys.values())
         else:
-            update = LoraUpdate(checkpoint, spec.strength, target.keys)
-            stack.updates.setdefault(target.parameter, []).append(update)
+            updates[target.parameter] = LoraUpdate(checkpoint, spec.strength, target.keys)
+            stack.updates.setdefault(target.parameter, []).append(updates[target.parameter])
     total = len(checkpoint.entries)
-    report = LoraReport(
-        spec.path, spec.strength, total - len(unmatched), total, tuple(sorted(unmatched)), tuple(sorted(misshapen))
-    )
-    stack.reports.append(report)
+    matched, may_be_causal = total - len(unmatched), _may_be_causal(updates)
+    lost, unfit = tuple(sorted(unmatched)), tuple(sorted(misshapen))
+    stack.reports.append(LoraReport(spec.path, spec.strength, matched, total, lost, unfit, may_be_causal))
+
+
+def _may_be_causal(updates: Mapping[str, LoraUpdate]) -> bool:
+    """Source: Alibaba-Quark/LiveAvatar, liveavatar/configs/s2v_causal_sft.yaml: what its LoRA was trained on."""
+    layers = {re.sub(r"\d+", "N", name.removesuffix(".weight"), count=1) for name in updates}
+    return layers == _LIVE_AVATAR and all(set(update.keys) == {"down", "up"} for update in updates.values())
 
 
 def _targets(checkpoint: Checkpoint, shapes: Shapes, unmatched: list[str]) -> list[_Target]:

@@ -16,7 +16,7 @@ from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Value
 from s2v_flow.nodes.chunk_plan import Chain, Part
 from s2v_flow.nodes.fields import Precision, model_file
 from s2v_flow.nodes.handle import lacks_room, open_handle
-from s2v_flow.nodes.lora import Lora, coverage_text, matched, unmatched_text
+from s2v_flow.nodes.lora import Lora, coverage, coverage_text, matched, unmatched_text
 from s2v_flow.nodes.remarks import ModelFacts, is_distilled, remark_on_lora
 from s2v_flow.nodes.settings import Settings
 
@@ -87,9 +87,12 @@ class LoadDiffusionModel(Node):
             is_trained = self.checkpoint.startswith("demo_")
             planner.note(name, f"{self.checkpoint} is {_MADE_FOR_THE_DEMO if is_trained else _MADE_FOR_TESTS}")
         files = [planner.file(name, "loras", index, "file") for index in range(len(self.loras))]
-        for index, lora in enumerate(self.loras):
+        for index in range(len(self.loras)):
             check_header(planner, name, "lora", "loras", index, "file")
-            remark_on_lora(planner, name, lora.id, lora.strength, matched(lora, path, files[index]))
+        reports = matched(self.loras, path, files)
+        for lora, report in zip(self.loras, reports, strict=True):
+            remark_on_lora(planner, name, lora.id, lora.strength, report)
+        planner.describe(name, loras=[coverage(*pair) for pair in zip(self.loras, reports, strict=True)])
         used = [(lora.file, file) for lora, file in zip(self.loras, files, strict=True) if lora.strength != 0]
         distilled = tuple(text for text, file in [*used, (self.checkpoint, path)] if is_distilled(text, file))
         facts = {"model": ModelFacts(is_demo, distilled)}
@@ -109,7 +112,7 @@ class LoadDiffusionModel(Node):
             specs = [LoraSpec(file, strength) for file, strength in zip(paths, strengths, strict=True)]
             loaded = load_dit(path, loras=specs, rounds_linears=self.fp8_rounding == "comfyui_2025", **options)
             for lora, report in zip(self.loras, loaded.report.loras, strict=True):
-                context.note(coverage_text(lora, report), is_warning=report.matched == 0)
+                context.note(coverage_text(lora, report))
                 if report.unmatched:
                     context.note(f"LoRA {lora.id}: {unmatched_text(report)}", is_detail=True)
                 coverage = {"id": lora.id, "matched": report.matched, "total": report.total}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,18 +30,19 @@ class Lora(BaseModel):
     allow_partial: Annotated[bool, Neutral()] = Field(
         False,
         description="Accept that some of the file's keys have no home in the model (Lightning LoRAs were trained for "
-        "T2V). What matched is reported either way.",
+        "T2V). What matched is reported either way. A LoRA of which nothing has a home is an error in any case.",
     )
 
 
-def matched(lora: Lora, checkpoint: Path | None, file: Path | None) -> LoraReport | None:
-    """Match a LoRA with a model by the files' headers; None where one of the files is missing.
+def matched(loras: Sequence[Lora], checkpoint: Path | None, files: Sequence[Path | None]) -> list[LoraReport | None]:
+    """Match LoRAs with a model by the files' headers; None where one of the two files is missing.
 
     Raises:
-        CheckpointError: The LoRA has keys without a home, and the recipe does not allow that.
+        CheckpointError: See `coverage_text`.
     """
-    if checkpoint is None or file is None or not (checkpoint.is_file() and file.is_file()):
-        return None
+    pairs = list(zip(loras, files, strict=True))
+    if checkpoint is None or not checkpoint.is_file() or not pairs:
+        return [None] * len(pairs)
     from s2v_flow.models.lora import LoraSpec, open_loras
     from s2v_flow.weights.quantization import read_quantization
     from s2v_flow.weights.reader import Checkpoint
@@ -48,21 +50,37 @@ def matched(lora: Lora, checkpoint: Path | None, file: Path | None) -> LoraRepor
     model = Checkpoint.open(checkpoint)
     quantization = read_quantization(model)
     shapes = {key: quantization.shape(model, key) for key in model.entries if key not in quantization.bookkeeping}
-    (report,) = open_loras([LoraSpec(file, lora.strength)], shapes).reports
-    coverage_text(lora, report)
-    return report
+    reports: list[LoraReport | None] = []
+    for lora, file in pairs:
+        report = None
+        if file is not None and file.is_file():
+            (report,) = open_loras([LoraSpec(file, lora.strength)], shapes).reports
+            coverage_text(lora, report)
+        reports.append(report)
+    return reports
+
+
+def coverage(lora: Lora, report: LoraReport | None) -> dict[str, Any]:
+    """Return how much of a LoRA has a home in the model, in tensors; without a report nothing is known of that."""
+    known = (None, None, None) if report is None else (report.matched, report.total, list(report.unmatched))
+    return {"id": lora.id, "file": lora.file, **dict(zip(("matched", "total", "unmatched"), known, strict=True))}
 
 
 def coverage_text(lora: Lora, report: LoraReport) -> str:
     """Say how much of a LoRA found a home; which keys did not, `unmatched_text` says.
 
     Raises:
-        CheckpointError: Not all of it did, and the recipe does not allow that.
+        CheckpointError: Nothing did; or not all of it, and the recipe does not allow that.
     """
     text = f"LoRA {lora.id}: {report.matched} of {report.total} tensors applied ({report.coverage:.0%})"
-    if report.unmatched and not lora.allow_partial:
-        fix = f"set allow_partial: true for the LoRA {lora.id} if that is meant"
-        raise CheckpointError(f"{text}; {unmatched_text(report)}", fix=fix)
+    if report.unmatched:
+        if not report.matched:
+            why = "".join(f"; {mismatch}" for mismatch in report.misshapen[:1])
+            fix = f"it is for another model: name another file, or remove the LoRA {lora.id}"
+            raise CheckpointError(f"{text}; {unmatched_text(report)}{why}", fix=fix)
+        if not lora.allow_partial:
+            fix = f"set allow_partial: true for the LoRA {lora.id} if that is meant"
+            raise CheckpointError(f"{text}; {unmatched_text(report)}", fix=fix)
     return text
 
 

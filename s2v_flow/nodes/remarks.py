@@ -20,7 +20,7 @@ FEW_STEPS = 8  # what models that are distilled for few steps are run with, at m
 USUAL_STEPS = 20
 LOW_COVERAGE = 0.5  # of a LoRA's tensors
 _DISTILLED = re.compile(
-    r"lightx2v|lightning|distil|causvid|accvid|fusionx|fastwan|self[-_ .]?forcing|turbo|hyper"
+    r"lightx2v|lightning|live-?avatar|distil|causvid|accvid|fusionx|fastwan|self[-_ .]?forcing|turbo|hyper"
     r"|(?<![a-z])(lcm|dmd\d?|rcm)(?![a-z])|(?<!\d)[1-8][-_ .]?steps?(?![a-z])",
     re.IGNORECASE,
 )
@@ -68,7 +68,10 @@ def remark_on_lora(planner: Planner, name: str, lora: str, strength: float, repo
         planner.note(name, f"lora: {lora} has strength 0 and no effect")
     elif report is not None and report.coverage < LOW_COVERAGE:
         text = f"lora: {report.matched} of {report.total} tensors of {report.path.name} have a home in the model"
-        planner.note(name, f"{text}: it has {'little' if report.matched else 'no'} effect", is_warning=True)
+        planner.note(name, f"{text}: it has little effect", is_warning=True)
+    if report is not None and report.may_be_causal:
+        text = f"lora: {lora} changes the layers that LiveAvatar's LoRA does. That one is made for causal sampling in "
+        planner.note(name, f"{text}blocks with a KV cache, which is not supported: if it is, this is out of contract")
 
 
 def remark_on_prompt(planner: Planner, name: str, encoder: Value, text: str, *, node: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,38 @@ def test_a_lora_of_which_little_has_a_home_is_warned_of(
     if num_foreign:
         with pytest.raises(CheckpointError, match="have no home in this model"):
             notes(tmp_path, models, dit={"loras": [{**lora, "allow_partial": False}]}, first=GUIDED)
+
+
+def test_plan_tells_how_much_of_each_lora_has_a_home(tmp_path: Path, models: Path) -> None:
+    write_lora(models, "other.safetensors", num_foreign=1)
+    names = [("one", "other"), ("off", "style"), ("gone", "gone")]
+    loras = [{"id": name, "file": f"{file}.safetensors", "allow_partial": True} for name, file in names]
+    loras[1]["strength"] = 0.0
+    write_voice(tmp_path / "voice.wav", 0.3)
+    recipe = write_recipe(tmp_path, tiny(dit={"loras": loras}))
+    command = ["plan", recipe, "--models-dir", models, "--cache-dir", tmp_path / "cache", "--device", "cpu"]
+    assert [line for line in call(*command)[1].splitlines() if line.startswith("lora ")] == [
+        "lora one: 4 of 6 tensors have a home in the model",
+        "lora off: 4 of 4 tensors have a home in the model",
+    ]
+    unmatched = [f"diffusion_model.else.0.lora_{part}.weight" for part in "AB"]
+    assert json.loads(call(*command, "--json")[1])["loras"] == [
+        {"id": "one", "file": "other.safetensors", "matched": 4, "total": 6, "unmatched": unmatched},
+        {"id": "off", "file": "style.safetensors", "matched": 4, "total": 4, "unmatched": []},
+        {"id": "gone", "file": "gone.safetensors", "matched": None, "total": None, "unmatched": None},
+    ]
+
+
+def test_liveavatars_lora_is_out_of_contract(tmp_path: Path, models: Path) -> None:
+    wanted = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|audio_injector\.injector\.\d+\.[qkvo]"
+    tensors = {}
+    for key, value in load_file(models / "diffusion_models/tiny_s2v.safetensors").items():
+        if re.fullmatch(rf"({wanted})\.weight", key):
+            layer = f"base_model.model.{key.removesuffix('.weight')}"
+            tensors[f"{layer}.lora_A.default.weight"] = torch.zeros(2, value.shape[1])
+            tensors[f"{layer}.lora_B.default.weight"] = torch.zeros(value.shape[0], 2)
+    save_file(tensors, models / "loras" / "causal.safetensors")
+    loras = [{"id": "causal", "file": "causal.safetensors"}]
+    (found,) = about("lora", notes(tmp_path, models, dit={"loras": loras}, first=GUIDED))
+    assert "LiveAvatar" in found
+    assert found.endswith("this is out of contract")
