@@ -3,13 +3,12 @@
 Only the text encoder is spelt differently. The diffusion model (in shards), the VAE and the audio encoder have the same
 keys there and here.
 
-Source: Wan-Video/Wan2.2, wan/modules/t5.py, T5Encoder; wan/configs/wan_s2v_14B.py; transformers, UMT5EncoderModel.
+Source: Wan-Video/Wan2.2, wan/configs/wan_s2v_14B.py.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +17,8 @@ from typing import BinaryIO
 from s2v_flow.errors import CheckpointError, MissingError
 from s2v_flow.weights.family import KINDS, describe_mismatch, detect_family, is_all_in_one, part_of
 from s2v_flow.weights.layout import TOKENIZER_KEY
-from s2v_flow.weights.reader import Shapes, common_prefix
+from s2v_flow.weights.names import new_names
+from s2v_flow.weights.reader import Shapes
 from s2v_flow.weights.tensor_stream import Piece, Progress, in_dtype, write_tensors
 
 RELEASE_FOLDER = "Wan2.2-S2V-14B"
@@ -39,43 +39,6 @@ RELEASE_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 _UNUSED = ("umt5xxl.logit_scale",)  # ComfyUI saves it with every text encoder
 _MAX_TOKENIZER_BYTES = 64 * 2**20
-_TEXT_KEYS: Mapping[str, str] = MappingProxyType(
-    {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
-)
-_TEXT_BLOCK = re.compile(r"blocks\.([0-9]+)\.(.+)\.weight")
-_TEXT_LAYERS: Mapping[str, str] = MappingProxyType(
-    {
-        "norm1": "layer.0.layer_norm",
-        **{f"attn.{name}": f"layer.0.SelfAttention.{name}" for name in "qkvo"},
-        "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
-        "norm2": "layer.1.layer_norm",
-        "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
-        "ffn.fc1": "layer.1.DenseReluDense.wi_1",
-        "ffn.fc2": "layer.1.DenseReluDense.wo",
-    }
-)
-
-
-def new_names(keys: Iterable[str]) -> dict[str, str]:
-    """Map each key of a file to the one that the loaders know; a key that has no other spelling stays.
-
-    Raises:
-        CheckpointError: Two keys would become one.
-    """
-    keys = list(keys)
-    if "token_embedding.weight" not in keys or "blocks.0.ffn.gate.0.weight" not in keys:
-        return {key: key for key in keys}
-    names = {key: _text_name(key) for key in keys}
-    if len(set(names.values())) < len(names):
-        raise CheckpointError("holds a text encoder's tensors twice, in two spellings")
-    return names
-
-
-def _text_name(key: str) -> str:
-    match = _TEXT_BLOCK.fullmatch(key)
-    if match is None or match[2] not in _TEXT_LAYERS:
-        return _TEXT_KEYS.get(key, key)
-    return f"encoder.block.{match[1]}.{_TEXT_LAYERS[match[2]]}.weight"
 
 
 def kind_of(shapes: Shapes, wanted: str = "auto") -> str:
@@ -88,8 +51,6 @@ def kind_of(shapes: Shapes, wanted: str = "auto") -> str:
     Raises:
         CheckpointError: It is of no kind that is known, or of another than was wanted.
     """
-    prefix = common_prefix(shapes)
-    shapes = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
     if wanted != "auto":
         mismatch = describe_mismatch(KINDS[wanted], shapes)
         if mismatch is not None:
@@ -122,7 +83,7 @@ def write_model(file: BinaryIO, pieces: Sequence[Piece], wanted: Wanted, on_prog
         S2VFlowError: They cannot be written.
     """
     pieces = _of_one_model(pieces, wanted.kind)
-    names = new_names(piece.name for piece in pieces)
+    names = new_names([piece.name for piece in pieces])
     pieces = [in_dtype(replace(piece, name=names[piece.name]), wanted.dtype) for piece in pieces]
     kind = kind_of({piece.name: piece.shape for piece in pieces}, wanted.kind)
     if kind == "text_encoder" and TOKENIZER_KEY not in names.values():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from s2v_flow.errors import MediaError
 from s2v_flow.models.speech_rate import RECEPTIVE_FIELD, SAMPLES_PER_STATE
-from s2v_flow.weights.layout import MASK_KEY
+from s2v_flow.weights.layout import ADAPTER_KEY, MASK_KEY
 from s2v_flow.weights.reader import Shapes
 
 STRIDES = (5, 2, 2, 2, 2, 2, 2)  # the feature extractor's; their product is one state
@@ -137,6 +137,7 @@ def build_wav2vec2(shapes: Shapes) -> nn.Module:
         num_conv_pos_embeddings=kernel,
         num_conv_pos_embedding_groups=width // group_width,
         layer_norm_eps=1e-5,
+        adapter_attn_dim=shapes[ADAPTER_KEY][0] if ADAPTER_KEY in shapes else None,
         mask_time_prob=0.05 if MASK_KEY in shapes else 0.0,  # whether there is a masked_spec_embed; unused here
         attn_implementation="sdpa",
     )

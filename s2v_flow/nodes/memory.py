@@ -29,7 +29,7 @@ from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
 from s2v_flow.nodes.decode import DecodeFrames
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage
 from s2v_flow.nodes.load import LoadDiffusionModel
-from s2v_flow.weights.header import TensorEntry
+from s2v_flow.weights.layout import own_keys
 from s2v_flow.weights.quantization import GGUF_FORMATS, read_quantization
 from s2v_flow.weights.reader import Checkpoint
 
@@ -169,7 +169,8 @@ def _read(loader: PlanNode, path: Path, numerics: Numerics) -> Weights:
     keeps_packed = can_pack and numerics.device_class != "cpu"
     keeps_wide = isinstance(loader.node, LoadDiffusionModel)
 
-    def size(key: str, entry: TensorEntry) -> int:
+    def size(key: str) -> int:
+        entry = checkpoint.entries[key]
         is_matrix = len(entry.shape) == 2 and key.endswith(".weight")
         packing = quantization.packings.get(key)
         if packing is not None and is_matrix and (keeps_packed or (can_pack and packing.format in GGUF_FORMATS)):
@@ -177,13 +178,13 @@ def _read(loader: PlanNode, path: Path, numerics: Numerics) -> Weights:
         kept = max(item_bytes, _WIDE_BYTES.get(entry.dtype, 4)) if keeps_wide and not is_matrix else item_bytes
         return math.prod(quantization.shape(checkpoint, key)) * kept
 
-    entries = {key: entry for key, entry in checkpoint.entries.items() if key not in quantization.bookkeeping}
-    sizes = {key: size(key, entry) for key, entry in entries.items()}
+    keys = own_keys(checkpoint.entries.keys())
+    sizes = {key: size(stored) for key, stored in keys.items()}
     num_bytes = sum(sizes.values())
     if numerics.device_class != "cpu" and getattr(loader.node, "placement", "auto") == "streamed":
         num_bytes = streamed_bytes(sizes)
     is_packed = any(keeps_packed or packing.format in GGUF_FORMATS for packing in quantization.packings.values())
-    shapes = {key: quantization.shape(checkpoint, key) for key in entries}
+    shapes = {key: quantization.shape(checkpoint, stored) for key, stored in keys.items()}
     return Weights(shapes, num_bytes, item_bytes, can_pack and is_packed, numerics.device_class == "cpu")
 
 

@@ -42,7 +42,6 @@ _FAMILIES: Sequence[tuple[str, tuple[str, ...]]] = (
     ("umt5 encoder", ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",)),
     ("t5 encoder", ("encoder.block.1.layer.0.SelfAttention.q.weight",)),
     ("umt5 encoder", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
-    ("umt5 encoder of the authors' release", ("token_embedding.weight", "blocks.0.ffn.gate.0.weight")),
     ("clip vision encoder", ("vision_model.encoder.layers.0.self_attn.q_proj.weight",)),
     ("clip vision encoder", ("visual.transformer.resblocks.0.attn.in_proj_weight",)),
     ("clip text encoder", ("text_model.encoder.layers.0.self_attn.q_proj.weight",)),
@@ -172,8 +171,6 @@ def advice(path: Path, wanted: str, shapes: Shapes, node: str) -> str:
     if found == "all-in-one" and kind is not None and detect_family(parts_of(shapes).get(kind, {})) == wanted:
         target = path.with_name(f"{path.stem}-{kind}.safetensors")
         return f"take its {kind} out: {convert_command(path, target, '--kind', kind)}"
-    if found == f"{wanted} of the authors' release":
-        return f"convert it first: {convert_command(path)}"
     example = f", such as {_EXAMPLES[wanted]}" if wanted in _EXAMPLES else ""
     where = f"; this one belongs in {_BELONGS[found]}" if found in _BELONGS else ""
     return f"name another file in node {node}{example}{where}"

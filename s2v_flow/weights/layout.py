@@ -19,13 +19,18 @@ TOKENIZER_KEY = "spiece_model"
 EMBEDDING_KEY = "shared.weight"
 EMBEDDING_COPY_KEY = "encoder.embed_tokens.weight"  # the same table; some files carry it too, or instead
 MASK_KEY = "masked_spec_embed"  # for training only: files with and without it are whole
+_UMT5_QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 _WEIGHT_NORM = "encoder.pos_conv_embed.conv."
+ADAPTER_KEY = "encoder.layers.0.adapter_layer.linear_1.weight"  # of an encoder with an adapter in each layer
 OLD_KEYS = {
     _WEIGHT_NORM + "weight_g": _WEIGHT_NORM + "parametrizations.weight.original0",
     _WEIGHT_NORM + "weight_v": _WEIGHT_NORM + "parametrizations.weight.original1",
 }
-# Keys of the heads for recognition and pretraining, which some files carry and nothing here needs.
-UNUSED_PREFIXES = ("lm_head.", "quantizer.", "project_q.", "project_hid.")
+# What some files carry beside the encoder, and nothing here needs: heads, and what follows the last layer.
+UNUSED_PREFIXES = (
+    *("lm_head.", "quantizer.", "project_q.", "project_hid.", "projector.", "classifier.", "tdnn.", "objective."),
+    *("adapter.", "layer_weights", "logit_scale", "feature_extractor.weight", "feature_extractor.bias"),
+)
 # The VAE's steps: a block from 1 to 2 times the narrowest width is 12; a change of size at 2 times that width is 2.
 _VAE_DOWN, _VAE_UP = "11 11 1 12 22 2 24 44 4 44 44", "44 44 44 4 24 44 44 4 22 22 22 2 11 11 11"
 _FIX_FILE = "download the file again, or use another"
@@ -82,6 +87,7 @@ def no_tokenizer(path: Path) -> CheckpointError:
 def own_keys(keys: Collection[str]) -> dict[str, str]:
     """Map the keys of a module to those of its file: scales, heads and the tokenizer are left out."""
     renames, dropped = dict(OLD_KEYS), {TOKENIZER_KEY, MARKER}
+    unused = (*UNUSED_PREFIXES, "decoder.") if _UMT5_QUERY in keys else UNUSED_PREFIXES
     if EMBEDDING_KEY in keys:
         dropped.add(EMBEDDING_COPY_KEY)
     else:
@@ -89,7 +95,7 @@ def own_keys(keys: Collection[str]) -> dict[str, str]:
     return {
         renames.get(key, key): key
         for key in keys
-        if key not in dropped and not key.endswith(BOOKKEEPING) and not key.startswith(UNUSED_PREFIXES)
+        if key not in dropped and not key.endswith(BOOKKEEPING) and not key.startswith(unused)
     }
 
 
@@ -223,7 +229,7 @@ def _vae_middle(name: str, width: int) -> _Sized:
 
 def _umt5(shapes: Shapes) -> _Sized:
     """Source: transformers, models/umt5/modeling_umt5.py, UMT5EncoderModel."""
-    inner, width = shapes["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    inner, width = shapes[_UMT5_QUERY]
     bias = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
     wide = shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0]
     yield EMBEDDING_KEY, (shapes[EMBEDDING_KEY][0], width)
@@ -263,6 +269,11 @@ def _wav2vec2(shapes: Shapes) -> _Sized:
         yield from _norm(f"{name}.final_layer_norm", width)
         yield from _linear(f"{name}.feed_forward.intermediate_dense", wide, width)
         yield from _linear(f"{name}.feed_forward.output_dense", width, wide)
+        if ADAPTER_KEY in shapes:
+            inner = shapes[ADAPTER_KEY][0]
+            yield from _norm(f"{name}.adapter_layer.norm", width)
+            yield from _linear(f"{name}.adapter_layer.linear_1", inner, width)
+            yield from _linear(f"{name}.adapter_layer.linear_2", width, inner)
     if MASK_KEY in shapes:
         yield MASK_KEY, (width,)
 

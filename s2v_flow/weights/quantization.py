@@ -192,7 +192,9 @@ def _options(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     if text is not None:
         try:
             layers = json.loads(text)["layers"]
-            found = {name.removeprefix(checkpoint.prefix): _flat(layer) for name, layer in layers.items()}
+            known = {stored: key for key, stored in checkpoint.file_keys.items()}
+            weights = {name: known.get(f"{name}.weight", f"{name}.weight") for name in layers}
+            found = {weights[name].removesuffix(".weight"): _flat(layer) for name, layer in layers.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{checkpoint.path}: its _quantization_metadata is damaged") from error
     for key, entry in checkpoint.entries.items():

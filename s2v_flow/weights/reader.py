@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 from s2v_flow.errors import CheckpointError
 from s2v_flow.weights.gguf import BLOCK_SIZES, Value, is_gguf, read_gguf
 from s2v_flow.weights.header import Header, TensorEntry, convert_command, opened, read_header
-from s2v_flow.weights.lora_keys import is_lora
+from s2v_flow.weights.names import new_names
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-KEY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "wav2vec2.")
 
 _SHARD = re.compile(r"(?P<model>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
 
@@ -26,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open model file. Keys are given without the prefix that some files carry; `file_keys` has them as stored.
+    """An open model file. Keys are given in one spelling, see `new_names`; `file_keys` has them as stored.
 
     Opening reads the header only, and needs no torch. Use `Checkpoint.open`. `gguf` is a GGUF file's metadata, None for
     a safetensors file.
@@ -36,7 +34,6 @@ class Checkpoint:
     metadata: Mapping[str, str]
     entries: Mapping[str, TensorEntry]
     file_keys: Mapping[str, str]
-    prefix: str
     data_begin: int = 0
     gguf: Mapping[str, Value] | None = None
     _handle: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -60,16 +57,13 @@ class Checkpoint:
         _refuse_shard(path)
         gguf = read_gguf(path) if path.is_file() and is_gguf(path) else None
         header = read_header(path) if gguf is None else Header(gguf.entries, {})
-        prefix = common_prefix(header.entries)
-        file_keys: dict[str, str] = {}
-        for stored in header.entries:
-            key = stored[len(prefix) :] if stored.startswith(prefix) else stored
-            if key in file_keys:
-                raise CheckpointError(f"{path}: holds {key!r} twice, as {file_keys[key]!r} and as {stored!r}")
-            file_keys[key] = stored
+        try:
+            file_keys = {key: stored for stored, key in new_names(header.entries).items()}
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         entries = {key: header.entries[stored] for key, stored in file_keys.items()}
         known = None if gguf is None else gguf.metadata
-        return cls(path, header.metadata, entries, file_keys, prefix, header.data_begin, known)
+        return cls(path, header.metadata, entries, file_keys, header.data_begin, known)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -156,13 +150,3 @@ def _refuse_shard(path: Path) -> None:
     if not index.is_file():
         fix = f"download {index.name} and the other parts into its folder, and {fix}"
     raise CheckpointError(f"{path}: is part {int(shard['number'])} of {int(shard['count'])} of a model", fix)
-
-
-def common_prefix(keys: Mapping[str, object]) -> str:
-    """Return the prefix that some files put before a model's keys, or nothing."""
-    if is_lora(keys):
-        return ""  # a LoRA's keys are reported as the file spells them
-    for prefix in KEY_PREFIXES:
-        if any(key.startswith(prefix) for key in keys):
-            return prefix
-    return ""
