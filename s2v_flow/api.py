@@ -32,6 +32,7 @@ from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
 from s2v_flow.nodes.fit import check_fit
 from s2v_flow.nodes.memory import needs
+from s2v_flow.nodes.precision import precision_notes
 from s2v_flow.nodes.table import KINDS as KINDS
 from s2v_flow.options import Options as Options
 from s2v_flow.recipe.document import Recipe
@@ -257,6 +258,7 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
         whole, cells = built(recipe, ""), {}
     made = options.selection.cut(whole)
     check_fit(made)
+    made = replace(made, notes=(*made.notes, *precision_notes(made, device)))
     forced = options.selection.forced(made)
     store, numerics = Store(options.cache_root), Numerics(device_class(device))
     statuses = assess(made, store, numerics, digests.known, forced)

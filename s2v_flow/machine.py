@@ -9,6 +9,7 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from s2v_flow.errors import ExitCode, S2VFlowError
 
@@ -110,14 +111,42 @@ def gpu_build(version: str) -> str | None:
 
 
 def _nvidia_gpus() -> int:
+    driver, count = _nvidia_driver(), ctypes.c_int(0)
+    return count.value if driver is not None and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def _nvidia_driver() -> Any:
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
+        return None
+    return driver if driver.cuInit(0) == 0 else None
+
+
+def compute_capability(device: str) -> tuple[int, int] | None:
+    """Return an NVIDIA GPU's compute capability, as its driver says; None for other devices."""
+    driver = None if device_class(device) == "cpu" else _nvidia_driver()
+    if driver is None:
+        return None
+    handle, value = ctypes.c_int(0), ctypes.c_int(0)
+    if driver.cuDeviceGet(ctypes.byref(handle), int(device.partition(":")[2] or 0)) != 0:
+        return None
+    found = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle) != 0:
+            return None
+        found.append(value.value)
+    return found[0], found[1]
+
+
+def cpu_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """Return the CPU's units for bfloat16, as Linux calls them: of amx_bf16, avx512_bf16."""
+    try:
+        match = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    except OSError:
+        match = None
+    flags = () if match is None else match[1].split()
+    return tuple(name for name in ("amx_bf16", "avx512_bf16") if name in flags)
 
 
 def _amd_gpus(topology: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> int:

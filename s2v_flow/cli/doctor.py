@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,3 +217,48 @@ def _private(text: str) -> str:
     """Return a text without the name of the user's home folder."""
     home = str(Path.home())
     return text.replace(home, "~") if len(home) > 1 else text
+
+
+def precision_json(device: str) -> dict[str, Any]:
+    """Return the object that `s2vflow doctor --precision --json` prints; on a CPU bf16 is timed against fp32."""
+    from s2v_flow.machine import compute_capability, cpu_bf16_units
+    from s2v_flow.nodes.precision import COMPUTED, STORED, kind_of_device
+
+    return {
+        "device": device,
+        "kind": kind_of_device(device),
+        "capability": compute_capability(device),
+        "cpu_bf16_units": list(cpu_bf16_units()),
+        "computed": [vars(row) for row in COMPUTED],
+        "stored": [dict(zip(("stored", "on_cpu", "on_cuda"), row, strict=True)) for row in STORED],
+        "bf16_to_fp32": _bf16_to_fp32() if device == "cpu" else None,
+    }
+
+
+def precision_text(found: Mapping[str, Any]) -> str:
+    """Return the same as lines for people."""
+    lines = [f"this machine: {found['device']} ({found['kind']})"]
+    if found["bf16_to_fp32"] is not None:
+        lines.append(f"measured now: a linear layer in bf16 takes {found['bf16_to_fp32']:.2g} times as long as in fp32")
+    lines += ["", "computed in"]
+    for row in found["computed"]:
+        lines.append(f"  {row['device']:<33} {row['precision']}  {row['verdict']:<8} {row['why']}".rstrip())
+    lines += ["", f"{'stored as':<56}{'on a CPU':<32}on a GPU"]
+    lines += [f"  {row['stored']:<54}{row['on_cpu']:<32}{row['on_cuda']}" for row in found["stored"]]
+    return "\n".join(lines)
+
+
+def _bf16_to_fp32() -> float:
+    """Time a linear layer, [256, 1024] to [256, 2048], as the large models have them: the best of three each."""
+    import torch
+
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        seconds.append(min(times[1:]))
+    return seconds[0] / seconds[1]

@@ -11,6 +11,7 @@ import click
 from s2v_flow.cli.completion import SHELLS, completion_script
 from s2v_flow.cli.options import FILE, folder_options, make_options, start_options
 from s2v_flow.errors import ExitCode
+from s2v_flow.machine import resolve_device
 
 
 @click.command()
@@ -31,12 +32,17 @@ def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@click.option("--precision", is_flag=True, help="Show what is stored and computed in which precision, by device.")
 @folder_options
-def doctor(as_json: bool, **given: Any) -> None:
+def doctor(as_json: bool, precision: bool, **given: Any) -> None:
     """Look at this machine: Python, torch and devices, codecs, the cache, models, packages."""
     from s2v_flow.cli import report
-    from s2v_flow.cli.doctor import examine, findings_json, findings_text
+    from s2v_flow.cli.doctor import examine, findings_json, findings_text, precision_json, precision_text
 
+    if precision:
+        table = precision_json(resolve_device("auto"))
+        report.print_json(table) if as_json else report.print_result(precision_text(table))
+        return
     findings = examine(make_options(**given))
     report.print_json(findings_json(findings)) if as_json else report.print_table(findings_text(findings))
     if any(finding.status == "problem" for finding in findings):
