@@ -75,7 +75,7 @@ class SourceExporter:
             "load_audio": self._audio,
             "load_video": self._clip,
             "encode_text": lambda planned, node: self._add(
-                planned, "CLIPTextEncode", clip=self.one(planned, "text_encoder"), text=_escaped(node.text)
+                planned, "CLIPTextEncode", clip=self.one(planned, "text_encoder"), text=_escaped(node)
             ),
             "encode_audio": self._speech,
             "encode_image": self._reference,
@@ -135,7 +135,7 @@ class SourceExporter:
             node: Any = spec.node
             loader = next(item for item in self._plan.nodes if item.node.kind == "load_text_encoder")
             clip = self._link(Source(loader.name, "text_encoder"))
-            self._done[spec.name] = self._sheet.add("CLIPTextEncode", spec.name, clip=clip, text=_escaped(node.text))
+            self._done[spec.name] = self._sheet.add("CLIPTextEncode", spec.name, clip=clip, text=_escaped(node))
         return self._done[spec.name]
 
     def model(self, planned: PlanNode, shift: float) -> Link:
@@ -259,6 +259,7 @@ class SourceExporter:
         return self.one(planned, "frames")
 
 
-def _escaped(text: str) -> str:
-    """Return a prompt whose brackets ComfyUI takes for brackets, not for weights."""
-    return re.sub(r"([()])", r"\\\1", text)
+def _escaped(node: Any) -> str:
+    """Return a prompt as ComfyUI reads it: a plain one's brackets escaped, so that they are no weights."""
+    text: str = node.text
+    return text if node.prompt_syntax == "comfyui" else re.sub(r"([()])", r"\\\1", text)

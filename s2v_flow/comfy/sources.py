@@ -11,13 +11,11 @@ from typing import Any
 from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
 from s2v_flow.comfy.meaning import Context, FramesMade, Latent, Made, Model, NodeRef, Translator, Video, Zeroed
-from s2v_flow.wording import shortened
+from s2v_flow.nodes.prompt import weighted_parts
 
 GGUF_MODELS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "GGUFLoaderKJ", "LoaderGGUF")
 _PLACE = re.compile(r"\s*\[(input|output|temp)\]$")
 _OTHER_CODEC = re.compile(r"26[56]|hevc|av1|vp[89]|webm|webp|png|gif|prores|ffv1", re.IGNORECASE)
-_LONGEST_WEIGHT = 24
-_WEIGHT = re.compile(r":\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*$")
 _TOKEN = re.compile(r"%[^%/]*%")
 
 
@@ -117,39 +115,13 @@ def _repeat(context: Context, node: ComfyNode) -> tuple[Any, ...]:
 
 def _text(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     given = context.value(node, "text")
-    plain, weighted = without_weights(given.value)
-    if weighted:
-        named = ", ".join(shortened(piece) for piece in weighted[:5]) + (" and more" if len(weighted) > 5 else "")
-        context.mistakes.note(f"prompt: {node.described()}: recipes weigh no words; the brackets are gone: {named}")
-    text = given if plain == given.value else Value(plain)
-    fields = {"text_encoder": context.port(node, "clip", "text_encoder"), "text": text}
+    fields = {"text_encoder": context.port(node, "clip", "text_encoder"), "text": given}
+    try:
+        if weighted_parts(given.value) not in ([], [(given.value, 1.0)]):
+            fields["prompt_syntax"] = "comfyui"
+    except ValueError as error:
+        context.mistakes.note(f"prompt: {node.described()}: {error}: its brackets are taken as text")
     return (Made(context.draft.add("encode_text", "prompt", fields, node), "conditioning"),)
-
-
-def without_weights(text: str) -> tuple[str, list[str]]:
-    r"""Return a prompt as ComfyUI's encoder reads it, and the parts that it would weigh, as they are written.
-
-    `(word)`, `(word:1.3)` and brackets in brackets are weights; `\\(` and `\\)` are brackets.
-    """
-    out: list[str] = []
-    opened: list[tuple[int, int]] = []  # where in `out` and in `text` each open bracket stands
-    weighted: list[str] = []
-    for match in re.finditer(r"\\[()]|[^\\]|\\", text, re.DOTALL):
-        piece = match[0]
-        if piece == ")" and opened:
-            start, place = opened.pop()
-            tail = "".join(out[max(start + 1, len(out) - _LONGEST_WEIGHT) :])
-            weight = _WEIGHT.search(tail)
-            if weight is not None and len(out) - len(weight[0]) > start + 1:
-                del out[len(out) - len(weight[0]) :]
-            out[start] = "\0"  # no digit of a weight around it
-            if not opened:
-                weighted.append(text[place : match.end()])
-            continue
-        if piece == "(":
-            opened.append((len(out), match.start()))
-        out.append(piece[-1])
-    return "".join(out).replace("\0", ""), weighted
 
 
 def _zeroed(context: Context, node: ComfyNode) -> tuple[Any, ...]:

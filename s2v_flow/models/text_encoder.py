@@ -6,6 +6,7 @@ the same rows, for a fraction of the work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,11 +44,28 @@ class TextEncoder:
             [1, S, D], the features of the prompt's own tokens, in the weights' dtype. A model that expects 512 rows
             expects zeros in the rest.
         """
-        ids = self.tokenize(text)
-        if len(ids) > MAX_TOKENS:
-            ids = [*ids[: MAX_TOKENS - 1], EOS_ID]
-        device = next(self.module.parameters()).device
-        input_ids = torch.tensor([ids], dtype=torch.int64, device=device)
+        return self.encode_parts([(text, 1.0)])
+
+    def encode_parts(self, parts: Sequence[tuple[str, float]]) -> Tensor:
+        """Encode a prompt whose parts have weights, each tokenised by itself; see `encode`.
+
+        A row of weight w is (row - empty) * w + empty, in float32, where `empty` is the row at its place in an empty
+        prompt padded to the same length: that of the end-of-text token in front, zero everywhere else.
+
+        Source: ComfyUI, comfy/sd1_clip.py, encode_token_weights; comfy/text_encoders/wan.py (masked rows are zero).
+        """
+        pairs = [(token, weight) for text, weight in parts for token in tokens(self._tokenizer, text)]
+        ids, weights = ([pair[index] for pair in pairs[: MAX_TOKENS - 1]] for index in (0, 1))
+        hidden = self._rows([*map(int, ids), EOS_ID])
+        if all(weight == 1 for weight in weights):
+            return hidden
+        rows, empty = hidden.float(), torch.zeros_like(hidden, dtype=torch.float32)
+        empty[:, :1] = self._rows([EOS_ID])
+        scale = torch.tensor([*weights, 1.0], device=rows.device)[:, None]
+        return torch.where(scale == 1, rows, (rows - empty) * scale + empty).to(hidden.dtype)  # [1, S, D]
+
+    def _rows(self, ids: list[int]) -> Tensor:
+        input_ids = torch.tensor([ids], dtype=torch.int64, device=next(self.module.parameters()).device)
         return self.hidden(input_ids, torch.ones_like(input_ids))
 
     @torch.no_grad()

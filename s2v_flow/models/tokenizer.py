@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,12 +50,12 @@ def is_surely_short(text: str) -> bool:
     return len(unicodedata.normalize("NFKC", text).encode("utf-8", "replace")) < MAX_TOKENS - 1
 
 
-def measure(path: Path, text: str, given: Path | None = None) -> tuple[int, str]:
+def measure(path: Path, text: str | Sequence[str], given: Path | None = None) -> tuple[int, str]:
     """Count a prompt's tokens with the tokenizer of a text encoder.
 
     Args:
         path: The text encoder's file.
-        text: The prompt.
+        text: The prompt, or its parts, where each is tokenised by itself.
         given: A tokenizer's own file, where there is one.
 
     Returns:
@@ -67,6 +68,7 @@ def measure(path: Path, text: str, given: Path | None = None) -> tuple[int, str]
     from s2v_flow.weights.tokenizer import find_tokenizer
 
     tokenizer = read_tokenizer(find_tokenizer(Checkpoint.open(path), given), str(given or path))
-    pieces: list[str] = tokenizer.encode(text, out_type=str, add_bos=False, add_eos=False)
+    parts = [text] if isinstance(text, str) else list(text)
+    pieces = [piece for part in tokenizer.encode(parts, out_type=str, add_bos=False, add_eos=False) for piece in part]
     kept = "".join(pieces[: MAX_TOKENS - 1]).replace(_SPACE, " ")
     return len(pieces) + 1, " ".join(kept.split()[-_NUM_LAST_WORDS:])

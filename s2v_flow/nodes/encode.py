@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from s2v_flow.graph.node import Node, Planner
-from s2v_flow.graph.ports import Source, Value
+from s2v_flow.graph.node import Precision as Resolve
+from s2v_flow.graph.ports import FieldPath, Source, Value
 from s2v_flow.models.speech_rate import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, STATES_HZ, num_segments, segment_port
 from s2v_flow.nodes.fields import (
     AudioEncoderInput,
@@ -21,6 +22,7 @@ from s2v_flow.nodes.fields import (
     VaeInput,
 )
 from s2v_flow.nodes.frames import require_cut
+from s2v_flow.nodes.prompt import weighted_parts
 from s2v_flow.nodes.remarks import remark_on_prompt
 
 if TYPE_CHECKING:
@@ -39,20 +41,42 @@ class EncodeText(Node):
     has_numerics: ClassVar[bool] = True
 
     text_encoder: TextEncoderInput = Field(description="The text encoder.")
-    text: str = Field(description="The prompt, as it is: no weights, no escapes.", max_length=20_000)
+    text: str = Field(description="The prompt.", max_length=20_000)
+    prompt_syntax: Literal["plain", "comfyui"] = Field(
+        "plain",
+        description="plain: the text as it is. comfyui: `(words:1.3)` weighs words, `(words)` by 1.1, nested, and "
+        "`\\(` is a bracket, as in ComfyUI's prompts. A timeline's prompts are plain.",
+    )
+
+    @field_validator("prompt_syntax")
+    @classmethod
+    def check_weights(cls, syntax: str, info: ValidationInfo) -> str:
+        """Refuse weights that cannot be computed."""
+        if syntax == "comfyui":
+            weighted_parts(info.data.get("text", ""))
+        return syntax
+
+    def identity(self, digests: Mapping[FieldPath, str], precision: Resolve) -> dict[str, Any]:
+        """Leave out a syntax that changes nothing: it is younger than results in caches."""
+        fields = super().identity(digests, precision)
+        return {key: value for key, value in fields.items() if (key, value) != ("prompt_syntax", "plain")}
+
+    def parts(self) -> list[tuple[str, float]]:
+        """Return the words and their weights."""
+        return [(self.text, 1.0)] if self.prompt_syntax == "plain" else weighted_parts(self.text)
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on the encoder: a timeline's prompts need it."""
         encoder = planner.value(self.text_encoder)
         if encoder is not None:
-            remark_on_prompt(planner, name, encoder, self.text, node=name)
+            remark_on_prompt(planner, name, encoder, [text for text, _ in self.parts()], node=name)
         return planner.add_simple(name, self, {"text_encoder": encoder} if encoder else {})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Encode the prompt: {"conditioning": {context: [1, S, D], the prompt's own tokens}}."""
         from s2v_flow.nodes.tensors import pack
 
-        return {"conditioning": pack({"context": inputs["text_encoder"].get().encode(self.text)})}
+        return {"conditioning": pack({"context": inputs["text_encoder"].get().encode_parts(self.parts())})}
 
 
 class EncodeAudio(Node):

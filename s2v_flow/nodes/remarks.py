@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -74,14 +74,14 @@ def remark_on_lora(planner: Planner, name: str, lora: str, strength: float, repo
         planner.note(name, f"{text}blocks with a KV cache, which is not supported: if it is, this is out of contract")
 
 
-def remark_on_prompt(planner: Planner, name: str, encoder: Value, text: str, *, node: str) -> None:
+def remark_on_prompt(planner: Planner, name: str, encoder: Value, text: str | Sequence[str], *, node: str) -> None:
     """Say where a prompt is cut: the model takes 512 tokens.
 
     Args:
         planner: The plan in the making.
         name: The recipe's node that gives the prompt.
         encoder: The text encoder.
-        text: The prompt.
+        text: The prompt, or its parts, where each is tokenised by itself.
         node: The plan's node that encodes it.
 
     Raises:
@@ -90,13 +90,14 @@ def remark_on_prompt(planner: Planner, name: str, encoder: Value, text: str, *, 
     from s2v_flow.models.tokenizer import MAX_TOKENS, is_surely_short, measure
 
     path, given = (planner.file(encoder.source.node, key) for key in ("checkpoint", "tokenizer"))
-    if path is None or not path.is_file() or is_surely_short(text):
+    whole = text if isinstance(text, str) else "\0".join(text)
+    if path is None or not path.is_file() or is_surely_short(whole):
         return
 
     def count() -> dict[str, Any]:
         return dict(zip(("tokens", "last_words"), measure(path, text, given), strict=True))
 
-    found = planner.remember(f"tokens of {sha256(text.encode()).hexdigest()}", path, count)
+    found = planner.remember(f"tokens of {sha256(whole.encode()).hexdigest()}", path, count)
     if found["tokens"] > MAX_TOKENS:
         cut = f"prompt: the text of {node} has {found['tokens']} tokens and is cut at {MAX_TOKENS}"
         planner.note(name, f'{cut}; the last words that count: "{found["last_words"]}"')

@@ -24,7 +24,6 @@ from comfy_workflows import (
 from PIL import Image
 
 from s2v_flow.comfy.exporter import export_workflow
-from s2v_flow.comfy.sources import without_weights
 from s2v_flow.errors import S2VFlowError
 
 
@@ -159,42 +158,28 @@ def test_truth_values_may_stand_in_text_and_numbers_for_text(tmp_path: Path) -> 
     assert recipe_of(document, tmp_path).params["seed"] == 77
 
 
-@pytest.mark.parametrize(
-    ("text", "plain", "weighted"),
-    [
-        ("a (b:1.3) c", "a b c", ["(b:1.3)"]),
-        ("(he nods). \\(open\\)", "he nods. (open)", ["(he nods)"]),
-        ("((a) b:0.5) c", "a b c", ["((a) b:0.5)"]),
-        ("(((a)):1.2)", "a", ["(((a)):1.2)"]),
-        ("(a, (b:1.1), c)", "a, b, c", ["(a, (b:1.1), c)"]),
-        ("(a:b)", "a:b", ["(a:b)"]),
-        ("(a:(1).2)", "a:1.2", ["(a:(1).2)"]),
-        ("(:1.2)", ":1.2", ["(:1.2)"]),
-        ("at 12:30) (", "at 12:30) (", []),
-        ("(two\nlines: .9)", "two\nlines", ["(two\nlines: .9)"]),
-        ("\\(a:1.2\\) C:\\b", "(a:1.2) C:\\b", []),
-        ("(" * 50_000 + "a" + ")" * 50_000, "a", None),
-    ],
-)
-def test_brackets_in_prompts_are_read_as_comfyui_reads_them(text: str, plain: str, weighted: list[str] | None) -> None:
-    """Weights leave their words, escaped brackets become brackets, however deep."""
-    made = without_weights(text)
-    assert made[0] == plain
-    assert weighted is None or made[1] == weighted
-
-
-def test_weights_in_a_prompt_are_told_and_brackets_survive_the_way_back(tmp_path: Path) -> None:
-    """The note names the prompt and the brackets; an exported prompt has its own brackets escaped."""
+def test_a_prompt_with_weights_or_escapes_keeps_its_syntax_there_and_back(tmp_path: Path) -> None:
     workflow = golden()
     workflow["6"]["inputs"]["text"] = "A man (smiling:1.3) under a sign \\(open\\)"
     made = imported(workflow, tmp_path)
-    assert [note for note in made.notes if note.startswith("prompt: node 6") and "(smiling:1.3)" in note]
+    assert not [note for note in made.notes if note.startswith("prompt:")]
     recipe = load_text(made.text, tmp_path)
-    assert recipe.params["prompt"] == "A man smiling under a sign (open)"
+    assert recipe.params["prompt"] == "A man (smiling:1.3) under a sign \\(open\\)"
+    syntaxes = [spec.node.prompt_syntax for spec in recipe.nodes.values() if spec.node.kind == "encode_text"]
+    assert sorted(syntaxes)[-1] == "plain"
+    assert syntaxes.count("comfyui") == 1
     text, _ = export_workflow(recipe, planned(recipe), "api")
     again = imported(text, tmp_path)
     assert again.notes == ()
     assert load_text(again.text, tmp_path).params["prompt"] == recipe.params["prompt"]
+
+
+def test_a_prompt_whose_weights_cannot_be_computed_is_taken_as_text(tmp_path: Path) -> None:
+    workflow = golden()
+    workflow["6"]["inputs"]["text"] = "A man (smiling:inf)"
+    made = imported(workflow, tmp_path)
+    assert [note for note in made.notes if note.startswith("prompt: node 6") and "the weight inf" in note]
+    assert "prompt_syntax" not in made.text
 
 
 DOTTED = {"format": "mp4", "format.codec": "h264", "format.codec.encoding": "re-encode"}
