@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from s2v_flow.cache.housekeeping import live_run
 from s2v_flow.cache.store import Store
 from s2v_flow.demo.catalog import demo_root
@@ -24,7 +26,7 @@ from s2v_flow.graph.events import Listener, Noted, StageStarted
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan
 from s2v_flow.graph.run import Run, RunResult, ignore
-from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess, replacing
+from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess, placing
 from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, near_files, recipe_needs
 from s2v_flow.machine import device_class, free_memory_bytes, resolve_device
@@ -63,6 +65,7 @@ class Planned:
     cells: Mapping[str, Recipe] = field(default_factory=dict)
     variants: tuple[Variant, ...] = ()  # a matrix's cells
     free_bytes: int | None = None  # memory where the models will run; None: not known
+    overwrites: bool = False  # a run takes the place of other files
 
     def __repr__(self) -> str:
         facts = [f"{self.num_chunks} chunks", f"{self.num_frames} frames"] if self.num_frames else []
@@ -119,7 +122,7 @@ class Planned:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know before running."""
-        notes = [*self.plan.notes, *replacing(self.plan, self.statuses)]
+        notes = [*self.plan.notes, *placing(self.plan, self.statuses, overwrites=self.overwrites)]
         if not any(node.node.is_sink for node in self.plan.nodes):
             notes.append("the recipe writes no file: results stay in the cache (add a save_video node)")
         largest = self.estimate.largest
@@ -247,7 +250,8 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
         return remembered(options.cache_root / "facts.json", f"{what}:{digest}", compute) if digest else compute()
 
     def built(of: Recipe, label: str) -> Plan:
-        locations = replace(options.locations, output_tag=re.sub(r"[^A-Za-z0-9._=,-]", "_", label))
+        tag = re.sub(r"[^A-Za-z0-9._=,-]", "_", label)
+        locations = replace(options.locations, output_tag=tag, output_file=_output_file(of, options.output))
         return build_plan(of.nodes, of.order, locations, remember)
 
     if variants:
@@ -266,7 +270,32 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
     to_compute = {name for name, status in statuses.items() if status.status in TO_COMPUTE}
     computed = needs(made, {node.name for node in made.nodes if node.node.is_stored} & to_compute, numerics)
     expected = estimate(made, statuses, store.recent(EARLIER) if has_work else [], numerics, computed)
-    return Planned(recipe, made, statuses, device, expected, cells, variants, free_memory_bytes(device))
+    return Planned(
+        recipe, made, statuses, device, expected, cells, variants, free_memory_bytes(device), options.overwrite
+    )
+
+
+def _output_file(recipe: Recipe, given: Path | None) -> Path | None:
+    """Check a name given for the recipe's only output, and return it.
+
+    Raises:
+        S2VFlowError: The recipe has no output or several, or this one's files are called otherwise.
+    """
+    if given is None:
+        return None
+    sinks = [spec for spec in recipe.nodes.values() if spec.node.is_sink]
+    names = ", ".join(f"nodes.{spec.name}.file" for spec in sinks) or "the recipe writes no file"
+    if len(sinks) != 1:
+        fix = f"give each its own with --set: {names}" if sinks else "add a save_video node"
+        raise S2VFlowError(f"-o names one file, the recipe writes {len(sinks)}", fix, exit_code=ExitCode.USAGE)
+    node = sinks[0].node
+    try:
+        type(node).model_validate({**dict(node), "file": given.name})
+    except ValidationError as error:
+        about = type(node).model_fields["file"].description
+        message = f"-o {given}: {sinks[0].name} ({node.kind}) cannot write a file of this name"
+        raise S2VFlowError(message, f"its file is: {about}", exit_code=ExitCode.USAGE) from error
+    return given
 
 
 def _digest_memory(options: Options) -> Path:
@@ -364,6 +393,7 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
         should_stop=options.should_stop,
         about={"s2vflow": __version__, "torch": torch_version()},
         cache_limit=options.size_limit,
+        overwrites=options.overwrite,
     )
     recorder.entries, recorder.not_kept = execution.entries, execution.not_kept
     waits = planned.has_work and not options.share_gpu
@@ -383,7 +413,7 @@ def _given(options: Options) -> Given:
         *(f"-m {text}" for text in options.axes),
         *map(str, changes.overrides),
     )
-    return Given(tuple(changes.profiles), tuple(changes.files), overrides)
+    return Given(tuple(changes.profiles), tuple(changes.files), overrides, options.output)
 
 
 def require_files(planned: Planned) -> None:

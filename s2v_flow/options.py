@@ -38,6 +38,8 @@ class Options:
     extra_model_paths: Sequence[Path] = ()
     input_dirs: Sequence[Path] = ()
     output_dir: Path | None = None
+    output: Path | None = None  # the recipe's only output, wherever the user wants it
+    overwrite: bool = False  # take the place of what stands under an output's name
     cache_dir: Path | None = None
     cache_limit: int | None = None  # in bytes; `cache.budget.NO_LIMIT`: nothing is ever evicted
     device: str = "auto"
@@ -55,7 +57,7 @@ class Options:
             given = getattr(self, name)
             paths = [given] if isinstance(given, (str, os.PathLike)) else given
             object.__setattr__(self, name, tuple(map(Path, paths)))
-        for name in ("output_dir", "cache_dir"):
+        for name in ("output_dir", "output", "cache_dir"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("profiles", "sets", "axes"):

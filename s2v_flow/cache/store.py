@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import finish, flush_folder, make_root, temporary, temporary_prefix, writing
+from s2v_flow.files.numbering import put_new
 
 _BLOCK = 8 << 20
 _SCHEMA = 1
@@ -113,20 +114,22 @@ class Store:
             raise self._changed(item)
         return payload
 
-    def copy_to(self, item: StoredObject, target: Path, trailer: bytes = b"") -> bool:
+    def copy_to(self, item: StoredObject, target: Path, trailer: bytes = b"", replaces: bool = True) -> bool:
         """Put an object's bytes at `target`, whole or not at all; tell whether the file there had to change.
 
         Args:
             item: The object.
             target: The file; it is as it should be only if it holds exactly the object and the trailer.
             trailer: More bytes, behind the object's.
+            replaces: Put them in the place of any file that is there, not only of the object with another trailer.
 
         Raises:
             DamagedObjectError: The object is gone or damaged; `target` is as it was.
+            TakenError: Another file is there, and stays.
             S2VFlowError: `target` cannot be written.
         """
         try:
-            return put_copy(self._blocks(item), item, target, trailer)
+            return put_copy(self._blocks(item), item, target, trailer, replaces)
         except ChangedBytesError as error:
             raise self._changed(item) from error
 
@@ -356,11 +359,14 @@ def described(payload: bytes | Path) -> StoredObject:
     return StoredObject(hashlib.sha256(payload).hexdigest(), len(payload), ".safetensors")
 
 
-def put_copy(blocks: Iterable[bytes], item: StoredObject, target: Path, trailer: bytes = b"") -> bool:
-    """Put an object's bytes and a trailer at `target`, whole or not at all; tell whether the file there had to change.
+def put_copy(
+    blocks: Iterable[bytes], item: StoredObject, target: Path, trailer: bytes = b"", replaces: bool = True
+) -> bool:
+    """Put an object's bytes and a trailer at `target`; see `Store.copy_to`.
 
     Raises:
         ChangedBytesError: The blocks are not the object; `target` is as it was.
+        TakenError: Another file is there, and stays.
         CannotWriteError: `target` cannot be written.
     """
     if holds(target, item, trailer):
@@ -374,7 +380,10 @@ def put_copy(blocks: Iterable[bytes], item: StoredObject, target: Path, trailer:
             raise ChangedBytesError
         file.write(trailer)
         finish(file)
-        os.replace(name, target)
+        if replaces or holds(target, item):
+            os.replace(name, target)
+        else:
+            put_new(name, target)
     return True
 
 

@@ -22,6 +22,7 @@ from s2v_flow.cli.options import (
     folder_options,
     level_options,
     make_options,
+    output_options,
     recipe_options,
     record_options,
     selection_options,
@@ -72,6 +73,7 @@ def cli() -> None:
 
 @cli.command()
 @recipe_options
+@output_options
 @selection_options
 @record_options
 @level_options
@@ -150,6 +152,7 @@ def check(recipe: Path, as_json: bool, **given: Any) -> None:
 
 @cli.command()
 @recipe_options
+@output_options
 @selection_options
 @folder_options
 @click.option("--detailed-exitcode", is_flag=True, help="Leave with 10 if a run would compute something.")
@@ -296,6 +299,7 @@ def schema(output: Path | None, what: str) -> None:
 @click.option("-o", "--output", type=FILE, default="talk.mp4", help="The video to make.", show_default=True)
 @click.option("-p", "profiles", multiple=True, metavar="NAMES", help="Profiles of the new recipe: -p quality.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@click.option("--overwrite", is_flag=True, help="Replace another video instead of numbering the new one.")
 @start_options
 @level_options
 @folder_options
@@ -316,13 +320,25 @@ def make(
 
     recipe = recipe_path(output)
     start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, output.name)
-    write_recipe(recipe, recipe_text(start, recipe.parent), force=force)
+    text = recipe_text(start, recipe.parent)
+    write_recipe(recipe, text, force=force or _is_as_written(recipe))
     given["output_dir"] = given["output_dir"] or recipe.parent  # -o says more than the user's defaults
     options = make_options(**given)
     again = " ".join(["s2vflow run", str(recipe), *(f"-p {name}" for name in options.profiles)])
     if level != "quiet":
         report.print_message(f"the recipe is {recipe}; to run it again: {again}")
     _run(recipe, options, level, again, as_json=as_json)
+
+
+def _is_as_written(recipe: Path) -> bool:
+    """Tell whether a recipe that stands there is one that `make` left, unchanged."""
+    from s2v_flow import api
+    from s2v_flow.start.project import is_as_written
+
+    with suppress(S2VFlowError, AttributeError, KeyError):
+        checked = api.check(recipe)
+        return is_as_written(recipe, checked.params, Path(getattr(checked.nodes["video"].node, "file", "")).name)
+    return False
 
 
 def main() -> NoReturn:

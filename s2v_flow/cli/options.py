@@ -154,6 +154,14 @@ def selection_options(command: CommandT) -> CommandT:
     return command
 
 
+def output_options(command: CommandT) -> CommandT:
+    """Add the options that say what becomes of outputs."""
+    command = click.option("--overwrite", is_flag=True, help="Replace other files instead of numbering the new ones.")(
+        command
+    )
+    return click.option("-o", "--output", type=FILE, metavar="FILE", help="Where the only output goes.")(command)
+
+
 def record_options(command: CommandT) -> CommandT:
     """Add the options that say what is kept of a run, and what it is held to."""
     for decorate in (

@@ -37,8 +37,8 @@ class Locations:
     `models_dirs` have ComfyUI's layout; `model_folders` are single folders beside them; `input_dirs` are searched after
     the folder of the file that wrote a path; relative outputs go to `output_dir` where it is given; `homes` knows where
     well-known model files can be had; `made_models` maps names of models that this program makes itself on first use to
-    where they will stand; `output_tag` stands before the suffix of outputs' names, so that a matrix's cells do not
-    overwrite each other.
+    where they will stand; `output_file` is where the only output goes, whatever the recipe says; `output_tag` stands
+    before the suffix of outputs' names, so that a matrix's cells do not overwrite each other.
     """
 
     models_dirs: Sequence[Path] = ()
@@ -49,6 +49,7 @@ class Locations:
     homes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     made_models: Mapping[str, Path] = field(default_factory=dict)
     output_tag: str = ""
+    output_file: Path | None = None
 
     def find(self, mark: FileField, text: str, base_dir: Path) -> Path | Missing:
         """Find a model or an input.
@@ -91,6 +92,8 @@ class Locations:
             RefusedError: The path leaves the folders in which a recipe may write.
         """
         root = self.output_dir if self.output_dir is not None else base_dir
+        if self.output_file is not None:
+            root, text, typed_by_user = Path(), str(self.output_file), True
         if self.output_tag:
             text = str(Path(text).with_suffix(f".{self.output_tag}{Path(text).suffix}"))
         target = Path(os.path.realpath(os.path.abspath(root / os.path.expanduser(text))))

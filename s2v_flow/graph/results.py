@@ -88,13 +88,13 @@ class Results:
             return self.store.read(item)
         return payload if isinstance(payload, bytes) else b"".join(self._blocks(item, payload))
 
-    def copy_to(self, item: StoredObject, target: Path, trailer: bytes = b"") -> bool:
+    def copy_to(self, item: StoredObject, target: Path, trailer: bytes = b"", replaces: bool = True) -> bool:
         """Put an output at a path; see `Store.copy_to`."""
         payload = self._payloads.get(item)
         if payload is None:
-            return self.store.copy_to(item, target, trailer)
+            return self.store.copy_to(item, target, trailer, replaces)
         blocks = iter((payload,)) if isinstance(payload, bytes) else self._blocks(item, payload)
-        return put_copy(blocks, item, target, trailer)
+        return put_copy(blocks, item, target, trailer, replaces)
 
     def publish(
         self,

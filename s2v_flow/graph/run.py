@@ -13,6 +13,7 @@ from s2v_flow.cache.budget import NO_LIMIT
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import MissingError, S2VFlowError
+from s2v_flow.files.numbering import TakenError
 from s2v_flow.graph.checkpoint import Checkpoint
 from s2v_flow.graph.context import Artifact, Closable, RunContext
 from s2v_flow.graph.events import (
@@ -34,12 +35,13 @@ from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.graph.results import Results, Scratch, reap_outputs
 from s2v_flow.graph.status import (
-    KEEPING_BOTH,
     NodeStatus,
+    described_files,
+    free_place,
     needed_nodes,
+    other_files,
     output_digests,
     preimage,
-    to_be_replaced,
 )
 from s2v_flow.graph.turns import node_turn
 from s2v_flow.machine import forget_peaks, peak_device_bytes, peak_memory_bytes
@@ -88,7 +90,8 @@ class Run:
     """One execution of one plan.
 
     `note` gives what is to be said inside a sink's file, from the sink and the stored results; `about` are facts that
-    every result computed here gets; `cache_limit` is what the cache may grow to in bytes, None: as it chooses.
+    every result computed here gets; `cache_limit` is what the cache may grow to in bytes, None: as it chooses. A file
+    that stands under a result's name and is another stays, and the result is numbered, unless the run `overwrites`.
     """
 
     plan: Plan
@@ -105,6 +108,7 @@ class Run:
     should_stop: ShouldStop = never
     keeps_going: bool = False  # a node that fails takes only what depends on it along
     cache_limit: int | None = NO_LIMIT
+    overwrites: bool = False
     _failures: dict[str, str] = field(
         default_factory=dict
     )  # no errors: their tracebacks hold what a node had in memory
@@ -341,7 +345,8 @@ class Run:
 
         def copy_to(target: Path, trailer: bytes = b"") -> bool:
             return self._mending(
-                node, lambda: self._results.copy_to(self._entries[node.name].outputs[port], target, trailer)
+                node,
+                lambda: self._results.copy_to(self._entries[node.name].outputs[port], target, trailer, self.overwrites),
             )
 
         return Artifact(self._digests[Source(node.name, port)], read, copy_to)
@@ -419,11 +424,21 @@ class Run:
     def _deliver(self, node: PlanNode) -> tuple[Path, ...]:
         artifacts = {port: self._artifact(node, port) for port in self._entries[node.name].outputs}
         reap_outputs(node)
-        replaced = to_be_replaced(node, self._entries[node.name], "stood")
-        delivered = node.node.deliver(node.files, artifacts, self.note(node, self._entries))
+        entry, wanted = self._entries[node.name], node.files["file",]
+        others = other_files(node, entry) if self.overwrites else []
+        replaced = described_files(others) if others else ""
+        note = self.note(node, self._entries)
+        delivered: list[tuple[Path, bool]] | None = None
+        while delivered is None:
+            path = wanted if self.overwrites else free_place(node, entry)
+            with suppress(TakenError):  # another run has just taken the name
+                delivered = node.node.deliver({**node.files, ("file",): path}, artifacts, note)
         self._results.forget(node.name)
         if replaced:
-            self.emit(Noted(node.name, f"file: {replaced} and was replaced; {KEEPING_BOTH}"))
+            self.emit(Noted(node.name, f"file: {replaced} was replaced (--overwrite)"))
+        elif path != wanted and delivered[0][1]:
+            kept = next(iter(other_files(node, entry)), wanted).name
+            self.emit(Noted(node.name, f"{kept} kept: it is another result; written as {delivered[0][0].name}"))
         for path, changed in delivered:
             self.emit(Delivered(node.name, str(path), changed))
         return tuple(path for path, _ in delivered)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import Entry, Store, holds
+from s2v_flow.files.numbering import free_name
 from s2v_flow.graph.checkpoint import progress_text
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.numerics import Numerics
@@ -22,7 +23,6 @@ from s2v_flow.wording import size_text
 
 EARLIER = 300  # stored results among which the nearest one is looked for
 Status = Literal["HIT", "RUN", "RESUME", "LOAD", "SKIP"]
-KEEPING_BOTH = "another file, or ${params.seed} in it, keeps both"
 TO_COMPUTE = frozenset({"RUN", "RESUME"})
 FileDigest = Callable[[Path], "str | None"]
 
@@ -135,28 +135,44 @@ def assess(
     return _with_need(plan, found)
 
 
-def replacing(plan: Plan, statuses: Mapping[str, NodeStatus]) -> Iterator[str]:
-    """Yield a line for each sink that will find another file in its place."""
+def placing(plan: Plan, statuses: Mapping[str, NodeStatus], *, overwrites: bool = False) -> Iterator[str]:
+    """Yield a line for each sink that will find another file in its place: which, and where its own result goes."""
     for node in plan.nodes:
-        if node.node.is_sink and (replaced := to_be_replaced(node, statuses[node.name].entry, "stands")):
-            yield f"file: {replaced} and will be replaced; {KEEPING_BOTH}"
+        entry = statuses[node.name].entry
+        if node.node.is_sink and (others := other_files(node, entry)):
+            files = {**node.files, ("file",): free_place(node, entry)}
+            new = next(iter(node.node.targets(files, entry.outputs if entry else None).values()))
+            if overwrites:
+                yield f"file: {described_files(others)} will be replaced (--overwrite)"
+            elif entry is None:
+                yield f"file: {described_files(others)} stays, unless it is this result; else written as {new.name}"
+            elif not os.path.lexists(new):
+                yield f"file: {described_files(others)} stays: it is another result; written as {new.name}"
 
 
-def to_be_replaced(node: PlanNode, entry: Entry | None, stands: str) -> str:
-    """Say which files stand where a sink's are to go and are others, "" if none; an unknown result is another."""
+def free_place(node: PlanNode, entry: Entry | None) -> Path:
+    """Return where a sink's result goes: its file, numbered where another one stands; an unknown result is another."""
+    return free_name(node.files["file",], lambda path: not other_files(node, entry, path))
+
+
+def other_files(node: PlanNode, entry: Entry | None, path: Path | None = None) -> list[Path]:
+    """List what stands where a sink's files are to go, or would go under another path, and is not its result."""
     outputs = entry.outputs if entry else {}
-    targets = node.node.targets(node.files, outputs or None)
-    old = [
-        path for port, path in targets.items() if os.path.isfile(path) and not (entry and holds(path, outputs[port]))
+    files = {**node.files, ("file",): path or node.files["file",]}
+    targets = node.node.targets(files, outputs or None)
+    return [
+        path for port, path in targets.items() if os.path.lexists(path) and not (entry and holds(path, outputs[port]))
     ]
-    if not old:
-        return ""
-    more = f" and {len(old) - 1} more" if len(old) > 1 else ""
+
+
+def described_files(files: Sequence[Path]) -> str:
+    """Name the first of some files, with its size and time: out/talk.mp4 (2.1 MB, written 2026-11-28 14:03)."""
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     with suppress(OSError):
-        found = old[0].stat()
+        found = files[0].stat()
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.st_mtime))
-        return f"{old[0]}{more} {stands} there ({size_text(found.st_size)}, written {written})"
-    return f"{old[0]}{more} {stands} there"
+        return f"{files[0]}{more} ({size_text(found.st_size)}, written {written})"
+    return f"{files[0]}{more}"
 
 
 def _with_need(plan: Plan, found: Mapping[str, NodeStatus]) -> dict[str, NodeStatus]:

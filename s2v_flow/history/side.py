@@ -37,7 +37,7 @@ def summarise(planned: Planned, result: RunResult) -> list[Path]:
     """Write a matrix's contact sheets and side-by-side videos beside its first video; none for fewer than two videos.
 
     They are named after what was swept, talk.cells.seed-cfg.png; a file of that name that shows something else stays,
-    and the new ones are numbered. The sound is the first video's.
+    and the new ones are numbered, unless the plan overwrites. The sound is the first video's.
     """
     sinks: dict[str, dict[str, Path]] = {}
     for name, paths in result.outputs.items():
@@ -47,11 +47,11 @@ def summarise(planned: Planned, result: RunResult) -> list[Path]:
     cells, written = [variant.cell for variant in planned.variants], []
     for node, videos in sinks.items():
         stem = planned.recipe.path.stem + (f".{node}" if len(sinks) > 1 else "")
-        written += _summarise(cells, videos, stem) if len(videos) > 1 else []
+        written += _summarise(cells, videos, stem, planned.overwrites) if len(videos) > 1 else []
     return written
 
 
-def _summarise(cells: Sequence[Cell], videos: Mapping[str, Path], stem: str) -> list[Path]:
+def _summarise(cells: Sequence[Cell], videos: Mapping[str, Path], stem: str, overwrites: bool) -> list[Path]:
     from s2v_flow.media.audio import open_audio
     from s2v_flow.media.sheet import contact_sheet, mark_of, page_identity, side_by_side
     from s2v_flow.media.video import probe_video
@@ -66,7 +66,7 @@ def _summarise(cells: Sequence[Cell], videos: Mapping[str, Path], stem: str) -> 
         names = [f"{base}.page{index}" if len(sheets) > 1 else base for index in range(1, len(sheets) + 1)]
         targets = [first.with_name(f"{name}{suffix}") for suffix in (".png", ".mp4") for name in names]
         named = zip(targets, identities, strict=True)
-        if all(not os.path.lexists(target) or mark_of(target) == identity for target, identity in named):
+        if overwrites or all(not os.path.lexists(target) or mark_of(target) == identity for target, identity in named):
             break
     info = probe_video(first)
     for page, target in zip(sheets, targets, strict=False):

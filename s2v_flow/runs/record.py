@@ -58,11 +58,12 @@ def runs_root(cache_root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Given:
-    """What was laid over the recipe."""
+    """What was laid over the recipe; `output` is where its only output goes instead."""
 
     profiles: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     overrides: tuple[str, ...] = ()
+    output: Path | None = None
 
 
 @dataclass
@@ -239,7 +240,8 @@ class Recorder:
                 size = path.stat().st_size
                 # what was delivered holds the object, and perhaps a note behind it
                 sha256 = item.sha256 if size == item.size else file_digest(path)
-            name = without_home(str(Path(text).with_name(path.name)))
+            place = Path(text).with_name(path.name)
+            name = without_home(str(place if self.given.output is None else path))
             facts = {key: entry.facts.get(key) for key in ("frames", "frames_sha256")}
             record = OutputRecord(node=node.name, name=name, sha256=sha256, size=size, changed=event.changed, **facts)
             records.append(record)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,21 @@ def recipe_text(start: Start, folder: Path) -> str:
     behind.update({("params", name): text for name, text in about.items()})
     above = {path: text for path, text in ABOVE.items() if _has(data, path)}
     return to_yaml(data, comments=behind, above=above)
+
+
+def is_as_written(path: Path, params: Mapping[str, Any], output: str) -> bool:
+    """Tell whether a recipe is as `make` or `init` wrote it, so that nobody's work is in it.
+
+    Args:
+        path: The recipe.
+        params: Its parameters.
+        output: The video's name in it.
+    """
+    with suppress(OSError, UnicodeDecodeError, KeyError, TypeError, S2VFlowError):
+        text, folder = path.read_text(encoding="utf-8"), path.parent
+        start = Start(folder / params["image"], folder / params["audio"], params["prompt"], output=output)
+        return any(recipe_text(replace(start, like=like), folder) == text for like in RECIPES)
+    return False
 
 
 def recipe_path(video: Path) -> Path:

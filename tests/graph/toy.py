@@ -252,7 +252,7 @@ class Workshop:
             models=lambda: self.log,
             file_digest=file_digest,
             emit=self.events.append,
-            **more,
+            **{"overwrites": True, **more},
         )
         try:
             return run.execute()

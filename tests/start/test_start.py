@@ -243,6 +243,22 @@ def test_make_without_models_says_what_is_missing_and_how_to_go_on(tmp_path: Pat
     assert f"s2vflow models {tmp_path / 'talk.yaml'} --download" in err
 
 
+def test_a_make_that_failed_does_not_stand_in_the_way_of_the_next(tmp_path: Path) -> None:
+    """The recipe that it left is replaced as long as nobody has changed it."""
+    voice = write_voice(tmp_path / "voice.wav", 0.5)
+    recipe = tmp_path / "talk.yaml"
+    where = ["--cache-dir", tmp_path / "cache", "--models-dir", tmp_path / "models", "--device", "cpu"]
+    arguments = ["make", PORTRAIT, voice, "It costs ${x}.", "-o", tmp_path / "talk.mp4", *where]
+    assert call(*arguments)[0] == 4
+    first = recipe.read_text()
+    assert call(*arguments, "--like", "bf16")[0] == 4
+    assert "wan2.2_s2v_14B_bf16" in recipe.read_text() != first
+    recipe.write_text(recipe.read_text() + "# mine\n")
+    code, _, err = call(*arguments)
+    assert (code, "talk.yaml is there already" in err) == (2, True)
+    assert recipe.read_text().endswith("# mine\n")
+
+
 def test_make_makes_mp4_files(tmp_path: Path) -> None:
     code, _, err = call("make", PORTRAIT, PORTRAIT, "Hi.", "-o", tmp_path / "talk.avi")
     assert code == 2

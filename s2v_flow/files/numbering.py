@@ -1,0 +1,85 @@
+"""Names for results beside others: talk.mp4, talk.2.mp4, talk.3.mp4. What stands there is never written over."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import chain, count
+from pathlib import Path
+
+
+class TakenError(Exception):
+    """Somebody else has given another file the name."""
+
+
+def numbered(path: Path, number: int) -> Path:
+    """Return the name of a path's second file, third file and so on: talk.2.mp4; the first has the path itself."""
+    return path if number < 2 else path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def free_name(path: Path, fits: Callable[[Path], bool]) -> Path:
+    """Return the name for a result.
+
+    Args:
+        path: The name that is wanted.
+        fits: Tells of a name whether nothing else stands there: it is free, or is the result's already.
+
+    Returns:
+        The wanted name where it fits, else a number that is in use and fits, else the first one above all in use.
+    """
+    if fits(path):
+        return path
+    pattern = re.compile(rf"{re.escape(path.stem)}\.([2-9]|[1-9][0-9]+)(?:_[0-9]+)?{re.escape(path.suffix)}")
+    names: list[str] = []
+    with suppress(OSError):
+        names = os.listdir(path.parent)
+    found = sorted({int(match[1]) for name in names if (match := pattern.fullmatch(name))})
+    numbers = chain(found, count(max(found, default=1) + 1))
+    return next(name for number in numbers if fits(name := numbered(path, number)))
+
+
+def put_new(made: str | Path, path: Path) -> None:
+    """Give a finished file a name in the same file system that nobody has yet; its old name is gone then, or is not.
+
+    Raises:
+        TakenError: Somebody has it.
+        OSError: The name cannot be given.
+    """
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        raise TakenError(path) from None
+    except OSError:  # a file system without links
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            raise TakenError(path) from None
+        os.replace(made, path)
+
+
+def put_beside(made: Path, wanted: Path, *, replaces: bool = False) -> Path:
+    """Give a finished file the wanted name, or a numbered one where another file has it; return the name.
+
+    Args:
+        made: The file, in the same file system; it may stay under its old name.
+        wanted: The name; a file there with the same bytes is the file.
+        replaces: Take the place of what is there.
+    """
+    while not replaces:
+        path = free_name(wanted, lambda name: not os.path.lexists(name) or _is_same(made, name))
+        if os.path.lexists(path):
+            return path
+        with suppress(TakenError):
+            put_new(made, path)
+            return path
+    os.replace(made, wanted)
+    return wanted
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    with suppress(OSError):
+        return other.is_file() and filecmp.cmp(one, other, shallow=False)
+    return False
