@@ -255,7 +255,8 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
         return build_plan(of.nodes, of.order, locations, remember)
 
     if variants:
-        whole, alone = merge_plans([(item.cell.label, built(item.recipe, item.cell.label)) for item in variants])
+        parts = [(item.cell.label, built(item.recipe, item.cell.label)) for item in variants]
+        whole, alone = merge_plans(parts)
         recipes = {item.cell.label: item.recipe for item in variants}
         cells = {name: recipes[label] for name, label in alone.items()}
     else:
@@ -268,11 +269,14 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
     statuses = assess(made, store, numerics, digests.known, forced)
     has_work = any(status.status in TO_COMPUTE for status in statuses.values())
     to_compute = {name for name, status in statuses.items() if status.status in TO_COMPUTE}
-    computed = needs(made, {node.name for node in made.nodes if node.node.is_stored} & to_compute, numerics)
+    to_store = {node.name for node in made.nodes if node.node.is_stored} & to_compute
+    computed, free_bytes = needs(made, to_store, numerics), free_memory_bytes(device)
+    if variants and free_bytes is not None and any((need.peak_bytes or 0) > free_bytes for need in computed.values()):
+        made = options.selection.cut(merge_plans(parts, by_stage=True)[0])
+        made = replace(made, notes=(*made.notes, "the cells' files are written after all sampling, for lack of memory"))
+        computed = needs(made, to_store, numerics)
     expected = estimate(made, statuses, store.recent(EARLIER) if has_work else [], numerics, computed)
-    return Planned(
-        recipe, made, statuses, device, expected, cells, variants, free_memory_bytes(device), options.overwrite
-    )
+    return Planned(recipe, made, statuses, device, expected, cells, variants, free_bytes, options.overwrite)
 
 
 def _output_file(recipe: Recipe, given: Path | None) -> Path | None:

@@ -11,7 +11,9 @@ from recipes_for_tests import call, options, tiny, write_recipe, write_voice
 
 from s2v_flow import api
 from s2v_flow.errors import S2VFlowError
+from s2v_flow.graph.events import Delivered, Event, NodeStarted
 from s2v_flow.media.video import probe_video
+from s2v_flow.models.registry import ModelRegistry
 from s2v_flow.nodes.chunk import Chunk
 
 
@@ -36,6 +38,32 @@ def test_a_matrix_writes_each_cell_and_one_page(
     code, again, err = call("run", str(recipe), *where, "-m", "nodes.first.seed=1,2", "--device", "cpu")
     assert (code, "warning: the page of all cells cannot be made: the printer is out of ink" in err) == (0, True)
     assert again.splitlines() == [str(video) for video in videos[:2]]
+
+
+def test_a_cell_is_delivered_before_the_next_is_sampled_and_each_model_is_loaded_once(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks in the morning after a crash finds the videos of all cells that were sampled."""
+    registries = []
+
+    class Counted(ModelRegistry):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            registries.append(self)
+
+    monkeypatch.setattr("s2v_flow.models.registry.ModelRegistry", Counted)
+    recipe = write_recipe(tmp_path, tiny(first={"vae": None}))
+    write_voice(tmp_path / "voice.wav", 0.3)
+    events: list[tuple[str, str]] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, (NodeStarted, Delivered)):
+            events.append((type(event).__name__, event.node))
+
+    api.run(recipe, options(tmp_path, tiny_models, axes=["nodes.first.seed=1,5"]), on_event=note)
+    assert events.index(("Delivered", "seed=1/video")) < events.index(("NodeStarted", "seed=5/first"))
+    (registry,) = registries
+    assert sorted(registry.loads.values()) == [1] * 4
 
 
 def fail(*_: object) -> None:

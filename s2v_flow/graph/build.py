@@ -217,16 +217,18 @@ def _sorted(graph: nx.DiGraph[str]) -> Iterator[str]:
     yield from nx.lexicographical_topological_sort(graph, key=lambda name: graph.nodes[name]["order"])
 
 
-def merge_plans(plans: Sequence[tuple[str, Plan]]) -> tuple[Plan, dict[str, str]]:
+def merge_plans(plans: Sequence[tuple[str, Plan]], *, by_stage: bool = False) -> tuple[Plan, dict[str, str]]:
     """Join plans that were made with labels.
 
     Args:
         plans: Each with its label; labels differ.
+        by_stage: Run a stage of all plans before the next, so that fewer models are live at once. Else one plan after
+            the other, behind the encoders of all: each plan's files are there as soon as they can be.
 
     Returns:
-        The joined plan: equal nodes of equal inputs are one node, files that are written never are. Its order keeps to
-        the stages of all plans, so that a model is loaded once for all that use it. And the label of every node that
-        belongs to one plan alone.
+        The joined plan: equal nodes of equal inputs are one node, files that are written never are. In both orders a
+        model stays live until its last use, so that it is loaded once. And the label of every node that belongs to one
+        plan alone.
     """
     made: dict[object, PlanNode] = {}
     taken: set[str] = set()
@@ -246,7 +248,13 @@ def merge_plans(plans: Sequence[tuple[str, Plan]]) -> tuple[Plan, dict[str, str]
     alone = {name: next(iter(labels)) for name, labels in users.items() if len(labels) == 1}
     full = {name: name if name.startswith(f"{label}/") else f"{label}/{name}" for name, label in alone.items()}
     by_name = {(node := _with_names(each, full)).name: node for each in made.values()}
-    nodes = [by_name[name] for name in _sorted(_graph(by_name.values()))]
+    graph = _graph(by_name.values())
+    if not by_stage:
+        turns = {label: turn for turn, (label, _) in enumerate(plans, 1)}
+        first = {full.get(name, name): min(turns[label] for label in labels) for name, labels in users.items()}
+        for name, data in graph.nodes.items():
+            data["order"] = (first[name] if by_name[name].node.stage else 0, *data["order"])
+    nodes = [by_name[name] for name in _sorted(graph)]
     missing = dict.fromkeys(item for _, plan in plans for item in plan.missing)
     notes = dict.fromkeys(note for _, plan in plans for note in plan.notes)
     return Plan(tuple(nodes), tuple(missing), tuple(notes)), {full[name]: label for name, label in alone.items()}
