@@ -393,7 +393,7 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
         emit=recorder,
         forced=options.selection.forced(planned.plan),
         keeps_going=bool(planned.labels) and not options.fail_fast,
-        note=note_maker(planned.recipe_of, planned.plan, digests, numerics.device_class),
+        note=note_maker(planned.recipe_of, planned.plan, digests, numerics.device_class, _workflows),
         should_stop=options.should_stop,
         about={"s2vflow": __version__, "torch": torch_version()},
         cache_limit=options.size_limit,
@@ -409,6 +409,19 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
         finally:
             execution.close()
     return result
+
+
+def _workflows(recipe: Recipe, plan: Plan) -> dict[str, str]:
+    """Return the tags by which ComfyUI opens a video's graph; none where it has nothing for the recipe."""
+    from s2v_flow.comfy.exporter import export_workflow
+
+    try:
+        return {
+            "workflow": export_workflow(recipe, plan, "editor")[0],
+            "prompt": export_workflow(recipe, plan, "api")[0],
+        }
+    except S2VFlowError:
+        return {}
 
 
 def _given(options: Options) -> Given:

@@ -152,7 +152,7 @@ class Node(BaseModel):
         Args:
             files: Where to write, by field path.
             artifacts: The node's stored outputs by name.
-            note: What the result was made of, for kinds of files that can hold it; may be empty.
+            note: What the result was made of, as boxes behind an mp4, for kinds that are such; may be empty.
 
         Returns:
             The files written and whether each had to change.

@@ -1,10 +1,15 @@
-"""A note inside an mp4: a `uuid` box after the film, which players skip (ISO/IEC 14496-12, 4.2)."""
+"""A note inside an mp4: in boxes after the film, which players skip (ISO/IEC 14496-12, 4.2).
+
+A `uuid` box holds it byte for byte. In a `udta` box it stands as the comment tag too, which FFmpeg reads and a remux
+keeps, beside ComfyUI's tags (workflow, prompt). Two metadata boxes: ComfyUI looks for named keys in the first `udta` of
+a file, FFmpeg takes no keys there once the film's own header has had some, but iTunes' tags.
+"""
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,37 +17,74 @@ from s2v_flow.errors import MediaError
 
 BOX_ID = bytes.fromhex("733276666c6f772d70726f762d303031")  # "s2vflow-prov-001"
 MAX_NOTE_BYTES = 4 << 20
+_BEGINNING = '{"essence":'
 _MAX_BOXES = 10_000
+_UTF8 = struct.pack(">II", 1, 0)  # the type of a tag's value, and its locale
 
 
-def note_box(note: bytes) -> bytes:
-    """Return the box that holds a note, to be put at an mp4's end.
+def note_box(note: bytes, tags: Mapping[str, bytes] | None = None) -> bytes:
+    """Return the boxes that hold a note, to be put at an mp4's end.
+
+    Args:
+        note: UTF-8 text.
+        tags: More text, under names of its own.
 
     Raises:
         ValueError: The note is longer than `MAX_NOTE_BYTES`.
     """
     if len(note) > MAX_NOTE_BYTES:
         raise ValueError(f"a note is at most {MAX_NOTE_BYTES} bytes, got {len(note)}")
-    return struct.pack(">I4s16s", 24 + len(note), b"uuid", BOX_ID) + note
+    metas = [_meta(b"mdir", b"appl", _box(b"ilst", _box(b"\xa9cmt", _box(b"data", _UTF8, note))))]
+    if tags:
+        keys = (_box(b"mdta", name.encode()) for name in tags)
+        values = (_box(struct.pack(">I", key), _box(b"data", _UTF8, text)) for key, text in enumerate(tags.values(), 1))
+        named = _box(b"keys", struct.pack(">II", 0, len(tags)), *keys), _box(b"ilst", *values)
+        metas.insert(0, _meta(b"mdta", bytes(4), *named))
+    return _box(b"udta", *metas) + _box(b"uuid", BOX_ID, note)
+
+
+def _box(kind: bytes, *content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + sum(map(len, content)), kind) + b"".join(content)
+
+
+def _meta(handler: bytes, maker: bytes, *content: bytes) -> bytes:
+    return _box(b"meta", bytes(4), _box(b"hdlr", bytes(8), handler, maker, bytes(9)), *content)
 
 
 def read_note(path: str | os.PathLike[str]) -> bytes | None:
-    """Return the note inside an mp4, or None where there is none.
+    """Return the note inside an mp4, or in the comment tag of an mp4 or Matroska file; None where there is none.
 
     Raises:
-        MediaError: The file cannot be read, or is no mp4.
+        MediaError: The file cannot be read, or is no such file.
     """
     try:
         with Path(path).open("rb") as file:
+            if file.read(4) == b"\x1aE\xdf\xa3":
+                return _comment(file, "matroska")
             size = os.fstat(file.fileno()).st_size
             for kind, start, end in _boxes(file, size, path):
                 if kind == b"uuid" and end - start >= 16:
                     file.seek(start)
                     if file.read(16) == BOX_ID and end - start - 16 <= MAX_NOTE_BYTES:
                         return file.read(end - start - 16)
+            return _comment(file, "mov") if size else None
     except OSError as error:
         raise MediaError(f"{path} cannot be read: {error.strerror}") from error
-    return None
+
+
+def _comment(file: BinaryIO, form: str) -> bytes | None:
+    """Return a container's comment if it is a note, as a remux has left it."""
+    import av
+
+    file.seek(0)
+    options = {"protocol_whitelist": "none"}  # nothing but this file is read
+    try:
+        with av.open(file, format=form, container_options=options, metadata_errors="replace") as container:
+            texts = [text for name, text in container.metadata.items() if name.lower() == "comment"]
+    except (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError):
+        return None
+    notes = [text.encode() for text in texts if text.startswith(_BEGINNING) and len(text) <= MAX_NOTE_BYTES]
+    return notes[0] if notes else None
 
 
 def _boxes(file: BinaryIO, size: int, path: str | os.PathLike[str]) -> Iterator[tuple[bytes, int, int]]:

@@ -84,9 +84,7 @@ class SaveVideo(Node):
 
     def deliver(self, files: Files, artifacts: Mapping[str, Artifact], note: bytes) -> list[tuple[Path, bool]]:
         """Copy the stored video to its place, with what it was made of behind the film."""
-        from s2v_flow.media.provenance import note_box
-
-        return [(files["file",], artifacts["file"].copy_to(files["file",], note_box(note) if note else b""))]
+        return [(files["file",], artifacts["file"].copy_to(files["file",], note))]
 
 
 class SaveImages(Node):

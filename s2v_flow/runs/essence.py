@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,11 +11,11 @@ from pydantic import ValidationError
 from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MediaError
 from s2v_flow.graph.plan import Plan, PlanNode
-from s2v_flow.media.provenance import MAX_NOTE_BYTES, read_note
+from s2v_flow.media.provenance import MAX_NOTE_BYTES, note_box, read_note
 from s2v_flow.recipe.document import Recipe
-from s2v_flow.runs.files import ancestors, file_records
+from s2v_flow.runs.files import alone, ancestors, file_records, part_of
 from s2v_flow.runs.manifest import Essence, EssenceNode, to_note
-from s2v_flow.runs.values import written
+from s2v_flow.runs.values import home_hidden, written
 
 SOFTWARE = ("s2vflow", "torch")  # the facts of a stored result that say what computed it
 
@@ -39,7 +40,7 @@ def essence_of(
     """
     parts = ancestors(plan, node.name)
     stored = {part.name: entries[part.name] for part in parts if part.name in entries}
-    others = frozenset(name for name, spec in recipe.nodes.items() if spec.node.is_sink and name != node.recipe_node)
+    others = frozenset(_others(recipe, node))
     facts = stored[node.name].facts
     software = {
         name: sorted({str(entry.facts[name]) for entry in stored.values() if entry.facts.get(name)})
@@ -52,28 +53,42 @@ def essence_of(
         files=file_records(parts, digest),
         device=device_class,
         software=software,
-        nodes={_alone(name): _essence_node(plan.node(name), entry) for name, entry in stored.items()},
+        nodes={alone(name): _essence_node(plan.node(name), entry) for name, entry in stored.items()},
         frames=facts.get("frames"),
         frames_sha256=facts.get("frames_sha256"),
     )
 
 
 def note_maker(
-    recipe_of: Callable[[str], Recipe], plan: Plan, digest: Callable[[Path], str | None], device_class: str
+    recipe_of: Callable[[str], Recipe],
+    plan: Plan,
+    digest: Callable[[Path], str | None],
+    device_class: str,
+    tags: Callable[[Recipe, Plan], Mapping[str, str]],
 ) -> Callable[[PlanNode, Mapping[str, Entry]], bytes]:
-    """Return what gives a run its notes: the essence of a sink, as bytes.
+    """Return what gives a run its notes: the essence of a sink, as what stands behind an mp4.
 
     Args:
         recipe_of: The recipe that a plan node belongs to.
         plan: The plan.
         digest: sha256 of a file.
         device_class: "cpu", "cuda" or "mps".
+        tags: Gives more texts by name, for a recipe and a plan of one output.
     """
 
     def note(node: PlanNode, entries: Mapping[str, Entry]) -> bytes:
-        return note_of(essence_of(recipe_of(node.name), plan, node, entries, digest, device_class))
+        recipe = recipe_of(node.name)
+        essence = note_of(essence_of(recipe, plan, node, entries, digest, device_class))
+        nodes = {name: spec for name, spec in recipe.nodes.items() if name not in _others(recipe, node)}
+        texts = tags(replace(recipe, nodes=nodes), part_of(plan, node.name))
+        return note_box(essence, {name: home_hidden(text).encode() for name, text in texts.items()})
 
     return note
+
+
+def _others(recipe: Recipe, node: PlanNode) -> set[str]:
+    """Return the recipe's other sinks."""
+    return {name for name, spec in recipe.nodes.items() if spec.node.is_sink and name != node.recipe_node}
 
 
 def note_of(essence: Essence) -> bytes:
@@ -101,11 +116,6 @@ def read_essence(path: Path) -> Essence:
             f"{path}: its note cannot be read: {error.error_count()} values are not as expected",
             fix="read it with the version of s2vflow that wrote it",
         ) from error
-
-
-def _alone(name: str) -> str:
-    """Return a plan node's name without the label of a matrix's cell: the cell run alone calls it so."""
-    return name.rpartition("/")[2]
 
 
 def _essence_node(node: PlanNode, entry: Entry) -> EssenceNode:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -41,6 +42,31 @@ def test_a_film_with_a_note_plays_as_without(tmp_path: Path, film: bytes) -> Non
         after = reader.read(0, 9)
     assert before.shape == (5, 32, 32, 3)
     assert (before == after).all()
+
+
+def test_ffmpeg_reads_the_note_as_a_comment_and_a_remux_keeps_it(tmp_path: Path, film: bytes) -> None:
+    """Whatever the length; into mp4 with either sort of tags, and into Matroska."""
+    note = b'{"essence":1,"text":"' + b"x" * 100_000 + b'"}'
+    source = written(tmp_path, film + note_box(note, {"workflow": b'{"nodes":[]}'}))
+    with av.open(str(source)) as container:
+        assert container.metadata["comment"].encode() == note
+    for name, movflags in (("a.mp4", ""), ("b.mp4", "use_metadata_tags"), ("c.mkv", "")):
+        target = tmp_path / name
+        given = {"movflags": movflags} if movflags else {}
+        with av.open(str(source)) as old, av.open(str(target), "w", options=given) as new:
+            new.metadata.update(old.metadata)
+            stream = new.add_stream_from_template(old.streams.video[0])
+            for packet in old.demux(old.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    new.mux(packet)
+        assert b"s2vflow-prov-001" not in target.read_bytes()
+        assert read_note(target) == note
+
+
+def test_a_comment_that_is_no_note_is_none(tmp_path: Path, film: bytes) -> None:
+    box = note_box(b'{"other":1}')
+    assert read_note(written(tmp_path, film + box[: box.index(b"uuid") - 4])) is None
 
 
 def test_a_film_without_a_note_has_none(tmp_path: Path, film: bytes) -> None:

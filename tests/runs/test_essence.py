@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +27,20 @@ def done(tmp_path_factory: pytest.TempPathFactory, quick_run: Place) -> Place:
     return copied(quick_run, tmp_path_factory.mktemp("essence"))
 
 
-def test_the_file_is_the_stored_film_with_a_note_behind_it(done: Place) -> None:
+def film_of(done: Place) -> bytes:
+    """The film as it is stored, without what stands behind it in the file."""
     manifest = json.loads(done.manifests()[0].read_text())
     (film,) = (node["outputs"]["file"] for node in manifest["nodes"] if node["name"] == "video")
     (stored,) = done.cache.glob(f"objects/??/{film}.mp4")
-    note = read_note(done.video)
+    return stored.read_bytes()
+
+
+def test_the_file_is_the_stored_film_with_a_note_behind_it(done: Place) -> None:
+    note, content, film = read_note(done.video), done.video.read_bytes(), film_of(done)
     assert note is not None
-    assert done.video.read_bytes() == stored.read_bytes() + note_box(note)
+    assert content.startswith(film)
+    assert len(note_box(note)) < len(content) - len(film) < 64_000  # with ComfyUI's workflow
+    assert content.endswith(note)
     with VideoReader(done.video) as reader:
         assert len(reader) == 20
 
@@ -48,6 +57,25 @@ def test_it_says_what_it_was_made_of(done: Place) -> None:
     fingerprints = {node["name"]: node["fingerprint"] for node in manifest["nodes"]}
     assert {name: node.fingerprint for name, node in essence.nodes.items()}.items() <= fingerprints.items()
     assert essence.frames_sha256 == manifest["outputs"][0]["frames_sha256"]
+
+
+def test_comfyui_finds_the_workflow_where_it_looks(done: Place) -> None:
+    """In the named keys of the first `udta` of the file, in both formats; a recipe that it cannot run has none."""
+    content = done.video.read_bytes()
+    start = content.index(b"udta", len(film_of(done))) - 4
+    keys = content.index(b"keys", start)
+    assert content[keys + 4 : keys + 12] == struct.pack(">II", 0, 2)
+    assert content[keys + 16 : keys + 36] == b"mdtaworkflow" + struct.pack(">I", 14) + b"mdta"
+    assert content[keys + 36 : keys + 42] == b"prompt"
+    texts = [content[item + 12 :] for item in _data_boxes(content, keys)][:2]
+    workflow, prompt = (json.JSONDecoder().raw_decode(text.decode("utf-8", "replace"))[0] for text in texts)
+    assert "WanSoundImageToVideo" in {node["type"] for node in workflow["nodes"]}
+    assert "WanSoundImageToVideo" in {node["class_type"] for node in prompt.values()}
+
+
+def _data_boxes(content: bytes, start: int) -> Iterator[int]:
+    while (start := content.find(b"data" + struct.pack(">II", 1, 0), start + 1)) > 0:
+        yield start
 
 
 def test_it_says_nothing_of_the_run(done: Place) -> None:
@@ -80,8 +108,7 @@ def test_the_same_recipe_elsewhere_gives_the_same_file(done: Place, tmp_path: Pa
 
 def test_a_file_without_its_note_is_mended(done: Place) -> None:
     content = done.video.read_bytes()
-    note = read_note(done.video) or b""
-    done.video.write_bytes(content[: -len(note_box(note))])
+    done.video.write_bytes(film_of(done))
     assert done.run()[0] == 0
     assert done.video.read_bytes() == content
 
@@ -110,8 +137,7 @@ def test_a_cell_of_a_matrix_says_the_same_as_the_recipe_alone(done: Place, tmp_p
 
 def test_a_file_that_says_nothing_is_refused_with_the_reason(done: Place, tmp_path: Path) -> None:
     film = tmp_path / "film.mp4"
-    content = done.video.read_bytes()
-    film.write_bytes(content[: -len(note_box(read_note(done.video) or b""))])
+    film.write_bytes(film_of(done))
     with pytest.raises(MediaError, match="does not say how it was made"):
         read_essence(film)
     film.write_bytes(film.read_bytes() + note_box(b'{"essence": 2}'))
