@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from s2v_flow.cache.housekeeping import live_run
 from s2v_flow.cache.store import Store
 from s2v_flow.demo.catalog import demo_root
@@ -37,12 +35,13 @@ from s2v_flow.nodes.memory import needs
 from s2v_flow.nodes.precision import precision_notes
 from s2v_flow.nodes.table import KINDS as KINDS
 from s2v_flow.options import Options as Options
-from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.argument import Changes
+from s2v_flow.recipe.document import Recipe, only_output
 from s2v_flow.recipe.layers import Written
 from s2v_flow.recipe.load import Variant, load_cells, load_recipe
 from s2v_flow.result import Result
 from s2v_flow.runs.environment import plugins_of, torch_version
-from s2v_flow.runs.essence import note_maker
+from s2v_flow.runs.essence import essence_in, likely_folders, note_maker, video_notes
 from s2v_flow.runs.lockfile import check_lock, lock_path
 from s2v_flow.runs.record import Given, Recorder, runs_root
 from s2v_flow.runs.sources import FileDigests
@@ -202,7 +201,18 @@ def check(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> 
     Raises:
         RecipeError: With every mistake that was found; also where a recipe's file cannot be read.
     """
-    return load_recipe(_written(recipe), kinds=KINDS, changes=replace(options or Options(), **fields).changes)
+    written = _written(recipe)
+    changes = _changes(written, replace(options or Options(), **fields))
+    return load_recipe(written, kinds=KINDS, changes=changes)
+
+
+def _changes(path: Written, options: Options) -> Changes:
+    """Return what is laid over a recipe, and where a video stands for it, the recipe that is in the video."""
+    essence = essence_in(path) if isinstance(path, Path) else None
+    if essence is None or not isinstance(path, Path):
+        return options.changes
+    inside = load_recipe(path, kinds=KINDS, changes=Changes(inside=(essence.recipe, path.absolute().parent)))
+    return replace(options.changes, inside=(essence.recipe, likely_folders(path, inside, essence.node)[0]))
 
 
 load = check  # the name that some look for first
@@ -237,8 +247,9 @@ def plan(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> P
         S2VFlowError: A file that is there cannot be used, or the device is not there.
     """
     options = replace(options or Options(), **fields)
-    cells = load_cells(_written(recipe), kinds=KINDS, changes=options.changes, axes=options.axes)
-    return _plan(*cells, options)
+    written = _written(recipe)
+    changes = _changes(written, options)
+    return _plan(*load_cells(written, kinds=KINDS, changes=changes, axes=options.axes), options)
 
 
 def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Planned:
@@ -251,7 +262,12 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
 
     def built(of: Recipe, label: str) -> Plan:
         tag = re.sub(r"[^A-Za-z0-9._=,-]", "_", label)
-        locations = replace(options.locations, output_tag=tag, output_file=_output_file(of, options.output))
+        found = options.locations
+        input_dirs = (
+            found.input_dirs if of.folder is None else (*found.input_dirs, of.path.absolute().parent, Path.cwd())
+        )
+        output_file = only_output(of, options.output)
+        locations = replace(found, input_dirs=input_dirs, output_tag=tag, output_file=output_file)
         return build_plan(of.nodes, of.order, locations, remember)
 
     if variants:
@@ -263,7 +279,8 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
         whole, cells = built(recipe, ""), {}
     made = options.selection.cut(whole)
     check_fit(made)
-    made = replace(made, notes=(*made.notes, *precision_notes(made, device)))
+    notes = *made.notes, *precision_notes(made, device), *video_notes(recipe, made, digests.known)
+    made = replace(made, notes=notes)
     forced = options.selection.forced(made)
     store, numerics = Store(options.cache_root), Numerics(device_class(device))
     statuses = assess(made, store, numerics, digests.known, forced)
@@ -277,29 +294,6 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
         computed = needs(made, to_store, numerics)
     expected = estimate(made, statuses, store.recent(EARLIER) if has_work else [], numerics, computed)
     return Planned(recipe, made, statuses, device, expected, cells, variants, free_bytes, options.overwrite)
-
-
-def _output_file(recipe: Recipe, given: Path | None) -> Path | None:
-    """Check a name given for the recipe's only output, and return it.
-
-    Raises:
-        S2VFlowError: The recipe has no output or several, or this one's files are called otherwise.
-    """
-    if given is None:
-        return None
-    sinks = [spec for spec in recipe.nodes.values() if spec.node.is_sink]
-    names = ", ".join(f"nodes.{spec.name}.file" for spec in sinks) or "the recipe writes no file"
-    if len(sinks) != 1:
-        fix = f"give each its own with --set: {names}" if sinks else "add a save_video node"
-        raise S2VFlowError(f"-o names one file, the recipe writes {len(sinks)}", fix, exit_code=ExitCode.USAGE)
-    node = sinks[0].node
-    try:
-        type(node).model_validate({**dict(node), "file": given.name})
-    except ValidationError as error:
-        about = type(node).model_fields["file"].description
-        message = f"-o {given}: {sinks[0].name} ({node.kind}) cannot write a file of this name"
-        raise S2VFlowError(message, f"its file is: {about}", exit_code=ExitCode.USAGE) from error
-    return given
 
 
 def _digest_memory(options: Options) -> Path:

@@ -7,6 +7,7 @@ import shlex
 import sys
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from s2v_flow.api import Options, Planned
     from s2v_flow.cli.progress import Level
     from s2v_flow.graph.run import RunResult
+    from s2v_flow.start.project import Start
 
 EXIT_CODES = "\n".join(
     f"  {code}  {meaning}"
@@ -202,6 +204,26 @@ def config(recipe: Path, as_json: bool, with_origins: bool, resolved: bool, **gi
         report.print_result(config_text(checked, resolved=resolved, with_origins=with_origins).rstrip("\n"))
 
 
+@cli.command()
+@click.argument("video", type=FILE)
+@click.option("-o", "--output", type=FILE, help="The recipe to write, instead of stdout.")
+@click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
+def recipe(video: Path, output: Path | None, force: bool) -> None:
+    """Print the recipe that is inside an mp4 that s2vflow made; its paths are as seen from where it is written."""
+    from s2v_flow import api
+    from s2v_flow.cli import report
+    from s2v_flow.recipe.config import portable_text
+    from s2v_flow.runs.essence import read_essence
+
+    read_essence(video)  # says what is wrong with it
+    checked = api.check(video)
+    if output is None:
+        report.print_message(f"note: its relative paths start at {checked.folder}")
+    _deliver(
+        portable_text(checked if output is None else replace(checked, path=output, folder=None)), output, force=force
+    )
+
+
 @cli.command("import")
 @click.argument("workflow", type=FILE)
 @click.option("-o", "--output", type=FILE, help="The recipe to write, instead of stdout.")
@@ -317,10 +339,11 @@ def make(
     """Make a video without a recipe; one is left beside it, to change and to run again."""
     from s2v_flow.cli import report
     from s2v_flow.start.project import DEFAULT_PROMPT, Start, recipe_path, recipe_text, write_recipe
+    from s2v_flow.start.recipes import RECIPES
 
     recipe = recipe_path(output)
     start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, output.name)
-    text = recipe_text(start, recipe.parent)
+    text = recipe_text(start, recipe.parent) if like in RECIPES else _text_like(start, recipe)
     write_recipe(recipe, text, force=force or _is_as_written(recipe))
     given["output_dir"] = given["output_dir"] or recipe.parent  # -o says more than the user's defaults
     options = make_options(**given)
@@ -328,6 +351,16 @@ def make(
     if level != "quiet":
         report.print_message(f"the recipe is {recipe}; to run it again: {again}")
     _run(recipe, options, level, again, as_json=as_json)
+
+
+def _text_like(start: Start, recipe: Path) -> str:
+    """Return the recipe inside a video, for another portrait, voice and prompt."""
+    from s2v_flow import api
+    from s2v_flow.recipe.config import portable_text
+    from s2v_flow.start.project import changes_like
+
+    changes = changes_like(start, api.check(start.like))
+    return portable_text(replace(api.check(start.like, overrides=changes), path=recipe, folder=None))
 
 
 def _is_as_written(recipe: Path) -> bool:

@@ -217,15 +217,24 @@ def make_options(**given: Any) -> Options:
     return Options(**given)
 
 
+class Like(click.Choice[str]):
+    """A name of settings, or an mp4 that has its own inside."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Take a file's name as it is."""
+        is_file = value not in self.choices and Path(value).is_file()
+        return value if is_file else super().convert(value, param, ctx)
+
+
 def start_options(command: CommandT) -> CommandT:
     """Add the options of commands that write a first recipe."""
     for decorate in (
         click.option("--force", is_flag=True, help="Overwrite the recipe that is there."),
         click.option(
             "--like",
-            type=click.Choice(["lightning", "quality", "bf16", "official", "demo"]),
+            type=Like(["lightning", "quality", "bf16", "official", "demo"]),
             default="lightning",
-            help="Which settings to begin with.",
+            help="Which settings to begin with; make: or those of an mp4 that s2vflow made.",
             show_default=True,
         ),
     ):

@@ -10,7 +10,7 @@ import click
 
 from s2v_flow.cli.completion import SHELLS, completion_script
 from s2v_flow.cli.options import FILE, folder_options, make_options, start_options
-from s2v_flow.errors import ExitCode
+from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.machine import resolve_device
 
 
@@ -24,7 +24,11 @@ def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | 
     """Write a first recipe, for a portrait and a voice."""
     from s2v_flow.cli import report
     from s2v_flow.start.project import DEFAULT_PROMPT, Start, recipe_text, write_recipe
+    from s2v_flow.start.recipes import RECIPES
 
+    if like not in RECIPES:
+        fix = f"s2vflow recipe {like} -o {output} writes what is in it"
+        raise S2VFlowError(f"--like {like}: init knows its own names only", fix, exit_code=ExitCode.USAGE)
     start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, f"out/{output.stem}.mp4")
     write_recipe(output, recipe_text(start, output.parent), force=force)
     report.print_result(str(output))

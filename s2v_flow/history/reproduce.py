@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,9 +20,7 @@ from s2v_flow.graph.run import RunResult, ignore
 from s2v_flow.graph.selection import Selection
 from s2v_flow.machine import device_class
 from s2v_flow.recipe.argument import Override
-from s2v_flow.recipe.document import Recipe
-from s2v_flow.runs.essence import read_essence
-from s2v_flow.runs.files import file_records
+from s2v_flow.runs.essence import changed_files, likely_folders, read_essence
 from s2v_flow.runs.manifest import Essence, FileRecord
 from s2v_flow.runs.sources import FileDigests
 
@@ -90,7 +87,7 @@ def reproduce(
             options,
             overrides=[Override("set", f"nodes.{essence.node}.file={target}")],
             models_dirs=[*options.locations.models_dirs, demo_root(options.cache_root)],
-            input_dirs=[*options.input_dirs, *_likely_folders(video, api.check(recipe), essence.node)],
+            input_dirs=[*options.input_dirs, *likely_folders(video, api.check(recipe), essence.node)],
             output_dir=output_dir if output_dir is not None else folder / "out",
             cache_dir=folder / "cache",
             selection=Selection(is_fresh=True),
@@ -100,34 +97,16 @@ def reproduce(
             shutil.copyfile(options.cache_root / "digests.json", folder / "cache" / "digests.json")
         planned = api.plan(recipe, fresh)
         api.require_files(planned)
-        changed = _changed_files(essence, planned, FileDigests(folder / "cache" / "digests.json"))
-        if changed:
-            return Reproduction(str(video), is_same=False, was_run=False, differences=changed)
+        digests = FileDigests(folder / "cache" / "digests.json")
+
+        def digest(file: Path) -> str | None:
+            return digests(file) if file.is_file() else None  # the demo's models may not have been made yet
+
+        if changed := changed_files(essence, planned.plan, digest):
+            differences = tuple(_file_text(was, now) for was, now in changed)
+            return Reproduction(str(video), is_same=False, was_run=False, differences=differences)
         result = api.run_planned(planned, fresh, on_event)
         return _judged(video, essence, planned, result, output_dir)
-
-
-def _likely_folders(video: Path, recipe: Recipe, node: str) -> list[Path]:
-    """Return where the recipe's inputs may be: where the recipe stood if the video still does, beside it, and here."""
-    text = next(text for _, mark, text in recipe.nodes[node].node.files() if mark.role == "output")
-    file, folders = video.absolute(), [video.absolute().parent, Path.cwd()]
-    is_below = not os.path.isabs(os.path.expanduser(text)) and file.parts[-len(Path(text).parts) :] == Path(text).parts
-    return [file.parents[len(Path(text).parts) - 1], *folders] if is_below else folders
-
-
-def _changed_files(essence: Essence, planned: api.Planned, digests: FileDigests) -> tuple[str, ...]:
-    """Name the models, then the inputs, that are not those that went into the video."""
-
-    def digest(file: Path) -> str | None:
-        return digests(file) if file.is_file() else None  # the demo's models may not have been made yet
-
-    found = {item.at: item for item in file_records(planned.plan.nodes, digest)}
-    changed = []
-    for was in sorted(essence.files, key=lambda item: item.role != "model"):
-        now = found.get(was.at)
-        if now is not None and now.sha256 is not None and now.sha256 != was.sha256:
-            changed.append(_file_text(was, now))
-    return tuple(changed)
 
 
 def _file_text(was: FileRecord, now: FileRecord) -> str:

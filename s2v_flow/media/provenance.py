@@ -1,8 +1,8 @@
 """A note inside an mp4: in boxes after the film, which players skip (ISO/IEC 14496-12, 4.2).
 
 A `uuid` box holds it byte for byte. In a `udta` box it stands as the comment tag too, which FFmpeg reads and a remux
-keeps, beside ComfyUI's tags (workflow, prompt). Two metadata boxes: ComfyUI looks for named keys in the first `udta` of
-a file, FFmpeg takes no keys there once the film's own header has had some, but iTunes' tags.
+keeps. ComfyUI's tags (workflow, prompt) stand in one of their own: ComfyUI looks for named keys in the first `udta` of
+a file; FFmpeg takes no named keys once the film's own header has had some, but iTunes' tags.
 """
 
 from __future__ import annotations
@@ -22,25 +22,24 @@ _MAX_BOXES = 10_000
 _UTF8 = struct.pack(">II", 1, 0)  # the type of a tag's value, and its locale
 
 
-def note_box(note: bytes, tags: Mapping[str, bytes] | None = None) -> bytes:
-    """Return the boxes that hold a note, to be put at an mp4's end.
-
-    Args:
-        note: UTF-8 text.
-        tags: More text, under names of its own.
+def note_box(note: bytes) -> bytes:
+    """Return the boxes that hold a note, UTF-8 text, to be put at an mp4's end.
 
     Raises:
         ValueError: The note is longer than `MAX_NOTE_BYTES`.
     """
     if len(note) > MAX_NOTE_BYTES:
         raise ValueError(f"a note is at most {MAX_NOTE_BYTES} bytes, got {len(note)}")
-    metas = [_meta(b"mdir", b"appl", _box(b"ilst", _box(b"\xa9cmt", _box(b"data", _UTF8, note))))]
-    if tags:
-        keys = (_box(b"mdta", name.encode()) for name in tags)
-        values = (_box(struct.pack(">I", key), _box(b"data", _UTF8, text)) for key, text in enumerate(tags.values(), 1))
-        named = _box(b"keys", struct.pack(">II", 0, len(tags)), *keys), _box(b"ilst", *values)
-        metas.insert(0, _meta(b"mdta", bytes(4), *named))
-    return _box(b"udta", *metas) + _box(b"uuid", BOX_ID, note)
+    comment = _box(b"ilst", _box(b"\xa9cmt", _box(b"data", _UTF8, note)))
+    return _meta(b"mdir", b"appl", comment) + _box(b"uuid", BOX_ID, note)
+
+
+def tags_box(tags: Mapping[str, bytes]) -> bytes:
+    """Return the box of UTF-8 texts under names of one's own, to be put between the film and the note."""
+    keys = (_box(b"mdta", name.encode()) for name in tags)
+    values = (_box(struct.pack(">I", key), _box(b"data", _UTF8, text)) for key, text in enumerate(tags.values(), 1))
+    named = _box(b"keys", struct.pack(">II", 0, len(tags)), *keys), _box(b"ilst", *values)
+    return _meta(b"mdta", bytes(4), *named) if tags else b""
 
 
 def _box(kind: bytes, *content: bytes) -> bytes:
@@ -48,7 +47,7 @@ def _box(kind: bytes, *content: bytes) -> bytes:
 
 
 def _meta(handler: bytes, maker: bytes, *content: bytes) -> bytes:
-    return _box(b"meta", bytes(4), _box(b"hdlr", bytes(8), handler, maker, bytes(9)), *content)
+    return _box(b"udta", _box(b"meta", bytes(4), _box(b"hdlr", bytes(8), handler, maker, bytes(9)), *content))
 
 
 def read_note(path: str | os.PathLike[str]) -> bytes | None:

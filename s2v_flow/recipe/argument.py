@@ -207,13 +207,15 @@ class Override:
 class Changes:
     """What is laid over a recipe, later over earlier: profiles, files of a recipe's shape, and then single overrides.
 
-    Relative paths in the overrides start at `base_dir`, or at the current folder.
+    Relative paths in the overrides start at `base_dir`, or at the current folder. `inside` is the recipe's text and the
+    folder at which its relative paths start, where the recipe's file is a video that has it inside.
     """
 
     profiles: Sequence[str] = ()
     files: Sequence[Path] = ()
     overrides: Sequence[Override] = ()
     base_dir: Path | None = None
+    inside: tuple[str, Path] | None = None
 
     def __bool__(self) -> bool:
         return any((self.profiles, self.files, self.overrides))

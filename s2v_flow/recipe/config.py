@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.document import NodeSpec, Recipe
 from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.layers import LANGUAGE_VERSION
-from s2v_flow.recipe.params import Parameters
+from s2v_flow.recipe.params import Parameters, whole_reference
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir, path_text, plain
 
@@ -33,6 +34,20 @@ def config_text(recipe: Recipe, *, resolved: bool = True, with_origins: bool = F
     tree = _tree(recipe, resolved)
     comments = {path: _said(origin, recipe) for path, origin in _leaves(tree)} if with_origins else {}
     return to_yaml(_data(recipe, tree, resolved), comments=comments)
+
+
+def portable_text(recipe: Recipe) -> str:
+    """Return a recipe without its matrix, references kept, inputs' relative paths as seen from its folder."""
+    tree = _tree(replace(recipe, matrix_text=None), resolved=False)
+    data = _data(recipe, tree, resolved=False)
+    for name, spec in recipe.nodes.items():
+        for path, text in _moved_inputs(spec, recipe):
+            param = whole_reference(_get(data["nodes"][name], path))
+            if param is not None:
+                data["params"][param] = _escaped(text)
+            else:
+                _put(data["nodes"][name], path, _escaped(text))
+    return to_yaml(data)
 
 
 def config_json(recipe: Recipe, *, resolved: bool = True, with_origins: bool = False) -> dict[str, Any]:
@@ -111,17 +126,21 @@ def _escaped(text: str) -> str:
 
 def _moved_inputs(spec: NodeSpec, recipe: Recipe) -> Iterator[tuple[FieldPath, str]]:
     """Yield the input files whose relative path starts at another folder than the recipe's, as seen from there."""
-    home = absolute_dir(recipe.path)
+    home = recipe.folder or absolute_dir(recipe.path)
     for path, mark, text in spec.node.files():
         base_dir = spec.base_dir(path)
         if mark.role == "input" and base_dir != home and not os.path.isabs(os.path.expanduser(text)):
             yield path, os.path.relpath(base_dir / text, home)
 
 
-def _put(data: Any, path: FieldPath, value: str) -> None:
-    for part in path[:-1]:
+def _get(data: Any, path: FieldPath) -> Any:
+    for part in path:
         data = data[part]
-    data[path[-1]] = value
+    return data
+
+
+def _put(data: Any, path: FieldPath, value: str) -> None:
+    _get(data, path[:-1])[path[-1]] = value
 
 
 def _leaves(tree: Tree, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Origin]]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.errors import Diagnostic, Place
+from pydantic import ValidationError
+
+from s2v_flow.errors import Diagnostic, ExitCode, Place, S2VFlowError
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.matrix import Matrix
@@ -56,7 +58,8 @@ class Recipe:
     each after those that it uses; `files` are all files that were read,
     the innermost base first, then what --set-file named; `document` is the merged text (`params` and `nodes`), with
     `$params.x` still in it and every origin; `profile_places` says which profile a value at a place belongs to;
-    `matrix` is what the recipe varies, `matrix_text` the same as it is written.
+    `matrix` is what the recipe varies, `matrix_text` the same as it is written; `folder` is where relative paths start,
+    if not beside `path`.
     """
 
     path: Path
@@ -69,7 +72,31 @@ class Recipe:
     profile_places: Mapping[Place, str] = field(default_factory=dict)
     matrix: Matrix = field(default_factory=Matrix)
     matrix_text: MapValue | None = None
+    folder: Path | None = None
 
     def __repr__(self) -> str:
         params = ", ".join(f"{name}={shown(value)}" for name, value in self.params.items())
         return f"<Recipe {self.path}: {len(self.nodes)} nodes{f'; {shortened(params, 200)}' if params else ''}>"
+
+
+def only_output(recipe: Recipe, given: Path | None) -> Path | None:
+    """Check a name given for the recipe's only output, and return it.
+
+    Raises:
+        S2VFlowError: The recipe has no output or several, or this one's files are called otherwise.
+    """
+    if given is None:
+        return None
+    sinks = [spec for spec in recipe.nodes.values() if spec.node.is_sink]
+    names = ", ".join(f"nodes.{spec.name}.file" for spec in sinks) or "the recipe writes no file"
+    if len(sinks) != 1:
+        fix = f"give each its own with --set: {names}" if sinks else "add a save_video node"
+        raise S2VFlowError(f"-o names one file, the recipe writes {len(sinks)}", fix, exit_code=ExitCode.USAGE)
+    node = sinks[0].node
+    try:
+        type(node).model_validate({**dict(node), "file": given.name})
+    except ValidationError as error:
+        about = type(node).model_fields["file"].description
+        message = f"-o {given}: {sinks[0].name} ({node.kind}) cannot write a file of this name"
+        raise S2VFlowError(message, f"its file is: {about}", exit_code=ExitCode.USAGE) from error
+    return given

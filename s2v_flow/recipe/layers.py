@@ -18,7 +18,7 @@ from s2v_flow.graph.ports import NAME
 from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.objects import tree_of
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.reader import read_file
+from s2v_flow.recipe.reader import Source, read_file, read_yaml
 from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, origins_of, plain
 from s2v_flow.wording import did_you_mean, shortened, shown
 
@@ -201,7 +201,12 @@ def merge_layers(recipe: Written, changes: Changes, problems: Problems) -> Merge
     Raises:
         StopReadingError: A file cannot be read.
     """
-    chain = read_chain(recipe, problems, is_recipe=True)
+    if changes.inside is None:
+        chain = read_chain(recipe, problems, is_recipe=True)
+    else:
+        source = Source(str(recipe), changes.inside[1], ())
+        tree = read_yaml(changes.inside[0].encode(), source, problems)
+        chain = [read_layer(tree, str(recipe), problems, is_recipe=True)]
     overrides = [layer for file in changes.files for layer in read_chain(file, problems, is_recipe=False)]
     known: dict[str, Body] = {}
     for layer in (*chain, *overrides):

@@ -92,6 +92,7 @@ class _Reader:
 
     def __init__(self, path: Written, kinds: Mapping[str, type[Node]], changes: Changes, problems: Problems) -> None:
         self.path = Path(name_of(path))
+        self.folder = None if changes.inside is None else changes.inside[1]
         self.kinds = kinds
         self.problems = problems
         self.merged = merge_layers(path, changes, problems)
@@ -131,6 +132,7 @@ class _Reader:
             profile_places=self.merged.profile_places,
             matrix=self.matrix,
             matrix_text=self.merged.matrix if self.merged.matrix.entries else None,
+            folder=self.folder,
         )
 
     def check_matrix(self, matrix: Matrix) -> None:

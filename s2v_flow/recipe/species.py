@@ -81,7 +81,7 @@ def _picture_or_film(name: str, head: bytes, all_of_it: bytes) -> Iterator[Speci
     is_picture = head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")) or (head[:4], head[8:12]) == (b"RIFF", b"WEBP")
     kind = "video" if is_film else "picture"
     if is_film and _OURS in all_of_it:
-        fix = f"s2vflow reproduce {name} makes it again, s2vflow show {name} prints the recipe that is in it"
+        fix = f"s2vflow recipe {name} prints the recipe that is in it, s2vflow reproduce {name} makes it again"
         yield Species("a video that s2vflow made", fix)
     elif (is_film or is_picture) and (_TEXT_CHUNK.search(all_of_it) or any(key in all_of_it for key in _WORKFLOW_KEYS)):
         yield Species(f"a {kind} with a ComfyUI workflow in it", f"s2vflow import {name} makes a recipe of that")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -11,11 +12,13 @@ from pydantic import ValidationError
 from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MediaError
 from s2v_flow.graph.plan import Plan, PlanNode
-from s2v_flow.media.provenance import MAX_NOTE_BYTES, note_box, read_note
+from s2v_flow.media.provenance import MAX_NOTE_BYTES, note_box, read_note, tags_box
+from s2v_flow.recipe.config import portable_text
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.files import alone, ancestors, file_records, part_of
-from s2v_flow.runs.manifest import Essence, EssenceNode, to_note
-from s2v_flow.runs.values import home_hidden, written
+from s2v_flow.runs.manifest import Essence, EssenceNode, FileRecord, to_note
+from s2v_flow.runs.values import home_hidden, without_nodes
+from s2v_flow.wording import WARNING
 
 SOFTWARE = ("s2vflow", "torch")  # the facts of a stored result that say what computed it
 
@@ -31,7 +34,7 @@ def essence_of(
     """Return what a sink's result was made of.
 
     Args:
-        recipe: The recipe.
+        recipe: The recipe, without other sinks.
         plan: Its plan.
         node: The sink in the plan.
         entries: The stored results by plan node.
@@ -40,7 +43,6 @@ def essence_of(
     """
     parts = ancestors(plan, node.name)
     stored = {part.name: entries[part.name] for part in parts if part.name in entries}
-    others = frozenset(_others(recipe, node))
     facts = stored[node.name].facts
     software = {
         name: sorted({str(entry.facts[name]) for entry in stored.values() if entry.facts.get(name)})
@@ -49,7 +51,7 @@ def essence_of(
     return Essence(
         essence=1,
         node=node.recipe_node,
-        recipe=written(recipe, without=others)[0],
+        recipe=home_hidden(portable_text(recipe)),
         files=file_records(parts, digest),
         device=device_class,
         software=software,
@@ -77,18 +79,14 @@ def note_maker(
     """
 
     def note(node: PlanNode, entries: Mapping[str, Entry]) -> bytes:
-        recipe = recipe_of(node.name)
+        whole = recipe_of(node.name)
+        others = {name for name, spec in whole.nodes.items() if spec.node.is_sink and name != node.recipe_node}
+        recipe = without_nodes(whole, others)
         essence = note_of(essence_of(recipe, plan, node, entries, digest, device_class))
-        nodes = {name: spec for name, spec in recipe.nodes.items() if name not in _others(recipe, node)}
-        texts = tags(replace(recipe, nodes=nodes), part_of(plan, node.name))
-        return note_box(essence, {name: home_hidden(text).encode() for name, text in texts.items()})
+        texts = tags(recipe, part_of(plan, node.name))
+        return tags_box({name: home_hidden(text).encode() for name, text in texts.items()}) + note_box(essence)
 
     return note
-
-
-def _others(recipe: Recipe, node: PlanNode) -> set[str]:
-    """Return the recipe's other sinks."""
-    return {name for name, spec in recipe.nodes.items() if spec.node.is_sink and name != node.recipe_node}
 
 
 def note_of(essence: Essence) -> bytes:
@@ -116,6 +114,46 @@ def read_essence(path: Path) -> Essence:
             f"{path}: its note cannot be read: {error.error_count()} values are not as expected",
             fix="read it with the version of s2vflow that wrote it",
         ) from error
+
+
+def essence_in(path: Path) -> Essence | None:
+    """Return what a video says of itself; None where the file is no video, or one without a sound note."""
+    with suppress(OSError, MediaError):
+        with path.open("rb") as file:
+            head = file.read(8)
+        if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3"):
+            return read_essence(path)
+    return None
+
+
+def likely_folders(video: Path, recipe: Recipe, node: str) -> list[Path]:
+    """Return where the recipe's inputs may be: where the recipe stood if the video still does, beside it, and here."""
+    text = next(text for _, mark, text in recipe.nodes[node].node.files() if mark.role == "output")
+    file, folders, below = video.absolute(), [video.absolute().parent, Path.cwd()], Path(text).parent.parts
+    is_there = (
+        not os.path.isabs(os.path.expanduser(text)) and file.parts[:-1][len(file.parts) - 1 - len(below) :] == below
+    )
+    return [file.parents[len(below)], *folders] if is_there else folders
+
+
+def changed_files(
+    essence: Essence, plan: Plan, digest: Callable[[Path], str | None]
+) -> list[tuple[FileRecord, FileRecord]]:
+    """Return the models, then the inputs, that are not those that went into a video: what was, and what is there."""
+    now = {item.at: item for item in file_records(plan.nodes, digest)}
+    pairs = [(was, now[was.at]) for was in essence.files if was.at in now]
+    pairs.sort(key=lambda pair: pair[0].role != "model")
+    return [(was, item) for was, item in pairs if item.sha256 is not None and item.sha256 != was.sha256]
+
+
+def video_notes(recipe: Recipe, plan: Plan, digest: Callable[[Path], str | None]) -> Iterator[str]:
+    """Say where the paths of a recipe from a video start, and which of the video's files are others by now."""
+    essence = None if recipe.folder is None else essence_in(recipe.path)
+    if essence is not None:
+        yield f"the recipe is the one inside {recipe.path}; its relative paths start at {recipe.folder}"
+        for was, now in changed_files(essence, plan, digest):
+            if was.name == now.name:
+                yield f"{WARNING}{was.at}: {was.name} has changed since it went into {recipe.path.name}"
 
 
 def _essence_node(node: PlanNode, entry: Entry) -> EssenceNode:

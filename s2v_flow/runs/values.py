@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -48,22 +48,23 @@ def values_of(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def written(recipe: Recipe, *, without: frozenset[str] = frozenset()) -> tuple[str, dict[str, str]]:
-    """Return the recipe with all its layers applied and parameters put in, as YAML that can be run.
+def without_nodes(recipe: Recipe, names: Container[str]) -> Recipe:
+    """Return a recipe without some nodes, to which nothing may refer."""
+    kept = {name: spec for name, spec in recipe.nodes.items() if name not in names}
+    nodes = recipe.document.get("nodes")
+    assert isinstance(nodes, MapValue)
+    entries = {name: entry for name, entry in nodes.entries.items() if name not in names}
+    document = recipe.document.with_entry("nodes", Entry(nodes.origin, replace(nodes, entries=entries)))
+    return replace(recipe, nodes=kept, document=document)
 
-    Args:
-        recipe: The recipe.
-        without: Names of nodes to leave out; nothing may refer to them.
+
+def written(recipe: Recipe) -> tuple[str, dict[str, str]]:
+    """Return the recipe with all its layers applied and parameters put in, as YAML that can be run.
 
     Returns:
         The text, and where each of its values was written: path -> place.
     """
-    kept = {name: spec for name, spec in recipe.nodes.items() if name not in without}
-    nodes = recipe.document.get("nodes")
-    assert isinstance(nodes, MapValue)
-    entries = {name: entry for name, entry in nodes.entries.items() if name not in without}
-    document = recipe.document.with_entry("nodes", Entry(nodes.origin, replace(nodes, entries=entries)))
-    found = config_json(replace(recipe, nodes=kept, document=document), with_origins=True)
+    found = config_json(recipe, with_origins=True)
     origins = {path: str(without_home(place)) for path, place in found.pop("origins").items()}
     found.pop("recipe")
     return to_yaml(without_home(found)), origins

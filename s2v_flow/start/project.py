@@ -5,6 +5,7 @@ What it says is the same as recipes/s2v_*.yaml and recipes/demo.yaml, which a te
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,8 +15,12 @@ from typing import Any
 
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
 from s2v_flow.graph.ports import FieldPath
+from s2v_flow.recipe.argument import Override
+from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
+from s2v_flow.recipe.params import whole_reference
 from s2v_flow.recipe.reader import FORBIDDEN
+from s2v_flow.recipe.tree import plain
 from s2v_flow.start.recipes import ABOVE, BEHIND, RECIPES, start_data
 
 DEFAULT_PROMPT = "The person looks into the camera and speaks calmly."
@@ -96,7 +101,7 @@ def recipe_text(start: Start, folder: Path) -> str:
         if found is not None:
             message = f"the {name} holds the character U+{ord(found[0]):04X}, which may not stand in a recipe"
             raise S2VFlowError(message, fix="leave it out, or rename the file", exit_code=ExitCode.USAGE)
-    literal = {name: text.replace("${", "$${").replace("$params.", "$$params.") for name, text in texts.items()}
+    literal = {name: _literal(text) for name, text in texts.items()}
     data = start_data(start.like, {**literal, "width": size[0], "height": size[1]}, start.output)
     behind = {path: text for path, text in BEHIND.items() if _has(data, path)}
     behind.update({("params", name): text for name, text in about.items()})
@@ -117,6 +122,41 @@ def is_as_written(path: Path, params: Mapping[str, Any], output: str) -> bool:
         start = Start(folder / params["image"], folder / params["audio"], params["prompt"], output=output)
         return any(recipe_text(replace(start, like=like), folder) == text for like in RECIPES)
     return False
+
+
+def changes_like(start: Start, recipe: Recipe) -> list[Override]:
+    """Return what makes a recipe one for another portrait, voice, prompt and output; all else stays, its size too.
+
+    Args:
+        start: What it is for; paths start at the current folder.
+        recipe: The recipe that is changed.
+
+    Raises:
+        S2VFlowError: The recipe has no such node, or several, so that the place is not clear.
+    """
+    spoken = {spec.node.refs()["positive"].node for spec in recipe.nodes.values() if "positive" in spec.node.refs()}
+    places = (
+        ("load_image", "file", str(start.portrait), None),
+        ("load_audio", "file", str(start.voice), None),
+        ("encode_text", "text", start.prompt, spoken),
+        ("save_video", "file", start.output, None),
+    )
+    nodes, changes = plain(recipe.document)["nodes"], []
+    for kind, field, value, among in places:
+        found = [name for name, spec in recipe.nodes.items() if spec.kind == kind and (among is None or name in among)]
+        if len(found) != 1:
+            message = f"{recipe.path} cannot be followed: it has {len(found)} {kind} nodes for one {field}"
+            fix = f"s2vflow recipe {recipe.path} -o NEW.yaml writes its recipe: change that one"
+            raise S2VFlowError(message, fix, exit_code=ExitCode.USAGE)
+        param = whole_reference(nodes[found[0]].get(field))
+        place = f"nodes.{found[0]}.{field}" if param is None else f"params.{param}"
+        changes.append(Override("set-json", f"{place}={json.dumps(_literal(value))}"))
+    return changes
+
+
+def _literal(text: str) -> str:
+    """Return a text as a recipe writes it: what looks like a reference is none."""
+    return text.replace("${", "$${").replace("$params.", "$$params.")
 
 
 def recipe_path(video: Path) -> Path:

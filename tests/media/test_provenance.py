@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from s2v_flow.errors import MediaError
-from s2v_flow.media.provenance import BOX_ID, MAX_NOTE_BYTES, note_box, read_note
+from s2v_flow.media.provenance import BOX_ID, MAX_NOTE_BYTES, note_box, read_note, tags_box
 from s2v_flow.media.video import VideoReader
 from s2v_flow.media.writer import VideoWriter
 
@@ -47,7 +47,7 @@ def test_a_film_with_a_note_plays_as_without(tmp_path: Path, film: bytes) -> Non
 def test_ffmpeg_reads_the_note_as_a_comment_and_a_remux_keeps_it(tmp_path: Path, film: bytes) -> None:
     """Whatever the length; into mp4 with either sort of tags, and into Matroska."""
     note = b'{"essence":1,"text":"' + b"x" * 100_000 + b'"}'
-    source = written(tmp_path, film + note_box(note, {"workflow": b'{"nodes":[]}'}))
+    source = written(tmp_path, film + tags_box({"workflow": b'{"nodes":[]}'}) + note_box(note))
     with av.open(str(source)) as container:
         assert container.metadata["comment"].encode() == note
     for name, movflags in (("a.mp4", ""), ("b.mp4", "use_metadata_tags"), ("c.mkv", "")):
