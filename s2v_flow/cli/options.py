@@ -218,11 +218,11 @@ def make_options(**given: Any) -> Options:
 
 
 class Like(click.Choice[str]):
-    """A name of settings, or an mp4 that has its own inside."""
+    """A name of settings, or a recipe, or a video that has one inside."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Take a file's name as it is."""
-        is_file = value not in self.choices and Path(value).is_file()
+        is_file = Path(value).suffix in (".mp4", ".mov", ".mkv", ".yaml", ".yml")
         return value if is_file else super().convert(value, param, ctx)
 
 
@@ -234,7 +234,7 @@ def start_options(command: CommandT) -> CommandT:
             "--like",
             type=Like(["lightning", "quality", "bf16", "official", "demo"]),
             default="lightning",
-            help="Which settings to begin with; make: or those of an mp4 that s2vflow made.",
+            help="Which settings to begin with; make: or those of an mp4 or a recipe.",
             show_default=True,
         ),
     ):
