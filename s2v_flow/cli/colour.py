@@ -19,7 +19,7 @@ _GROUPS = (  # what is coloured in a line: group 1
     ("cyan", r"^ *(note:|changed:)"),
     ("green", r"^  (fix:|kept:)"),
     ("red", r"^ +\| +(\^+)$"),
-    ("green", r"  (finished|no mistakes)(?=  |$)"),
+    ("green", r"(?:  |, )(finished|no mistakes)(?=  |$)"),
     ("red", r"  (failed|killed|interrupted)(?=  |$)"),
     ("yellow", r"(?<= )(->)(?= )"),
 )

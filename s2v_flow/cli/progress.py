@@ -71,13 +71,13 @@ class _Row:
         return max(pace * (self.total - self.marks[-1][1]) - (time.monotonic() - self.marks[-1][0]), 0.0)
 
     def text(self) -> str:
-        """Return "step 3/20, 1.20 s/step, about 20 s left", or what keeps it from taking steps."""
+        """Return "step 3/20, 1.20 s/step, 20 s left", or what keeps it from taking steps."""
         if self.stage or not self.marks:
             return self.stage
         pace, left, parts = self.pace(), self.left(), [f"{self.unit} {self.marks[-1][1]}/{self.total}"]
         if pace is not None and left is not None:
             parts.append(f"{pace:.2f} s/{self.unit}" if pace >= 0.1 else f"{1 / max(pace, 1e-9):.0f} {self.unit}s/s")
-            parts.append(_left_text(left))
+            parts.append(_left_text(left).removeprefix("about "))
         return ", ".join(parts)
 
 

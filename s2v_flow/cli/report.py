@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, TextIO
 
 from s2v_flow.cli.colour import for_people
@@ -83,16 +82,14 @@ def print_plan(planned: Planned) -> None:
 
 
 def _rows(planned: Planned) -> Iterator[str]:
-    """Yield a line for every node; of many, those that follow each other and share kind and status have one."""
-
-    def like(node: PlanNode) -> tuple[str, str, str]:
-        status = planned.statuses[node.name]
-        return status.status, node.kind, status.reason if status.status != "HIT" else ""
-
+    """Yield a line for every node; where there are many, one for all of a kind that have the same status and reason."""
     nodes = planned.plan.nodes
-    groups = [[node] for node in nodes]
-    if len(nodes) > _MANY_ROWS:
-        groups = [list(group) for _, group in groupby(nodes, like)]
+    alike: dict[object, list[PlanNode]] = {}
+    for node in nodes:
+        status = planned.statuses[node.name]
+        key = status.status, node.kind, status.reason.replace(node.name.rpartition("/")[0], "")
+        alike.setdefault(key if len(nodes) > _MANY_ROWS else node.name, []).append(node)
+    groups = list(alike.values())
     names = [f"{group[0].name} to {group[-1].name}" if len(group) > 1 else group[0].name for group in groups]
     width, kinds = max(map(len, names), default=0), max((len(node.kind) for node in nodes), default=0)
     column = max((len(status.status) for status in planned.statuses.values()), default=4)
