@@ -116,8 +116,12 @@ def check_lock(path: Path, recipe: Recipe, plan: Plan, digest: Callable[[Path], 
         entry = locked.get(package) if isinstance(locked, MapValue) else None
         wanted = None if entry is None else plain(entry)
         if wanted != version:
-            message = f"{package} {version} is installed, {'none' if wanted is None else wanted} was locked"
-            fix = f"pip install '{package}=={wanted}'; or, if this one is meant, `{again}`"
+            message = f"{package} {version} is installed, {wanted or 'no version of it'} was locked"
+            fix = (
+                f"pip install '{package}=={wanted}'; or, if this one is meant, `{again}`"
+                if wanted
+                else f"`{again}` writes the lock anew"
+            )
             faults[_PACKAGES, package] = (entry or tree).origin.diagnostic("L004", message, fix=fix)
     if faults:
         found_all = sorted(faults.values(), key=Diagnostic.sort_key)

@@ -93,6 +93,9 @@ def test_a_package_is_listed_checked_run_recorded_and_locked(mirror: Path, tiny_
     assert other[0] == 4
     assert re.search(r"recipe.lock.yaml:\d+:15: error\[L004\]: s2v-mirror 2 is installed, 1.2 was locked", other[2])
     assert "pip install 's2v-mirror==1.2'" in other[2]
+    (tmp_path / "recipe.lock.yaml").write_text(written.partition("packages:")[0], encoding="utf-8")
+    (unknown,) = child([*run, "--locked"], site=mirror, folder=tmp_path)
+    assert (unknown[0], "s2v-mirror 2 is installed, no version of it was locked" in unknown[2]) == (4, True)
 
 
 def test_the_schema_and_near_names_know_a_package(mirror: Path, tmp_path: Path) -> None:
