@@ -1,4 +1,7 @@
-"""Write docs/nodes.md and docs/samplers.md from the code: `make docs`. A test says whether they are up to date."""
+"""Write docs/nodes.md and docs/samplers.md from the code, and what `s2vflow explain` prints from its page.
+
+`make docs` runs this; a test says whether all of it is up to date.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +167,19 @@ def _docstring(function: Any) -> tuple[str, str]:
     )
 
 
-PAGES = {"nodes.md": nodes_page, "samplers.md": samplers_page}
+def explanations() -> str:
+    """Return the paragraphs of error and exit codes as JSON, a line each, without the page's links."""
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    found = re.findall(r"^### (?:exit )?([A-Z]?\d+)\n\n(.+?)(?=\n+##|\s*\Z)", text, re.MULTILINE | re.DOTALL)
+    without_links = {code: re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", body) for code, body in found}
+    return json.dumps({code: " ".join(body.split()) for code, body in without_links.items()}, indent=0) + "\n"
+
+
+PAGES = {
+    "nodes.md": nodes_page,
+    "samplers.md": samplers_page,
+    "../s2v_flow/cli/explanations.json": explanations,
+}
 
 if __name__ == "__main__":
     for page, text in PAGES.items():

@@ -30,7 +30,7 @@ from s2v_flow.cli.options import (
     start_options,
 )
 from s2v_flow.cli.runs import diff, lock, reproduce, runs, show
-from s2v_flow.cli.start import completion, doctor, init
+from s2v_flow.cli.start import completion, doctor, explain, help_, init, version
 from s2v_flow.cli.streams import Streams
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, StopRequest
@@ -64,7 +64,7 @@ EXIT_CODES = "\n".join(
 
 @click.group(
     cls=MainGroup,
-    commands=[runs, show, diff, reproduce, lock, cache, init, models, doctor, completion],
+    commands=[runs, show, diff, reproduce, lock, cache, init, models, doctor, completion, explain, help_, version],
     epilog=f"\b\nExit codes:\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
@@ -319,7 +319,7 @@ def schema(output: Path | None, what: str) -> None:
 @click.argument("voice", type=FILE)
 @click.argument("prompt", required=False)
 @click.option("-o", "--output", type=FILE, default="talk.mp4", help="The video to make.", show_default=True)
-@click.option("-p", "profiles", multiple=True, metavar="NAMES", help="Profiles of the new recipe: -p quality.")
+@click.option("-p", "--profile", "profiles", multiple=True, metavar="NAMES", help="The new recipe's: -p quality.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 @click.option("--overwrite", is_flag=True, help="Replace another video instead of numbering the new one.")
 @start_options

@@ -21,7 +21,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _ORDER = "s2v_flow.cli.options"
 
 
-_KINDS: dict[str, Literal["set", "set-json", "set-file", "unset"]] = {
+_KINDS: dict[str, Literal["set", "set-json", "set-file", "unset", "seed"]] = {
+    "seeds": "seed",
     "sets": "set",
     "json_sets": "set-json",
     "file_sets": "set-file",
@@ -36,7 +37,14 @@ class OrderedCommand(click.Command):
         """Parse as usual, and note the options' order beside."""
         order = self.make_parser(ctx).parse_args(args=list(args))[2]
         ctx.meta[_ORDER] = [parameter.name for parameter in order]
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            if "unexpected extra argument" in error.message and any(item.name == "recipe" for item in self.params):
+                each = f'for recipe in *.yaml; do {ctx.command_path} "$recipe"; done'
+                text = f"{error.message}. One recipe at a time: {each}; -m seed=1..8 varies a value of one recipe"
+                raise click.UsageError(text, ctx) from error
+            raise
 
 
 class OrderedGroup(click.Group):
@@ -48,12 +56,13 @@ class OrderedGroup(click.Group):
 def override_options(command: _Function) -> _Function:
     """Add the options that change values of a recipe."""
     for option, name, metavar, text in (
+        ("--seed", "seeds", "N", "Short for --set seed=N; without such a parameter, that of every sample node."),
         ("--unset", "unsets", "PATH", "Go back to the default; remove an item of a list."),
         ("--set-file", "file_sets", "PATH=FILE", "Set a text to a file's: prompt=prompt.txt."),
         ("--set-json", "json_sets", "PATH=JSON", "Set a value of any shape: nodes.dit.loras=[]."),
         ("--set", "sets", "PATH=VALUE", "Set a value: steps=20."),
     ):
-        complete = None if option == "--unset" else complete_set
+        complete = None if option in ("--unset", "--seed") else complete_set
         add = click.option(option, name, multiple=True, metavar=metavar, shell_complete=complete, help=text)
         command = add(command)
     return command
@@ -97,6 +106,7 @@ def change_options(command: CommandT) -> CommandT:
         click.option("-f", "override_files", type=FILE, multiple=True, metavar="FILE", help="Lay a file over it."),
         click.option(
             "-p",
+            "--profile",
             "profiles",
             multiple=True,
             metavar="NAMES",

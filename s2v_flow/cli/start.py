@@ -1,13 +1,16 @@
-"""Commands for making a start: the first recipe, the machine, the shell."""
+"""Commands for making a start and for asking: the first recipe, the machine, the shell, what a code means."""
 
 from __future__ import annotations
 
+import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import click
 
+from s2v_flow import __version__
 from s2v_flow.cli.completion import SHELLS, completion_script
 from s2v_flow.cli.options import FILE, folder_options, make_options, start_options
 from s2v_flow.errors import ExitCode, S2VFlowError
@@ -66,3 +69,34 @@ def completion(shell: str) -> None:
     from s2v_flow.cli import report
 
     report.print_result(completion_script(shell, click.get_current_context().find_root().command, "s2vflow"))
+
+
+@click.command()
+@click.argument("code")
+def explain(code: str) -> None:
+    """Print what an error code (R051) or an exit code (7) means, and what to do."""
+    from s2v_flow.cli import report
+    from s2v_flow.wording import did_you_mean
+
+    known = json.loads((Path(__file__).parent / "explanations.json").read_text(encoding="utf-8"))
+    wanted = code.strip("[]").upper().removeprefix("ERROR[").removeprefix("EXIT ")
+    if wanted not in known:
+        raise click.UsageError(f"there is no code {code!r}: {did_you_mean(wanted, known, 'codes')}")
+    title = f"exit {wanted}" if wanted.isdecimal() else wanted
+    report.print_result(textwrap.fill(f"{title}: {known[wanted]}", 100, break_on_hyphens=False, break_long_words=False))
+
+
+@click.command("help")
+@click.argument("command", nargs=-1)
+def help_(command: tuple[str, ...]) -> None:
+    """Print what --help prints, of the program or of a COMMAND."""
+    root = click.get_current_context().find_root()
+    root.command.main([*command, "--help"], prog_name=root.info_name, standalone_mode=False)
+
+
+@click.command()
+def version() -> None:
+    """Print the version."""
+    from s2v_flow.cli import report
+
+    report.print_result(f"s2vflow, version {__version__}")

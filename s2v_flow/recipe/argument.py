@@ -23,6 +23,7 @@ from s2v_flow.recipe.reader import FORBIDDEN, MAX_DEPTH, Source, read_text, read
 from s2v_flow.recipe.tree import ListValue, Origin, Scalar, ScalarValue, Tree, plain, read_scalar
 from s2v_flow.wording import nearest, shortened, shown
 
+_DASHED = re.compile(r"(\d+) *- *(\d+)")
 _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
@@ -109,6 +110,8 @@ def _unfit(argument: Argument, value: Any, takes: Sequence[Accepts], problems: P
     fix = f"did you mean {match}?" if match else None
     if is_text and any(use.has_list for use in takes):
         fix = "write a list in brackets: [1, 2]"
+    if is_text and (found := _DASHED.fullmatch(value)):
+        fix = f"a range is written with two dots: -m {shortened(argument.path)}={found[1]}..{found[2]}"
     return faulty(problems, "R052", message, argument.value_origin, fix)
 
 
@@ -190,10 +193,11 @@ class Override:
     kind "set-json": PATH=JSON, of a type that the place takes;
     kind "set-file": PATH=FILE, whose text is the value, without one line break at its end;
     kind "unset": PATH, which goes back to its default; a parameter goes back to what the recipe says;
+    kind "seed": the value of the parameter seed; where there is none, of the seeds that sample nodes have;
     kind "param": a parameter's name, from Python, with its `value`.
     """
 
-    kind: Literal["set", "set-json", "set-file", "unset", "param"]
+    kind: Literal["set", "set-json", "set-file", "unset", "seed", "param"]
     text: str
     value: Any = None
 
@@ -250,7 +254,7 @@ class Argument:
     `file` is the file that the value was read from; `reading` is what YAML alone would make of a text.
     """
 
-    kind: Literal["set", "set-json", "set-file", "unset", "param", "matrix"]
+    kind: Literal["set", "set-json", "set-file", "unset", "seed", "param", "matrix"]
     path: str
     steps: tuple[Step, ...]
     path_origin: Origin
@@ -291,6 +295,8 @@ def parse_overrides(overrides: Iterable[Override], base_dir: Path, problems: Pro
     for override in overrides:
         numbers[override.kind] = number = numbers.get(override.kind, 0) + 1
         option = f"--{override.kind}"
+        if override.kind == "seed":
+            override = replace(override, text=f"seed={override.text}")
         source = Source(option, base_dir, tuple(override.text.splitlines()) or ("",), line=number)
         try:
             arguments.append(_parse_override(override, source, problems))

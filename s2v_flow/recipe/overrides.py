@@ -15,7 +15,7 @@ from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.layers import Body
 from s2v_flow.recipe.params import param_takes
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, plain
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened
 
 
@@ -94,6 +94,11 @@ class _Change:
             return replace(body, nodes=self._field(body, rest))
         if first.text in body.params.entries:
             return replace(body, params=self._param(body, self.argument.steps))
+        if self.argument.kind == "seed" and (seeded := self._seeded(body)):
+            for name in seeded:
+                steps = (Step("nodes", False, 0), Step(name, False, 0), *self.argument.steps)
+                body = replace(self, argument=replace(self.argument, steps=steps)).apply(body)
+            return body
         is_section = first.text in ("params", "nodes")
         if is_section:
             fix = did_you_mean("", [f"{first.text}.{name}" for name in getattr(body, first.text).entries])
@@ -105,6 +110,13 @@ class _Change:
             fix = f"{f'did you mean {match}? ' if match else ''}parameters: {known or 'none'}; fields: nodes.NODE.FIELD"
         message = f"{self.path}: {'name a value in it' if is_section else 'there is no such parameter'}"
         raise self._faulty(message, first, fix)
+
+    def _seeded(self, body: Body) -> list[str]:
+        """Name the nodes whose kind always has a seed of its own."""
+        kinds = {name: plain(entry.value) for name, entry in body.nodes.entries.items()}
+        models = {name: self.kinds.get(str(node.get("kind"))) for name, node in kinds.items() if isinstance(node, dict)}
+        fields = {name: model.model_fields.get("seed") for name, model in models.items() if model}
+        return [name for name, field in fields.items() if field is not None and field.default is not None]
 
     @property
     def path(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def read_file(
     species = place_species(path, name)
     if species is not None:
         raise problems.stop("R002", f"cannot read {name}: this is {species.what}", where, fix=species.fix)
-    data = _read_bytes(path, MAX_BYTES + 1, source, problems, named_at)
+    data = _read_bytes(path, MAX_BYTES + 1, source, problems, where)
     species = file_species(path, name, data) if is_recipe else None
     if species is not None:
         raise problems.stop("R070", f"this is {species.what}", where, fix=species.fix)
@@ -132,13 +133,12 @@ def read_text(path: Path, name: str, problems: Problems, named_at: Origin, max_b
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _read_bytes(path: Path, count: int, source: Source, problems: Problems, named_at: Origin | None) -> bytes:
+def _read_bytes(path: Path, count: int, source: Source, problems: Problems, where: Origin) -> bytes:
     try:
-        with open(path, "rb", opener=_open_regular) as file:
+        with sys.stdin.buffer if source.file == "-" else open(path, "rb", opener=_open_regular) as file:
             return file.read(count)
     except (OSError, ValueError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        where = named_at or Origin(Place(source.file), "", source.base_dir)
         message = f"cannot read {shortened(source.file, 200)}: {reason}"
         raise problems.stop("R002", message, where, fix=_similar_file(path)) from error
 

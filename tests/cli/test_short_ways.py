@@ -1,0 +1,105 @@
+"""Shorter ways to say what has a long one, and to ask."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from recipes_for_tests import call, write_recipe
+
+from s2v_flow import __version__
+
+PARAMS = "params: {seed: 1}"
+
+
+@pytest.mark.parametrize(
+    ("code", "begins"),
+    [
+        ("R051", "R051: An override names something that does not exist."),
+        ("error[r051]", "R051: An override names something that does not exist."),
+        ("7", "exit 7: Memory ran out"),
+    ],
+)
+def test_a_code_is_explained_on_stdout(code: str, begins: str) -> None:
+    """With the paragraph of docs/troubleshooting.md; tests of the pages hold the two together."""
+    found, out, err = call("explain", code)
+    assert (found, err) == (0, "")
+    assert out.startswith(begins)
+    assert "](" not in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_an_unknown_code_is_a_mistake_of_the_command_line() -> None:
+    code, out, err = call("explain", "R0511")
+    assert (code, out) == (2, "")
+    assert "there is no code 'R0511': did you mean R051?" in err
+
+
+def test_help_and_version_are_commands_too() -> None:
+    assert call("version") == (0, f"s2vflow, version {__version__}\n", "")
+    assert call("help")[1] == call("--help")[1]
+    assert call("help", "models", "list")[1] == call("models", "list", "--help")[1]
+    assert call("help", "dance")[0] == 2
+
+
+def seed_of(recipe: Path, *options: str, node: str = "first") -> int:
+    code, out, err = call("config", recipe, "--json", *options)
+    assert code == 0, err
+    return int(json.loads(out)["nodes"][node]["seed"])
+
+
+def test_a_seed_is_set_wherever_the_recipe_has_it(tmp_path: Path) -> None:
+    """As --set's: a parameter; else every sample node's, and no extend's. The last one given counts."""
+    plain = write_recipe(tmp_path, {"second": {"kind": "sample", "model": "$dit", "positive": "$positive"}})
+    assert seed_of(plain, "--seed", "7") == seed_of(plain, "--seed", "7", node="second") == 7
+    assert "seed" not in json.loads(call("config", plain, "--json", "--seed", "7")[1])["nodes"]["talk"]
+    assert seed_of(plain, "--seed", "7", "--set", "nodes.first.seed=8") == 8
+    assert seed_of(plain, "--set", "nodes.first.seed=8", "--seed", "7") == 7
+    with_param = write_recipe(tmp_path, {"first": {"seed": "$params.seed"}}, extra=PARAMS)
+    assert seed_of(with_param, "--seed", "9") == 9
+    code, _, err = call("check", with_param, "--seed", "nine")
+    assert code == 3
+    assert "--seed:1:6: error[R052]: seed: expected a whole number, got 'nine'" in err
+
+
+def test_a_seed_that_varies_is_not_set_beside_it(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, {"first": {"seed": "$params.seed"}}, extra=f"{PARAMS}\nmatrix: {{seed: [1, 2]}}")
+    code, _, err = call("plan", recipe, "--seed", "4")
+    assert code == 3
+    assert "error[R064]" in err
+
+
+def test_a_recipe_without_a_seed_has_none_to_set(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("s2vflow: 1\nnodes: {vae: {kind: load_vae, checkpoint: a.safetensors}}\n", encoding="utf-8")
+    code, _, err = call("check", recipe, "--seed", "4")
+    assert code == 3
+    assert "error[R051]: seed: there is no such parameter" in err
+
+
+def test_a_range_with_a_dash_is_told_how_it_is_written(tmp_path: Path) -> None:
+    code, _, err = call("plan", write_recipe(tmp_path), "-m", "nodes.first.seed=1-8")
+    assert code == 3
+    assert "fix: a range is written with two dots: -m nodes.first.seed=1..8" in err
+
+
+def test_several_recipes_at_once_are_told_how_to_run_each(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    code, _, err = call("check", recipe, recipe)
+    assert code == 2
+    assert 'One recipe at a time: for recipe in *.yaml; do s2vflow check "$recipe"; done' in err
+
+
+def test_a_recipe_is_read_from_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its relative paths start in the current folder."""
+    text = write_recipe(tmp_path).read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert call("check", "-") == (0, "-: 14 nodes, no mistakes\n", "")
+
+
+def test_profile_has_a_long_form(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, extra="profiles: {fast: {nodes: {first: {steps: 3}}}}")
+    out = call("config", recipe, "--json", "--profile", "fast")[1]
+    assert json.loads(out)["nodes"]["first"]["steps"] == 3
