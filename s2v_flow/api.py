@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from s2v_flow.cache.store import Store
 from s2v_flow.demo.catalog import demo_root
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import cannot_write
-from s2v_flow.files.facts import remembered
+from s2v_flow.files.facts import recalled, remembered
 from s2v_flow.graph.build import build_plan, merge_plans
-from s2v_flow.graph.estimate import Estimate, estimate
+from s2v_flow.graph.estimate import Estimate, Flops, Needs, estimate
 from s2v_flow.graph.events import Listener, Noted, StageStarted
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan
@@ -27,7 +27,7 @@ from s2v_flow.graph.run import Run, RunResult, ignore
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, NodeStatus, assess, placing
 from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, near_files, recipe_needs
-from s2v_flow.machine import device_class, free_memory_bytes, resolve_device
+from s2v_flow.machine import device_class, free_memory_bytes, hardware, resolve_device
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
 from s2v_flow.nodes.fit import check_fit
@@ -81,6 +81,8 @@ class Planned:
         rows = [(status.status, node.name, node.kind, status.reason) for status, node in found]
         missing = [f"missing: {item.file} ({item.kind})" for item in self.plan.missing]
         return table(repr(self)[1:-1], ("status", "node", "kind", "why"), rows, [*missing, *self.notes])
+
+    needs: Mapping[str, Needs] = field(default_factory=dict)  # of what must run
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -177,6 +179,7 @@ class Planned:
                 "peak_bytes": self.estimate.peak_bytes,
                 "free_bytes": self.free_bytes,
                 "never_ran": list(self.estimate.unknown),
+                "source": self.estimate.basis.source if self.estimate.basis and not self.estimate.unknown else None,
                 "files_to_read": self.estimate.num_files,
                 "bytes_to_read": self.estimate.bytes_to_read,
             },
@@ -292,8 +295,31 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
         made = options.selection.cut(merge_plans(parts, by_stage=True)[0])
         made = replace(made, notes=(*made.notes, "the cells' files are written after all sampling, for lack of memory"))
         computed = needs(made, to_store, numerics)
-    expected = estimate(made, statuses, store.recent(EARLIER) if has_work else [], numerics, computed)
-    return Planned(recipe, made, statuses, device, expected, cells, variants, free_bytes, options.overwrite)
+    earlier = store.recent(EARLIER) if has_work else []
+    expected = estimate(made, statuses, earlier, numerics, computed, hardware(device), _speeds(options, device))
+    return Planned(recipe, made, statuses, device, expected, cells, variants, free_bytes, options.overwrite, computed)
+
+
+def _speed_key(device: str, item_bytes: int) -> str:
+    return f"speed:{hardware(device)}:{item_bytes}:{torch_version()}"
+
+
+def _speeds(options: Options, device: str) -> dict[int, Flops]:
+    """Return what a device does in a second, by the bytes of a number, as far as it was measured."""
+    table = options.cache_root / "facts.json"
+    found = {item_bytes: recalled(table, _speed_key(device, item_bytes)) for item_bytes in (2, 4)}
+    names = ("matrices", "attention", "convolutions")
+    return {key: (known[names[0]], known[names[1]], known[names[2]]) for key, known in found.items() if known}
+
+
+def calibrated(planned: Planned, options: Options) -> Planned:
+    """Measure how fast the device computes, once, in about a second, and estimate again. Imports torch."""
+    from s2v_flow.models.speed import measure
+
+    for item_bytes in {each.item_bytes for each in planned.needs.values() if each.weights}:
+        key = _speed_key(planned.device, item_bytes)
+        remembered(options.cache_root / "facts.json", key, partial(measure, planned.device, item_bytes))
+    return _plan(planned.recipe, planned.variants, options)
 
 
 def _digest_memory(options: Options) -> Path:
@@ -389,7 +415,8 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
         keeps_going=bool(planned.labels) and not options.fail_fast,
         note=note_maker(planned.recipe_of, planned.plan, digests, numerics.device_class, _workflows),
         should_stop=options.should_stop,
-        about={"s2vflow": __version__, "torch": torch_version()},
+        about={"s2vflow": __version__, "torch": torch_version(), "hardware": hardware(planned.device)},
+        about_nodes={name: computed.facts() for name, computed in planned.needs.items()},
         cache_limit=options.size_limit,
         overwrites=options.overwrite,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import platform
 import re
 import sys
 from contextlib import suppress
@@ -162,6 +163,17 @@ def _amd_gpus(topology: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> int
         if name in os.environ:
             count = min(count, len([item for item in os.environ[name].split(",") if item.strip()]))
     return count
+
+
+def hardware(device: str, root: Path = Path("/proc")) -> str:
+    """Name what computes, not whose it is: the GPUs as their driver calls them, or the CPU and how many of it."""
+    files = root.glob("driver/nvidia/gpus/*/information") if device_class(device) != "cpu" else [root / "cpuinfo"]
+    names: set[str] = set()
+    for file in files:
+        with suppress(OSError, ValueError):
+            names |= set(re.findall(r"^(?:model name|Model)\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.M))
+    count = f" x {os.cpu_count()}" if device_class(device) == "cpu" else ""
+    return (", ".join(sorted(names)) or f"{platform.machine()} {device_class(device)}") + count
 
 
 def free_memory_bytes(device: str, meminfo: Path = Path("/proc/meminfo")) -> int | None:

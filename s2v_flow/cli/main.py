@@ -158,12 +158,15 @@ def check(recipe: Path, as_json: bool, **given: Any) -> None:
 @selection_options
 @folder_options
 @click.option("--detailed-exitcode", is_flag=True, help="Leave with 10 if a run would compute something.")
-def plan(recipe: Path, as_json: bool, detailed_exitcode: bool, **given: Any) -> None:
+@click.option("--calibrate", is_flag=True, help="Measure this machine first, once, to estimate what never ran here.")
+def plan(recipe: Path, as_json: bool, detailed_exitcode: bool, calibrate: bool, **given: Any) -> None:
     """Show what a run would do: the order, the chunks, what is stored, what must run and why, what is missing."""
     from s2v_flow import api
     from s2v_flow.cli import report
 
-    planned = api.plan(recipe, make_options(**given))
+    options = make_options(**given)
+    planned = api.plan(recipe, options)
+    planned = api.calibrated(planned, options) if calibrate else planned
     report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
     if planned.plan.missing:
         sys.exit(ExitCode.MISSING)

@@ -15,6 +15,7 @@ from s2v_flow.wording import WARNING, duration_text, mistakes_text, size_text, v
 
 if TYPE_CHECKING:
     from s2v_flow.api import Planned
+    from s2v_flow.graph.estimate import Estimate
     from s2v_flow.graph.plan import PlanNode
 
 LINE_EVERY_SECONDS = 5.0
@@ -106,9 +107,27 @@ def _cost(planned: Planned) -> str:
     reads = f"{files} to read, {size_text(cost.bytes_to_read)}"
     if cost.seconds is None:
         sizes = f"{size_text(cost.known_disk_bytes)} or more to be stored"
-        return f"{reads}; {sizes}; no estimate of time: {', '.join(cost.unknown)} never ran here in this size"
-    sizes = f"{size_text(cost.disk_bytes or 0)} to be stored"
-    return f"{reads}; about {duration_text(cost.seconds)}, {sizes}, from past runs on this machine"
+        hint = "" if planned.plan.missing else " (plan --calibrate measures this machine, in two seconds)"
+        return f"{reads}; {sizes}; {duration(cost)}{hint}"
+    return f"{reads}; {size_text(cost.disk_bytes or 0)} to be stored; {duration(cost)}"
+
+
+def whole_text(planned: Planned) -> str:
+    """Say in a line how long a video is, and how long it will take to make."""
+    time_left = duration(planned.estimate) if planned.has_work else "all of it is stored"
+    return f"the whole: {length_text(planned)}; {time_left}"
+
+
+def duration(cost: Estimate) -> str:
+    """Say how long a run will take, and how that is known: "about 12 min 4 s (scaled from 192x256, 4 steps)"."""
+    basis = cost.basis
+    if cost.seconds is None:
+        return f"no estimate of time: {', '.join(cost.unknown)} never ran here"
+    how = "from past runs on this machine"
+    if basis is not None and basis.source != "measured":
+        scaled = f"scaled from {basis.scaled_from or 'another size'}"
+        how = scaled if basis.source == "scaled" else "from a calibration of this machine, not measured"
+    return f"about {duration_text(cost.seconds or 0)} ({how})"
 
 
 def _memory(planned: Planned) -> str:

@@ -35,13 +35,18 @@ def remembered(memory_path: Path, key: str, compute: Callable[[], dict[str, Any]
         key: What the fact is and of which content ("audio:<sha256>").
         compute: Finds the fact out: small JSON values.
     """
-    facts = _read_table(memory_path)
-    known = facts.get(key)
-    if isinstance(known, dict):
+    known = recalled(memory_path, key)
+    if known is not None:
         return known
     fact = compute()
-    _write_table(memory_path, _newest(facts, key, fact))
+    _write_table(memory_path, _newest(_read_table(memory_path), key, fact))
     return fact
+
+
+def recalled(memory_path: Path, key: str) -> dict[str, Any] | None:
+    """Return a fact from memory, None where it is not there."""
+    known = _read_table(memory_path).get(key)
+    return known if isinstance(known, dict) else None
 
 
 def file_digest(path: Path, memory_path: Path | None = None, *, clock_ns: Callable[[], int] = time.time_ns) -> str:

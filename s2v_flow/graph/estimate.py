@@ -1,9 +1,14 @@
-"""What a run will cost: time from past runs on this machine, memory from them or computed, bytes from files' sizes."""
+"""What a run will cost: time from past runs on this machine, memory from them or computed, bytes from files' sizes.
+
+Where the like of a node never ran, its time is scaled from the nearest run of the same kind, with the same weights on
+the same hardware, by what both compute (FLOP, counted from headers); else by speeds that were measured alone, if any.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf, log
 from statistics import median
 from typing import Any, Literal
 
@@ -12,27 +17,46 @@ from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.status import TO_COMPUTE, NodeStatus
 
+Flops = tuple[float, float, float]  # in matrix products, in attention, in convolutions
+Source = Literal["measured", "scaled", "calibrated"]
 _NO_COST = frozenset({"seed", "text", "audio_offset", "offset"})  # fields that do not change how long a node takes
 
 
 @dataclass(frozen=True)
 class NodeCost:
-    """What a plan node took in past runs on this machine: seconds (median), bytes stored, peak memory.
+    """What a plan node will take by past runs on this machine: seconds (median), bytes stored, peak memory.
 
-    That is the process's, and on a GPU the device's.
+    That is the process's, and on a GPU the device's; 0: not known. source: whether its like ran ("measured"), or the
+    time is scaled, from what `scaled_from` says, or comes from speeds that were measured alone ("calibrated").
     """
 
     seconds: float
     disk_bytes: int
     peak_bytes: int
+    source: Source = "measured"
+    scaled_from: str | None = None
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a plan node is computed to need before the like of it ran: memory and stored bytes, None: unknown."""
+    """What a plan node is computed to need before the like of it ran: memory, stored bytes, FLOP; None: unknown.
+
+    weights: what models it uses, by their bytes and the size of a number: alike for one model in one precision.
+    """
 
     peak_bytes: int | None = None
     disk_bytes: int | None = None
+    flops: Flops | None = None
+    weights: str = ""
+
+    @property
+    def item_bytes(self) -> int:
+        """The size of the numbers that the models compute with."""
+        return int(self.weights.rpartition("/")[2] or 4)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a result keeps of it, for the estimates of later runs."""
+        return {"flops": self.flops, "weights": self.weights} if self.flops else {}
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What must run, by plan node, as far as the like of it ran before; `unknown` are the kinds that never did.
+    """What must run, by plan node, as far as that can be told from past runs; `unknown` are the kinds where it cannot.
 
     bytes_to_read: the sizes of the files that will be read; num_files: how many they are. memory: of every node that
     must run, the process's (on a GPU the device's); known_disk_bytes: what is sure to be stored.
@@ -63,6 +87,12 @@ class Estimate:
         """The node that takes the most memory, of those where it is known; None where it is known of none."""
         known = [(name, memory) for name, memory in self.memory.items() if memory.peak_bytes is not None]
         return max(known, key=lambda item: item[1].peak_bytes or 0, default=None)
+
+    @property
+    def basis(self) -> NodeCost | None:
+        """The node whose cost is the least sure, and of these the longest: what the estimate as a whole rests on."""
+        order = ("measured", "scaled", "calibrated")
+        return max(self.nodes.values(), key=lambda cost: (order.index(cost.source), cost.seconds), default=None)
 
     @property
     def seconds(self) -> float | None:
@@ -87,6 +117,8 @@ def estimate(
     earlier: Sequence[Entry],
     numerics: Numerics,
     needs: Mapping[str, Needs] | None = None,
+    hardware: str = "",
+    speeds: Mapping[int, Flops] | None = None,
 ) -> Estimate:
     """Estimate a run.
 
@@ -96,7 +128,14 @@ def estimate(
         earlier: Stored results with what they took, the newest first.
         numerics: The run's numerics policy.
         needs: What nodes are computed to need; figures of past runs go before them where they mean the same memory.
+        hardware: What the run computes on; past runs on something else do not count.
+        speeds: What that does in a second, by the bytes of a number, where it was measured.
     """
+    earlier = [entry for entry in earlier if entry.facts.get("hardware", hardware) == hardware]
+    loads: dict[str, float] = {}  # of models that no node has loaded yet
+    for entry in earlier:
+        weights = entry.facts.get("weights", "")
+        loads[weights] = max(loads.get(weights, 0.0), entry.facts.get("load_seconds", 0.0))
     known: dict[str, NodeCost] = {}
     unknown: dict[str, None] = {}
     memory: dict[str, Memory] = {}
@@ -104,11 +143,14 @@ def estimate(
     disk = 0
     for node in plan.nodes:
         if statuses[node.name].status in TO_COMPUTE and node.node.is_stored:
-            shape = repr((type(node.node).kind, _cost_fields(dict(node.node)), node.facts.get("frames"), node.files))
-            if shape not in alike:
-                alike[shape] = _cost(node, earlier, numerics)
-            cost = alike[shape]
             computed = (needs or {}).get(node.name, Needs())
+            fields = _cost_fields(dict(node.node))
+            shape = repr((node.kind, fields, node.facts.get("frames"), node.files, computed.flops, computed.weights))
+            if shape not in alike:
+                alike[shape] = _cost(node, earlier, numerics, computed) or _calibrated(computed, speeds or {})
+            cost = alike[shape]
+            if cost is not None and loads.get(computed.weights):
+                cost = replace(cost, seconds=cost.seconds + loads.pop(computed.weights))
             memory[node.name] = _memory(cost, computed)
             disk += computed.disk_bytes or (cost.disk_bytes if cost else 0)
             if cost is None:
@@ -128,31 +170,62 @@ def _memory(cost: NodeCost | None, computed: Needs) -> Memory:
     return Memory(computed.peak_bytes, "unknown" if computed.peak_bytes is None else "computed")
 
 
-def _cost(node: PlanNode, earlier: Sequence[Entry], numerics: Numerics) -> NodeCost | None:
-    """Take the figures of like nodes: same kind, sizes, settings and device; per frame where frames are known."""
+def _cost(node: PlanNode, earlier: Sequence[Entry], numerics: Numerics, computed: Needs) -> NodeCost | None:
+    """Take the figures of like nodes: same kind, weights, sizes, settings and device; else scale the nearest one's."""
     sources = [path for path, mark, _ in node.node.files() if mark.role != "output"]
     if sources:  # it copies a file's content
         return NodeCost(0.0, sum(node.files[path].stat().st_size for path in sources if path in node.files), 0)
     wanted = _cost_fields(node.node.identity({}, numerics.precision))
-    found: list[NodeCost] = []
+    found: dict[float, list[NodeCost]] = {}  # by how far away they are
     for entry in earlier:
-        image = entry.preimage
-        is_like = image.get("kind") == type(node.node).kind and _cost_fields(image.get("fields", {})) == wanted
+        image, facts = entry.preimage, entry.facts
         is_here = image.get("numerics", numerics.identity()) == numerics.identity()
-        is_as_large = all(entry.facts.get(side) == node.facts.get(side) for side in ("width", "height"))
-        took = entry.facts.get("seconds")
-        if is_like and is_here and is_as_large and isinstance(took, (int, float)):
-            share = _share(node.facts, entry.facts)
-            size = sum(item.size for item in entry.outputs.values())
-            peak = entry.facts.get("peak_bytes" if numerics.device_class == "cpu" else "peak_device_bytes")
-            found.append(NodeCost(took * share, int(size * share), int(peak or 0)))
+        is_kind = image.get("kind") == type(node.node).kind and facts.get("weights", "") == computed.weights
+        if not (is_here and is_kind and isinstance(facts.get("seconds"), (int, float))):
+            continue
+        is_as_large = all(facts.get(side) == node.facts.get(side) for side in ("width", "height"))
+        is_like = is_as_large and _cost_fields(image.get("fields", {})) == wanted
+        then = facts.get("flops")
+        ratio = _share(node.facts, facts)
+        if computed.flops and then and sum(then):
+            ratio = sum(computed.flops) / sum(then)
+        elif not is_like:
+            continue
+        size = computed.disk_bytes or int(ratio * sum(item.size for item in entry.outputs.values()))
+        peak = facts.get("peak_bytes" if numerics.device_class == "cpu" else "peak_device_bytes") if is_like else 0
+        cost = NodeCost(_seconds(entry, ratio), size, int(peak or 0))
+        if not is_like:
+            cost = replace(cost, source="scaled", scaled_from=_described(image.get("fields", {}) | facts))
+        found.setdefault(-1.0 if is_like else abs(log(ratio)) if ratio else inf, []).append(cost)
     if not found:
         return None
-    return NodeCost(
-        median(cost.seconds for cost in found),
-        int(median(cost.disk_bytes for cost in found)),
-        max(cost.peak_bytes for cost in found),
-    )
+    costs = found[min(found)]
+    seconds, disk_bytes = median(cost.seconds for cost in costs), int(median(cost.disk_bytes for cost in costs))
+    return replace(costs[0], seconds=seconds, disk_bytes=disk_bytes, peak_bytes=max(cost.peak_bytes for cost in costs))
+
+
+def _seconds(entry: Entry, ratio: float) -> float:
+    """Scale what a result took: of a chunk the steps, not what comes before them; loading its model stands apart."""
+    facts, took = entry.facts, float(entry.facts["seconds"])
+    if not facts.get("steps_taken"):
+        return took * ratio
+    sampling = float(facts["sampling_seconds"])
+    before = max(took - float(facts.get("load_seconds", 0)) - sampling, 0.0)
+    return before + sampling / int(facts["steps_taken"]) * int(entry.preimage["fields"]["steps"]) * ratio
+
+
+def _calibrated(computed: Needs, speeds: Mapping[int, Flops]) -> NodeCost | None:
+    if computed.flops is None or computed.item_bytes not in speeds:
+        return None
+    seconds = sum(count / speed for count, speed in zip(computed.flops, speeds[computed.item_bytes], strict=True))
+    return NodeCost(seconds, computed.disk_bytes or 0, 0, "calibrated")
+
+
+def _described(of: Mapping[str, Any]) -> str | None:
+    """Return "192x256, 4 steps", as far as that is known."""
+    size = f"{of['width']}x{of['height']}" if of.get("width") and of.get("height") else ""
+    steps = f"{of['steps']} steps" if "steps" in of else ""
+    return ", ".join(filter(None, (size, steps))) or None
 
 
 def _share(facts: Mapping[str, Any], earlier: Mapping[str, Any]) -> float:

@@ -90,8 +90,9 @@ class Run:
     """One execution of one plan.
 
     `note` gives what is to be said inside a sink's file, from the sink and the stored results; `about` are facts that
-    every result computed here gets; `cache_limit` is what the cache may grow to in bytes, None: as it chooses. A file
-    that stands under a result's name and is another stays, and the result is numbered, unless the run `overwrites`.
+    every result computed here gets, `about_nodes` those of single ones; `cache_limit` is what the cache may grow to in
+    bytes, None: as it chooses. A file that stands under a result's name and is another stays, and the result is
+    numbered, unless the run `overwrites`.
     """
 
     plan: Plan
@@ -105,6 +106,7 @@ class Run:
     forced: frozenset[str] = frozenset()
     note: Callable[[PlanNode, Mapping[str, Entry]], bytes] = no_note
     about: Mapping[str, Any] = field(default_factory=dict)
+    about_nodes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     should_stop: ShouldStop = never
     keeps_going: bool = False  # a node that fails takes only what depends on it along
     cache_limit: int | None = NO_LIMIT
@@ -249,7 +251,7 @@ class Run:
             facts |= {"seconds": round(time.monotonic() - started, 3), "node": node.name}
             on_gpu = peak_device_bytes()
             facts |= {} if on_gpu is None else {"peak_device_bytes": on_gpu}
-            facts |= {"peak_bytes": peak_memory_bytes(), **self.about}
+            facts |= {"peak_bytes": peak_memory_bytes(), **self.about, **self.about_nodes.get(node.name, {})}
             return self._publish(node, key, image, outputs, facts, is_mend)
 
         entry = self._results.work(node, work)

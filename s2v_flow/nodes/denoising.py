@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,9 @@ class Denoiser:
         self._handle: ModelHandle = inputs["model"]
         self._retry = Fallbacks(context, self._fallbacks(), self._no_memory)
         sizes = self._num_tokens(), 2 if "negative" in inputs else 1
+        started = time.monotonic()
         self._model: WanS2V = self._retry.run(lambda: self._handle.get(*sizes))
+        context.record(load_seconds=round(time.monotonic() - started, 3))
         self._prepared = self._retry.run(self._prepare_chunk)
         self._branches = self._retry.run(self._prepare_branches)
 

@@ -1,4 +1,4 @@
-"""How much memory a plan's nodes will need, before anything ran: from the model files' headers and the video's size.
+"""What a plan's nodes need, memory and arithmetic, before anything ran: from model files' headers and the video's size.
 
 Nothing is loaded. What a model computes with is counted from the code, largest moment by largest moment; each formula
 says what it counts. In them c is the bytes of a number in the dtype that is computed in. What is measured beside them
@@ -10,18 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from s2v_flow.graph.estimate import Needs
+from s2v_flow.graph.estimate import Flops, Needs
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.models.footprint import (
     Weights,
     chunk_bytes,
+    chunk_flops,
     decoding_bytes,
+    encoder_flops,
     encoding_bytes,
     latent_bytes,
     streamed_bytes,
     tile_side,
+    vae_flops,
 )
 from s2v_flow.models.speech_rate import num_features, num_rows, num_states
 from s2v_flow.models.tokenizer import MAX_TOKENS
@@ -29,11 +33,13 @@ from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
 from s2v_flow.nodes.decode import DecodeFrames
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage
 from s2v_flow.nodes.load import LoadDiffusionModel
+from s2v_flow.sampling.catalog import CALLS_PER_STEP
 from s2v_flow.weights.layout import own_keys
 from s2v_flow.weights.quantization import GGUF_FORMATS, read_quantization
 from s2v_flow.weights.reader import Checkpoint
 
 PROCESS_BYTES = 345 * 2**20  # resident in a process that has imported torch and transformers (Linux, torch 2.13)
+_FLOPS_PER_PIXEL = 100.0  # of copying, scaling and writing a frame: it matters where nothing is decoded
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _WIDE_BYTES = {"BF16": 2, "F16": 2}  # what is not a matrix keeps its dtype, or becomes float32
 _LOADERS = frozenset({"load_diffusion_model", "load_text_encoder", "load_audio_encoder", "load_vae"})
@@ -76,7 +82,9 @@ class _Needs:
             work = self._work_of(node)
             sizes = [None if model is None else model.num_bytes for model in live]
             peak = None if work is None or None in sizes else self._base() + work + sum(size or 0 for size in sizes)
-            found[node.name] = Needs(peak, self._stored(node))
+            used = [self._loaded(name) for name in sorted(self._loaders(node.name))]
+            weights = "+".join(f"{model.num_bytes}/{model.item_bytes}" for model in used if model is not None)
+            found[node.name] = Needs(peak, self._stored(node), self._flops(node), "" if None in used else weights)
         return found
 
     def _base(self) -> int:
@@ -133,6 +141,50 @@ class _Needs:
                 elif not upstream.node.is_stored and upstream.node.kind not in _LOADERS:
                     pending.append(upstream.name)
         return work
+
+    def _flops(self, node: PlanNode) -> Flops | None:
+        """Count what a node computes, with what is made as it is used; None where a model's file is missing."""
+        of, samples = node.node, node.facts.get("num_samples")
+        dit, vae = self._model(node, "model"), self._model(node, "vae")
+        encoder = self._model(node, "text_encoder") or self._model(node, "audio_encoder")
+        if isinstance(of, Chunk) and dit is not None:
+            calls = (of.steps - 1) * CALLS_PER_STEP.get(of.sampler, 1) + 1
+            matrices, attention, _ = chunk_flops(dit, of.width, of.height, of.num_latent_frames, node.inputs.keys())
+            return calls * matrices, calls * attention, 0
+        if of.kind in ("encode_text", "encode_audio") and encoder is not None:
+            return encoder_flops(encoder, MAX_TOKENS if samples is None else num_states(samples))
+        if isinstance(of, (EncodeImage, EncodeMotion, EncodeControl)) and vae is not None:
+            count = (
+                1 if isinstance(of, EncodeImage) else 73 if isinstance(of, EncodeMotion) else 4 * of.num_latent_frames
+            )
+            return vae_flops(vae, "encoder", of.width, of.height, count)
+        width: Any = node.facts.get("width")
+        height: Any = node.facts.get("height")
+        if isinstance(of, DecodeChunk) and vae is not None:
+            decoding = vae_flops(vae, "decoder", width, height, 4 * of.num_latent_frames)[2]
+            return 0, 0, decoding + vae_flops(vae, "encoder", width, height, 73)[2]
+        if self._loaders(node.name) and of.kind in _WORK:
+            return None
+        return self._frames_flops(node)
+
+    def _frames_flops(self, node: PlanNode) -> Flops | None:
+        """Count the decoding of frames that are decoded as they are used, and something for each pixel beside it."""
+        facts, convolutions = node.facts, 0.0
+        if isinstance(node.node, DecodeFrames) and "parts" not in node.inputs:
+            vae = self._model(node, "vae")
+            if vae is None or not all(facts.get(name) for name in ("width", "height", "frames")):
+                return None
+            convolutions = vae_flops(vae, "decoder", facts["width"], facts["height"], facts["frames"])[2]
+        elif all(facts.get(name) for name in ("width", "height", "frames")):
+            convolutions = _FLOPS_PER_PIXEL * facts["width"] * facts["height"] * facts["frames"]
+        for name in {source.node for source in node.sources()}:
+            upstream = self._plan.node(name)
+            if not upstream.node.is_stored and upstream.node.kind not in _LOADERS:
+                found = self._frames_flops(upstream)
+                if found is None:
+                    return None
+                convolutions += found[2]
+        return 0, 0, convolutions
 
     def _decoding(self, node: PlanNode) -> int | None:
         vae = self._model(node, "vae")

@@ -63,7 +63,7 @@ class ResumableSampling:
         total, checkpoint = self.sampler.num_steps, self.context.checkpoint
         begun = (self._resumed(checkpoint) if checkpoint else None) or self.sampler.start(noise())
         state = begun
-        self._saved_at = self._stepped_at = time.monotonic()
+        started = self._saved_at = self._stepped_at = time.monotonic()
         for state in self._states(denoise, begun):
             self.context.step(state.step, total)
             self._watch.add(state.step, state.x)
@@ -71,6 +71,7 @@ class ResumableSampling:
             if checkpoint is not None and state.step < total:
                 self._between_steps(checkpoint, state)
         self._check(self._watch.first_bad(waits=True))
+        self.context.record(sampling_seconds=round(time.monotonic() - started, 3), steps_taken=total - begun.step)
         return self.sampler.result(state)
 
     def _states(self, denoise: Denoise, state: SolverState) -> Iterator[SolverState]:

@@ -48,6 +48,9 @@ ONE_STEP_MORE: tuple[SamplerName, ...] = ("uni_pc", "uni_pc_bh2")
 MINIMUM_STEPS: Mapping[SchedulerName, int] = MappingProxyType({"linear_quadratic": 2, "kl_optimal": 2})
 """The fewest steps a scheduler can be asked for, where that is more than one."""
 
+CALLS_PER_STEP: Mapping[SamplerName, int] = MappingProxyType({"heun": 2})
+"""How often a sampler calls the model in a step, where that is more than once; a step to sigma = 0 is one call."""
+
 
 def minimum_steps(sampler: SamplerName, scheduler: SchedulerName) -> int:
     """Return the fewest steps that this sampler can take with this scheduler."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from s2v_flow.plugins import SAMPLERS, plugins
 from s2v_flow.sampling import flow, solver, unipc
-from s2v_flow.sampling.catalog import SamplerName, SchedulerName
+from s2v_flow.sampling.catalog import CALLS_PER_STEP, SamplerName, SchedulerName
 from s2v_flow.sampling.levels import NUM_TRAIN_LEVELS
 from s2v_flow.sampling.noise import check_seed, step_generator
 from s2v_flow.sampling.schedule import scheduled_sigmas
@@ -65,7 +65,7 @@ SOLVERS: Mapping[SamplerName, Solver] = MappingProxyType(
         "uni_pc_bh2": Solver(unipc.uni_pc_bh2, sigmas=unipc.comfy_sigmas, result=unipc.comfy_result),
         "euler": Solver(solver.euler),
         "euler_ancestral": Solver(solver.euler_ancestral, draws_noise=True),
-        "heun": Solver(solver.heun, calls_per_step=2),
+        "heun": Solver(solver.heun, calls_per_step=CALLS_PER_STEP["heun"]),
         "dpmpp_2m": Solver(solver.dpmpp_2m),
         "lcm": Solver(solver.lcm, draws_noise=True),
         "res_multistep": Solver(solver.res_multistep),
