@@ -13,6 +13,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "make": "portrait.png voice.wav 'She speaks calmly.' -o talk.mp4",
         "run": "talk.yaml --set steps=20",
         "plan": "talk.yaml -m seed=1..8",
+        "try": "talk.yaml",
         "import": "workflow.json -o talk.yaml",
     },
     "Write a recipe": {
@@ -23,6 +24,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "nodes": "sample",
         "schema": "-o recipe.schema.json",
         "export": "talk.yaml -o workflow.json",
+        "recipe": "talk.mp4 -o talk.yaml",
     },
     "Look back": {
         "runs": "--keep-last 20",
@@ -34,6 +36,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
     "Look after this machine": {
         "models": "talk.yaml",
         "doctor": "",
+        "explain": "R051",
         "cache": "stats",
         "completion": "bash",
     },

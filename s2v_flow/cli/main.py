@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -90,16 +91,31 @@ def run(recipe: Path, as_json: bool, events: str | None, level: Level, **given: 
 
 def _run(recipe: Path, options: Options, level: Level, again: str, *, as_json: bool, events: str | None = None) -> None:
     from s2v_flow import api
+
+    _execute(api.plan(recipe, options), options, level, again, as_json=as_json, events=events)
+
+
+def _execute(
+    planned: Planned,
+    options: Options,
+    level: Level,
+    again: str,
+    *,
+    as_json: bool,
+    events: str | None = None,
+    also: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Run a plan and report; `also` gives what the JSON object has beside the run's own, once that is done."""
+    from s2v_flow import api
     from s2v_flow.cli import report
     from s2v_flow.cli.progress import Progress
     from s2v_flow.runs.record import new_run_id
     from s2v_flow.runs.stream import open_events, to_all
 
-    planned = api.plan(recipe, options)
     if planned.plan.missing and events != "-":
         report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
     api.require_files(planned)
-    progress = Progress(recipe.stem, planned, level)
+    progress = Progress(planned.recipe.path.stem, planned, level)
     for note in planned.notes:
         progress.note(note)
     run_id = new_run_id()
@@ -109,7 +125,7 @@ def _run(recipe: Path, options: Options, level: Level, again: str, *, as_json: b
     finally:
         progress.close()
     if as_json:
-        report.print_json(result.to_json())
+        report.print_json(result.to_json() | also())
     elif events != "-":
         for paths in result.outputs.values():
             for path in paths[:1] if len(paths) > 3 else paths:
@@ -122,6 +138,27 @@ def _run(recipe: Path, options: Options, level: Level, again: str, *, as_json: b
     else:
         names = ", ".join(name for name, why in result.failures.items() if not why.startswith("needs "))
         raise S2VFlowError(f"failed: {names}", kept="every other cell, and all that was finished in these")
+
+
+@cli.command("try")
+@recipe_options
+@level_options
+@folder_options
+def try_(recipe: Path, as_json: bool, level: Level, **given: Any) -> None:
+    """Make the first chunk alone, at half size in few steps, and estimate the whole by it."""
+    from s2v_flow import api
+    from s2v_flow.cli import report
+    from s2v_flow.cli.trial import trial
+
+    options = make_options(**given)
+
+    def estimate() -> dict[str, Any]:
+        return {"estimate": api.plan(recipe, options).to_json()["estimate"]}
+
+    whole = shlex.join(["s2vflow", "run", *(word for word in sys.argv[1:] if word != "try")])
+    _execute(*trial(api.plan(recipe, options), options), level, whole, as_json=as_json, also=estimate)
+    if not as_json:
+        report.print_result(report.whole_text(api.plan(recipe, options)))
 
 
 def _summary(planned: Planned, result: RunResult) -> list[Path]:
