@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -83,12 +84,13 @@ def print_plan(planned: Planned) -> None:
 
 
 def _rows(planned: Planned) -> Iterator[str]:
-    """Yield a line for every node; where there are many, one for all of a kind that have the same status and reason."""
+    """Yield a line for every node; of many, one for all of a kind with the same status and reason but for numbers."""
     nodes = planned.plan.nodes
     alike: dict[object, list[PlanNode]] = {}
     for node in nodes:
         status = planned.statuses[node.name]
-        key = status.status, node.kind, status.reason.replace(node.name.rpartition("/")[0], "")
+        reason = status.reason.replace(node.name.rpartition("/")[0], "")
+        key = status.status, node.kind, re.sub(r"\d+", "", reason)
         alike.setdefault(key if len(nodes) > _MANY_ROWS else node.name, []).append(node)
     groups = list(alike.values())
     names = [f"{group[0].name} to {group[-1].name}" if len(group) > 1 else group[0].name for group in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import time
@@ -18,6 +19,7 @@ from s2v_flow.cli import progress as shown
 from s2v_flow.cli.colour import for_people
 from s2v_flow.cli.main import cli
 from s2v_flow.graph import events
+from s2v_flow.runs.sources import FileDigests
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +182,14 @@ def test_events_on_stdout_are_not_drawn_into_the_table(done: Place) -> None:
     assert out.startswith('{"type": "version"')
     assert "run_finished" in out
     assert '"type"' not in str(screen)
+
+
+def test_a_large_file_that_has_to_be_read_is_named(tmp_path: Path) -> None:
+    """With its size; a small one is not worth a word."""
+    seen: list[events.Event] = []
+    digests = FileDigests(tmp_path / "digests.json", seen.append)
+    for name, size in (("small", 100), ("large", (64 << 20) + 1)):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, size)
+        digests(tmp_path / name)
+    assert seen == [events.StageStarted("", "hashing large (67.1 MB), once"), events.StageStarted("", "")]
