@@ -67,6 +67,7 @@ def child(*commands: list[object], site: Path, folder: Path) -> list[tuple[int, 
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_package_is_listed_checked_run_recorded_and_locked(mirror: Path, tiny_models: Path, tmp_path: Path) -> None:
     here = place(tmp_path, tiny_models, MIRRORED)
     run = ["run", here.recipe, *here.where]
