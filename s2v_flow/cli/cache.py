@@ -90,7 +90,7 @@ def verify(repair: bool, dry_run: bool, as_json: bool, cache_dir: Path | None) -
 def gc(limit: str | None, dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
     """Make the cache smaller: first what is computed again most quickly for its size.
 
-    Never what is pinned, younger than an hour, or of a run that lives.
+    Never what is pinned, younger than an hour, or of a run that lives, but for decoded frames.
     """
     from s2v_flow.cache.budget import parse_size
     from s2v_flow.cache.housekeeping import collect
@@ -174,7 +174,7 @@ def export(
 
         manifest = find(runs_root(root), run_id).model_dump(mode="json")
         made = [node.get("fingerprint") for node in manifest.get("nodes", ())]
-        kept = [item for item in _inventory(cache_dir) if item.entry.fingerprint in made]
+        kept = [item for item in _inventory(cache_dir) if item.entry.fingerprint in made and not item.is_spare]
     elif fingerprints or nodes:
         kept = _choose(cache_dir, fingerprints, nodes)
     else:

@@ -59,9 +59,9 @@ def complete_node(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete a run's id, the newest first, `last`, or a file."""
+    from s2v_flow.api import Options
     from s2v_flow.cli.defaults import with_defaults
     from s2v_flow.history.find import LAST, run_ids
-    from s2v_flow.options import Options
     from s2v_flow.runs.record import runs_root
 
     root = runs_root(Options(**with_defaults({"cache_dir": ctx.params.get("cache_dir")})).cache_root)

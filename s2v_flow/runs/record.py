@@ -213,7 +213,7 @@ class Recorder:
             return "interrupted" if status == "interrupted" else "failed"
         if node.name in self.entries or node.name in self._cached or self.statuses[node.name].entry is not None:
             return "stored"
-        if self.statuses[node.name].status == "SKIP":
+        if self.statuses[node.name].status in ("SKIP", "HIT"):
             return "skipped"
         return "not_reached" if node.node.is_stored else "live"
 
