@@ -377,14 +377,22 @@ def make(
     **given: Any,
 ) -> None:
     """Make a video without a recipe; one is left beside it, to change and to run again."""
+    from s2v_flow import api
     from s2v_flow.cli import report
-    from s2v_flow.start.project import DEFAULT_PROMPT, Start, recipe_path, recipe_text, write_recipe
+    from s2v_flow.start.project import (
+        DEFAULT_PROMPT,
+        Start,
+        is_as_written,
+        recipe_path,
+        recipe_text,
+        write_recipe,
+    )
     from s2v_flow.start.recipes import RECIPES
 
     recipe = recipe_path(output)
     start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, output.name)
     text = recipe_text(start, recipe.parent) if like in RECIPES else _text_like(start, recipe)
-    write_recipe(recipe, text, force=force or _is_as_written(recipe))
+    write_recipe(recipe, text, force=force or is_as_written(recipe, api.KINDS))
     given["output_dir"] = given["output_dir"] or recipe.parent  # -o says more than the user's defaults
     options = make_options(**given)
     again = " ".join(["s2vflow run", str(recipe), *(f"-p {name}" for name in options.profiles)])
@@ -401,17 +409,6 @@ def _text_like(start: Start, recipe: Path) -> str:
 
     changes = changes_like(start, api.check(start.like))
     return portable_text(replace(api.check(start.like, overrides=changes), path=recipe, folder=None))
-
-
-def _is_as_written(recipe: Path) -> bool:
-    """Tell whether a recipe that stands there is one that `make` left, unchanged."""
-    from s2v_flow import api
-    from s2v_flow.start.project import is_as_written
-
-    with suppress(S2VFlowError, AttributeError, KeyError):
-        checked = api.check(recipe)
-        return is_as_written(recipe, checked.params, Path(getattr(checked.nodes["video"].node, "file", "")).name)
-    return False
 
 
 def main() -> NoReturn:

@@ -21,14 +21,11 @@ def numbered(path: Path, number: int) -> Path:
 
 
 def free_name(path: Path, fits: Callable[[Path], bool]) -> Path:
-    """Return the name for a result.
+    """Return the wanted name where it fits, else a number that is in use and fits, else the first above all in use.
 
     Args:
         path: The name that is wanted.
-        fits: Tells of a name whether nothing else stands there: it is free, or is the result's already.
-
-    Returns:
-        The wanted name where it fits, else a number that is in use and fits, else the first one above all in use.
+        fits: Tells of a name whether it is free, or is the result's already.
     """
     if fits(path):
         return path
@@ -42,7 +39,7 @@ def free_name(path: Path, fits: Callable[[Path], bool]) -> Path:
 
 
 def put_new(made: str | Path, path: Path) -> None:
-    """Give a finished file a name in the same file system that nobody has yet; its old name is gone then, or is not.
+    """Give a finished file a name in the same file system that nobody has yet; its old name may stay.
 
     Raises:
         TakenError: Somebody has it.
@@ -61,12 +58,10 @@ def put_new(made: str | Path, path: Path) -> None:
 
 
 def put_beside(made: Path, wanted: Path, *, replaces: bool = False) -> Path:
-    """Give a finished file the wanted name, or a numbered one where another file has it; return the name.
+    """Give a finished file of the same file system the wanted name, or a numbered one where other bytes have it.
 
-    Args:
-        made: The file, in the same file system; it may stay under its old name.
-        wanted: The name; a file there with the same bytes is the file.
-        replaces: Take the place of what is there.
+    Returns:
+        The name; `made` may still be there under its old one.
     """
     while not replaces:
         path = free_name(wanted, lambda name: not os.path.lexists(name) or _is_same(made, name))

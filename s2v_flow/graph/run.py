@@ -427,8 +427,8 @@ class Run:
         artifacts = {port: self._artifact(node, port) for port in self._entries[node.name].outputs}
         reap_outputs(node)
         entry, wanted = self._entries[node.name], node.files["file",]
-        others = other_files(node, entry) if self.overwrites else []
-        replaced = described_files(others) if others else ""
+        others = other_files(node, entry)
+        replaced = described_files(others) if others and self.overwrites else ""
         note = self.note(node, self._entries)
         delivered: list[tuple[Path, bool]] | None = None
         while delivered is None:
@@ -439,7 +439,7 @@ class Run:
         if replaced:
             self.emit(Noted(node.name, f"file: {replaced} was replaced (--overwrite)"))
         elif path != wanted and delivered[0][1]:
-            kept = next(iter(other_files(node, entry)), wanted).name
+            kept = next(iter(others), wanted).name
             self.emit(Noted(node.name, f"{kept} kept: it is another result; written as {delivered[0][0].name}"))
         for path, changed in delivered:
             self.emit(Delivered(node.name, str(path), changed))

@@ -59,11 +59,7 @@ def without_nodes(recipe: Recipe, names: Container[str]) -> Recipe:
 
 
 def written(recipe: Recipe) -> tuple[str, dict[str, str]]:
-    """Return the recipe with all its layers applied and parameters put in, as YAML that can be run.
-
-    Returns:
-        The text, and where each of its values was written: path -> place.
-    """
+    """Return the recipe, all layers applied and parameters put in, as YAML that can be run; and each value's place."""
     found = config_json(recipe, with_origins=True)
     origins = {path: str(without_home(place)) for path, place in found.pop("origins").items()}
     found.pop("recipe")

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
+from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
+from s2v_flow.recipe.load import load_recipe
 from s2v_flow.recipe.params import whole_reference
 from s2v_flow.recipe.reader import FORBIDDEN
 from s2v_flow.recipe.tree import plain
@@ -109,17 +111,13 @@ def recipe_text(start: Start, folder: Path) -> str:
     return to_yaml(data, comments=behind, above=above)
 
 
-def is_as_written(path: Path, params: Mapping[str, Any], output: str) -> bool:
-    """Tell whether a recipe is as `make` or `init` wrote it, so that nobody's work is in it.
-
-    Args:
-        path: The recipe.
-        params: Its parameters.
-        output: The video's name in it.
-    """
-    with suppress(OSError, UnicodeDecodeError, KeyError, TypeError, S2VFlowError):
-        text, folder = path.read_text(encoding="utf-8"), path.parent
-        start = Start(folder / params["image"], folder / params["audio"], params["prompt"], output=output)
+def is_as_written(path: Path, kinds: Mapping[str, type[Node]]) -> bool:
+    """Tell whether a recipe is as `make` or `init` wrote it, so that nobody's work is in it."""
+    with suppress(OSError, KeyError, TypeError, AttributeError, S2VFlowError):
+        recipe, folder = load_recipe(path, kinds=kinds), path.parent
+        params, video = recipe.params, recipe.nodes["video"].node.model_dump()["file"]
+        start = Start(folder / params["image"], folder / params["audio"], params["prompt"], output=Path(video).name)
+        text = path.read_text(encoding="utf-8")
         return any(recipe_text(replace(start, like=like), folder) == text for like in RECIPES)
     return False
 
