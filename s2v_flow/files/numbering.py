@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import os
 import re
@@ -38,6 +39,11 @@ def free_name(path: Path, fits: Callable[[Path], bool]) -> Path:
     return next(name for number in numbers if fits(name := numbered(path, number)))
 
 
+def is_file_there(path: Path) -> bool:
+    """Tell whether a name is in use, by anything but a folder: that is an error when it is written to."""
+    return os.path.lexists(path) and not os.path.isdir(path)
+
+
 def put_new(made: str | Path, path: Path) -> None:
     """Give a finished file a name in the same file system that nobody has yet; its old name may stay.
 
@@ -47,7 +53,9 @@ def put_new(made: str | Path, path: Path) -> None:
     """
     try:
         os.link(made, path)
-    except FileExistsError:
+    except FileExistsError as error:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) from error
         raise TakenError(path) from None
     except OSError:  # a file system without links
         try:
@@ -64,8 +72,8 @@ def put_beside(made: Path, wanted: Path, *, replaces: bool = False) -> Path:
         The name; `made` may still be there under its old one.
     """
     while not replaces:
-        path = free_name(wanted, lambda name: not os.path.lexists(name) or _is_same(made, name))
-        if os.path.lexists(path):
+        path = free_name(wanted, lambda name: not is_file_there(name) or _is_same(made, name))
+        if is_file_there(path):
             return path
         with suppress(TakenError):
             put_new(made, path)

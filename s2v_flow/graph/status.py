@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import Entry, Store, holds
-from s2v_flow.files.numbering import free_name
+from s2v_flow.files.numbering import free_name, is_file_there
 from s2v_flow.graph.checkpoint import progress_text
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.numerics import Numerics
@@ -161,7 +161,7 @@ def other_files(node: PlanNode, entry: Entry | None, path: Path | None = None) -
     files = {**node.files, ("file",): path or node.files["file",]}
     targets = node.node.targets(files, outputs or None)
     return [
-        path for port, path in targets.items() if os.path.lexists(path) and not (entry and holds(path, outputs[port]))
+        path for port, path in targets.items() if is_file_there(path) and not (entry and holds(path, outputs[port]))
     ]
 
 

@@ -134,8 +134,8 @@ def changes_like(start: Start, recipe: Recipe) -> list[Override]:
     """
     spoken = {spec.node.refs()["positive"].node for spec in recipe.nodes.values() if "positive" in spec.node.refs()}
     places = (
-        ("load_image", "file", str(start.portrait), None),
-        ("load_audio", "file", str(start.voice), None),
+        ("load_image", "file", _relative(start.portrait or Path(), Path.cwd()), None),
+        ("load_audio", "file", _relative(start.voice or Path(), Path.cwd()), None),
         ("encode_text", "text", start.prompt, spoken),
         ("save_video", "file", start.output, None),
     )

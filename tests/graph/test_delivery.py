@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from toy import Save, Word, Workshop, plan_toys
 
+from s2v_flow.files.atomic import CannotWriteError
 from s2v_flow.graph.events import Delivered, Noted
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import Ref
@@ -108,10 +109,11 @@ def test_the_same_result_takes_no_number(shop: Workshop) -> None:
     assert contents(shop) == {"out.txt": "w"}
 
 
-def test_a_folder_under_the_name_is_left_alone(shop: Workshop) -> None:
+def test_a_folder_under_the_name_is_an_error(shop: Workshop) -> None:
     (shop.folder / "out.txt").mkdir()
-    run(shop, "w")
-    assert (shop.folder / "out.2.txt").read_text() == "w"
+    with pytest.raises(CannotWriteError, match=r"out.txt: Is a directory"):
+        run(shop, "w")
+    assert [path.name for path in shop.folder.glob("*out*")] == ["out.txt"]
 
 
 @pytest.mark.parametrize("has_links", [True, False])

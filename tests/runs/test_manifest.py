@@ -271,7 +271,7 @@ def test_a_video_that_is_moved_at_once_loses_no_manifest(done: Place, tmp_path: 
         if isinstance(event, Delivered):
             made.video.unlink()
 
-    result = api.run(made.recipe, options(tmp_path, tiny_models, made.cache), on_event=take)
+    result = api.run(made.recipe, options(tmp_path, tiny_models, made.cache, overwrite=True), on_event=take)
     kept = read_manifest(made.cache / "runs" / result.run_id / "manifest.json")
     (output,) = kept.outputs
     assert (kept.status, output.name, output.size) == ("finished", "out/talk.mp4", None)
