@@ -19,7 +19,7 @@ from s2v_flow.version import __version__
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options, check, load, plan, run
-    from s2v_flow.session import Session
+    from s2v_flow.api.session import Session
 
 __all__ = ["Options", "Session", "__version__", "check", "load", "plan", "run"]
 
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 's2v_flow' has no attribute {name!r}")
     if name == "Session":
-        from s2v_flow.session import Session
+        from s2v_flow.api.session import Session
 
         return Session
     from s2v_flow import api

@@ -44,14 +44,11 @@ ALLOWED: dict[str, set[str]] = {
     # runs and the Python face
     "runs": {"recipe", "graph", "cache", "files", "media", "plugins", "version", "wording", "errors"},
     "options": {"recipe", "nodes", "graph", "cache", "demo", "library"},
-    "notebook": set(),
-    "result": {"notebook", "graph", "cache", "media", "wording", "errors"},
     "api": {
-        *("options", "result", "notebook", "recipe", "nodes", "graph", "cache", "files", "models", "demo", "machine"),
-        *("library", "runs", "comfy", "version", "wording", "errors"),
+        *("options", "recipe", "nodes", "graph", "cache", "files", "media", "models", "demo", "machine", "library"),
+        *("runs", "comfy", "version", "wording", "errors"),
     },
-    "session": {"api", "options", "result", "graph", "nodes", "machine", "errors"},
-    "": {"api", "session", "version"},  # the package itself
+    "": {"api", "version"},  # the package itself
     "history": {
         *("", "api", "runs", "recipe", "graph", "cache", "files", "media", "demo", "machine", "wording", "errors"),
     },

@@ -39,6 +39,8 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "explain": "R051",
         "cache": "stats",
         "completion": "bash",
+        "help": "run",
+        "version": "",
     },
 }
 _EXAMPLES = {name: f"{name} {text}".strip() for group in _GROUPS.values() for name, text in group.items()}

@@ -31,13 +31,13 @@ def test_a_run_in_a_terminal_shows_a_bar_stages_and_a_closing_line(done: Place) 
     """As the tiny run is drawn, 80 columns wide; the path is on stdout, which is no terminal, alone."""
     command = [sys.executable, "-m", "s2v_flow", "run", str(done.recipe), *done.where, "--set", "nodes.talk.seed=[1,9]"]
     screen, out, code = run_in_terminal(command, columns=80)
-    assert (code, out) == (0, f"{done.video}\n")
+    assert (code, out) == (0, f"{done.video.with_name('talk.2.mp4')}\n")
     text = str(screen)
     assert re.search(r"^recipe  ━+ +100%  .* s$", text, re.MULTILINE), text
     assert re.search(r"^done +talk\[2\] +sampling chunk 3 of 3 +[\d.]+ s  +\d+\.\d [MG]iB$", text, re.MULTILINE), text
     assert re.search(r"^done +video +decoding and writing frames ", text, re.MULTILINE), text
     assert "save_video" not in text
-    end = r"^talk\.mp4  1\.2 s · 64x64 · 3 chunks · 2 computed, 5 stored · [^·]+ s · seed 20$"
+    end = r"^talk\.2\.mp4  1\.2 s · 64x64 · 3 chunks · 2 computed, 5 stored · [^·]+ s · seed 20$"
     assert re.search(end, text, re.MULTILINE), text
     assert text.rstrip().endswith("look closer: s2vflow show last")
     drawn = screen.ever

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from s2v_flow.api.notebook import players
 from s2v_flow.cache.store import Store
 from s2v_flow.errors import MissingError
 from s2v_flow.graph.run import RunResult
-from s2v_flow.notebook import players
 from s2v_flow.wording import did_you_mean
 
 if TYPE_CHECKING:
