@@ -82,7 +82,7 @@ def test_the_schema_refuses_what_is_no_event(line: dict[str, object]) -> None:
 
 def test_a_run_writes_its_events_to_a_file(done: Place, tmp_path: Path) -> None:
     code, out, err = done.run("--events", tmp_path / "events.jsonl", "--set", "nodes.talk.seed=[1,5]")
-    assert (code, out) == (0, f"{done.video}\n")
+    assert (code, out) == (0, f"{done.video.with_name('talk.2.mp4')}\n")
     assert "talk[2]: sampling chunk 3 of 3\n" in err
     lines = checked((tmp_path / "events.jsonl").read_text())
     types = [line["type"] for line in lines]

@@ -47,8 +47,8 @@ def test_a_cell_is_delivered_before_the_next_is_sampled_and_each_model_is_loaded
     registries = []
 
     class Counted(ModelRegistry):
-        def __init__(self, **given: Any) -> None:
-            super().__init__(**given)
+        def __init__(self, *args: Any, **given: Any) -> None:
+            super().__init__(*args, **given)
             registries.append(self)
 
     monkeypatch.setattr("s2v_flow.models.registry.ModelRegistry", Counted)

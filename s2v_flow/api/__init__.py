@@ -21,10 +21,10 @@ from s2v_flow.files.atomic import cannot_write
 from s2v_flow.files.facts import recalled, remembered
 from s2v_flow.graph.build import build_plan, merge_plans
 from s2v_flow.graph.estimate import Flops, estimate
-from s2v_flow.graph.events import Listener, Noted, StageStarted
+from s2v_flow.graph.events import Listener, Noted, StageStarted, ignore
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan
-from s2v_flow.graph.run import Run, RunResult, ignore
+from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, assess
 from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, near_files, recipe_needs

@@ -9,8 +9,7 @@ from typing import Any
 from s2v_flow.api import Planned, RecipeLike, lazy_registry, plan, run_planned
 from s2v_flow.api.result import Result
 from s2v_flow.errors import S2VFlowError
-from s2v_flow.graph.events import Listener
-from s2v_flow.graph.run import ignore
+from s2v_flow.graph.events import Listener, ignore
 from s2v_flow.machine import free_memory_bytes
 from s2v_flow.nodes.handle import free_device_bytes
 from s2v_flow.options import Options

@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from s2v_flow.cli.options import (
     selection_options,
     start_options,
 )
+from s2v_flow.cli.running import execute, run_recipe
 from s2v_flow.cli.runs import diff, lock, reproduce, runs, show
 from s2v_flow.cli.start import completion, doctor, explain, help_, init, version
 from s2v_flow.cli.streams import Streams
@@ -37,9 +37,7 @@ from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, StopRequest
 
 if TYPE_CHECKING:
-    from s2v_flow.api import Options, Planned
     from s2v_flow.cli.progress import Level
-    from s2v_flow.graph.run import RunResult
     from s2v_flow.start.project import Start
 
 EXIT_CODES = "\n".join(
@@ -86,58 +84,7 @@ def run(recipe: Path, as_json: bool, events: str | None, level: Level, **given: 
     if events == "-" and as_json:
         raise click.UsageError("--events - and --json both write to stdout: give --events a file")
     again = shlex.join(["s2vflow", *sys.argv[1:]])
-    _run(recipe, make_options(**given), level, again, as_json=as_json, events=events)
-
-
-def _run(recipe: Path, options: Options, level: Level, again: str, *, as_json: bool, events: str | None = None) -> None:
-    from s2v_flow import api
-
-    _execute(api.plan(recipe, options), options, level, again, as_json=as_json, events=events)
-
-
-def _execute(
-    planned: Planned,
-    options: Options,
-    level: Level,
-    again: str,
-    *,
-    as_json: bool,
-    events: str | None = None,
-    also: Callable[[], dict[str, Any]] = dict,
-) -> None:
-    """Run a plan and report; `also` gives what the JSON object has beside the run's own, once that is done."""
-    from s2v_flow import api
-    from s2v_flow.cli import report
-    from s2v_flow.cli.progress import Progress
-    from s2v_flow.runs.record import new_run_id
-    from s2v_flow.runs.stream import open_events, to_all
-
-    if planned.plan.missing and events != "-":
-        report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
-    api.require_files(planned)
-    progress = Progress(planned.recipe.path.stem, planned, level)
-    for note in planned.notes:
-        progress.note(note)
-    run_id = new_run_id()
-    try:
-        with open_events(events, progress, run_id) as stream:
-            result = api.run_planned(planned, options, to_all(progress, *stream), run_id)
-    finally:
-        progress.close()
-    if as_json:
-        report.print_json(result.to_json() | also())
-    elif events != "-":
-        for paths in result.outputs.values():
-            for path in paths[:1] if len(paths) > 3 else paths:
-                report.print_result(f"{path}" + (f" and {len(paths) - 1} more" if len(paths) > 3 else ""))
-    for path in _summary(planned, result):
-        if not as_json and events != "-":
-            report.print_result(f"{path}")
-    if not result.failures:
-        progress.end(planned, result, again)
-    else:
-        names = ", ".join(name for name, why in result.failures.items() if not why.startswith("needs "))
-        raise S2VFlowError(f"failed: {names}", kept="every other cell, and all that was finished in these")
+    run_recipe(recipe, make_options(**given), level, again, as_json=as_json, events=events)
 
 
 @cli.command("try")
@@ -156,23 +103,9 @@ def try_(recipe: Path, as_json: bool, level: Level, **given: Any) -> None:
         return {"estimate": api.plan(recipe, options).to_json()["estimate"]}
 
     whole = shlex.join(["s2vflow", "run", *(word for word in sys.argv[1:] if word != "try")])
-    _execute(*trial(api.plan(recipe, options), options), level, whole, as_json=as_json, also=estimate)
+    execute(*trial(api.plan(recipe, options), options), level, whole, as_json=as_json, also=estimate)
     if not as_json:
         report.print_result(report.whole_text(api.plan(recipe, options)))
-
-
-def _summary(planned: Planned, result: RunResult) -> list[Path]:
-    """Put a matrix's videos on one page, where there are at least two; that it fails is no failure of the run."""
-    if not planned.labels:
-        return []
-    from s2v_flow.cli import report
-    from s2v_flow.history.side import summarise
-
-    try:
-        return summarise(planned, result)
-    except (S2VFlowError, OSError, ValueError) as error:
-        report.print_message(f"warning: the page of all cells cannot be made: {error}")
-        return []
 
 
 @cli.command()
@@ -398,7 +331,7 @@ def make(
     again = " ".join(["s2vflow run", str(recipe), *(f"-p {name}" for name in options.profiles)])
     if level != "quiet":
         report.print_message(f"the recipe is {recipe}; to run it again: {again}")
-    _run(recipe, options, level, again, as_json=as_json)
+    run_recipe(recipe, options, level, again, as_json=as_json)
 
 
 def _text_like(start: Start, recipe: Path) -> str:

@@ -189,7 +189,7 @@ class Progress:
             self.note(f"warning: {text}" if event.is_warning else text, is_detail=event.is_detail)
         elif isinstance(event, events.Delivered):
             state = "written" if event.changed else "up to date"
-            self._say(f"{event.node}: {event.path} is {state}", is_detail=True)
+            self._say(f"{event.node}: {event.path} is {state}", is_detail=event.changed)
         elif isinstance(event, events.RunFinished) and event.status != "finished":
             self._say(f"end: {event.status} after {duration_text(time.monotonic() - self._started)}", is_in_table=True)
 
@@ -197,10 +197,14 @@ class Progress:
         """Show a note or a warning, once."""
         if self._level != "quiet" and text not in self._told:
             self._told.add(text)
-            self._say(noted(text), is_detail=is_detail)
+            self._say(noted(text), is_detail=is_detail, is_note=True)
 
-    def _say(self, text: str, *, is_in_table: bool = False, is_detail: bool = False) -> None:
-        """Write a line; in a terminal unless the table shows the same, details only where they are asked for."""
+    def _say(self, text: str, *, is_in_table: bool = False, is_detail: bool = False, is_note: bool = False) -> None:
+        """Write a line; in a terminal unless the table shows the same, details only where they are asked for.
+
+        Elsewhere it begins with the clock and the recipe's name, but for notes and warnings: scripts look for these by
+        their first word.
+        """
         if (is_in_table and self._is_terminal) or (is_detail and self._level != "verbose"):
             return
         text = visible(text)
@@ -214,7 +218,7 @@ class Progress:
             with self._lock:
                 self._last_line = time.monotonic()
                 name = f"{self._name}: " if self._name else ""
-                print_message(f"{time.strftime('%H:%M:%S')} {name}{text}", self._stream)
+                print_message(text if is_note else f"{time.strftime('%H:%M:%S')} {name}{text}", self._stream)
 
     def _begin(self, event: events.RunStarted) -> None:
         self._to_run = event.nodes

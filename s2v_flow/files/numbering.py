@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import filecmp
 import os
 import re
 from collections.abc import Callable
@@ -63,26 +62,3 @@ def put_new(made: str | Path, path: Path) -> None:
         except FileExistsError:
             raise TakenError(path) from None
         os.replace(made, path)
-
-
-def put_beside(made: Path, wanted: Path, *, replaces: bool = False) -> Path:
-    """Give a finished file of the same file system the wanted name, or a numbered one where other bytes have it.
-
-    Returns:
-        The name; `made` may still be there under its old one.
-    """
-    while not replaces:
-        path = free_name(wanted, lambda name: not is_file_there(name) or _is_same(made, name))
-        if is_file_there(path):
-            return path
-        with suppress(TakenError):
-            put_new(made, path)
-            return path
-    os.replace(made, wanted)
-    return wanted
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    with suppress(OSError):
-        return other.is_file() and filecmp.cmp(one, other, shallow=False)
-    return False

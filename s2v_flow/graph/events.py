@@ -97,3 +97,7 @@ class RunFinished:
 
 Event = RunStarted | NodeStarted | StageStarted | StepDone | NodeFinished | NodeCached | Noted | Delivered | RunFinished
 Listener = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Listen to nothing."""

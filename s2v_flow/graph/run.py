@@ -18,7 +18,6 @@ from s2v_flow.graph.checkpoint import Checkpoint
 from s2v_flow.graph.context import Artifact, Closable, RunContext
 from s2v_flow.graph.events import (
     Delivered,
-    Event,
     Listener,
     NodeCached,
     NodeFinished,
@@ -448,7 +447,3 @@ class Run:
 
 def _no_folder() -> Path:
     raise AssertionError("what is never stored writes no files")
-
-
-def ignore(event: Event) -> None:
-    """Listen to nothing."""

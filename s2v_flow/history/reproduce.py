@@ -15,8 +15,8 @@ from s2v_flow.cache.store import Entry
 from s2v_flow.demo.catalog import demo_root
 from s2v_flow.errors import MediaError
 from s2v_flow.files.atomic import temporary_prefix, writing
-from s2v_flow.graph.events import Listener
-from s2v_flow.graph.run import RunResult, ignore
+from s2v_flow.graph.events import Listener, ignore
+from s2v_flow.graph.run import RunResult
 from s2v_flow.graph.selection import Selection
 from s2v_flow.machine import device_class
 from s2v_flow.recipe.argument import Override

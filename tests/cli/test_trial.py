@@ -52,8 +52,9 @@ def test_a_trial_is_run_and_the_whole_is_estimated_by_it(tmp_path: Path, tiny_mo
     assert told["estimate"]["source"] == "scaled"
     assert told["estimate"]["seconds"] > 0
     made = call("show", path)[1]
-    assert "steps: 4" in made
-    assert "chunks: 0" in made
+    assert "first (sample): " in made
+    assert "steps 4" in made
+    assert "chunks 0" in made
 
 
 def test_only_the_first_chunk_is_planned_smaller_and_shorter(tmp_path: Path) -> None:

@@ -112,16 +112,17 @@ def _write_videos(folder: Path) -> None:
     sound = Audio(_tone(16_000, 1), 16_000)
     with VideoWriter(folder / "a.mp4", SIDE, SIDE, crf=30, preset="ultrafast", audio=sound, metadata=tags) as writer:
         writer.write(np.stack([np.roll(noise, 2 * index, axis=1) for index in range(4)]))
-    with (folder / "a.mp4").open("ab") as file:
-        parts = {"files": [], "device": "cpu", "software": {}, "nodes": {}}
-        file.write(note_box(json.dumps({"essence": 1, "node": "video", "recipe": "s2vflow: 1", **parts}).encode()))
     for name in ("a.mkv", "a.mov"):
         with av.open(str(folder / "a.mp4")) as old, av.open(str(folder / name), "w") as new:
+            new.metadata.update(old.metadata)
             streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
             for packet in old.demux():
                 if packet.dts is not None:
                     packet.stream = streams[packet.stream_index]
                     new.mux(packet)
+    with (folder / "a.mp4").open("ab") as file:
+        parts = {"files": [], "device": "cpu", "software": {}, "nodes": {}}
+        file.write(note_box(json.dumps({"essence": 1, "node": "video", "recipe": "s2vflow: 1", **parts}).encode()))
 
 
 def _write_pictures(folder: Path) -> None:
@@ -258,7 +259,8 @@ def test_the_seeds_are_sound(tmp_path: Path) -> None:
     seeds = sorted((write_seeds(tmp_path) / "seeds").iterdir())
     outcomes = {path.name: check(path.read_bytes(), path.name, tmp_path) for path in seeds}
     assert "refused" not in outcomes.values(), outcomes
-    assert outcomes["a.mp4"] == "sound+video+run+workflow"
+    assert outcomes["a.mp4"] == "sound+video+run"
+    assert outcomes["a.mkv"] == "sound+video+workflow"
     assert outcomes["rgb.png"] == outcomes["lossy.webp"] == "picture+workflow"
 
 

@@ -312,7 +312,7 @@ def test_auto_streams_where_weights_and_activations_would_not_fit(
 
     from s2v_flow.graph.numerics import Numerics
     from s2v_flow.models.load import dit_bytes, load_dit
-    from s2v_flow.models.registry import weight_bytes
+    from s2v_flow.models.registry import ModelRegistry, weight_bytes
 
     for name, quantized in (("tiny_s2v", False), ("tiny_s2v_fp8_scaled", True), ("tiny_s2v_fp8_scaled", False)):
         file = tiny_models / "diffusion_models" / f"{name}.safetensors"
@@ -322,7 +322,14 @@ def test_auto_streams_where_weights_and_activations_would_not_fit(
         assert abs(weights / loaded - 1) < 0.2  # norms and embeddings keep the file's float32
 
     kind = "load_diffusion_model"
-    context: Any = SimpleNamespace(device="cuda:0", files={("checkpoint",): file}, numerics=Numerics("cuda"), kind=kind)
+    registry = ModelRegistry(memory_budget_bytes=0)
+    context: Any = SimpleNamespace(
+        device="cuda:0",
+        files={("checkpoint",): file},
+        numerics=Numerics("cuda"),
+        kind=kind,
+        models=lambda: registry,
+    )
     weights, activations = dit_bytes(file, dtype=torch.bfloat16, quantized=True, num_tokens=1000, num_branches=2)
     needed = weights + activations + 77 + handle.RESERVE_BYTES
     for free, expected in ((needed, False), (needed - 1, True), (None, False)):

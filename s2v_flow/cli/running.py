@@ -1,0 +1,82 @@
+"""Running a plan from the terminal: what is told before, during and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2v_flow.errors import S2VFlowError
+
+if TYPE_CHECKING:
+    from s2v_flow.api import Options, Planned
+    from s2v_flow.cli.progress import Level
+    from s2v_flow.graph.run import RunResult
+
+
+def run_recipe(
+    recipe: Path, options: Options, level: Level, again: str, *, as_json: bool, events: str | None = None
+) -> None:
+    """Plan a recipe, run it and report; see `execute`."""
+    from s2v_flow import api
+
+    execute(api.plan(recipe, options), options, level, again, as_json=as_json, events=events)
+
+
+def execute(
+    planned: Planned,
+    options: Options,
+    level: Level,
+    again: str,
+    *,
+    as_json: bool,
+    events: str | None = None,
+    also: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Run a plan and report; `also` gives what the JSON object has beside the run's own, once that is done."""
+    from s2v_flow import api
+    from s2v_flow.cli import report
+    from s2v_flow.cli.progress import Progress
+    from s2v_flow.runs.record import new_run_id
+    from s2v_flow.runs.stream import open_events, to_all
+
+    if planned.plan.missing and events != "-":
+        report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
+    api.require_files(planned)
+    progress = Progress(planned.recipe.path.stem, planned, level)
+    for note in planned.notes:
+        progress.note(note)
+    run_id = new_run_id()
+    try:
+        with open_events(events, progress, run_id) as stream:
+            result = api.run_planned(planned, options, to_all(progress, *stream), run_id)
+    finally:
+        progress.close()
+    if as_json:
+        report.print_json(result.to_json() | also())
+    elif events != "-":
+        for paths in result.outputs.values():
+            for path in paths[:1] if len(paths) > 3 else paths:
+                report.print_result(f"{path}" + (f" and {len(paths) - 1} more" if len(paths) > 3 else ""))
+    for path in _summary(planned, result):
+        if not as_json and events != "-":
+            report.print_result(f"{path}")
+    if not result.failures:
+        progress.end(planned, result, again)
+    else:
+        names = ", ".join(name for name, why in result.failures.items() if not why.startswith("needs "))
+        raise S2VFlowError(f"failed: {names}", kept="every other cell, and all that was finished in these")
+
+
+def _summary(planned: Planned, result: RunResult) -> list[Path]:
+    """Put a matrix's videos on one page, where there are at least two; that it fails is no failure of the run."""
+    if not planned.labels:
+        return []
+    from s2v_flow.cli import report
+    from s2v_flow.history.side import summarise
+
+    try:
+        return summarise(planned, result)
+    except (S2VFlowError, OSError, ValueError) as error:
+        report.print_message(f"warning: the page of all cells cannot be made: {error}")
+        return []
