@@ -13,6 +13,7 @@ from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.nodes.chunk import Chunk
+from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.params import whole_reference
 from s2v_flow.recipe.tree import plain
@@ -23,6 +24,7 @@ _SAFE_SEED = 2**53  # the editor's numbers are JavaScript's
 _KNOBS = {"steps": "PrimitiveInt", "cfg": "PrimitiveFloat", "length": "PrimitiveInt"}
 _LATENT_KINDS = ("sample", "extend", "load_latent", "latent_concat", "latent_cut")
 _SINKS = ("save_video", "save_images", "save_latent")
+_OWN_KINDS = frozenset(kind.kind for kind in NODE_KINDS)
 _COLUMN, _GAP, _ROW = 400, 60, 26
 _HEIGHTS = {"CLIPTextEncode": 120, "LoadImage": 260, "LoadAudio": 60, "SaveVideo": 240}
 
@@ -105,6 +107,8 @@ class _Exporter:
             node = self._recipe.nodes[name].node
             if getattr(node, "motion", None) == "pixels":
                 self._mistake(name, "motion", "ComfyUI hands motion over as latents only", "set motion: latent")
+            if node.kind not in _OWN_KINDS:
+                self._mistake(name, "kind", f"ComfyUI has no {node.kind}: it is another package's", "leave it out")
             if node.kind == "speak":
                 self._mistake(name, "text", "ComfyUI has no voice from text", "save the voice, and load it instead")
             if getattr(node, "init_first_frame", False):

@@ -141,8 +141,8 @@ def sampled(folder: Path, models: Path, cache: str, first: Mapping[str, Any]) ->
         video=None,
         latent={"kind": "save_latent", "latent": "$talk", "file": "out.latent"},
     )
-    api.run(write_recipe(folder, changes), options(folder, models, folder / cache))
-    return load_file(folder / "out.latent")["latent_tensor"]
+    (path,) = api.run(write_recipe(folder, changes), options(folder, models, folder / cache)).outputs["latent"]
+    return load_file(path)["latent_tensor"]
 
 
 @pytest.mark.slow
