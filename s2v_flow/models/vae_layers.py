@@ -119,7 +119,7 @@ class VideoConv(nn.Conv3d):
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Convolve in 3-D. On the CPU, torch takes a slow kernel for small single videos (B D T H up to 20480): not here.
 
-    Measured at 128x128 with the tiny VAE in groups of two: decoding takes a fifth of the time (benchmarks/ratios.py).
+    Measured at 128x128 with the tiny VAE in groups of two: decoding takes a fifth of the time (python -m benchmarks).
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         y: Tensor = torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)

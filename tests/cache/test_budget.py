@@ -227,7 +227,7 @@ def test_what_is_touched_or_pinned_during_an_eviction_stays(store: Store, monkey
 def test_a_run_that_begins_lists_every_folder_once_and_reads_no_entry(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As long as the cache is small enough: how long that takes is in benchmarks/ratios.py."""
+    """As long as the cache is small enough: how long that takes is in python -m benchmarks."""
     from s2v_flow.cache import housekeeping
 
     listed: list[str] = []
