@@ -49,12 +49,27 @@ ALLOWED: dict[str, set[str]] = {
         *("runs", "comfy", "version", "wording", "errors"),
     },
     "": {"api", "version"},  # the package itself
+    "batch": {"api", "options", "recipe", "graph", "files", "machine", "version", "wording", "errors"},
     "history": {
         *("", "api", "runs", "recipe", "graph", "cache", "files", "media", "demo", "machine", "wording", "errors"),
     },
     # the terminal
     "cli": {
-        *("", "api", "history", "runs", "start", "comfy", "convert", "library", "nodes", "recipe", "graph", "cache"),
+        *(
+            "",
+            "api",
+            "batch",
+            "history",
+            "runs",
+            "start",
+            "comfy",
+            "convert",
+            "library",
+            "nodes",
+            "recipe",
+            "graph",
+            "cache",
+        ),
         *("files", "media", "machine", "wording", "errors"),
     },
     "__main__": {"cli"},

@@ -14,6 +14,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "run": "talk.yaml --set steps=20",
         "plan": "talk.yaml -m seed=1..8",
         "try": "talk.yaml",
+        "batch": "talk.yaml --jobs jobs.csv",
         "import": "workflow.json -o talk.yaml",
     },
     "Write a recipe": {

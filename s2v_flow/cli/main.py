@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from s2v_flow import __version__
+from s2v_flow.cli.batch import batch
 from s2v_flow.cli.cache import cache
 from s2v_flow.cli.completion import complete_kind
 from s2v_flow.cli.help import MainGroup
@@ -63,7 +64,22 @@ EXIT_CODES = "\n".join(
 
 @click.group(
     cls=MainGroup,
-    commands=[runs, show, diff, reproduce, lock, cache, init, models, doctor, completion, explain, help_, version],
+    commands=[
+        batch,
+        runs,
+        show,
+        diff,
+        reproduce,
+        lock,
+        cache,
+        init,
+        models,
+        doctor,
+        completion,
+        explain,
+        help_,
+        version,
+    ],
     epilog=f"\b\nExit codes:\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

@@ -113,7 +113,8 @@ def test_command_lines_parse(command: Command) -> None:
         name, *rest = words
         found = cli.commands[name]
         if isinstance(found, click.Group):
-            name, *rest = rest if rest and rest[0] in found.commands else ["list", *rest]
+            usual = "list" if "list" in found.commands else "run"
+            name, *rest = rest if rest and rest[0] in found.commands else [usual, *rest]
             found = found.commands[name]
         try:
             found.make_context(name, [*rest], resilient_parsing=False)

@@ -1,0 +1,161 @@
+"""From recipes, a table and axes to jobs: all are planned and checked before anything runs."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from s2v_flow.api import Options, Planned, plan
+from s2v_flow.batch.job import Job
+from s2v_flow.batch.rows import MAX_JOBS, Row, read_rows
+from s2v_flow.errors import Diagnostic, ExitCode, MissingError, RecipeError, S2VFlowError
+from s2v_flow.graph.interrupt import StoppedError, exit_code_of
+from s2v_flow.graph.status import other_files
+
+_MAX_NAMED = 5  # jobs in a message
+Missing = Mapping[str, Sequence[Job]]  # a file, and the jobs that need it
+
+
+def find_recipes(patterns: Sequence[str]) -> list[str]:
+    """Return the recipes that are named, those of a pattern in order; none twice.
+
+    Raises:
+        RecipeError: A pattern has no file; exit code 3.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        is_pattern = glob.has_magic(pattern) and not os.path.lexists(pattern)
+        names = sorted(glob.glob(pattern, recursive=True)) if is_pattern else [pattern]
+        if not names:
+            raise RecipeError(f"no recipe is called like {pattern}", fix="check the pattern, and the current folder")
+        found |= dict.fromkeys(names)
+    return list(found)
+
+
+def plan_jobs(recipes: Sequence[str], options: Options, table: Path | None = None) -> tuple[list[Job], Missing]:
+    """Plan every recipe with every row of a table; each cell of a matrix is a job, a matrix with `include` one job.
+
+    Args:
+        recipes: Their files.
+        options: What all jobs have in common.
+        table: A CSV or JSONL file; see `read_rows`.
+
+    Returns:
+        The jobs, in the order in which they should run: by model and LoRA files, then the longest first. Their numbers
+        are in the order in which they are written. And what is missing; see `require_files`.
+
+    Raises:
+        RecipeError: With the mistakes of all jobs, or two jobs have one output; exit code 3.
+        S2VFlowError: A file that is there cannot be used.
+    """
+    rows: list[Row] = [("", ())] if table is None else read_rows(table)
+    jobs: list[Job] = []
+    mistakes: dict[Diagnostic | str, list[Job]] = {}
+    missing: dict[str, list[Job]] = {}
+    failure: S2VFlowError | None = None
+    for recipe, (origin, overrides) in ((recipe, row) for recipe in recipes for row in rows):
+        if len(jobs) >= MAX_JOBS:
+            raise RecipeError(f"more than {MAX_JOBS} jobs", fix="make several batches of them")
+        if options.should_stop():
+            raise StoppedError("planning the batch", exit_code_of(options.should_stop))
+        written = Job(len(jobs) + 1, recipe, overrides, origin=origin)
+        try:
+            for job, planned in _planned(written, options):
+                jobs.append(_described(replace(job, number=len(jobs) + 1), planned))
+                for item in planned.plan.missing:
+                    missing.setdefault(item.file, []).append(jobs[-1])
+        except S2VFlowError as error:
+            jobs.append(written)
+            failure = error if failure is None or isinstance(error, RecipeError) else failure
+            for mistake in getattr(error, "diagnostics", ()) or (error.message,):
+                mistakes.setdefault(mistake, []).append(written)
+    if failure is not None:
+        raise _failure(mistakes, failure)
+    _refuse_same_outputs(jobs)
+    return sorted(jobs, key=lambda job: (job.group, -(job.seconds or (job.frames or 0) / 16), job.number)), missing
+
+
+def require_files(missing: Missing) -> None:
+    """Refuse to run without files that jobs need.
+
+    Raises:
+        MissingError: Naming each, and the jobs; exit code 4.
+    """
+    if missing:
+        what = "; ".join(f"{file} (needed by {_named(jobs)})" for file, jobs in missing.items())
+        fix = "put them where they are looked for, or name other folders with --models-dir or --input-dir"
+        raise MissingError(f"missing: {what}", fix=fix)
+
+
+def _planned(job: Job, options: Options) -> Iterator[tuple[Job, Planned]]:
+    planned = plan(job.recipe, job.options(options))
+    if not planned.variants or planned.recipe.matrix.include:
+        yield job, planned
+        return
+    for variant in planned.variants:
+        values = variant.cell.values.items()
+        cell = replace(job, axes=tuple(f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in values))
+        yield cell, plan(cell.recipe, cell.options(options))
+
+
+def _described(job: Job, planned: Planned) -> Job:
+    """Return a job with what its plan says."""
+    models: set[str] = set()
+    outputs: list[str] = []
+    is_done = not planned.has_work
+    for node in planned.plan.nodes:
+        models |= {str(node.files.get(path)) for path, mark, _ in node.node.files() if mark.role == "model"}
+        if node.node.is_sink:
+            entry = planned.statuses[node.name].entry
+            targets = list(node.node.targets(node.files, entry.outputs if entry else None).values())
+            outputs += map(str, targets)
+            is_done = is_done and all(map(os.path.lexists, targets)) and not other_files(node, entry)
+    found = {name: status.fingerprint for name, status in planned.statuses.items() if status.fingerprint}
+    group = hashlib.sha256("\n".join(sorted(models)).encode()).hexdigest()[:12]
+    seconds = planned.estimate.seconds
+    return replace(
+        job,
+        group=group,
+        seconds=seconds,
+        frames=planned.num_frames,
+        fingerprints=found,
+        outputs=tuple(outputs),
+        is_done=is_done and bool(outputs),
+    )
+
+
+def _failure(mistakes: Mapping[Diagnostic | str, Sequence[Job]], first: S2VFlowError) -> S2VFlowError:
+    """Return one error for all jobs: each mistake once, with the jobs that have it."""
+    found = []
+    for mistake, jobs in mistakes.items():
+        if isinstance(mistake, Diagnostic):
+            inside = f"{mistake.inside}, " if mistake.inside else ""
+            found.append(replace(mistake, inside=f"{inside}{_named(jobs)}"))
+    if found:
+        return RecipeError(f"{len(found)} mistakes in the batch's jobs", diagnostics=found)
+    texts = "; ".join(f"{_named(jobs)}: {mistake}" for mistake, jobs in mistakes.items())
+    return S2VFlowError(texts, first.fix, exit_code=first.exit_code)
+
+
+def _refuse_same_outputs(jobs: Sequence[Job]) -> None:
+    taken: dict[str, Job] = {}
+    for job in jobs:
+        for output in job.outputs:
+            other = taken.setdefault(output, job)
+            if other is not job:
+                raise RecipeError(
+                    f"{other.name} and {job.name} both write {output}; nothing was run",
+                    fix="give each a file of its own: a column nodes.video.file in the table, a name like "
+                    "out/talk_${params.seed}.mp4 in the recipe, or -m, which puts the value into the name",
+                    exit_code=ExitCode.RECIPE,
+                )
+
+
+def _named(jobs: Sequence[Job]) -> str:
+    more = f" and {len(jobs) - _MAX_NAMED} more" if len(jobs) > _MAX_NAMED else ""
+    return ", ".join(job.name for job in jobs[:_MAX_NAMED]) + more

@@ -1,0 +1,136 @@
+"""What is written down of a batch: batch.json with its jobs, and beside it a folder of logs and what became of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2v_flow.batch.job import Job
+from s2v_flow.errors import MissingError
+from s2v_flow.files.atomic import temporary, writing
+from s2v_flow.files.numbering import free_name
+from s2v_flow.options import Options
+from s2v_flow.recipe.argument import Override
+from s2v_flow.version import __version__
+
+NAME = "batch.json"
+_PATHS = ("override_files", "models_dirs", "extra_model_paths", "input_dirs")
+_PATH = ("output_dir", "cache_dir")
+_PLAIN = ("profiles", "axes", "cache_limit", "device", "overwrite")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch that is written down: its file, its jobs in order, what they have in common, where they were asked for.
+
+    Relative paths of the jobs start at `folder`.
+    """
+
+    path: Path
+    jobs: tuple[Job, ...]
+    options: Options
+    folder: Path
+
+    @property
+    def logs(self) -> Path:
+        """The folder of logs, and of results.jsonl."""
+        return self.path.with_suffix("")
+
+    def log(self, job: Job) -> Path:
+        """Return a job's log."""
+        return self.logs / f"job-{job.number:05}.log"
+
+    def note(self, job: Job, state: str, **facts: Any) -> None:
+        """Append what became of a job: `state` is running, done, failed or stopped."""
+        line = json.dumps({"job": job.number, "state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+        with writing(self.logs), (self.logs / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def states(self) -> dict[int, dict[str, Any]]:
+        """Return the last state of every job by number: waiting where nothing was noted, else as it was noted."""
+        found: dict[int, dict[str, Any]] = {job.number: {"state": "waiting"} for job in self.jobs}
+        with (
+            suppress(FileNotFoundError),
+            (self.logs / "results.jsonl").open(encoding="utf-8", errors="replace") as file,
+        ):
+            for line in file:
+                with suppress(ValueError, KeyError, TypeError):  # the last line of a process that was killed
+                    entry = json.loads(line)
+                    if entry["job"] in found:
+                        found[entry["job"]] = entry
+        return found | {job.number: {"state": "done"} for job in self.jobs if job.is_done}
+
+
+def write_batch(jobs: Sequence[Job], options: Options) -> Batch:
+    """Write batch.json below the output folder; another batch's stays, and this one's is numbered.
+
+    Raises:
+        CannotWriteError: It cannot be written.
+    """
+    parents = {os.path.dirname(output) for job in jobs for output in job.outputs}
+    common = os.path.commonpath(parents) if parents else os.getcwd()
+    folder = (options.output_dir or Path(common)).absolute()
+    given: dict[str, Any] = {name: getattr(options, name) for name in _PLAIN}
+    given |= {name: [str(path.absolute()) for path in getattr(options, name)] for name in _PATHS}
+    given |= {name: str(path.absolute()) if (path := getattr(options, name)) else None for name in _PATH}
+    given["cache_dir"] = str(options.cache_root.absolute())
+    given["overrides"] = [[item.kind, item.text] for item in options.changes.overrides]
+    head: dict[str, Any] = {"s2vflow": __version__, "batch": 1, "folder": os.getcwd(), "options": given}
+    entries = [job.to_json() for job in sorted(jobs, key=lambda job: job.number)]
+    lines = ",\n".join(map(json.dumps, entries))
+    text = f'{json.dumps(head)[:-1]}, "jobs": [\n{lines}\n]}}\n'
+
+    def is_free(path: Path) -> bool:
+        return not os.path.lexists(path) or _identity(path) == identity
+
+    identity = _identity_of(head, json.loads(json.dumps(entries)))
+    path = free_name(folder / NAME, is_free)
+    with writing(path):
+        path.with_suffix("").mkdir(parents=True, exist_ok=True)
+        with temporary(folder, ".json") as (file, name):
+            file.write(text.encode())
+            file.flush()
+            os.replace(name, path)
+    return Batch(path, tuple(jobs), options, Path(head["folder"]))
+
+
+def read_batch(path: Path) -> Batch:
+    """Read a batch.json, or the one in a folder.
+
+    Raises:
+        MissingError: There is none, or it is damaged.
+    """
+    path = path / NAME if path.is_dir() else path
+    try:
+        found = json.loads(path.read_bytes())
+        given = found["options"]
+        overrides = [Override(kind, str(text)) for kind, text in given["overrides"]]
+        known = {name: given[name] for name in (*_PLAIN, *_PATHS, *_PATH)}
+        jobs = tuple(map(Job.from_json, found["jobs"]))
+        return Batch(path, jobs, Options(**known, overrides=overrides), Path(found["folder"]))
+    except OSError as error:
+        text = f"{path}: cannot be read: {error.strerror}"
+        raise MissingError(
+            text, fix="name the batch.json, or its folder; `s2vflow batch` prints where it is"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MissingError(f"{path}: this is no batch.json that s2vflow wrote", fix="plan it again") from error
+
+
+def _identity(path: Path) -> object:
+    """Return what makes a batch the same one; None where the file is none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_bytes())
+        return _identity_of(found, found["jobs"])
+    return None
+
+
+def _identity_of(head: Any, jobs: Sequence[Any]) -> object:
+    asked = [json.dumps([job[name] for name in ("recipe", "overrides", "axes")]) for job in jobs]
+    return head["folder"], head["options"]["profiles"], json.dumps(head["options"]["overrides"]), asked

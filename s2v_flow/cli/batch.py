@@ -1,0 +1,286 @@
+"""The commands of batches: many jobs planned together, run by processes that keep their models."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from s2v_flow.cli.options import FILE, FOLDER, OrderedGroup, change_options, folder_options, make_options
+from s2v_flow.errors import S2VFlowError
+from s2v_flow.wording import duration_text, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from s2v_flow.api import Options
+    from s2v_flow.batch.job import Job
+    from s2v_flow.batch.local import Told
+    from s2v_flow.batch.record import Batch
+    from s2v_flow.cli.options import CommandT
+    from s2v_flow.graph.events import Event
+
+_LOG_LINES = 5  # of a failed job that are shown
+
+
+class BatchGroup(OrderedGroup):
+    """`batch RECIPE...` is `batch run RECIPE...`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` in front of what names no command."""
+        is_other = not args or args[0] in self.commands or args[0] in ("-h", "--help")
+        return super().parse_args(ctx, args if is_other else ["run", *args])
+
+
+@click.group(cls=BatchGroup, epilog="Example: s2vflow batch talk.yaml --jobs jobs.csv --workers 2")
+def batch() -> None:
+    """Run many jobs: recipes x rows of a table x values of -m; `batch RECIPE...` is short for `batch run`."""
+
+
+def _job_options(command: CommandT) -> CommandT:
+    for decorate in (
+        click.option("--overwrite", is_flag=True, help="Replace other files instead of numbering the new ones."),
+        click.option("-m", "axes", multiple=True, metavar="PATH=VALUES", help="Vary a value: -m seed=1..8."),
+        click.option(
+            "--jobs", "table", type=FILE, metavar="FILE", help="A .csv (header: paths of --set) or .jsonl; a row a job."
+        ),
+        folder_options,
+        change_options,
+        click.argument("recipes", nargs=-1, required=True, metavar="RECIPE..."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def _policy_options(command: CommandT) -> CommandT:
+    for decorate in (
+        click.option("--fail-fast", "fails_fast", is_flag=True, help="One job that fails stops the others."),
+        click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Of a job."),
+        click.option("--retries", type=click.IntRange(min=0), default=1, show_default=True, help="After a failure."),
+        click.option("--devices", metavar="NAMES", help="One process each: cuda:0,cuda:1."),
+        click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Processes; 1 unless given."),
+    ):
+        command = decorate(command)
+    return command
+
+
+@batch.command()
+@_job_options
+@_policy_options
+@click.option("--dry-run", is_flag=True, help="Plan and check the jobs, write batch.json, and run nothing.")
+def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bool, **given: Any) -> None:
+    """Plan and check all jobs, write batch.json below the output folder, and run what is not stored.
+
+    The same command goes on after any end. Leaves with 1 if a job failed.
+    """
+    from s2v_flow.batch.plan import find_recipes, plan_jobs, require_files
+    from s2v_flow.batch.record import write_batch
+    from s2v_flow.cli import report
+
+    policy = {name: given.pop(name) for name in ("fails_fast", "timeout", "retries", "devices", "workers")}
+    options = make_options(**given)
+    devices = _devices(options, policy.pop("devices"), policy.pop("workers"))
+    jobs, missing = plan_jobs(find_recipes(recipes), options, table)
+    require_files(missing)
+    made = write_batch(jobs, options)
+    done = sum(job.is_done for job in jobs)
+    known = [job.seconds for job in jobs if not job.is_done and job.seconds is not None]
+    cost = f", about {duration_text(sum(known))} of work" if known and len(known) == len(jobs) - done else ""
+    report.print_message(f"{_counted(len(jobs))} in {made.path}: {done} done already{cost}")
+    if dry_run:
+        report.print_json(_summary(made)) if as_json else report.print_result(str(made.path))
+        return
+    _run(made, devices, as_json=as_json, **policy)
+
+
+@batch.command()
+@click.argument("path", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def status(path: Path, as_json: bool) -> None:
+    """Show what became of a batch's jobs: of a batch.json, or of the one in a folder."""
+    from s2v_flow.batch.record import read_batch
+    from s2v_flow.cli import report
+
+    found = read_batch(path)
+    if as_json:
+        report.print_json(_summary(found))
+        return
+    states = found.states()
+    counts: dict[str, int] = {}
+    for job in sorted(found.jobs, key=lambda job: job.number):
+        state = states[job.number]
+        counts[state["state"]] = counts.get(state["state"], 0) + 1
+        took = f"  {duration_text(state['seconds'])}" if "seconds" in state else ""
+        why = f"  {state['message']}" if state.get("message") else ""
+        report.print_table(visible(f"{state['state']:<8}  {job.name}{took}{why}"))
+    report.print_table(", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+@batch.command()
+@click.argument("path", type=FILE)
+@_policy_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def retry(path: Path, as_json: bool, devices: str | None, workers: int | None, **policy: Any) -> None:
+    """Run the jobs of a batch.json that failed or never ran, without planning again."""
+    from s2v_flow.batch.record import read_batch
+    from s2v_flow.cli import report
+    from s2v_flow.graph.interrupt import StopRequest
+
+    found = read_batch(path)
+    states = found.states()
+    jobs = tuple(replace(job, is_done=states[job.number]["state"] == "done") for job in found.jobs)
+    stop = click.get_current_context().find_object(StopRequest)
+    options = found.options if stop is None else replace(found.options, should_stop=stop)
+    report.print_message(f"{sum(not job.is_done for job in jobs)} of {_counted(len(jobs))} to run")
+    _run(replace(found, jobs=jobs, options=options), _devices(options, devices, workers), as_json=as_json, **policy)
+
+
+@batch.command()
+@_job_options
+@click.option("--format", "form", type=click.Choice(["shell", "slurm", "k8s"]), default="shell", show_default=True)
+@click.option("--image", default="s2vflow", show_default=True, help="k8s: the container's image.")
+@click.option("-o", "--output", "folder", type=FOLDER, metavar="DIR", help="Write files there instead of to stdout.")
+@click.option("--force", is_flag=True, help="Overwrite the file that is there.")
+def export(
+    recipes: tuple[str, ...],
+    as_json: bool,
+    table: Path | None,
+    form: str,
+    image: str,
+    folder: Path | None,
+    force: bool,
+    **given: Any,
+) -> None:
+    """Print the jobs, checked, as a shell script, a Slurm array or a Kubernetes Job; each is one `s2vflow run`."""
+    from s2v_flow.batch.export import FORMATS, export_jobs
+    from s2v_flow.batch.plan import find_recipes, plan_jobs
+    from s2v_flow.cli import report
+    from s2v_flow.start.project import write_recipe
+
+    options = make_options(**given)
+    jobs, missing = plan_jobs(find_recipes(recipes), options, table)
+    for file, needing in missing.items():
+        report.print_message(visible(f"warning: {file} is missing here: {_counted(len(needing))} need it"))
+    text = export_jobs(jobs, options, form, image)
+    if folder is not None:
+        write_recipe(folder / FORMATS[form][0], text, force=force)
+    facts = {"format": form, "jobs": len(jobs), "file": str(folder / FORMATS[form][0]) if folder else None}
+    if as_json:
+        report.print_json(facts if folder else {**facts, "text": text})
+    else:
+        report.print_result(str(facts["file"]) if folder else text.rstrip("\n"))
+
+
+def _devices(options: Options, devices: str | None, workers: int | None) -> list[str]:
+    """Return a device for each process.
+
+    Raises:
+        UsageError: Both are given, or one GPU would have several processes.
+        S2VFlowError: There is no such device.
+    """
+    from s2v_flow.machine import resolve_device
+
+    if devices is None:
+        device = resolve_device(options.device)
+        if device != "cpu" and (workers or 1) > 1:
+            raise click.UsageError(f"--workers {workers}: one process for each GPU: --devices cuda:0,cuda:1")
+        return [device] * (workers or 1)
+    if workers is not None:
+        raise click.UsageError("--devices and --workers: --devices says how many processes there are")
+    found = [resolve_device(name.strip()) for name in devices.split(",") if name.strip()]
+    if not found or any(found.count(name) > 1 for name in found if name != "cpu"):
+        raise click.UsageError(f"--devices {devices}: name each device once: cuda:0,cuda:1")
+    return found
+
+
+def _run(
+    made: Batch, devices: Sequence[str], *, as_json: bool, retries: int, timeout: float | None, fails_fast: bool
+) -> None:
+    from s2v_flow.batch.local import Policy, run_batch
+    from s2v_flow.cli import report
+
+    began = time.monotonic()
+    states = run_batch(made, devices, JobReport, Policy(retries, timeout, fails_fast), _board(made))
+    if as_json:
+        report.print_json(_summary(made))
+    failed = [job.name for job in made.jobs if states[job.number] == "failed"]
+    done = sum(state == "done" for state in states.values())
+    took = duration_text(time.monotonic() - began)
+    report.print_message(f"{done} of {_counted(len(states))} done, {len(failed)} failed, in {took}; logs: {made.logs}")
+    if done < len(states):
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise S2VFlowError(
+            f"failed: {', '.join(failed[:3])}{more}",
+            kept="every job that is done, and all that was finished in the others",
+            fix=f"see {made.logs}, then: s2vflow batch retry {made.path}",
+        )
+
+
+def _board(made: Batch) -> Callable[[Told], None]:
+    """Return what prints a line for each begin and end, with the time of day."""
+    from s2v_flow.cli import report
+
+    words = {"done": "done", "failed": "failed", "again": "failed, will be tried again", "stopped": "stopped"}
+
+    def tell(told: Told) -> None:
+        who = f"worker {told.worker} ({told.device}, process {told.pid})"
+        text = f"{time.strftime('%H:%M:%S')} {who}: {told.job.name} "
+        if told.state == "begins":
+            report.print_message(visible(text + "begins"))
+            return
+        text += f"{words[told.state]} after {duration_text(told.seconds)}"
+        first = told.outcome.message.split("\n")[0]
+        text += f": {first}" if first else "".join(f" {path}" for path in told.outcome.outputs[:3])
+        report.print_message(visible(text))
+        if told.state == "failed":
+            for line in _tail(made, told.job):
+                report.print_message(visible(f"    {line}"))
+
+    return tell
+
+
+def _tail(made: Batch, job: Job) -> list[str]:
+    try:
+        with made.log(job).open("rb") as file:
+            file.seek(max(0, made.log(job).stat().st_size - 4000))
+            return file.read().decode("utf-8", "replace").splitlines()[-_LOG_LINES:]
+    except OSError:
+        return []
+
+
+def _summary(made: Batch) -> Mapping[str, Any]:
+    states = made.states()
+    jobs = [
+        {"name": job.name, "outputs": list(job.outputs), "job": job.number, **states[job.number]} for job in made.jobs
+    ]
+    return {"batch": str(made.path), "jobs": sorted(jobs, key=lambda entry: entry["job"])}
+
+
+def _counted(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
+
+
+class JobReport:
+    """What a job's log has: the lines of a run without a terminal, and its error."""
+
+    def __init__(self, name: str) -> None:
+        from s2v_flow.cli.progress import Progress
+
+        self._progress = Progress(name)
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        self._progress(event)
+
+    def error(self, error: S2VFlowError) -> None:
+        """Write an error as `s2vflow run` prints it."""
+        from s2v_flow.cli import report
+
+        report.print_error(error)
+
+    def close(self) -> None:
+        """End."""
+        self._progress.close()

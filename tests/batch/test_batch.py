@@ -1,0 +1,264 @@
+"""Batches through the command line: what is planned and written down, and real worker processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipes_for_tests import call, tiny, write_recipe
+from runs_for_tests import QUICK, Place, copied, place
+
+from s2v_flow.cache.housekeeping import verify
+
+SEEDED = {
+    **QUICK,
+    "first": {**(QUICK["first"] or {}), "seed": "$params.seed"},
+    "video": {"preset": "ultrafast", "file": "out/talk_${params.seed}.mp4"},
+}
+
+
+def seeded(folder: Path, models: Path, changes: Any = SEEDED, rows: str = "seed\n1\n2\n") -> Place:
+    made = place(folder, models, changes, extra="params: {seed: 20}")
+    (folder / "jobs.csv").write_text(rows, encoding="utf-8")
+    return made
+
+
+def batch(made: Place, *arguments: object) -> tuple[int, str, str]:
+    return call("batch", made.recipe, "--jobs", made.folder / "jobs.csv", *made.where, *arguments)
+
+
+def written(made: Place) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((made.folder / "out" / "batch.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.fixture
+def stored(quick_run: Place, tmp_path: Path) -> Place:
+    """Return a recipe of which all but the video's file is there, and a table that names it."""
+    made = copied(quick_run, tmp_path)
+    made.video.unlink()
+    (tmp_path / "jobs.csv").write_text("nodes.first.cfg\n1.0\n", encoding="utf-8")
+    return made
+
+
+def test_a_worker_delivers_what_is_stored_and_the_next_batch_has_nothing_to_do(stored: Place) -> None:
+    """A real process; the same command again starts none."""
+    code, out, err = batch(stored, "--json")
+    assert code == 0, err
+    (job,) = json.loads(out)["jobs"]
+    assert (job["state"], job["outputs"]) == ("done", [str(stored.video)])
+    assert stored.video.is_file()
+    assert "worker 1 (cpu, process " in err
+    assert (stored.video.parent / "batch" / "job-00001.log").is_file()
+    code, _, err = batch(stored)
+    assert (code, "worker 1 (" in err) == (0, False), err
+    assert "1 of 1 job done, 0 failed" in err
+    assert call("batch", "status", stored.video.parent)[:2] == (
+        0,
+        f"done      job 1 ({stored.recipe}, {stored.folder / 'jobs.csv'}:2)\n1 done\n",
+    )
+
+
+def test_a_batch_is_written_down_before_anything_runs(tiny_models: Path, tmp_path: Path) -> None:
+    """A line a job: recipe, overrides, fingerprints, cost, output."""
+    made = seeded(tmp_path, tiny_models)
+    code, out, _ = batch(made, "--dry-run")
+    assert (code, out) == (0, f"{tmp_path / 'out' / 'batch.json'}\n")
+    first, second = written(made)["jobs"]
+    assert first["overrides"] == [["set", "seed=1"]]
+    assert first["outputs"] == [str(tmp_path / "out" / "talk_1.mp4")]
+    assert (first["frames"], first["seconds"], first["is_done"]) == (20, None, False)
+    assert first["fingerprints"]["positive"] == second["fingerprints"]["positive"]
+    lines = (tmp_path / "out" / "batch.json").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line.rstrip(","))["number"] for line in lines[1:-1]] == [1, 2]
+
+
+def test_another_batch_in_the_same_folder_is_numbered(tiny_models: Path, tmp_path: Path) -> None:
+    """The same one again keeps its name."""
+    made = seeded(tmp_path, tiny_models)
+    assert batch(made, "--dry-run")[1] == batch(made, "--dry-run")[1]
+    (tmp_path / "jobs.csv").write_text("seed\n3\n", encoding="utf-8")
+    assert batch(made, "--dry-run")[1] == f"{tmp_path / 'out' / 'batch.2.json'}\n"
+
+
+def test_cells_are_jobs_with_the_names_that_run_gives(tiny_models: Path, tmp_path: Path) -> None:
+    """Each recipe of a pattern, each value of -m."""
+    made = place(tmp_path, tiny_models)
+    write_recipe(tmp_path, tiny(video={"file": "out/other.mp4"}), name="recipe2.yaml")
+    arguments = ("batch", tmp_path / "rec*.yaml", "-m", "nodes.first.seed=3..4", *made.where, "--dry-run")
+    assert call(*arguments)[0] == 0
+    names = [Path(output).name for job in written(made)["jobs"] for output in job["outputs"]]
+    assert names == ["talk.seed=3.mp4", "talk.seed=4.mp4", "other.seed=3.mp4", "other.seed=4.mp4"]
+    code, out, _ = call("plan", made.recipe, "-m", "nodes.first.seed=3..4", *made.where, "--json")
+    assert (code, json.loads(out)["cells"]) == (0, ["seed=3", "seed=4"])
+
+
+def test_two_jobs_with_one_output_are_refused_before_anything_runs(tiny_models: Path, tmp_path: Path) -> None:
+    """Both are named, with their lines."""
+    made = place(tmp_path, tiny_models)
+    (tmp_path / "jobs.csv").write_text("nodes.first.seed\n1\n2\n", encoding="utf-8")
+    code, _, err = batch(made)
+    assert code == 3
+    assert f"job 1 ({made.recipe}, {tmp_path / 'jobs.csv'}:2) and job 2 ({made.recipe}, " in err
+    assert "talk.mp4" in err
+    assert not (tmp_path / "out").exists()
+    assert not made.cache.joinpath("entries").exists()
+
+
+def test_missing_files_are_told_with_the_jobs_that_need_them(tiny_models: Path, tmp_path: Path) -> None:
+    """Exit code 4, nothing written."""
+    made = seeded(tmp_path, tiny_models, rows="seed,nodes.voice.file\n1,\n2,nobody.wav\n")
+    code, _, err = batch(made)
+    assert code == 4
+    assert f"nobody.wav (needed by job 2 ({made.recipe}, {tmp_path / 'jobs.csv'}:3))" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_of_all_jobs_are_told_at_once(tiny_models: Path, tmp_path: Path) -> None:
+    """Exit code 3; each mistake once, with its jobs."""
+    made = seeded(tmp_path, tiny_models, rows="seed,nodes.first.steps\n1,-3\n2,-3\n3,many\n")
+    code, _, err = batch(made)
+    assert code == 3
+    assert f"jobs.csv:2), job 2 ({made.recipe}" in err
+    assert "many" in err
+    assert "2 mistakes; nothing was run" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("jobs.csv", b"seed,cfg\n1\n", "jobs.csv:2: 1 cells, the header has 2"),
+        ("jobs.csv", b"seed,seed\n1,2\n", "empty or given twice"),
+        ("jobs.csv", b"seed\n", "there are no jobs in it"),
+        ("jobs.csv", b'seed\n"1\n', "this is not CSV"),
+        ("jobs.csv", b"seed\n\xff\n", "is not UTF-8"),
+        ("jobs.jsonl", b"{}\n[1]\n", "jobs.jsonl:2: expected an object, got a list"),
+        ("jobs.jsonl", b"{seed: 1}\n", "jobs.jsonl:1: this is not JSON"),
+        ("jobs.txt", b"1\n", "a .csv or a .jsonl file"),
+        ("jobs.csv", None, "cannot be read"),
+    ],
+)
+def test_a_faulty_table_is_a_mistake_with_its_line(
+    tiny_models: Path, tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
+    """Exit code 3, and no traceback."""
+    made = place(tmp_path, tiny_models)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    code, _, err = call("batch", made.recipe, "--jobs", tmp_path / name, *made.where)
+    assert (code, said in err) == (3, True), err
+
+
+def test_json_lines_keep_their_types_and_an_empty_cell_changes_nothing(tiny_models: Path, tmp_path: Path) -> None:
+    """A text with quotes, a list, a number."""
+    made = seeded(tmp_path, tiny_models, rows="seed,nodes.positive.text\n1,\n")
+    text = 'She says "oh,\nno".'
+    row = {"seed": 7, "nodes.positive.text": text, "nodes.talk.seed": [3, 4]}
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(row) + "\n\n", encoding="utf-8")
+    code, _, err = call("batch", made.recipe, "--jobs", tmp_path / "jobs.jsonl", *made.where, "--dry-run")
+    assert code == 0, err
+    assert len(written(made)["jobs"][0]["overrides"]) == 3
+    assert batch(made, "--dry-run", "--output-dir", tmp_path / "other")[0] == 0
+    other = json.loads((tmp_path / "other" / "batch.json").read_text(encoding="utf-8"))
+    assert other["jobs"][0]["overrides"] == [["set", "seed=1"]]
+
+
+def test_a_job_that_cannot_succeed_is_not_tried_again(stored: Place) -> None:
+    """A missing input after the plan: exit code 4 of the job, 1 of the batch; `retry` runs it once it is back."""
+    assert batch(stored, "--dry-run")[0] == 0
+    voice = stored.folder / "voice.wav"
+    voice.rename(stored.folder / "gone.wav")
+    path = stored.video.parent / "batch.json"
+    code, out, err = call("batch", "retry", path, "--retries", 3, "--json")
+    (job,) = json.loads(out)["jobs"]
+    assert (code, job["state"], job["code"], job["attempt"]) == (1, "failed", 4, 1), err
+    assert "missing: voice.wav" in err
+    (stored.folder / "gone.wav").rename(voice)
+    code, _, err = call("batch", "retry", path)
+    assert (code, stored.video.is_file()) == (0, True), err
+
+
+def test_what_is_no_batch_is_said(tmp_path: Path) -> None:
+    """A folder without one, and a file of something else."""
+    assert call("batch", "status", tmp_path)[0] == 4
+    (tmp_path / "batch.json").write_text("{}", encoding="utf-8")
+    code, _, err = call("batch", "status", tmp_path)
+    assert (code, "this is no batch.json that s2vflow wrote" in err) == (4, True)
+
+
+def program(made: Place, *arguments: object) -> subprocess.Popen[str]:
+    command = ["batch", made.recipe, "--jobs", made.folder / "jobs.csv", *made.where, *arguments]
+    return subprocess.Popen(
+        [sys.executable, "-m", "s2v_flow", *map(str, command)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(condition: Any, process: subprocess.Popen[str], seconds: float = 120.0) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(process.communicate())
+
+
+def running(made: Place) -> list[dict[str, Any]]:
+    path = made.folder / "out" / "batch" / "results.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def entries(made: Place) -> set[str]:
+    return {path.stem for path in made.cache.glob("entries/??/*.json")}
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_its_job_a_retry(tiny_models: Path, tmp_path: Path) -> None:
+    """kill -9 while the second job samples; the batch ends well, with every video and nothing damaged."""
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n2\n3\n")
+    process = program(made)
+
+    def second() -> int:
+        begun = [entry for entry in running(made) if entry["state"] == "running"]
+        return begun[1]["pid"] if len(begun) > 1 else 0
+
+    pid = until(second, process)
+    os.kill(pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "failed, will be tried again" in err
+    assert "killed by SIGKILL" in err
+    assert len({entry["pid"] for entry in running(made)}) == 2
+    assert all((tmp_path / "out" / f"talk_{seed}.mp4").is_file() for seed in (1, 2, 3))
+    assert verify(made.cache)["damaged"] == []
+
+
+@pytest.mark.slow
+def test_two_workers_compute_equal_nodes_once_and_ctrl_c_stops_both(tiny_models: Path, tmp_path: Path) -> None:
+    """Stopped, no process is left, and the same command finishes; encoders ran once for all jobs."""
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n2\n3\n4\n")
+    process = program(made, "--workers", 2)
+    pids = until(lambda: {e["pid"] for e in running(made)} if len(entries(made)) > 3 else set(), process)
+    assert len(pids) == 2
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    code, _, err = batch(made, "--workers", 2)
+    assert code == 0, err
+    assert "4 of 4 jobs done" in err
+    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in made.cache.glob("runs/*/manifest.json")]
+    computed = [node["name"] for found in manifests for node in found["nodes"] if node["status"] == "computed"]
+    assert computed.count("positive") == computed.count("speech") == computed.count("reference") == 1
+    assert computed.count("first") == 4
