@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import yaml
 
-from s2v_flow.batch.job import Job
+from s2v_flow.batch.job import NEVER_AGAIN, Job
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.options import Options
 
 MAX_K8S_BYTES = 1_000_000  # Kubernetes takes objects of 1.5 MB at most
-_FOREVER = [2, 3, 4, 5, 6, 8]  # exit codes that a second try gives again
 
 
 def words(job: Job, options: Options) -> list[str]:
@@ -90,7 +89,7 @@ def _k8s(commands: Sequence[str], image: str) -> str:
     }
     is_code = {"containerName": "s2vflow", "operator": "In"}
     rules = [
-        {"action": "FailIndex", "onExitCodes": {**is_code, "values": list(_FOREVER)}},
+        {"action": "FailIndex", "onExitCodes": {**is_code, "values": sorted(NEVER_AGAIN)}},
         {"action": "Ignore", "onExitCodes": {**is_code, "values": [75]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]

@@ -9,6 +9,8 @@ from typing import Any
 from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Override
 
+NEVER_AGAIN = frozenset({2, 3, 4, 5, 6, 8})  # exit codes that the same job would give again
+
 
 @dataclass(frozen=True)
 class Job:

@@ -13,13 +13,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from s2v_flow.batch.job import Job
+from s2v_flow.batch.job import NEVER_AGAIN, Job
 from s2v_flow.batch.record import Batch
 from s2v_flow.batch.worker import Outcome, Report, Setup, work
 from s2v_flow.errors import ExitCode
 from s2v_flow.graph.interrupt import StoppedError, StopRequest, exit_code_of, never
 
-NEVER_AGAIN = frozenset({2, 3, 4, 5, 6, 8})  # exit codes that the same job would give again
 GRACE_SECONDS = 60.0  # between SIGTERM, which waits for the end of a step, and SIGKILL
 _POLL_SECONDS = 0.25
 _OK = Outcome(ExitCode.OK)
@@ -60,32 +59,17 @@ class _Worker:
     is_late: bool = False
 
 
-def run_batch(
-    batch: Batch,
-    devices: Sequence[str],
-    report: Callable[[str], Report],
-    policy: Policy = Policy(),
-    tell: Callable[[Told], None] = lambda told: None,
-) -> dict[int, str]:
-    """Run the jobs that are not done, and note what becomes of each.
+class LocalRun:
+    """The run of a batch's jobs that are not done.
 
     Args:
         batch: What to run; its options' `should_stop` is asked.
         devices: One process each: ["cuda:0", "cuda:1"], ["cpu", "cpu"].
-        report: See `Setup`; a function of a module, because processes are spawned.
+        report: See `Setup`; a class or function of a module, because processes are spawned.
         policy: See there.
         tell: Called with everything that happens.
-
-    Returns:
-        The last state of every job by number: done, failed, or stopped after a failure with `fails_fast`.
-
-    Raises:
-        StoppedError: As asked; every job that ran has left a resume point.
     """
-    return _Local(batch, devices, report, policy, tell).run()
 
-
-class _Local:
     def __init__(
         self,
         batch: Batch,
@@ -107,6 +91,11 @@ class _Local:
         self._stop_signal = 0
 
     def run(self) -> dict[int, str]:
+        """Run, note what becomes of each job, and return it by number: done, failed, or (`fails_fast`) stopped.
+
+        Raises:
+            StoppedError: As asked; every job that ran has left a resume point.
+        """
         patience = self._should_stop.patiently() if isinstance(self._should_stop, StopRequest) else nullcontext()
         try:
             with patience:
@@ -149,7 +138,9 @@ class _Local:
     def _start(self, index: int) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=work, args=(theirs, self._setups[index]), daemon=True)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: a terminal's Ctrl-C is for us
         process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self._workers[index] = _Worker(index + 1, self._setups[index].options.device, process, ours)
         return self._workers[index]
@@ -168,24 +159,22 @@ class _Local:
                 worker.process.join()
                 del self._workers[index]
                 worker.pipe.close()
-                self._ended(worker, _outcome_of(worker.process.exitcode or 0))
+                self._ended(worker, _outcome_of(worker.process.exitcode or 0), is_gone=True)
 
-    def _ended(self, worker: _Worker, outcome: Outcome) -> None:
+    def _ended(self, worker: _Worker, outcome: Outcome, *, is_gone: bool = False) -> None:
         job = worker.job
         if job is None:
             return
-        is_stopped = outcome.code in (ExitCode.CHECKPOINTED, ExitCode.TERMINATED, ExitCode.INTERRUPTED)
-        if worker.is_late and outcome.code != 0:
+        if worker.is_late and outcome.code != ExitCode.OK:
             limit = self._policy.timeout_seconds or 0
             outcome = Outcome(ExitCode.FAILED, f"took longer than {limit:g} s (--timeout)", outcome.outputs)
-            is_stopped = False
-        if outcome.code == 0:
+        elif outcome.code == ExitCode.CHECKPOINTED:
+            self._attempts[job.number] -= 1
+        if outcome.code == ExitCode.OK:
             state = "done"
-        elif is_stopped and self._stop_signal:
+        elif self._stop_signal and is_gone and not worker.is_late:
             state = "stopped"
         else:
-            if outcome.code == ExitCode.CHECKPOINTED:
-                self._attempts[job.number] -= 1
             state = "again" if self._may_again(job, outcome.code) else "failed"
         self._say(worker, state, outcome)
         worker.job, worker.kill_at, worker.is_late = None, None, False

@@ -78,9 +78,5 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, tuple[Override, ..
             raise RecipeError(f"{path}:{number}: this is not JSON: {error}", fix='write {"seed": 1}') from error
         if not isinstance(value, dict):
             raise RecipeError(f"{path}:{number}: expected an object, got {shown(value)}", fix='write {"seed": 1}')
-        yield (
-            number,
-            tuple(
-                Override("set-json", f"{name}={json.dumps(item, ensure_ascii=False)}") for name, item in value.items()
-            ),
-        )
+        texts = {name: json.dumps(item, ensure_ascii=False) for name, item in value.items()}
+        yield number, tuple(Override("set-json", f"{name}={text}") for name, text in texts.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -58,8 +57,7 @@ class Outcome:
 def work(pipe: Connection, setup: Setup) -> None:
     """Run jobs until the pipe is closed; leave with 143 or 75 where SIGTERM or SIGUSR1 asks for a stop.
 
-    Each message is a job and its log's path, each answer an `Outcome`. SIGINT is left to the process that started this
-    one: a terminal sends it to both.
+    Each message is a job and its log's path, each answer an `Outcome`.
     """
     stop = StopRequest(_tell)
     stop.install()
@@ -70,21 +68,22 @@ def work(pipe: Connection, setup: Setup) -> None:
 
 
 def _serve(pipe: Connection, setup: Setup, stop: StopRequest) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.chdir(setup.folder)
     if setup.num_workers > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // setup.num_workers)))
-    options, memory = replace(setup.options, should_stop=stop), None
-    if setup.num_workers > 1 and options.device == "cpu":
-        free = free_memory_bytes("cpu")
-        memory = None if free is None else free * 3 // 4 // setup.num_workers
+    options, free = replace(setup.options, should_stop=stop), free_memory_bytes("cpu")
+    is_shared = setup.num_workers > 1 and options.device == "cpu" and free is not None
+    memory = (free or 0) * 3 // 4 // setup.num_workers if is_shared else None
     session = Session(options, memory=memory)
     while True:
         try:
             job, log = pipe.recv()
         except EOFError:
             return
-        _log_to(log)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for number in (1, 2):  # what libraries print goes into the log, too
+            os.dup2(descriptor, number)
+        os.close(descriptor)
         outcome = _run(session, job, setup.report)
         if outcome.code == ExitCode.OUT_OF_MEMORY:
             session.close()
@@ -113,14 +112,6 @@ def _run(session: Session, job: Job, report: Callable[[str], Report]) -> Outcome
     if result.failures:
         return Outcome(ExitCode.FAILED, "; ".join(f"{name}: {why}" for name, why in result.failures.items()), outputs)
     return Outcome(ExitCode.OK, "", outputs)
-
-
-def _log_to(path: Path) -> None:
-    """Let stdout and stderr go to a file, those of libraries included."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 def _tell(text: str) -> None:

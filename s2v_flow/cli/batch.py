@@ -199,11 +199,11 @@ def _devices(options: Options, devices: str | None, workers: int | None) -> list
 def _run(
     made: Batch, devices: Sequence[str], *, as_json: bool, retries: int, timeout: float | None, fails_fast: bool
 ) -> None:
-    from s2v_flow.batch.local import Policy, run_batch
+    from s2v_flow.batch.local import LocalRun, Policy
     from s2v_flow.cli import report
 
     began = time.monotonic()
-    states = run_batch(made, devices, JobReport, Policy(retries, timeout, fails_fast), _board(made))
+    states = LocalRun(made, devices, JobReport, Policy(retries, timeout, fails_fast), _board(made)).run()
     if as_json:
         report.print_json(_summary(made))
     failed = [job.name for job in made.jobs if states[job.number] == "failed"]
