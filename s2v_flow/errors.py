@@ -24,6 +24,7 @@ class ExitCode(IntEnum):
     BAD_NUMBERS = 8  # NaN or infinity
     INTERNAL = 9  # a defect of s2vflow
     WORK_TO_DO = 10  # plan --detailed-exitcode
+    UNMET = 11  # a video does not meet what its recipe requires
     CHECKPOINTED = 75  # SIGUSR1: run the same command again (sysexits.h: temporary failure)
     INTERRUPTED = 130
     TERMINATED = 143

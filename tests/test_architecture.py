@@ -32,26 +32,41 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"weights", "machine", "errors"},
     "sampling": {"plugins", "errors"},
     "media": {"files", "errors"},
+    "quality": {"media", "errors"},
     "demo": {"files", "models", "weights", "errors"},
     "convert": {"files", "models", "weights", "version", "errors"},
     # graph and recipe
     "graph": {"cache", "files", "machine", "wording", "errors"},
-    "recipe": {"graph", "wording", "errors"},
-    "nodes": {"graph", "models", "weights", "sampling", "media", "machine", "plugins", "wording", "errors"},
+    "recipe": {"graph", "quality", "wording", "errors"},
+    "nodes": {"graph", "models", "weights", "sampling", "media", "quality", "machine", "plugins", "wording", "errors"},
     "library": {"convert", "files", "models", "weights", "recipe", "graph", "wording", "errors"},
     "comfy": {"nodes", "recipe", "graph", "wording", "errors"},
     "start": {"files", "recipe", "graph", "media", "errors"},
     # runs and the Python face
-    "runs": {"recipe", "graph", "cache", "files", "media", "plugins", "version", "wording", "errors"},
+    "runs": {"recipe", "graph", "cache", "files", "media", "quality", "plugins", "version", "wording", "errors"},
     "options": {"recipe", "nodes", "graph", "cache", "demo", "library"},
     "api": {
         *("options", "recipe", "nodes", "graph", "cache", "files", "media", "models", "demo", "machine", "library"),
-        *("runs", "comfy", "version", "wording", "errors"),
+        *("runs", "quality", "comfy", "version", "wording", "errors"),
     },
     "": {"api", "version"},  # the package itself
     "batch": {"api", "options", "recipe", "graph", "files", "machine", "version", "wording", "errors"},
     "history": {
-        *("", "api", "runs", "recipe", "graph", "cache", "files", "media", "demo", "machine", "wording", "errors"),
+        *(
+            "",
+            "api",
+            "runs",
+            "quality",
+            "recipe",
+            "graph",
+            "cache",
+            "files",
+            "media",
+            "demo",
+            "machine",
+            "wording",
+            "errors",
+        ),
     },
     # the terminal
     "cli": {
@@ -76,7 +91,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 HEAVY = {"torch", "transformers", "safetensors", "numpy", "av", "imageio", "soundfile", "soxr", "PIL", "sentencepiece"}
 # the rest is light: heavy packages, and the modules that import them, are imported inside functions there
-HEAVY_LAYERS = {"models", "weights", "sampling", "media", "demo", "convert"}
+HEAVY_LAYERS = {"models", "weights", "sampling", "media", "quality", "demo", "convert"}
 HEAVY_MODULES = {"nodes.tensors", "nodes.denoising", "nodes.finite", "nodes.hearing", "nodes.resuming"}
 MAX_LINES = 450
 

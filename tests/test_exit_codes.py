@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import signal
 import subprocess
@@ -41,7 +42,7 @@ def here(tmp_path: Path, tiny_models: Path) -> Here:
 
 def test_the_help_names_every_code_and_no_other() -> None:
     named = [int(code) for code in re.findall(r"^ +(\d+)  ", EXIT_CODES, re.MULTILINE)]
-    assert named == sorted(ExitCode) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 75, 130, 143]
+    assert named == sorted(ExitCode) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 75, 130, 143]
 
 
 def test_0_and_10(here: Here) -> None:
@@ -132,6 +133,20 @@ def test_9_a_defect(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WanVAE, "decode_next", fail)
     code, err = here.run()
     assert (code, "please report it" in err) == (9, True)
+
+
+def test_11_the_video_is_not_as_required(here: Here) -> None:
+    """It is written all the same, and the manifest says why; `quality: off` measures for the gate alone."""
+    text = here.recipe.read_text()
+    here.recipe.write_text(text + "require: {min_confidence: 0.99}\n")
+    code, err = here.run()
+    assert (code, "min_confidence is 0.99" in err) == (11, True)
+    assert (here.folder / "out" / "talk.mp4").is_file()
+    where = ["--cache-dir", here.folder / "cache", "--json"]
+    manifest = json.loads(call("show", "last", *where)[1])
+    assert (manifest["status"], "min_confidence" in manifest["error"]) == ("failed", True)
+    assert manifest["quality"] == json.loads(call("quality", "last", *where)[1])
+    assert here.run("--set", "nodes.video.quality=off", "--force", "video")[0] == 11
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])

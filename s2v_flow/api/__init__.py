@@ -34,6 +34,7 @@ from s2v_flow.nodes.memory import needs
 from s2v_flow.nodes.precision import precision_notes
 from s2v_flow.nodes.table import KINDS as KINDS
 from s2v_flow.options import Options as Options
+from s2v_flow.quality.gates import unmet
 from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.document import Recipe, only_output
 from s2v_flow.recipe.layers import Written
@@ -283,9 +284,29 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
         try:
             result = execution.execute()
             recorder.failures = result.failures
+            if planned.recipe.require:
+                result = replace(result, unmet=_unmet(planned, result, execution.store))
+                recorder.failures = {**result.failures, **result.unmet}
         finally:
             execution.close()
     return result
+
+
+def _unmet(planned: Planned, result: RunResult, store: Store) -> dict[str, str]:
+    """Return which videos do not meet what the recipe requires, and why; what was not measured is measured now."""
+    found = {}
+    for name in result.outputs:
+        node, entry = planned.plan.node(name), result.entries[name]
+        if node.kind == "save_video":
+            figures = entry.facts.get("quality")
+            if figures is None:
+                from s2v_flow.quality.figures import measure_video
+
+                path = store.object_path(entry.outputs["file"])
+                figures = measure_video(path, node.facts.get("chunk_starts") or ())
+            why = "; ".join(unmet(figures, planned.recipe.require))
+            found.update({name: why} if why else {})
+    return found
 
 
 def _workflows(recipe: Recipe, plan: Plan) -> dict[str, str]:

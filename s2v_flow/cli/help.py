@@ -30,6 +30,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
     "Look back": {
         "runs": "--keep-last 20",
         "show": "last",
+        "quality": "talk.mp4",
         "diff": "talk.mp4 other.mp4",
         "reproduce": "talk.mp4",
         "lock": "talk.yaml",

@@ -31,7 +31,7 @@ from s2v_flow.cli.options import (
     start_options,
 )
 from s2v_flow.cli.running import execute, run_recipe
-from s2v_flow.cli.runs import diff, lock, reproduce, runs, show
+from s2v_flow.cli.runs import diff, lock, quality, reproduce, runs, show
 from s2v_flow.cli.start import completion, doctor, explain, help_, init, version
 from s2v_flow.cli.streams import Streams
 from s2v_flow.errors import ExitCode, S2VFlowError
@@ -55,6 +55,7 @@ EXIT_CODES = "\n".join(
         (8, "NaN or infinity in a result"),
         (9, "a defect of s2vflow"),
         (10, "plan --detailed-exitcode: a run would compute something"),
+        (11, "a video, which is there, does not meet the recipe's require"),
         (75, "stopped with a resume point by SIGUSR1: the same command goes on"),
         (130, "interrupted (Ctrl-C); the same command goes on"),
         (143, "terminated; the same command goes on"),
@@ -68,6 +69,7 @@ EXIT_CODES = "\n".join(
         batch,
         runs,
         show,
+        quality,
         diff,
         reproduce,
         lock,

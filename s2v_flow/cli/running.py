@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2v_flow.errors import S2VFlowError
+from s2v_flow.errors import ExitCode, S2VFlowError
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options, Planned
@@ -66,6 +66,10 @@ def execute(
     else:
         names = ", ".join(name for name, why in result.failures.items() if not why.startswith("needs "))
         raise S2VFlowError(f"failed: {names}", kept="every other cell, and all that was finished in these")
+    if result.unmet:
+        what = "; ".join(f"{name}: {why}" for name, why in result.unmet.items())
+        fix = "look at it, and change the recipe or what it requires"
+        raise S2VFlowError(f"require: {what}", fix, "the video, which is written", exit_code=ExitCode.UNMET)
 
 
 def _summary(planned: Planned, result: RunResult) -> list[Path]:

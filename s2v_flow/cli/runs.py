@@ -70,6 +70,35 @@ def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
     report.print_json(found.model_dump(mode="json")) if as_json else report.print_table(show_text(found, _width()))
 
 
+class _Box(click.ParamType[tuple[int, int, int, int]]):
+    """A rectangle of pixels: x,y,width,height."""
+
+    name = "x,y,w,h"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int, int, int]:
+        try:
+            x, y, width, height = map(int, value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not four whole numbers like 52,80,24,16", param, ctx)
+        return x, y, width, height
+
+
+@click.command()
+@click.argument("video", metavar="VIDEO|RUN", shell_complete=complete_run)
+@click.option("--mouth", type=_Box(), help="Where the mouth is, in pixels, unless it is to be found.")
+@_JSON
+@_CACHE
+def quality(video: str, mouth: tuple[int, int, int, int] | None, as_json: bool, cache_dir: Path | None) -> None:
+    """Measure a video, or what a run wrote: lips against voice, drift, seams, pictures that show nothing."""
+    from s2v_flow.cli import report
+    from s2v_flow.history.figures import figures_of, figures_text
+
+    found = figures_of(video, make_options(cache_dir=cache_dir, device=None).cache_root, mouth)
+    report.print_json(found) if as_json else report.print_result(figures_text(found))
+
+
 def _width() -> int | None:
     """Return the terminal's width; None where stdout is none."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

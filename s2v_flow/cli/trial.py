@@ -52,7 +52,8 @@ def trial(whole: Planned, options: Options) -> tuple[Planned, Options]:
         overrides = (*options.overrides, *changes)
         given = replace(options, overrides=overrides, selection=Selection(until=tuple(videos)))
         try:
-            return api.plan(of.path, given), given
+            trial = api.plan(of.path, given)
+            return replace(trial, recipe=replace(trial.recipe, require={})), given  # which is about the whole
         except RecipeError as error:
             failure = failure or error
     assert failure is not None

@@ -47,7 +47,6 @@ from s2v_flow.machine import forget_peaks, peak_device_bytes, peak_memory_bytes
 
 _MENDS = 3
 
-
 UsedT = TypeVar("UsedT")
 
 
@@ -62,6 +61,7 @@ class RunResult:
     run_id: str = ""  # under which its manifest is kept
     failures: Mapping[str, str] = field(default_factory=dict)  # plan nodes that failed where others went on, and why
     not_kept: tuple[str, ...] = ()  # plan nodes whose results could not be stored
+    unmet: Mapping[str, str] = field(default_factory=dict)  # videos that do not meet the recipe's `require`, and why
 
     def __repr__(self) -> str:
         files = [str(path) for paths in self.outputs.values() for path in paths]
@@ -75,6 +75,7 @@ class RunResult:
         outputs = {name: [str(path) for path in paths] for name, paths in self.outputs.items()}
         run: dict[str, Any] = {"run": self.run_id} if self.run_id else {}
         run |= {"failures": dict(self.failures)} if self.failures else {}
+        run |= {"unmet": dict(self.unmet)} if self.unmet else {}
         run |= {"not_kept": list(self.not_kept)} if self.not_kept else {}
         return {**run, "outputs": outputs, "computed": list(self.computed), "stored": list(self.cached)}
 

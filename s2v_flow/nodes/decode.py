@@ -17,6 +17,7 @@ from s2v_flow.nodes.chunk_plan import (
     FRAME_RATE_HZ,
     FRAMES_PER_LATENT,
     Chain,
+    Part,
     PlannedInputs,
     voice_frames,
     warmup_frames,
@@ -100,7 +101,9 @@ class Decode(Node):
                 "the rest of the sound is cut (chunks: auto covers all of it)",
             )
         size = dict(zip(("width", "height"), chain.settings.size, strict=True))
-        known = {"frames": length, "chunks": len(chain.parts), "silent_frames": available - length}
+        starts = _starts(chain, total - drop, length)
+        known: dict[str, Any] = {"frames": length, "chunks": len(chain.parts), "silent_frames": available - length}
+        known["chunk_starts"] = starts
         facts = {**size, **(dict.fromkeys(known) if chain.is_open else known)}
         node = DecodeFrames(
             doubles_first=not in_pixels and inputs.get("before") is None and self.prefix != "none",
@@ -156,12 +159,25 @@ def _within(chain: Chain, num_frames: int, wanted: int) -> tuple[Chain, int]:
     """Leave out the last chunks that the first `wanted` of `num_frames` frames do without; return how many are left."""
     parts = list(chain.parts)
     while len(parts) > 1:
-        own = parts[-1].num_frames if parts[-1].frames else FRAMES_PER_LATENT * parts[-1].num_latent_frames
+        own = _num_frames(parts[-1])
         if num_frames - own < wanted:
             break
         num_frames -= own
         parts.pop()
     return replace(chain, parts=tuple(parts)), num_frames
+
+
+def _starts(chain: Chain, end: int, length: int) -> list[int]:
+    """Return the first frame of each chunk but the first, of a video whose last chunk ends at `end`."""
+    starts = []
+    for part in reversed(chain.parts):
+        end -= _num_frames(part)
+        starts.append(end)
+    return [start for start in reversed(starts[:-1]) if 0 < start < length]
+
+
+def _num_frames(part: Part) -> int:
+    return part.num_frames if part.frames else FRAMES_PER_LATENT * part.num_latent_frames
 
 
 class DecodeFrames(Node):

@@ -121,8 +121,9 @@ class FramesSlice(Node):
         if frames is None:
             return {}
         known = frames.facts.get("frames")
-        length = None if known is None else self._part(known)[1]
-        return planner.add_simple(name, self, {**frames.facts, "frames": length})
+        start, length = (0, None) if known is None else self._part(known)
+        starts = [at - start for at in frames.facts.get("chunk_starts") or () if at > start]
+        return planner.add_simple(name, self, {**frames.facts, "frames": length, "chunk_starts": starts})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the stream of the frames taken."""
@@ -157,6 +158,7 @@ class FramesDelay(Node):
         frames = planner.value(self.frames)
         known = frames.facts.get("frames") if frames else None
         facts = {**(frames.facts if frames else {}), "frames": None if known is None else known + self.count}
+        facts["chunk_starts"] = [at + self.count for at in facts.get("chunk_starts") or ()]
         return planner.add_simple(name, self, facts)
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +201,9 @@ class FramesConcat(Node):
             planner.problem(name, "second", "R105", message, "scale one of them with frames_scale")
         counts = [fact["frames"] for fact in facts if fact.get("frames") is not None]
         total = sum(counts) if len(counts) == 2 else None
-        return planner.add_simple(name, self, {**facts[0], "frames": total})
+        later = [at + counts[0] for at in facts[1].get("chunk_starts") or ()] if total is not None else []
+        starts = [*(facts[0].get("chunk_starts") or ()), *later]
+        return planner.add_simple(name, self, {**facts[0], "frames": total, "chunk_starts": starts})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out both streams, one after the other."""
@@ -263,7 +267,9 @@ class FramesFromImage(Node):
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on how many frames there are, and how large."""
         image = planner.value(self.image)
-        return planner.add_simple(name, self, {**(image.facts if image else {}), "frames": self.count})
+        return planner.add_simple(
+            name, self, {**(image.facts if image else {}), "frames": self.count, "chunk_starts": []}
+        )
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the frames."""

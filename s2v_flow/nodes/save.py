@@ -43,6 +43,10 @@ class SaveVideo(Node):
     fps: float = Field(16.0, gt=0, le=240, description="Frames a second. The model's own rate is 16.")
     crf: int = Field(18, ge=0, le=51, description="Quality: lower is better and larger.")
     preset: Preset = Field("medium", description="How hard the encoder tries.")
+    quality: Annotated[Literal["auto", "off"], Neutral()] = Field(
+        "auto",
+        description="auto: measure lips, drift and seams as the frames pass, for the run's manifest; off: do not.",
+    )
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the file; its length is that of the frames."""
@@ -74,12 +78,26 @@ class SaveVideo(Node):
             "preset": self.preset,
             "audio": audio,
         }
+        is_measured, starts = self.quality == "auto", context.planned.get("chunk_starts") or []
+        if is_measured:
+            from s2v_flow.quality.figures import Measure
+            from s2v_flow.quality.sync import loudness
+
+            voice = None if audio is None else loudness(audio, self.fps, frames.num_frames)
+            measure = Measure(voice, self.fps)
         with VideoWriter(path, frames.width, frames.height, **options) as writer:
             for group in reported(context, frames):
                 digest.update(group.tobytes())
                 writer.write(group)
+                if is_measured:
+                    measure.add(group)
+        if is_measured:
+            seconds = None if audio is None else audio.num_samples / audio.sample_rate_hz
+            context.record(quality=measure.figures(starts, seconds))
         size = {"width": context.planned.get("width"), "height": context.planned.get("height")}
-        context.record(frames_sha256=digest.hexdigest(), frames=frames.num_frames, **size, **frames.facts)
+        context.record(
+            frames_sha256=digest.hexdigest(), frames=frames.num_frames, chunk_starts=starts, **size, **frames.facts
+        )
         return {"file": path}
 
     def deliver(self, files: Files, artifacts: Mapping[str, Artifact], note: bytes) -> list[tuple[Path, bool]]:
@@ -148,7 +166,7 @@ def plan_sink(planner: Planner, name: str, node: SaveVideo | SaveImages, fps: fl
     inputs = {key: planner.value(ref) for key, ref in node.refs().items()}
     count = frames.facts.get("frames") if frames else None
     facts = {"frames": count, "seconds": None if count is None else count / fps}
-    facts |= {side: frames.facts.get(side) for side in ("width", "height")} if frames else {}
+    facts |= {key: frames.facts.get(key) for key in ("width", "height", "chunk_starts")} if frames else {}
     return planner.add(name, node, inputs, recipe_node=name, facts=facts)
 
 

@@ -73,6 +73,8 @@ def _data(recipe: Recipe, tree: MapValue, resolved: bool) -> dict[str, Any]:
     data: dict[str, Any] = {"s2vflow": LANGUAGE_VERSION}
     if recipe.description is not None:
         data["description"] = recipe.description
+    if recipe.require:
+        data["require"] = dict(recipe.require)
     data.update(plain(tree))
     if resolved:
         for name, spec in recipe.nodes.items():

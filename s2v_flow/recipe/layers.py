@@ -15,6 +15,7 @@ from typing import Any
 
 from s2v_flow.errors import Place
 from s2v_flow.graph.ports import NAME
+from s2v_flow.quality.gates import GATES
 from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.objects import tree_of
 from s2v_flow.recipe.problems import Problems
@@ -25,7 +26,7 @@ from s2v_flow.wording import did_you_mean, shortened, shown
 LANGUAGE_VERSION = 1
 
 
-TOP_KEYS = ("s2vflow", "description", "extends", "params", "nodes", "profiles", "matrix")
+TOP_KEYS = ("s2vflow", "description", "extends", "params", "nodes", "profiles", "matrix", "require")
 
 
 PROFILE_KEYS = ("description", "params", "nodes")
@@ -60,6 +61,7 @@ class Layer:
     extends: Scalar | None = None
     profiles: Mapping[str, Body] = field(default_factory=dict)
     matrix: MapValue | None = None
+    require: MapValue | None = None
 
 
 def read_layer(tree: Tree, file: str, problems: Problems, *, is_recipe: bool) -> Layer:
@@ -96,7 +98,27 @@ def read_layer(tree: Tree, file: str, problems: Problems, *, is_recipe: bool) ->
         extends=_text(top, "extends", "a file's name", problems),
         profiles=profiles,
         matrix=None if "matrix" not in top.entries else _as_map(top.entries["matrix"].value, "matrix", problems),
+        require=_read_require(top, problems),
     )
+
+
+def _read_require(top: MapValue, problems: Problems) -> MapValue:
+    """Return what the figures of videos must be, by name: numbers; what is wrong is collected and left out."""
+    good: dict[str, Entry] = {}
+    for name, entry in _as_map(top.get("require") or MapValue({}, top.origin), "require", problems).entries.items():
+        value = plain(entry.value)
+        if name not in GATES:
+            message = f"there is no figure {shortened(name)} to require"
+            problems.add("R014", message, entry.key_origin, inside="require", fix=did_you_mean(name, GATES, "figures"))
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            message, fix = f"{name}: expected a number, got {shown(value)}", f"it is {GATES[name]}"
+            problems.add("R012", message, entry.value.origin, inside=f"require.{name}", fix=fix)
+        elif value < 0:
+            message, fix = f"{name}: must be at least 0, got {shown(value)}", f"it is {GATES[name]}"
+            problems.add("R013", message, entry.value.origin, inside=f"require.{name}", fix=fix)
+        else:
+            good[name] = entry
+    return MapValue(good, top.origin)
 
 
 def _as_map(tree: Tree, what: str, problems: Problems) -> MapValue:
@@ -181,6 +203,7 @@ class Merged:
     body: Body
     recipe_params: MapValue
     matrix: MapValue
+    require: MapValue
     profiles: Mapping[str, Body]
     description: str | None
     files: tuple[str, ...]
@@ -219,10 +242,12 @@ def merge_layers(recipe: Written, changes: Changes, problems: Problems) -> Merge
     recipe_params = body.params
     for over in (*(profile for _, profile in chosen), *(layer.body for layer in overrides)):
         body = merge_bodies(body, over)
-    matrix = MapValue({}, body.nodes.origin)
+    matrix = require = MapValue({}, body.nodes.origin)
     for layer in (*chain, *overrides):
         if layer.matrix is not None:
             matrix = replace(_merge_maps(matrix, layer.matrix), origin=layer.matrix.origin)
+        if layer.require is not None:
+            require = replace(_merge_maps(require, layer.require), origin=layer.require.origin)
     descriptions = [layer.description for layer in chain if layer.description is not None]
     files = tuple(dict.fromkeys(layer.file for layer in (*chain, *overrides)))
     places = {
@@ -231,7 +256,8 @@ def merge_layers(recipe: Written, changes: Changes, problems: Problems) -> Merge
         for section in (profile.params, profile.nodes)
         for origin in origins_of(section).values()
     }
-    return Merged(body, recipe_params, matrix, known, descriptions[-1] if descriptions else None, files, places)
+    description = descriptions[-1] if descriptions else None
+    return Merged(body, recipe_params, matrix, require, known, description, files, places)
 
 
 def merge_bodies(base: Body, over: Body) -> Body:

@@ -105,6 +105,10 @@ class _Reader:
         """Return the recipe itself, after a check of all that it says; None where a node is wrong."""
         recipe = self.recipe(self.body)
         self.check_matrix(self.matrix)
+        require = self.merged.require
+        if recipe is not None and require.entries and all(spec.kind != "save_video" for spec in recipe.nodes.values()):
+            message = "require is about videos, and the recipe writes none"
+            self.problems.add("R015", message, require.origin, inside="require", fix="add a save_video node")
         for name, profile in self.merged.profiles.items():
             check_profile(name, profile.nodes, self.body.nodes, self.kinds, self.problems)
         return recipe
@@ -133,6 +137,7 @@ class _Reader:
             matrix=self.matrix,
             matrix_text=self.merged.matrix if self.merged.matrix.entries else None,
             folder=self.folder,
+            require=plain(self.merged.require),
         )
 
     def check_matrix(self, matrix: Matrix) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import NAME
+from s2v_flow.quality.gates import GATES
 from s2v_flow.recipe.layers import LANGUAGE_VERSION
 
 Schema = dict[str, Any]
@@ -61,6 +62,15 @@ def _file(*, is_recipe: bool) -> Schema:
         ),
         "profiles": _map_of("profile", "Named sets of changes, chosen with -p NAME."),
         "matrix": _matrix(),
+        "require": {
+            "type": ["object", "null"],
+            "description": "What every video's figures must be; where they are not, the run ends with exit code 11.",
+            "properties": {
+                name: {"type": "number", "minimum": 0, "description": about[:1].upper() + about[1:] + "."}
+                for name, about in GATES.items()
+            },
+            "additionalProperties": False,
+        },
     }
     schema: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
     if not is_recipe:

@@ -58,6 +58,7 @@ def essence_of(
         nodes={alone(name): _essence_node(plan.node(name), entry) for name, entry in stored.items()},
         frames=facts.get("frames"),
         frames_sha256=facts.get("frames_sha256"),
+        chunk_starts=node.facts.get("chunk_starts") or [],
     )
 
 

@@ -132,6 +132,9 @@ class Manifest(Part):
     packages: dict[str, str] = Field({}, description="Others whose kinds or samplers were used: name -> version.")
     nodes: list[NodeRecord] = Field(description="Every plan node, in order.")
     outputs: list[OutputRecord]
+    quality: dict[str, JsonValue] | None = Field(
+        None, description="As `quality --json` prints it; by plan node in `videos` where there are several."
+    )
 
 
 class EssenceNode(Part):
@@ -156,6 +159,7 @@ class Essence(Part):
     frames_sha256: str | None = Field(
         None, description="Of the frames before encoding, uint8 RGB, one after the other."
     )
+    chunk_starts: list[int] = Field([], description="The first frame of each chunk but the first.")
 
 
 def to_text(part: Part) -> str:

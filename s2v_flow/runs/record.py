@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MissingError
@@ -32,6 +32,7 @@ from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus, preimage
+from s2v_flow.quality.gates import of_videos
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.environment import environment, git_state, packages_of
 from s2v_flow.runs.files import file_records
@@ -174,7 +175,16 @@ class Recorder:
             packages=packages_of(self.recipe, self.plan),
             nodes=[self._node(node, status) for node in self.plan.nodes],
             outputs=[record for node in self.plan.nodes for record in self._outputs(node)],
+            quality=self._quality(),
         )
+
+    def _quality(self) -> dict[str, Any] | None:
+        found = {
+            node.name: self.entries[node.name].facts["quality"]
+            for node in self.plan.nodes
+            if node.name in self.entries and "quality" in self.entries[node.name].facts
+        }
+        return of_videos(found) if found else None
 
     @cached_property
     def _git(self) -> GitRecord | None:
