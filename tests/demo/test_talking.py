@@ -77,6 +77,12 @@ def test_the_demo_smiles_when_the_timeline_says_so(demo: Shown) -> None:
 
 
 @pytest.mark.slow
+def test_lips_are_late_as_theory_says_where_comfyuis_timing_is_asked_for(tmp_path: Path) -> None:
+    """By three frames; exact time, as in the demo, has none."""
+    assert figures(shown(tmp_path, nodes__first__conditioning="comfyui"), character())["lag"] == 3
+
+
+@pytest.mark.slow
 def test_ten_chunks_do_not_drift(tmp_path: Path) -> None:
     found = figures(shown(tmp_path, speech(tmp_path / "long.wav", 10)), character())
     assert max(value for name, value in found.items() if name.startswith("drift")) < 0.05
@@ -84,5 +90,5 @@ def test_ten_chunks_do_not_drift(tmp_path: Path) -> None:
     assert found["correlation"] > CORRELATION
 
 
-VAE_DECIBEL = 26.0
-CORRELATION = 0.5
+VAE_DECIBEL = 27.0
+CORRELATION = 0.78
