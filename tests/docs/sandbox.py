@@ -35,5 +35,5 @@ def make_inputs(folder: Path, seconds: float) -> None:
         portrait.save(folder / name)
     write_voice(folder / "anna.wav", seconds)
     shutil.copyfile(folder / "anna.wav", folder / "speech.mp3")  # what a file is, its content tells
-    for name in ("pose.mp4", "clip.mp4"):
+    for name in ("pose.mp4", "clip.mp4", "film.mp4"):
         write_clip(folder / name, 80)
