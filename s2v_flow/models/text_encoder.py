@@ -52,7 +52,7 @@ class TextEncoder:
         A row of weight w is (row - empty) * w + empty, in float32, where `empty` is the row at its place in an empty
         prompt padded to the same length: that of the end-of-text token in front, zero everywhere else.
 
-        Source: ComfyUI, comfy/sd1_clip.py, encode_token_weights; comfy/text_encoders/wan.py (masked rows are zero).
+        Source: ComfyUI, comfy/sd1_clip.py, encode_token_weights.
         """
         pairs = [(token, weight) for text, weight in parts for token in tokens(self._tokenizer, text)]
         ids, weights = ([pair[index] for pair in pairs[: MAX_TOKENS - 1]] for index in (0, 1))
