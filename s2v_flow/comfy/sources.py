@@ -117,8 +117,13 @@ def _text(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     given = context.value(node, "text")
     fields = {"text_encoder": context.port(node, "clip", "text_encoder"), "text": given}
     try:
-        if weighted_parts(given.value) not in ([], [(given.value, 1.0)]):
-            fields["prompt_syntax"] = "comfyui"
+        match weighted_parts(given.value):
+            case []:
+                fields["text"] = replace(given, value="")
+            case [(words, 1.0)]:  # without weights: the words as they are, escaped brackets as brackets
+                fields["text"] = replace(given, value=words)
+            case _:
+                fields["prompt_syntax"] = "comfyui"
     except ValueError as error:
         context.mistakes.note(f"prompt: {node.described()}: {error}: its brackets are taken as text")
     return (Made(context.draft.add("encode_text", "prompt", fields, node), "conditioning"),)

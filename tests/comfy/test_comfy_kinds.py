@@ -174,6 +174,20 @@ def test_a_prompt_with_weights_or_escapes_keeps_its_syntax_there_and_back(tmp_pa
     assert load_text(again.text, tmp_path).params["prompt"] == recipe.params["prompt"]
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [("\\)", ")"), ("a \\(b\\) c", "a (b) c"), ("()", ""), ("(a:1.0)", "a"), ("a ) (b", "a ) (b")]
+)
+def test_a_prompt_without_weights_becomes_the_words_as_they_are(written: str, meant: str, tmp_path: Path) -> None:
+    workflow = golden()
+    workflow["6"]["inputs"]["text"] = written
+    made = imported(workflow, tmp_path)
+    assert "prompt_syntax" not in made.text
+    recipe = load_text(made.text, tmp_path)
+    assert recipe.params["prompt"] == meant
+    text, _ = export_workflow(recipe, planned(recipe), "api")
+    assert load_text(imported(text, tmp_path).text, tmp_path).params["prompt"] == meant
+
+
 def test_a_prompt_whose_weights_cannot_be_computed_is_taken_as_text(tmp_path: Path) -> None:
     workflow = golden()
     workflow["6"]["inputs"]["text"] = "A man (smiling:inf)"
