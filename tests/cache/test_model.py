@@ -250,6 +250,12 @@ def test_soak_model() -> None:
     started = time.monotonic()
     run_state_machine_as_test(
         StoreMachine,
-        settings=settings(max_examples=count, stateful_step_count=100, deadline=None, suppress_health_check=QUIET),
+        settings=settings(
+            max_examples=count,
+            stateful_step_count=100,
+            deadline=None,
+            derandomize=False,
+            suppress_health_check=QUIET,
+        ),
     )
     sys.stdout.write(f"\n{count} histories of up to 100 events, {time.monotonic() - started:.0f} s, 0 wrong reads\n")
