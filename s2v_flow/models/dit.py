@@ -113,7 +113,8 @@ class WanS2V(nn.Module):
         dim = config.dim
         self.patch_embedding = PatchEmbedding(LATENT_CHANNELS, dim, PATCH)
         self.cond_encoder = PatchEmbedding(LATENT_CHANNELS, dim, PATCH)
-        self.trainable_cond_mask = nn.Embedding(3, dim)
+        # its own weight, else the layer draws one: on the meta device that imports torch's compiler, two seconds
+        self.trainable_cond_mask = nn.Embedding(3, dim, _weight=torch.empty(3, dim))
         self.frame_packer = MotionPacker(LATENT_CHANNELS, dim)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)

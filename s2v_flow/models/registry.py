@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,11 +144,16 @@ class ModelRegistry:
         self._free(chosen)
 
     def _free(self, keys: list[ModelKey]) -> int:
-        freed = sum(self._live.pop(key).num_bytes for key in keys)
-        if keys:
-            gc.collect()  # modules hold reference cycles
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        weights, freed = [], 0
+        for key in keys:
+            live = self._live.pop(key)
+            weights += [weakref.ref(tensor) for tensor in _tensors(live.model)]
+            freed += live.num_bytes
+            del live
+        if any(weight() is not None for weight in weights):
+            gc.collect()  # a module held a reference cycle; a collection costs up to a second, so not in vain
+        if keys and torch.cuda.is_available():
+            torch.cuda.empty_cache()
         return freed
 
     def __enter__(self) -> ModelRegistry:
@@ -162,6 +168,10 @@ class ModelRegistry:
 
 def weight_bytes(model: nn.Module | HasModule) -> int:
     """Count the bytes of a model's parameters and buffers, each storage once."""
-    module = model if isinstance(model, nn.Module) else model.module
-    tensors = {tensor.data_ptr(): tensor for tensor in chain(module.parameters(), module.buffers())}
+    tensors = {tensor.data_ptr(): tensor for tensor in _tensors(model)}
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _tensors(model: nn.Module | HasModule) -> Iterator[torch.Tensor]:
+    module = model if isinstance(model, nn.Module) else model.module
+    return chain(module.parameters(), module.buffers())

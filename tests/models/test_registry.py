@@ -115,6 +115,29 @@ def test_freed_models_are_gone() -> None:
     assert registry.num_bytes == 0
 
 
+@pytest.mark.parametrize("is_cyclic", [False, True])
+def test_all_objects_are_looked_through_only_where_a_model_holds_a_cycle(is_cyclic: bool) -> None:
+    """Then its weights are gone too; in a large process a look takes up to a second."""
+    registry = ModelRegistry()
+    with registry.use(key("a"), loader()) as model:
+        gone = weakref.ref(model)
+        if is_cyclic:
+            model.itself = [model]
+    del model
+    looked: list[int] = []
+
+    def note(phase: str, facts: dict[str, int]) -> None:
+        looked.extend([facts["generation"]] if phase == "start" else [])
+
+    gc.callbacks.append(note)
+    try:
+        registry.free_unused()
+    finally:
+        gc.callbacks.remove(note)
+    assert (2 in looked) == is_cyclic
+    assert gone() is None
+
+
 def test_leaving_the_registry_frees_what_is_in_use_too() -> None:
     with ModelRegistry() as registry:
         gone = weakref.ref(registry.acquire(key("a"), loader()))
