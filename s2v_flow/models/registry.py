@@ -109,10 +109,9 @@ class ModelRegistry:
             ValueError: The model is not in use.
         """
         with self._lock:
-            live = self._live.get(key)
-            if live is None or live.num_users == 0:
+            if key not in self._live or self._live[key].num_users == 0:
                 raise ValueError(f"{key.kind} is not in use")
-            live.num_users -= 1
+            self._live[key].num_users -= 1
             self._make_room(0)
 
     @contextmanager
@@ -135,12 +134,10 @@ class ModelRegistry:
             return
         surplus = self.num_bytes + wanted_bytes - self.memory_budget_bytes
         chosen = []
-        for key, live in self._live.items():
-            if surplus <= 0:
-                break
-            if live.num_users == 0:
+        for key, size in [(key, live.num_bytes) for key, live in self._live.items() if live.num_users == 0]:
+            if surplus > 0:
                 chosen.append(key)
-                surplus -= live.num_bytes
+                surplus -= size
         self._free(chosen)
 
     def _free(self, keys: list[ModelKey]) -> int:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from s2v_flow.nodes.settings import SamplingSettings
 
 
-class Denoiser:
+class Denoiser(Fallbacks):
     """One chunk's model calls: what is the same in every step is prepared once, here.
 
     Where memory runs out, it retries with less: what nobody uses is freed; the model's weights are offloaded to host
@@ -45,19 +45,18 @@ class Denoiser:
         context: RunContext,
         inputs: Mapping[str, Any],
     ) -> None:
+        super().__init__(context)
         self._settings = settings
         self._num_latent_frames = num_latent_frames
         self._audio_offset = audio_offset
-        self._context = context
         self._inputs = inputs
         self._handle: ModelHandle = inputs["model"]
-        self._retry = Fallbacks(context, self._fallbacks(), self._no_memory)
         sizes = self._num_tokens(), 2 if "negative" in inputs else 1
         started = time.monotonic()
-        self._model: WanS2V = self._retry.run(lambda: self._handle.get(*sizes))
+        self._model: WanS2V = self.run(lambda: self._handle.get(*sizes))
         context.record(load_seconds=round(time.monotonic() - started, 3))
-        self._prepared = self._retry.run(self._prepare_chunk)
-        self._branches = self._retry.run(self._prepare_branches)
+        self._prepared = self.run(self._prepare_chunk)
+        self._branches = self.run(self._prepare_branches)
 
     def sample(self) -> Tensor:
         """Sample the chunk: its raw latent, float32 [1, 16, F, H, W], on the CPU."""
@@ -72,11 +71,11 @@ class Denoiser:
         def noise() -> Tensor:
             return initial_noise(self._prepared.latent_shape, of.seed)
 
-        sampling = ResumableSampling(self._context, sampler, self._handle.precision, self._retry)
+        sampling = ResumableSampling(self._context, sampler, self._handle.precision, self)
         try:
             with self._context.stepwise():
                 return denormalise(sampling.sample(denoise, noise)).cpu()
-        finally:  # what is prepared goes now: this object and its fallbacks refer to each other
+        finally:  # what is prepared goes now: an error's traceback would hold it
             self._branches.clear()
             del self._prepared
 
@@ -86,14 +85,16 @@ class Denoiser:
         velocities = [found for part in parts for found in self._model(x, timestep, self._prepared, part)]
         return velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], self._settings.cfg)
 
-    def _fallbacks(self) -> Iterator[Fallback]:
+    def fallbacks(self) -> Iterator[Fallback]:
+        """Stream the weights, then run the branches in turn."""
         if self._handle.stream():
             yield Fallback("stream", "the model's weights are offloaded to host memory and prefetched block by block")
         if "negative" in self._inputs and not self._handle.runs_in_turn:
             self._handle.runs_in_turn = True
             yield Fallback("turns", "the branches of guidance run one after the other")
 
-    def _no_memory(self, failure: str) -> S2VFlowError:
+    def explain(self, failure: str) -> S2VFlowError:
+        """Name the size that did not fit."""
         settings = self._settings
         latent = f"a latent of 16x{self._num_latent_frames}x{settings.height // 8}x{settings.width // 8}"
         what = f"{self._context.name}, with {latent}, {self._num_tokens()} tokens{self._handle.weights_text()}"

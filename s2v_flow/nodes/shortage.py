@@ -38,19 +38,25 @@ class Fallback:
 class Fallbacks:
     """What a node gives up, in order, where memory runs out; each retreat is told and kept with the result.
 
+    A node's class has its own `fallbacks` and `explain`. It holds neither: an object in a cycle would keep its tensors
+    until Python looks for such cycles.
+
     Args:
         context: The node's context. Its facts get "retreats", and "degraded" where the result's bytes may be others.
-        fallbacks: Taking the next one is the retreat. Before the first, what nobody uses is freed.
-        explain: Makes the error for when there is none left, from what the allocator said.
     """
 
-    def __init__(
-        self, context: RunContext, fallbacks: Iterator[Fallback], explain: Callable[[str], S2VFlowError]
-    ) -> None:
+    def __init__(self, context: RunContext) -> None:
         self._context = context
-        self._fallbacks = fallbacks
-        self._explain = explain
+        self._left: Iterator[Fallback] | None = None
         self._has_freed = False
+
+    def fallbacks(self) -> Iterator[Fallback]:
+        """Yield what can be given up; taking it is the retreat. Before the first, what nobody uses is freed."""
+        raise NotImplementedError
+
+    def explain(self, failure: str) -> S2VFlowError:
+        """Make the error for when there is no fallback left, from what the allocator said."""
+        raise NotImplementedError
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Return what `work` returns, calling it again after each retreat.
@@ -79,7 +85,8 @@ class Fallbacks:
         fallback: Fallback | None = Fallback("free", FREED)
         if self._has_freed:
             try:
-                fallback = next(self._fallbacks, None)
+                self._left = self._left or self.fallbacks()
+                fallback = next(self._left, None)
             except (MemoryError, RuntimeError) as error:  # no memory for the retreat itself
                 if memory_failure(error) is None:
                     raise
@@ -87,7 +94,7 @@ class Fallbacks:
         self._has_freed = True
         free_unused(self._context)
         if fallback is None:
-            raise self._explain(failure)
+            raise self.explain(failure)
         facts = self._context.facts
         self._context.record(retreats=[*facts.get("retreats", ()), fallback.name])
         if fallback.degraded:
@@ -95,7 +102,7 @@ class Fallbacks:
         self._context.note(f"memory ran out in {self._context.name}: {fallback.text}", is_warning=True)
 
 
-class StreamDecoder:
+class StreamDecoder(Fallbacks):
     """A VAE's decoder and its state; where memory runs out it takes fewer frames at once, then tiles.
 
     The state is an argument and a result: a group that failed is decoded again from the state before it. Another number
@@ -109,13 +116,12 @@ class StreamDecoder:
     """
 
     def __init__(self, vae: Any, group: int, tiles: int, context: RunContext) -> None:
+        super().__init__(context)
         self._vae = vae
         self._group = group
         self._tiles = tiles
         self._state: Any = None
         self._size = (0, 0)
-        self._context = context
-        self._retry = Fallbacks(context, self._fallbacks(), self._no_memory)
 
     def decode(self, latent: Tensor) -> Iterator[Tensor]:
         """Decode the next latent, [1, 16, F, H, W], to groups of pixels [1, 3, n, 8H, 8W].
@@ -126,7 +132,7 @@ class StreamDecoder:
         position = 0
         self._size = (latent.shape[3], latent.shape[4])
         while position < latent.shape[2]:
-            count, pixels = self._retry.run(partial(self._next, latent[:, :, position:]))
+            count, pixels = self.run(partial(self._next, latent[:, :, position:]))
             position += count
             yield pixels
 
@@ -142,7 +148,8 @@ class StreamDecoder:
         self._state = state
         return part.shape[2], pixels
 
-    def _fallbacks(self) -> Iterator[Fallback]:
+    def fallbacks(self) -> Iterator[Fallback]:
+        """Fewer latent frames at once, then tiles."""
         from s2v_flow.models.vae import DecoderState
         from s2v_flow.models.vae_tiles import most_tiles, moved
 
@@ -156,7 +163,8 @@ class StreamDecoder:
             self._tiles = tiles
             yield Fallback("tiles", f"retries with {tiles}x{tiles} tiles", {"tiles": tiles})
 
-    def _no_memory(self, failure: str) -> S2VFlowError:
+    def explain(self, failure: str) -> S2VFlowError:
+        """Name the size that did not fit."""
         what = f"decode, with one latent frame of {_pixels(*self._size)}{_in_tiles(self._tiles)} at once"
         kept = "every sampled chunk: the same command goes on from there"
         return no_memory(self._context, what, failure, kept=kept)
@@ -176,27 +184,35 @@ def encoded(vae: Any, pixels: Tensor, context: RunContext) -> Tensor:
     Raises:
         S2VFlowError: There is no memory for the smallest tile.
     """
-    from s2v_flow.models.vae_tiles import encode_tiled, most_tiles
+    encoder = _Encoder(vae, pixels, context)
+    return encoder.run(encoder.encode)
 
-    size = (pixels.shape[3] // 8, pixels.shape[4] // 8)
-    tiles = 1
 
-    def fallbacks() -> Iterator[Fallback]:
-        nonlocal tiles
-        for number in range(2, most_tiles(*size) + 1):
-            tiles = number
-            yield Fallback("tiles", f"encodes in {tiles}x{tiles} tiles", {"encode_tiles": tiles})
+class _Encoder(Fallbacks):
+    def __init__(self, vae: Any, pixels: Tensor, context: RunContext) -> None:
+        super().__init__(context)
+        self._vae = vae
+        self._pixels = pixels
+        self._tiles = 1
+        self._size = (pixels.shape[3] // 8, pixels.shape[4] // 8)
 
-    def explain(failure: str) -> S2VFlowError:
-        what = f"encode, with four frames of {_pixels(*size)}{_in_tiles(tiles)} at once"
-        return no_memory(context, what, failure, kept="everything that was stored before")
+    def encode(self) -> Tensor:
+        from s2v_flow.models.vae_tiles import encode_tiled
 
-    def encode() -> Tensor:
-        given = pixels.to(context.device)
-        latent: Tensor = vae.encode(given) if tiles == 1 else encode_tiled(vae, given, tiles)
+        given = self._pixels.to(self._context.device)
+        latent: Tensor = self._vae.encode(given) if self._tiles == 1 else encode_tiled(self._vae, given, self._tiles)
         return latent.float()
 
-    return Fallbacks(context, fallbacks(), explain).run(encode)
+    def fallbacks(self) -> Iterator[Fallback]:
+        from s2v_flow.models.vae_tiles import most_tiles
+
+        for tiles in range(2, most_tiles(*self._size) + 1):
+            self._tiles = tiles
+            yield Fallback("tiles", f"encodes in {tiles}x{tiles} tiles", {"encode_tiles": tiles})
+
+    def explain(self, failure: str) -> S2VFlowError:
+        what = f"encode, with four frames of {_pixels(*self._size)}{_in_tiles(self._tiles)} at once"
+        return no_memory(self._context, what, failure, kept="everything that was stored before")
 
 
 def memory_failure(error: BaseException) -> str | None:
