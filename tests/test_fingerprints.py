@@ -11,8 +11,8 @@ from recipes_for_tests import RECIPES
 
 from s2v_flow import api
 from s2v_flow.cache.checkpoint import Checkpoints
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.fingerprint import fingerprint
-from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.ports import Source
 from s2v_flow.graph.status import preimage
 

@@ -21,7 +21,7 @@ from runs_for_tests import Place, copied, place
 from safetensors.torch import load_file, save_file
 
 import s2v_flow
-from s2v_flow.api.notebook import EMBEDDED_BYTES, MAX_ROWS, table
+from s2v_flow.api.result import EMBEDDED_BYTES, MAX_ROWS, table
 from s2v_flow.errors import MissingError, RecipeError, S2VFlowError
 from s2v_flow.graph.events import Event, StepDone
 from s2v_flow.media.video import VideoReader

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2v_flow.demo import plan
+from s2v_flow.models.attention import Grid, rotation_table
 from s2v_flow.models.conditioning import Branch
 from s2v_flow.models.dit import WanS2V
-from s2v_flow.models.rope import Grid, rotation_table
 
 SIDE = 8  # tokens in a row or column
 NUM_FRAMES = 10

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2v_flow.models.latent_space import MEAN, STD
+from s2v_flow.models.vae import MEAN, STD
 
 
 class TrainableVAE:

@@ -20,18 +20,17 @@ from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import cannot_write
 from s2v_flow.files.facts import recalled, remembered
 from s2v_flow.graph.build import build_plan, merge_plans
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.estimate import Flops, estimate
 from s2v_flow.graph.events import Listener, Noted, StageStarted, ignore
-from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, assess
 from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, near_files, recipe_needs
 from s2v_flow.machine import device_class, free_memory_bytes, hardware, resolve_device
-from s2v_flow.nodes.fit import check_fit
 from s2v_flow.nodes.memory import needs
-from s2v_flow.nodes.precision import precision_notes
+from s2v_flow.nodes.precision import check_fit, precision_notes
 from s2v_flow.nodes.table import KINDS as KINDS
 from s2v_flow.options import Options as Options
 from s2v_flow.quality.gates import unmet
@@ -39,11 +38,10 @@ from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.document import Recipe, only_output
 from s2v_flow.recipe.layers import Written
 from s2v_flow.recipe.load import Variant, load_cells, load_recipe
-from s2v_flow.runs.environment import plugins_of, torch_version
+from s2v_flow.runs.environment import FileDigests, plugins_of, torch_version
 from s2v_flow.runs.essence import essence_in, likely_folders, note_maker, video_notes
 from s2v_flow.runs.lockfile import check_lock, lock_path
 from s2v_flow.runs.record import Given, Recorder, runs_root
-from s2v_flow.runs.sources import FileDigests
 from s2v_flow.version import __version__
 
 RecipeLike = str | Written

@@ -41,7 +41,7 @@ class Planned:
         return f"<Planned {self.recipe.path} on {self.device}: {', '.join(facts)}>"
 
     def _repr_html_(self) -> str:
-        from s2v_flow.api.notebook import table
+        from s2v_flow.api.result import table
 
         found = [(self.statuses[node.name], node) for node in self.plan.nodes]
         rows = [(status.status, node.name, node.kind, status.reason) for status, node in found]

@@ -13,8 +13,7 @@ from typing import Any
 
 from s2v_flow.batch.job import Job
 from s2v_flow.errors import MissingError
-from s2v_flow.files.atomic import temporary, writing
-from s2v_flow.files.numbering import free_name
+from s2v_flow.files.atomic import free_name, temporary, writing
 from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Override
 from s2v_flow.version import __version__

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from s2v_flow.errors import S2VFlowError
-from s2v_flow.files.atomic import finish, flush_folder, make_root, temporary, temporary_prefix, writing
-from s2v_flow.files.numbering import put_new
+from s2v_flow.files.atomic import finish, flush_folder, make_root, put_new, temporary, temporary_prefix, writing
 
 _BLOCK = 8 << 20
 _SCHEMA = 1

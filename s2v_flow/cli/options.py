@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from s2v_flow.recipe.argument import Override
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
 _ORDER = "s2v_flow.cli.options"
-
 
 _KINDS: dict[str, Literal["set", "set-json", "set-file", "unset", "seed"]] = {
     "seeds": "seed",
@@ -86,11 +83,7 @@ def take_overrides(given: dict[str, Any]) -> list[Override]:
 
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
-
-
 FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
 FILE = click.Path(path_type=Path)
 
 

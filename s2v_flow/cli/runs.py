@@ -150,7 +150,7 @@ def reproduce(video: Path, as_json: bool, output: Path | None, level: Level, **g
 def lock(recipe: Path, as_json: bool, output: Path | None, **given: Any) -> None:
     """Write down the digests of a recipe's models and inputs; `run --locked` refuses any others."""
     from s2v_flow.cli import report
-    from s2v_flow.history.locking import make_lock
+    from s2v_flow.history.reproduce import make_lock
     from s2v_flow.runs.lockfile import lock_path
 
     target = output or lock_path(recipe)

@@ -11,7 +11,7 @@ from typing import Any
 from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
 from s2v_flow.comfy.meaning import Context, FramesMade, Latent, Made, Model, NodeRef, Translator, Video, Zeroed
-from s2v_flow.nodes.prompt import weighted_parts
+from s2v_flow.nodes.encode import weighted_parts
 
 GGUF_MODELS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "GGUFLoaderKJ", "LoaderGGUF")
 _PLACE = re.compile(r"\s*\[(input|output|temp)\]$")

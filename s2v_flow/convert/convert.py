@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from s2v_flow.convert.pickle import convert_pickle
-from s2v_flow.convert.release import TOKENIZER_FILE, Wanted, kind_of, write_model
+from s2v_flow.convert.release import (
+    INDEX_SUFFIX,
+    TOKENIZER_FILE,
+    Shards,
+    Wanted,
+    kind_of,
+    open_shards,
+    open_single,
+    write_model,
+)
 from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import finish, flush_folder, reap, temporary, writing
 from s2v_flow.files.facts import file_digest
@@ -21,7 +30,6 @@ from s2v_flow.version import __version__
 from s2v_flow.weights.header import is_pickle
 from s2v_flow.weights.layout import TOKENIZER_KEY
 from s2v_flow.weights.reader import Checkpoint
-from s2v_flow.weights.shards import INDEX_SUFFIX, Shards, open_shards, open_single
 from s2v_flow.weights.tensor_stream import Progress
 
 _VERSION, _DIGESTS = "s2vflow_version", "s2vflow_source_sha256"

@@ -1,22 +1,56 @@
-"""What a node is handed while it runs, and what it hands on."""
+"""What a node is handed while it runs, and what it hands on: artifacts, resume points, kept frames, numerics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from s2v_flow.graph.checkpoint import Checkpoint
+from s2v_flow.cache.budget import Budget
+from s2v_flow.cache.checkpoint import Checkpoints
+from s2v_flow.cache.store import DamagedObjectError, Entry, Store
+from s2v_flow.errors import S2VFlowError
+from s2v_flow.files.atomic import CannotWriteError, writing
 from s2v_flow.graph.events import (
     Listener,
+    NodeCached,
     Noted,
     StageStarted,
     StepDone,
 )
-from s2v_flow.graph.keep import Keep
-from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.fingerprint import as_made
+from s2v_flow.graph.interrupt import ShouldStop, StoppedError, StopRequest, exit_code_of
+from s2v_flow.wording import size_text
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The class of device ("cpu", "cuda"; never its index) and the attention backend of a run."""
+
+    device_class: str
+    attention: str = "sdpa"
+
+    def precision(self, kind: str, asked: str) -> str:
+        """Resolve a loader's precision.
+
+        Args:
+            kind: The loader's kind.
+            asked: "auto", "fp32", "bf16" or "fp16".
+
+        Returns:
+            "fp32", "bf16" or "fp16": what is asked for; for auto, fp32 on CPU and for the (small) audio encoder, else
+            bf16.
+        """
+        if asked != "auto":
+            return asked
+        return "fp32" if self.device_class == "cpu" or kind == "load_audio_encoder" else "bf16"
+
+    def identity(self) -> dict[str, str]:
+        """Return the part of a fingerprint's pre-image that stands for this policy."""
+        return {"device": self.device_class, "attention": self.attention}
 
 
 @runtime_checkable
@@ -95,3 +129,162 @@ class RunContext:
     def note(self, text: str, *, is_warning: bool = False, is_detail: bool = False) -> None:
         """Report something a person should know, or a detail for those who ask for details."""
         self.emit(Noted(self.name, text, is_warning, is_detail))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One node's resume point and the run's wish to stop.
+
+    `is_fresh`: the node is to be computed anew, so that what is there is not gone on from. `told` is what the run has
+    said already.
+    """
+
+    folder: Checkpoints
+    fingerprint: str
+    node: str
+    emit: Listener
+    should_stop: ShouldStop
+    is_fresh: bool = False
+    told: set[str] = field(default_factory=set)
+
+    def load(self) -> tuple[dict[str, str], bytes] | None:
+        """Return the facts and bytes that an earlier run left, or None; a damaged checkpoint is told and put aside."""
+        if self.is_fresh:
+            return None
+        try:
+            return self.folder.read(self.fingerprint)
+        except ValueError as error:
+            self.refuse(str(error))
+            return None
+
+    def refuse(self, reason: str) -> None:
+        """Say that the resume point that is there is not used, and why."""
+        text = f"the resume point is not used, {reason}; the node begins anew"
+        self.emit(Noted(self.node, text, is_warning=True))
+
+    def save(self, facts: Mapping[str, str], payload: bytes) -> bool:
+        """Keep the state of the work; tell whether that worked. A full disk costs the resume point, not the run."""
+        try:
+            self.folder.write(self.fingerprint, facts, payload)
+        except S2VFlowError as error:
+            text = f"the resume point cannot be written: {error.message}; the run goes on without one"
+            if text not in self.told:
+                self.told.add(text)
+                self.emit(Noted(self.node, text, is_warning=True))
+            return False
+        return True
+
+    def stop(self, where: str) -> StoppedError:
+        """Return the error that ends the run, to be raised at a step's end."""
+        return StoppedError(f"{self.node} {where}", exit_code_of(self.should_stop))
+
+    @contextmanager
+    def stepwise(self) -> Iterator[None]:
+        """Inside this block, a first signal waits for the node to ask `should_stop`."""
+        if isinstance(self.should_stop, StopRequest):
+            with self.should_stop.patiently():
+                yield
+        else:
+            yield
+
+
+def progress_text(facts: Mapping[str, str]) -> str:
+    """Say how far a resume point is: "resume point at step 3 of 20"."""
+    return f"resume point at step {facts.get('step', '?')} of {facts.get('steps', '?')}"
+
+
+GroupT = TypeVar("GroupT", bound=Sized)
+
+
+@dataclass
+class Keep:
+    """Where one live value of a run is kept: in the store, within the budget; `tell` hears what cannot be written.
+
+    `key` is the plan node's identity, `image` what that was made from, `facts` what the node records while it runs,
+    `about` goes with them; `is_fresh`: what other runs have kept is not to be used.
+    """
+
+    store: Store
+    budget: Budget
+    tell: Callable[[str, str | None], None]
+    emit: Listener
+    node: str
+    key: str
+    image: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    about: Mapping[str, Any]
+    is_fresh: bool
+    _known: Entry | None = None  # found or made in this run
+    _is_tried: bool = False  # a second time would cost as much, and fail as well
+
+    def find(self) -> Path | None:
+        """Return the file in which the value is kept, verified; None where there is none."""
+        if self._known is None and not self.is_fresh:
+            self._known = self.store.lookup(self.key)
+            if self._known is not None:
+                self.store.touch(self.key)
+                self.emit(NodeCached(self.node))
+        if self._known is None:
+            return None
+        (item,) = self._known.outputs.values()
+        try:
+            self.store.check(item)
+        except DamagedObjectError:
+            self.store.put_aside(item)
+            text = "what was kept of it is damaged or gone: it is made again"
+            self.emit(Noted(self.node, text, is_warning=True))
+            self._known = None
+            return None
+        return self.store.object_path(item)
+
+    def passing(
+        self, groups: Iterator[GroupT], total: int, expected: int, make: Callable[[Path], Any]
+    ) -> Iterator[GroupT]:
+        """Pass a value's groups through and keep them, if all of them are asked for.
+
+        Args:
+            groups: The value, made as it is asked for.
+            total: How long all groups are together.
+            expected: How many bytes the file may take, at a guess.
+            make: Begins a file: an object with `write(group)`, `finish()` and `close()`. Their failures are OSErrors.
+        """
+        seconds = 0.0
+        with closing(self._draft(total, expected, make)) as draft:
+            next(draft, None)
+            while True:
+                started = time.monotonic()
+                group = next(groups, None)
+                seconds += time.monotonic() - started
+                if group is None:
+                    return
+                with suppress(StopIteration):
+                    draft.send((group, seconds))
+                yield group
+
+    def _draft(
+        self, total: int, expected: int, make: Callable[[Path], Any]
+    ) -> Generator[None, tuple[Sized, float], None]:
+        """Write what is sent, each group with the seconds so far, as long as there is room; publish the whole."""
+        if self._is_tried:
+            return
+        self._is_tried, room, count = True, self.budget.room(expected), 0
+        try:
+            with self.store.scratch() as folder, writing(folder), closing(make(folder / "kept.mkv")) as writer:
+                while count < total:
+                    group, seconds = yield
+                    writer.write(group)
+                    count += len(group)
+                    if count >= total:
+                        writer.finish()
+                    if (folder / "kept.mkv").stat().st_size > room:
+                        left = f"the cache has room for {size_text(max(room, 0))}; --cache-limit sets it"
+                        self.emit(Noted(self.node, f"not kept ({left}): what needs it again makes it again"))
+                        return
+                key, image = as_made(self.key, self.image, self.facts)
+                facts = {**self.facts, **self.about, "node": self.node, "seconds": round(seconds, 3), "is_spare": True}
+                kept = {"kept": folder / "kept.mkv"}
+                self._known = self.store.publish(key, image, kept, facts, replaces=self.is_fresh)
+        except CannotWriteError as error:
+            self.tell(error.reason, error.fix)
+        else:
+            self.budget.added(sum(item.size for item in self._known.outputs.values()))

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 from s2v_flow.cache.store import Entry
-from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.status import TO_COMPUTE, NodeStatus
 

@@ -12,8 +12,6 @@ from typing import Any, Literal
 from pydantic_core import core_schema
 
 NAME = r"[A-Za-z_][A-Za-z0-9_-]*"
-
-
 _REF = re.compile(rf"\$(?P<node>{NAME})(?:\.(?P<port>{NAME}))?")
 
 

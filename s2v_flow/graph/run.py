@@ -13,9 +13,8 @@ from s2v_flow.cache.budget import NO_LIMIT
 from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import MissingError, S2VFlowError
-from s2v_flow.files.numbering import TakenError
-from s2v_flow.graph.checkpoint import Checkpoint
-from s2v_flow.graph.context import Artifact, Closable, RunContext
+from s2v_flow.files.atomic import TakenError
+from s2v_flow.graph.context import Artifact, Checkpoint, Closable, Keep, Numerics, RunContext
 from s2v_flow.graph.events import (
     Delivered,
     Listener,
@@ -28,8 +27,6 @@ from s2v_flow.graph.events import (
 from s2v_flow.graph.failure import failures_of, placed
 from s2v_flow.graph.fingerprint import as_made, fingerprint
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never
-from s2v_flow.graph.keep import Keep
-from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.graph.results import Results, Scratch, reap_outputs

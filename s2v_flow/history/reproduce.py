@@ -1,4 +1,4 @@
-"""Making a video again from what it says of itself, and naming what is not the same."""
+"""Making a video again from what it says of itself, naming what is not the same; and writing a recipe's lock."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow import api
+from s2v_flow.api import Options, plan, require_files
 from s2v_flow.cache.store import Entry
 from s2v_flow.demo.catalog import demo_root
-from s2v_flow.errors import MediaError
+from s2v_flow.errors import MediaError, MissingError
 from s2v_flow.files.atomic import temporary_prefix, writing
 from s2v_flow.graph.events import Listener, ignore
 from s2v_flow.graph.run import RunResult
 from s2v_flow.graph.selection import Selection
 from s2v_flow.machine import device_class
 from s2v_flow.recipe.argument import Override
+from s2v_flow.runs.environment import FileDigests
 from s2v_flow.runs.essence import changed_files, likely_folders, read_essence
+from s2v_flow.runs.files import files_of
+from s2v_flow.runs.lockfile import lock_path, lock_text, read_lock
 from s2v_flow.runs.manifest import Essence, FileRecord
-from s2v_flow.runs.sources import FileDigests
 
 
 @dataclass(frozen=True)
@@ -141,3 +144,26 @@ def _first_other(essence: Essence, entries: Mapping[str, Entry]) -> str:
             if outputs.get(port) != sha256:
                 return f"{name}: its {port} is the first result that differs"
     return "the frames, but no stored result before them"
+
+
+def make_lock(recipe: Path, options: Options) -> str:
+    """Return the text of a recipe's lock: the digests of its models and inputs.
+
+    With profiles or overrides, what the lock beside the recipe says of other files stays: one lock can hold several
+    profiles' files.
+
+    Args:
+        recipe: The recipe file.
+        options: See `Options`.
+
+    Raises:
+        RecipeError: The recipe, or the lock that is there, is wrong.
+        MissingError: A model or an input is missing.
+    """
+    planned = plan(recipe, options)
+    require_files(planned)
+    for item in files_of(planned.plan.nodes):
+        if not item.file.is_file():
+            raise MissingError(f"{item.name} has not been made yet", fix=f"`s2vflow run {recipe}` makes it, once")
+    kept = read_lock(lock_path(recipe)) if options.changes else {}
+    return lock_text(planned.recipe, planned.plan, FileDigests(options.cache_root / "digests.json"), kept=kept)

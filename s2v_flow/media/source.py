@@ -31,14 +31,8 @@ MAX_AUDIO_VALUES = 1_500_000_000
 
 
 MAX_AUDIO_CHANNELS = 8
-
-
 MIN_SAMPLE_RATE_HZ = 8_000
-
-
 MAX_SAMPLE_RATE_HZ = 192_000
-
-
 MAX_VIDEO_SECONDS = 24 * 3600
 """Length of an input video: at a constant rate, a few frames that are shown for years are billions."""
 
@@ -53,8 +47,6 @@ file's start."""
 
 
 _ALLOWED_GAP_SECONDS = Fraction(1, 4)  # between the length that a header promises and the last packet
-
-
 _QUICKTIME_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _CONVERT = {"video": "convert it to H.264 by ffmpeg", "sound": "convert it to wav by ffmpeg"}
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<?xml", b"<smil", b"http:", b"https:")

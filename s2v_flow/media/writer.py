@@ -1,4 +1,4 @@
-"""Write frames, as they come, to an mp4 file with sound or to PNG files; a file appears whole, or not at all."""
+"""Write frames, as they come, to an mp4 file with sound, to PNG files, or without loss to be read again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 6
 _OTHER_AUDIO_RATE_HZ = 48_000
 _AUDIO_BITS_PER_SECOND = 192_000
 _MAX_AAC_BITS_PER_SAMPLE = 6
-_NUM_THREADS = 4  # fixed, since x264's output depends on it
+_NUM_THREADS = 4  # fixed: the output of x264 depends on it, and each holds frames
 _BT709 = 1  # ISO/IEC 23091-2: primaries, transfer and matrix of BT.709 are all 1
 _LIMITED_RANGE = 1
 
@@ -274,3 +274,59 @@ def _explained(path: Path) -> Iterator[None]:
             "whatever stood under that name before",
             exit_code=ExitCode.DISK_FULL if is_full else ExitCode.FAILED,
         ) from error
+
+
+class LosslessWriter:
+    """A file in the making, of frames `width` x `height` pixels large.
+
+    Raises:
+        OSError: It cannot be written; so do all methods but `close`.
+    """
+
+    def __init__(self, path: Path, width: int, height: int) -> None:
+        path.touch()  # FFmpeg makes it when it has something to write
+        with _system_errors():
+            self._container = av.open(str(path), "w", format="matroska", container_options={"fflags": "+bitexact"})
+            self._stream = self._container.add_stream("libx264rgb", rate=1, options={"qp": "0", "preset": "ultrafast"})
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "rgb24"
+        self._stream.codec_context.thread_count = _NUM_THREADS
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """Append frames, uint8 [n, H, W, 3]."""
+        with _system_errors():
+            for pixels in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                self._container.mux(self._stream.encode(frame))
+
+    def finish(self) -> None:
+        """Write what the encoder still holds."""
+        with _system_errors():
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+
+    def close(self) -> None:
+        """Close the file, whatever state it is in."""
+        with suppress(OSError, av.error.FFmpegError):
+            self._container.close()
+
+
+def read_lossless(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """Yield the frames that a `LosslessWriter` was given, one at a time: uint8 [1, H, W, 3].
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with _system_errors(), av.open(str(path), format="matroska") as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")[None]
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Turn FFmpeg's own errors into the operating system's; many are so already."""
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(error.errno, error.strerror) from error

@@ -17,7 +17,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from s2v_flow.models.attention import CrossAttention
+from s2v_flow.models.attention import HEAD_WIDTH, CrossAttention, Grid, rotation_table
 from s2v_flow.models.audio_injection import (
     AUDIO_FRAMES_PER_LATENT,
     AUDIO_LAYERS,
@@ -26,21 +26,21 @@ from s2v_flow.models.audio_injection import (
     CausalAudioEncoder,
 )
 from s2v_flow.models.conditioning import (
+    BUCKETS,
     Branch,
     Conditioning,
+    MotionPacker,
     PreparedAudio,
     PreparedChunk,
     PreparedText,
+    motion_grids,
     require_conditioning,
     require_shape,
 )
-from s2v_flow.models.dit_block import Block, Head, Step
+from s2v_flow.models.dit_block import FREQUENCY_WIDTH, Block, Head, Step, timestep_embedding
 from s2v_flow.models.float32 import PatchEmbedding
 from s2v_flow.models.footprint import LATENT_CHANNELS
-from s2v_flow.models.modulation import FREQUENCY_WIDTH, timestep_embedding
-from s2v_flow.models.motion_packer import BUCKETS, MotionPacker, motion_grids
 from s2v_flow.models.registry import weight_bytes
-from s2v_flow.models.rope import HEAD_WIDTH, Grid, rotation_table
 from s2v_flow.models.streaming import WeightStream, can_pin
 
 PATCH = (1, 2, 2)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2v_flow.models.latent_space import SPATIAL_STRIDE
-from s2v_flow.models.vae import DecoderState, WanVAE
+from s2v_flow.models.vae import SPATIAL_STRIDE, DecoderState, WanVAE
 
 OVERLAP = 8  # latent rows and columns that neighbours share at least: 64 pixels
 MOST_TILES = 8  # a side

@@ -97,7 +97,7 @@ class EncodeControl(Node):
         """
         import torch
 
-        from s2v_flow.models.latent_space import denormalise
+        from s2v_flow.models.vae import denormalise
         from s2v_flow.nodes.tensors import pack
 
         vae = inputs["vae"].get()

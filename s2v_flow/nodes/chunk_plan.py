@@ -14,14 +14,8 @@ from s2v_flow.nodes.frames import require_cut
 from s2v_flow.nodes.settings import ChunkSettings, Settings
 
 FRAMES_PER_LATENT = 4
-
-
 FRAME_RATE_HZ = 16
-
-
 FIRST_FRAMES_DROPPED = 3  # what the authors drop from the first chunk
-
-
 PlannedInputs = dict[str, "Value | Source | tuple[Source, ...] | None"]
 
 

@@ -216,7 +216,7 @@ class DecodeFrames(Node):
         if "parts" in inputs:
             yield from window(self._stored(inputs), self.drop_frames, self.num_frames)
             return
-        from s2v_flow.media.lossless import LosslessWriter, read_lossless
+        from s2v_flow.media.writer import LosslessWriter, read_lossless
 
         done, keep = 0, context.keep
         if keep is not None and (path := keep.find()) is not None:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from s2v_flow.models.conditioning import Branch, PreparedChunk, PreparedText
 from s2v_flow.models.footprint import LATENT_CHANNELS, MOTION_LATENT_FRAMES, num_tokens
-from s2v_flow.models.latent_space import denormalise, normalise
 from s2v_flow.models.speech import SpeechTable, chunk_embed, joined
 from s2v_flow.models.tokenizer import MAX_TOKENS
+from s2v_flow.models.vae import denormalise, normalise
 from s2v_flow.nodes.resuming import ResumableSampling
 from s2v_flow.nodes.shortage import Fallback, Fallbacks, no_memory
 from s2v_flow.nodes.tensors import unpack

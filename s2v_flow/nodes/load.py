@@ -1,13 +1,13 @@
-"""Kinds that name a model's file, or a latent's. Nothing is read before something needs it."""
+"""Kinds that name a model's file, with its LoRAs, or a latent's. Nothing is read before something needs it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from s2v_flow.errors import BadNumbersError, CheckpointError
 from s2v_flow.graph.node import Node, Planner
@@ -16,13 +16,12 @@ from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Value
 from s2v_flow.nodes.chunk_plan import Chain, Part
 from s2v_flow.nodes.fields import Precision, model_file
 from s2v_flow.nodes.handle import lacks_room, open_handle
-from s2v_flow.nodes.lora import Lora, coverage, coverage_text, matched, unmatched_text
 from s2v_flow.nodes.remarks import ModelFacts, is_distilled, remark_on_lora
 from s2v_flow.nodes.settings import Settings
 
 if TYPE_CHECKING:
     from s2v_flow.graph.context import RunContext
-
+    from s2v_flow.models.lora import LoraReport
 
 LATENT_KEY = "latent_tensor"
 _MADE_FOR_THE_DEMO = "the demo's model: it knows the demo's drawn faces only, and makes no good picture of a photograph"
@@ -32,6 +31,24 @@ _MADE_FOR_TESTS = "a model for tests: it is untrained, so the picture is abstrac
 def _rounding(value: object) -> object:
     """Read the old name too."""
     return "comfyui_2025" if value == "comfyui" else value
+
+
+class Lora(BaseModel):
+    """A LoRA file to put on a diffusion model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: Annotated[str, Neutral()] = Field(
+        description="A name of your choice, by which overrides address this LoRA: loras[lightning].strength.",
+        pattern=r"^[A-Za-z0-9_-]+$",
+    )
+    file: Annotated[str, model_file("LoRA", "loras")] = Field(description="File name under the models folder's loras/.")
+    strength: float = Field(1.0, ge=-10, le=10, description="Factor on the LoRA's update; 0 switches it off.")
+    allow_partial: Annotated[bool, Neutral()] = Field(
+        False,
+        description="Accept that some of the file's keys have no home in the model (Lightning LoRAs were trained for "
+        "T2V). What matched is reported either way. A LoRA of which nothing has a home is an error in any case.",
+    )
 
 
 class LoadDiffusionModel(Node):
@@ -301,3 +318,59 @@ def check_header(planner: Planner, name: str, family: str, *field_path: str | in
         packings = read_quantization(checkpoint).packings
         has_tokenizer = has_tokenizer or holds_tokenizer(checkpoint)
         check_layout(path, family, checkpoint.entries, packings, has_tokenizer=has_tokenizer)
+
+
+def matched(loras: Sequence[Lora], checkpoint: Path | None, files: Sequence[Path | None]) -> list[LoraReport | None]:
+    """Match LoRAs with a model by the files' headers; None where one of the two files is missing.
+
+    Raises:
+        CheckpointError: See `coverage_text`.
+    """
+    pairs = list(zip(loras, files, strict=True))
+    if checkpoint is None or not checkpoint.is_file() or not pairs:
+        return [None] * len(pairs)
+    from s2v_flow.models.lora import LoraSpec, open_loras
+    from s2v_flow.weights.quantization import read_quantization
+    from s2v_flow.weights.reader import Checkpoint
+
+    model = Checkpoint.open(checkpoint)
+    quantization = read_quantization(model)
+    shapes = {key: quantization.shape(model, key) for key in model.entries if key not in quantization.bookkeeping}
+    reports: list[LoraReport | None] = []
+    for lora, file in pairs:
+        report = None
+        if file is not None and file.is_file():
+            (report,) = open_loras([LoraSpec(file, lora.strength)], shapes).reports
+            coverage_text(lora, report)
+        reports.append(report)
+    return reports
+
+
+def coverage(lora: Lora, report: LoraReport | None) -> dict[str, Any]:
+    """Return how much of a LoRA has a home in the model, in tensors; without a report nothing is known of that."""
+    known = (None, None, None) if report is None else (report.matched, report.total, list(report.unmatched))
+    return {"id": lora.id, "file": lora.file, **dict(zip(("matched", "total", "unmatched"), known, strict=True))}
+
+
+def coverage_text(lora: Lora, report: LoraReport) -> str:
+    """Say how much of a LoRA found a home; which keys did not, `unmatched_text` says.
+
+    Raises:
+        CheckpointError: Nothing did; or not all of it, and the recipe does not allow that.
+    """
+    text = f"LoRA {lora.id}: {report.matched} of {report.total} tensors applied ({report.coverage:.0%})"
+    if report.unmatched:
+        if not report.matched:
+            why = "".join(f"; {mismatch}" for mismatch in report.misshapen[:1])
+            fix = f"it is for another model: name another file, or remove the LoRA {lora.id}"
+            raise CheckpointError(f"{text}; {unmatched_text(report)}{why}", fix=fix)
+        if not lora.allow_partial:
+            fix = f"set allow_partial: true for the LoRA {lora.id} if that is meant"
+            raise CheckpointError(f"{text}; {unmatched_text(report)}", fix=fix)
+    return text
+
+
+def unmatched_text(report: LoraReport) -> str:
+    """Say which of a LoRA's keys found no home: "54 have no home in this model: ..."."""
+    shown = ", ".join(report.unmatched[:5]) + (", ..." if len(report.unmatched) > 5 else "")
+    return f"{len(report.unmatched)} have no home in this model: {shown}"

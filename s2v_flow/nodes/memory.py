@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.estimate import Flops, Needs
-from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.models.footprint import (
     Weights,

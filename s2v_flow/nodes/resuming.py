@@ -7,26 +7,63 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from s2v_flow.errors import BadNumbersError, ExitCode, S2VFlowError
-from s2v_flow.nodes.finite import FiniteWatch
 from s2v_flow.nodes.shortage import Fallbacks, memory_failure
 from s2v_flow.nodes.tensors import pack
 from s2v_flow.sampling.state import Denoise, SolverState
 
 if TYPE_CHECKING:
-    from s2v_flow.graph.checkpoint import Checkpoint
-    from s2v_flow.graph.context import RunContext
+    from s2v_flow.graph.context import Checkpoint, RunContext
     from s2v_flow.sampling.sampler import Sampler
 
 INTERVAL_SECONDS = 60.0
+
+
+class FiniteWatch:
+    """Watches a tensor per step: one reduction each, whose result is looked at once it has arrived.
+
+    Reading a flag from a GPU at once would wait for everything that was queued before it. The flag is copied to pinned
+    memory instead, behind the step's own kernels, and read when the copy is over: usually one step later.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, Tensor, torch.Event | None]] = deque()
+
+    def add(self, step: int, x: Tensor) -> None:
+        """Watch the tensor that step `step` ended on; any shape and floating dtype."""
+        lowest, highest = torch.aminmax(x.detach())  # one pass that makes no copy; NaN comes through
+        flag = torch.isfinite(lowest) & torch.isfinite(highest)
+        if not flag.is_cuda:
+            self._pending.append((step, flag, None))
+            return
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        event = torch.Event(flag.device)
+        event.record(torch.cuda.current_stream(flag.device))
+        self._pending.append((step, host, event))
+
+    def first_bad(self, *, waits: bool = False) -> int | None:
+        """Return the first step whose tensor was not finite, as far as is known; `waits`: until all is known."""
+        while self._pending:
+            step, flag, event = self._pending[0]
+            if event is not None and not event.query():
+                if not waits:
+                    return None
+                event.synchronize()
+            self._pending.popleft()
+            if not bool(flag):
+                return step
+        return None
 
 
 @dataclass

@@ -21,11 +21,10 @@ from s2v_flow.nodes.edit import (
 )
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage, EncodeText
 from s2v_flow.nodes.load import LoadAudioEncoder, LoadDiffusionModel, LoadLatent, LoadTextEncoder, LoadVae
-from s2v_flow.nodes.load_media import AudioConcat, LoadAudio, LoadImage, LoadVideo
+from s2v_flow.nodes.load_media import AudioConcat, LoadAudio, LoadImage, LoadVideo, Speak
 from s2v_flow.nodes.sample import Extend, Sample
 from s2v_flow.nodes.save import SaveImages, SaveLatent, SaveVideo
 from s2v_flow.nodes.scale import FramesScale, ImageScale
-from s2v_flow.nodes.speak import Speak
 from s2v_flow.plugins import NODES, SAMPLERS, Plugin, plugins
 from s2v_flow.sampling import catalog
 
@@ -57,7 +56,6 @@ PLANNING_CODES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-
 NODE_KINDS: tuple[type[Node], ...] = (
     LoadDiffusionModel,
     LoadTextEncoder,
@@ -88,7 +86,6 @@ NODE_KINDS: tuple[type[Node], ...] = (
     SaveImages,
     SaveLatent,
 )
-
 
 _WITHIN = ("chunk", "encode_motion", "encode_control", "decode_chunk", "decode_frames")  # what kinds are planned as
 

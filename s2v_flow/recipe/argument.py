@@ -174,14 +174,8 @@ def _tree(value: Any, at: Callable[[str], Origin], problems: Problems) -> Tree:
 
 
 MAX_TEXT_FILE_BYTES = 64_000
-
-
 _PART = re.compile(rf"(?P<name>{NAME})(?P<items>(?:\[[A-Za-z0-9_-]+\])*)(?P<dot>\.|$)")
-
-
 _ITEM = re.compile(r"\[([A-Za-z0-9_-]+)\]")
-
-
 _FIX_PATH = "a path is written like steps, params.steps, nodes.first.steps or nodes.dit.loras[lightning].strength"
 
 

@@ -24,20 +24,10 @@ from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, origins_
 from s2v_flow.wording import did_you_mean, shortened, shown
 
 LANGUAGE_VERSION = 1
-
-
 TOP_KEYS = ("s2vflow", "description", "extends", "params", "nodes", "profiles", "matrix", "require")
-
-
 PROFILE_KEYS = ("description", "params", "nodes")
-
-
 _NAME = re.compile(NAME)
-
-
 _RESERVED = frozenset({"params"})  # `$params.x` is a parameter
-
-
 Written = Path | Mapping[str, Any]
 """A recipe as it is given: a file, or a dict of its shape."""
 

@@ -24,8 +24,6 @@ from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tre
 from s2v_flow.wording import did_you_mean, shortened, shown
 
 _RANGE = re.compile(r"(-?[0-9]{1,20})\.\.(-?[0-9]{1,20})")
-
-
 _FIX = "write PATH=VALUES, like seed=1..8 or cfg=1.0,4.5"
 
 
@@ -104,11 +102,7 @@ def _read(text: str, source: Source) -> tuple[str, Tree | None]:
 
 
 MAX_CELLS = 1_000
-
-
 _MAX_SHOWN = 24  # characters of a value in a label
-
-
 _RESERVED = ("include", "exclude")
 
 

@@ -77,19 +77,10 @@ def _paths_of(names: set[str], tree: Tree, path: FieldPath) -> Iterator[FieldPat
 
 
 MAX_DEPTH = 16
-
-
 MAX_TEXT = 64_000
-
-
 _MAX_EXPANDED = 1_000_000  # of all texts and lists together
-
-
 _LIST_ITEM_WEIGHT = 16
-
-
 _WHOLE = re.compile(rf"\$params\.({NAME})")
-
 
 _SPECIAL = re.compile(
     rf"(?P<escape>\$\$(?=\{{|params\.))|(?P<inside>\$\{{params\.(?P<name>{NAME})\}})|(?P<wrong>\$\{{[^}}]{{0,60}}\}}?|\$params\.[^\s]{{0,60}})"

@@ -64,10 +64,7 @@ CODES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-
 _UNREADABLE = frozenset({"R003", "R005", "R008"})  # whatever else is said of such a value would only follow from that
-
-
 _MAX_COLLECTED = 200  # after so many, more would help nobody and take time
 
 

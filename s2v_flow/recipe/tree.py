@@ -14,20 +14,10 @@ from s2v_flow.errors import Diagnostic, Place
 from s2v_flow.graph.ports import FieldPath
 
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
-
-
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-
-
 _INTEGERS = {10: re.compile(r"[-+]?[0-9]+"), 8: re.compile(r"0o[0-7]+"), 16: re.compile(r"0x[0-9a-fA-F]+")}
-
-
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
-
-
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
-
-
 _MAX_DIGITS = 40  # seeds have 20
 
 

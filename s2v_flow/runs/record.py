@@ -17,6 +17,7 @@ from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MissingError
 from s2v_flow.files.atomic import finish, make_root, temporary
 from s2v_flow.files.facts import file_digest
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.events import (
     Delivered,
     Event,
@@ -29,7 +30,6 @@ from s2v_flow.graph.events import (
     RunStatus,
 )
 from s2v_flow.graph.fingerprint import fingerprint
-from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus, preimage
 from s2v_flow.quality.gates import of_videos

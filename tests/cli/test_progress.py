@@ -19,7 +19,7 @@ from s2v_flow.cli import progress as shown
 from s2v_flow.cli.colour import for_people
 from s2v_flow.cli.main import cli
 from s2v_flow.graph import events
-from s2v_flow.runs.sources import FileDigests
+from s2v_flow.runs.environment import FileDigests
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from s2v_flow import api
-from s2v_flow.models.latent_space import normalise
+from s2v_flow.models.vae import normalise
 
 RECIPES = Path(__file__).parent / "recipes"
 LATENTS_IN_ORDER = ("3.0.samples", "201.0.samples", "211.0.samples")

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from s2v_flow import api
 from s2v_flow.media.video import VideoReader, probe_video
 from s2v_flow.models import load, speech
-from s2v_flow.models.latent_space import denormalise, normalise
 from s2v_flow.models.speech import SpeechTable
+from s2v_flow.models.vae import denormalise, normalise
 
 STEP = RATE_HZ // 16
 NOT_SOUND = 4095

@@ -10,8 +10,8 @@ import pytest
 
 from s2v_flow.api import Options, calibrated, plan
 from s2v_flow.cache.store import Entry
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.estimate import Estimate, Memory, Needs, NodeCost, estimate
-from s2v_flow.graph.numerics import Numerics
 
 DEMO = Path(__file__).parents[1] / "untrained.yaml"
 

@@ -8,9 +8,9 @@ import pytest
 from pydantic import Field, ValidationError
 from toy import Join, LoadTool, Save
 
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.node import Node
-from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.ports import FileField, Neutral, Port, Ref
 from s2v_flow.nodes.load import LoadDiffusionModel, LoadVae, Lora
 from s2v_flow.nodes.save import SaveVideo

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from s2v_flow.cache.store import Entry
-from s2v_flow.graph.reasons import NEVER, explain
+from s2v_flow.graph.status import NEVER, explain
 
 BASE: dict[str, Any] = {
     "kind": "chunk",

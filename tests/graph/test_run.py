@@ -13,9 +13,9 @@ from toy import Glue, Join, Length, LoadTool, Read, Save, Split, Word, Workshop,
 
 from s2v_flow.cache.store import DamagedObjectError, Store
 from s2v_flow.errors import MissingError, S2VFlowError
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.events import Delivered, NodeCached, NodeFinished, NodeStarted, RunStarted
 from s2v_flow.graph.node import Node
-from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.ports import Ref
 
 R = Ref.parse

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from toy import Glue, Join, Length, LoadTool, Read, Save, Split, Word, Workshop, digest, plan_toys
 
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.node import Node
-from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.ports import Ref, Source
 from s2v_flow.graph.status import needed_nodes, output_digests, preimage
 from s2v_flow.nodes.chunk import EncodeMotion

@@ -12,10 +12,10 @@ from s2v_flow.errors import Diagnostic, Place, S2VFlowError
 from s2v_flow.files.atomic import writing
 from s2v_flow.files.facts import file_digest
 from s2v_flow.graph.build import PlanBuilder, build_plan
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.events import Event, NodeStarted, Noted
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.node import Node
-from s2v_flow.graph.numerics import Numerics
 from s2v_flow.graph.plan import Plan
 from s2v_flow.graph.ports import FileField, Neutral, Port, Ref, Value
 from s2v_flow.graph.run import Run, RunResult

@@ -11,7 +11,7 @@ from s2v_flow.api import Options
 from s2v_flow.errors import RecipeError
 from s2v_flow.graph.locations import Locations, ModelFolder
 from s2v_flow.graph.ports import FileField
-from s2v_flow.library.extra_models import find_extra_models, read_extra_models
+from s2v_flow.library.needs import find_extra_models, read_extra_models
 
 VAE = FileField("model", "VAE", ("vae",))
 ENCODER = FileField("model", "text encoder", ("text_encoders", "clip"))

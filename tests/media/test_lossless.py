@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from s2v_flow.media.lossless import LosslessWriter, read_lossless
+from s2v_flow.media.writer import LosslessWriter, read_lossless
 
 
 @pytest.mark.parametrize(("width", "height", "count"), [(64, 48, 9), (8, 8, 1), (33, 17, 5)])

@@ -11,13 +11,12 @@ from reference import fill_module, relative_error
 from torch import nn
 
 from s2v_flow.demo.weights import uniform
-from s2v_flow.models.attention import attention
+from s2v_flow.models.attention import Grid, attention, rotate_, rotation_table
 from s2v_flow.models.audio_injection import INJECTION_BLOCKS, AudioInjector, CausalAudioEncoder
+from s2v_flow.models.conditioning import MotionPacker, motion_grids
 from s2v_flow.models.dit import comfyui_noisy_tokens, unpatchify
+from s2v_flow.models.dit_block import add_gated_, modulate_, split_rows, timestep_embedding
 from s2v_flow.models.float32 import PatchEmbedding, RMSNorm, TimeConv
-from s2v_flow.models.modulation import add_gated_, modulate_, split_rows, timestep_embedding
-from s2v_flow.models.motion_packer import MotionPacker, motion_grids
-from s2v_flow.models.rope import Grid, rotate_, rotation_table
 
 Whose = Literal["official", "comfyui"]
 

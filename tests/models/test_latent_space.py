@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import load_golden, relative_error
 
-from s2v_flow.models.latent_space import denormalise, normalise, num_latent_frames
+from s2v_flow.models.vae import denormalise, normalise, num_latent_frames
 
 
 @pytest.mark.parametrize("case", ["vae_tiny_encode_17f", "vae_full_encode_9f"])

@@ -11,8 +11,7 @@ from reference import fill_module, load_golden, load_keys, relative_error
 from torch import Tensor
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.latent_space import normalise
-from s2v_flow.models.vae import DecoderState, EncoderState, VAEConfig, WanVAE
+from s2v_flow.models.vae import DecoderState, EncoderState, VAEConfig, WanVAE, normalise
 
 
 def make_vae(width: int) -> WanVAE:

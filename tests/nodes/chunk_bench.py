@@ -12,10 +12,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from s2v_flow.cache.checkpoint import Checkpoints
-from s2v_flow.graph.checkpoint import Checkpoint
-from s2v_flow.graph.context import Artifact, RunContext
+from s2v_flow.graph.context import Artifact, Checkpoint, Numerics, RunContext
 from s2v_flow.graph.events import Event, Noted, StepDone
-from s2v_flow.graph.numerics import Numerics
 from s2v_flow.models.registry import ModelKey, ModelRegistry
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.handle import ModelHandle, never_stream

@@ -11,8 +11,7 @@ from reference import fill_module
 from torch import Tensor
 
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.graph.context import RunContext
-from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.context import Numerics, RunContext
 from s2v_flow.models.registry import ModelRegistry
 from s2v_flow.models.vae import DecoderState, VAEConfig, WanVAE
 from s2v_flow.models.vae_tiles import decode_next_tiled, encode_tiled

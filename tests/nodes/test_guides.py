@@ -15,7 +15,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 from s2v_flow import api
-from s2v_flow.models.latent_space import denormalise
+from s2v_flow.models.vae import denormalise
 from s2v_flow.nodes.chunk import EncodeControl, EncodeMotion
 from s2v_flow.nodes.frames import Frames
 

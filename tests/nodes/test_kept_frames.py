@@ -16,7 +16,7 @@ from s2v_flow import api
 from s2v_flow.cache.housekeeping import Kept, inventory, remove
 from s2v_flow.graph.events import Event, NodeCached, Noted
 from s2v_flow.graph.selection import Selection
-from s2v_flow.media import lossless
+from s2v_flow.media import writer
 from s2v_flow.models.vae import WanVAE
 
 ALSO: dict[str, Any] = {
@@ -150,7 +150,7 @@ def test_kept_frames_that_are_damaged_or_gone_are_decoded_again(
 def test_frames_that_are_evicted_while_they_are_read_are_decoded_from_there(
     made: Place, tiny_models: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = lossless.read_lossless
+    original = writer.read_lossless
 
     def breaks(path: Path) -> Iterator[Any]:
         for index, frame in enumerate(original(path)):
@@ -158,7 +158,7 @@ def test_frames_that_are_evicted_while_they_are_read_are_decoded_from_there(
                 raise OSError("stale")
             yield frame
 
-    monkeypatch.setattr(lossless, "read_lossless", breaks)
+    monkeypatch.setattr(writer, "read_lossless", breaks)
     film = made.video.read_bytes()
     run(made, tiny_models, selection=Selection(force=("video",)))
     assert decoder.calls > 0
@@ -186,7 +186,7 @@ def test_a_run_that_fails_in_between_keeps_nothing(
     made: Place, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remove(made.cache, [item.entry.fingerprint for item in kept(made)])
-    original, count = lossless.LosslessWriter.write, 0
+    original, count = writer.LosslessWriter.write, 0
 
     def write(writer: Any, frames: Any) -> None:
         nonlocal count
@@ -195,7 +195,7 @@ def test_a_run_that_fails_in_between_keeps_nothing(
             raise KeyboardInterrupt
         original(writer, frames)
 
-    monkeypatch.setattr(lossless.LosslessWriter, "write", write)
+    monkeypatch.setattr(writer.LosslessWriter, "write", write)
     with pytest.raises(KeyboardInterrupt):
         run(made, tiny_models, "nodes.video.crf=30")
     assert (kept(made), list((made.cache / "tmp").iterdir())) == ([], [])

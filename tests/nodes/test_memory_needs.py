@@ -12,7 +12,7 @@ from recipes_for_tests import options, tiny, write_recipe, write_voice
 from torch.profiler import ProfilerActivity, profile
 
 from s2v_flow import api
-from s2v_flow.graph.numerics import Numerics
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.plan import PlanNode
 from s2v_flow.models.conditioning import Branch
 from s2v_flow.models.dit import S2VConfig, WanS2V

@@ -12,8 +12,7 @@ from reference import relative_error
 from s2v_flow.graph.ports import Ref
 from s2v_flow.models.load import load_text_encoder
 from s2v_flow.models.text_encoder import EOS_ID, TextEncoder
-from s2v_flow.nodes.encode import EncodeText
-from s2v_flow.nodes.prompt import weighted_parts
+from s2v_flow.nodes.encode import EncodeText, weighted_parts
 
 
 @pytest.fixture(scope="module")

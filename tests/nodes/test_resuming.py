@@ -179,7 +179,7 @@ def test_bad_numbers_stop_the_run_at_their_step(number: float, tmp_path: Path) -
 
 def test_one_bad_number_is_enough_and_none_is_overlooked_at_the_end() -> None:
     """In any place, in any step, the last one too."""
-    from s2v_flow.nodes.finite import FiniteWatch
+    from s2v_flow.nodes.resuming import FiniteWatch
 
     for step in (1, 2, 3):
         watch = FiniteWatch()

@@ -310,7 +310,7 @@ def test_auto_streams_where_weights_and_activations_would_not_fit(
     """By the file's header, what fp8 keeps counted as such, and what is free; a device that does not say is trusted."""
     from types import SimpleNamespace
 
-    from s2v_flow.graph.numerics import Numerics
+    from s2v_flow.graph.context import Numerics
     from s2v_flow.models.load import dit_bytes, load_dit
     from s2v_flow.models.registry import ModelRegistry, weight_bytes
 

@@ -16,8 +16,8 @@ from s2v_flow.demo import plan, trained
 from s2v_flow.demo.trained import FOLDER, generated_wav2vec2, vae_with_time
 from s2v_flow.models.conditioning import Branch
 from s2v_flow.models.dit import WanS2V
-from s2v_flow.models.latent_space import normalise
 from s2v_flow.models.load import load_audio_encoder, load_dit, load_text_encoder, load_vae
+from s2v_flow.models.vae import normalise
 from training import clips, state, train_audio, train_decoder, train_dit, train_hearing, train_text, train_vae
 from training.clips import clip, portrait, voice
 from training.dit import SIDE, Student, keep_flags, learned_keys, measure_codes

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
+from s2v_flow.convert.release import open_shards, open_single
 from s2v_flow.errors import (
     BadNumbersError,
     CheckpointError,
@@ -21,7 +22,6 @@ from s2v_flow.errors import (
     S2VFlowError,
 )
 from s2v_flow.weights import tensor_stream
-from s2v_flow.weights.shards import open_shards, open_single
 from s2v_flow.weights.tensor_stream import Piece, in_dtype, write_tensors
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -40,7 +40,7 @@ def make(folder: Path, weight_map: Any = None, **more: torch.Tensor) -> Path:
 
 def test_shards_are_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block by block; the file that comes of them is the one that safetensors reads, aligned and without gaps."""
-    monkeypatch.setattr("s2v_flow.weights.shards.BLOCK_BYTES", 8)
+    monkeypatch.setattr("s2v_flow.convert.release.BLOCK_BYTES", 8)
     shards = open_shards(make(tmp_path))
     assert shards.files == (tmp_path / A, tmp_path / B)
     steps: list[tuple[int, int]] = []
