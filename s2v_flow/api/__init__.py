@@ -95,11 +95,6 @@ def model_needs(path: Path | None, options: Options | None = None) -> list[Model
 def plan(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> Planned:
     """Find out what a run would do, without computing anything and without importing torch.
 
-    Args:
-        recipe: See `check`.
-        options: See `Options`.
-        fields: Single fields of `Options`.
-
     Raises:
         RecipeError: With every mistake that was found.
         S2VFlowError: A file that is there cannot be used, or the device is not there.
@@ -185,10 +180,7 @@ def run(recipe: RecipeLike, options: Options | None = None, on_event: Listener =
     """Run a recipe: compute what is not stored yet, and write the results.
 
     Args:
-        recipe: See `check`.
-        options: See `Options`.
         on_event: Called with every event, in the calling thread.
-        fields: Single fields of `Options`.
 
     Raises:
         RecipeError: The recipe is wrong; nothing was run.
@@ -209,8 +201,6 @@ def run_planned(
     """Run a plan; see `run`.
 
     Args:
-        planned: What `plan` gave.
-        options: See `Options`.
         on_event: Called with every event, in the calling thread.
         run_id: Under which the run is recorded; "": one is made.
         models: A `lazy_registry` that runs share; without, none stays live that no node needs.

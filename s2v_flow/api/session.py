@@ -25,7 +25,6 @@ class Session:
         options: See `Options`; what all runs have in common.
         memory: How many bytes of models that no node needs may stay loaded. Unless given, three quarters of what is
             free at the first model on the device of that run; no limit where that is not known.
-        fields: Single fields of `Options`.
     """
 
     def __init__(self, options: Options | None = None, *, memory: int | None = None, **fields: Any) -> None:

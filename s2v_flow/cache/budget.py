@@ -76,7 +76,6 @@ class Budget:
     The size is counted once and added up from there.
 
     Args:
-        root: The cache folder.
         limit: Bytes; None: `default_limit`; `NO_LIMIT`: nothing ever goes, whatever the disk has left.
         tell: Told what went, in a line.
         reserve: Bytes; None: `default_reserve`.

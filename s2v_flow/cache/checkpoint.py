@@ -34,8 +34,6 @@ class Checkpoints:
         """Put a resume point in the place of the one before it, whole or not at all.
 
         Args:
-            fingerprint: The node's identity.
-            facts: What a reader must know to tell whether the resume point fits.
             payload: The tensors, as a safetensors file's bytes.
 
         Raises:

@@ -233,7 +233,6 @@ def collect(root: Path, limit: int, fits: int = 0, *, is_dry: bool = False, is_t
     """Make a cache smaller than `limit` bytes, as far as what may go allows.
 
     Args:
-        root: The cache folder.
         limit: Bytes.
         fits: From so many bytes on, what is more than spare stays.
         is_dry: Only say what would go.

@@ -117,7 +117,6 @@ class Store:
         """Put an object's bytes at `target`, whole or not at all; tell whether the file there had to change.
 
         Args:
-            item: The object.
             target: The file; it is as it should be only if it holds exactly the object and the trailer.
             trailer: More bytes, behind the object's.
             replaces: Put them in the place of any file that is there, not only of the object with another trailer.
@@ -145,7 +144,6 @@ class Store:
         """Store a node's outputs and say so in an entry; where another process was first, its entry counts.
 
         Args:
-            fingerprint: The node's identity.
             preimage: What the fingerprint was made from, as JSON values.
             outputs: Per port the bytes of a safetensors file, or a finished file, which is moved (copied
                 from another disk).

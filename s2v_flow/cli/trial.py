@@ -23,10 +23,6 @@ _MULTIPLE, _LEAST = 16, 64  # of a side, in pixels; below, the motion's coarsest
 def trial(whole: Planned, options: Options) -> tuple[Planned, Options]:
     """Plan a trial of a planned recipe.
 
-    Args:
-        whole: The plan of the whole.
-        options: What it was planned with.
-
     Returns:
         The trial's plan, and its options. Where the recipe cannot take fewer steps or half the size (another film of
         the full size is joined to it, say), it keeps them.

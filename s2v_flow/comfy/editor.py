@@ -43,8 +43,6 @@ def read_editor(document: Mapping[str, Any], mistakes: Mistakes, active: Collect
     """Read the editor's format.
 
     Args:
-        document: The JSON value.
-        mistakes: Takes what is wrong.
         active: Ids of bypassed or muted nodes at the root that count as switched on.
 
     Raises:

@@ -33,7 +33,6 @@ def export_workflow(recipe: Recipe, plan: Plan, format_: Format) -> tuple[str, t
     """Return a workflow's JSON text, and what ComfyUI will do differently.
 
     Args:
-        recipe: The recipe.
         plan: Its plan: it says how many chunks there are.
         format_: The API's format, or the editor's.
 

@@ -71,8 +71,6 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False, as_of
     """Read a workflow, in ComfyUI's editor or API format or hidden in a picture or a video, as a recipe.
 
     Args:
-        path: The file.
-        kinds: The kinds of nodes by name.
         modernises: Rewrite it to exact time instead of reproducing ComfyUI's numbers.
         as_of: 2025: reproduce how ComfyUI rounded fp8-scaled files then; unless given, ComfyUI of today counts.
 
@@ -212,7 +210,6 @@ def translate(graph: Graph, mistakes: Mistakes, folder: Path, wanted: Collection
     """Translate what the nodes that save something need.
 
     Args:
-        graph: The workflow.
         mistakes: Takes what is wrong, and what a person should know.
         folder: Where the workflow's pictures may lie, if their size matters.
         wanted: Ids of the saving nodes that count; all of them unless given.

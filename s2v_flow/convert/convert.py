@@ -78,7 +78,6 @@ def convert(request: Request, on_progress: Progress = lambda done, total: None) 
     """Make a safetensors file that the loaders take, of a pickle, of shards, or of another safetensors file.
 
     Args:
-        request: What to convert.
         on_progress: Called with the bytes that are written, and all.
 
     Returns:

@@ -70,9 +70,6 @@ def convert_pickle(
     """Let a child process make a safetensors file of a pickle.
 
     Args:
-        source: The pickle.
-        target: An empty file; what stands in it afterwards has to be checked.
-        wanted: What is to be made.
         on_progress: Called with the bytes that are written, and all.
         limits: What the child may use; unless given, by the source's size.
 

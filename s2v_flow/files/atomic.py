@@ -200,7 +200,6 @@ def free_name(path: Path, fits: Callable[[Path], bool]) -> Path:
     """Return the wanted name where it fits, else a number that is in use and fits, else the first above all in use.
 
     Args:
-        path: The name that is wanted.
         fits: Tells of a name whether it is free, or is the result's already.
     """
     if fits(path):

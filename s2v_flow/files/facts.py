@@ -31,7 +31,6 @@ def remembered(memory_path: Path, key: str, compute: Callable[[], dict[str, Any]
     """Return a fact from memory, or compute it and remember it.
 
     Args:
-        memory_path: The JSON table.
         key: What the fact is and of which content ("audio:<sha256>").
         compute: Finds the fact out: small JSON values.
     """
@@ -53,7 +52,6 @@ def file_digest(path: Path, memory_path: Path | None = None, *, clock_ns: Callab
     """Return a file's sha256, from memory if the file is unchanged, else by reading all of it.
 
     Args:
-        path: The file; links are followed.
         memory_path: The JSON table; None: always read.
         clock_ns: The time, comparable with the file's times.
 
@@ -87,10 +85,6 @@ def file_digest(path: Path, memory_path: Path | None = None, *, clock_ns: Callab
 
 def known_digest(path: Path, memory_path: Path | None) -> str | None:
     """Return a file's remembered sha256, or None if it is not known or the file has changed since; nothing is hashed.
-
-    Args:
-        path: The file; links are followed.
-        memory_path: The JSON table.
 
     Raises:
         MissingError: The file is missing.

@@ -192,9 +192,7 @@ def build_plan(
     """Unroll a checked recipe.
 
     Args:
-        specs: The recipe's nodes by name.
         order: Their names, each after what it refers to.
-        locations: Where files are looked for.
         remember: Keeps small facts about files' contents between plans.
 
     Raises:

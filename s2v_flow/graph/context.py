@@ -37,7 +37,6 @@ class Numerics:
         """Resolve a loader's precision.
 
         Args:
-            kind: The loader's kind.
             asked: "auto", "fp32", "bf16" or "fp16".
 
         Returns:

@@ -123,10 +123,7 @@ def estimate(
     """Estimate a run.
 
     Args:
-        plan: The plan.
-        statuses: What must run.
         earlier: Stored results with what they took, the newest first.
-        numerics: The run's numerics policy.
         needs: What nodes are computed to need; figures of past runs go before them where they mean the same memory.
         hardware: What the run computes on; past runs on something else do not count.
         speeds: What that does in a second, by the bytes of a number, where it was measured.

@@ -32,7 +32,6 @@ def link(nodes: Mapping[str, Node], unchecked: Collection[str] = ()) -> tuple[nx
     """Link nodes to a graph.
 
     Args:
-        nodes: The nodes by name.
         unchecked: Names of nodes that exist but are too wrong to be linked: references to them are left alone.
 
     Returns:

@@ -55,8 +55,6 @@ class Locations:
         """Find a model or an input.
 
         Args:
-            mark: What kind of file the field names.
-            text: What the recipe says.
             base_dir: The folder of the file that says it.
 
         Returns:
@@ -84,7 +82,6 @@ class Locations:
         """Return where to write a result.
 
         Args:
-            text: What the recipe says.
             base_dir: The folder of the file that says it.
             typed_by_user: Whether it was given on the command line, where any path is the user's own choice.
 

@@ -136,12 +136,7 @@ class Node(BaseModel):
     def targets(
         self, files: Mapping[tuple[str | int, ...], Path], ports: Iterable[str] | None = None
     ) -> dict[str, Path]:
-        """Return where a sink's stored outputs go, by port; without `ports`, before they are known, the first of them.
-
-        Args:
-            files: The node's files, by field path.
-            ports: The names of the stored outputs.
-        """
+        """Return where a sink's stored outputs go, by port; without `ports`, before they are known, the first of them."""
         return dict.fromkeys(ports or ["file"], files["file",])
 
     def deliver(
@@ -150,8 +145,6 @@ class Node(BaseModel):
         """Put a sink's stored result where the recipe wants it.
 
         Args:
-            files: Where to write, by field path.
-            artifacts: The node's stored outputs by name.
             note: What the result was made of, as boxes behind an mp4, for kinds that are such; may be empty.
 
         Returns:

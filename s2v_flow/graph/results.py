@@ -39,7 +39,6 @@ class Results:
     they were written, and given out as if it were stored. Each publish asks again: there may be space by then.
 
     Args:
-        store: The store.
         emit: Told, once for each reason, that something is not kept; and what an eviction removed.
         limit: What the cache may grow to in bytes; None: as `Budget` chooses.
     """
@@ -111,12 +110,6 @@ class Results:
         """Store a node's outputs, or hold them.
 
         Args:
-            node: The plan node's name.
-            key: Its identity.
-            image: See `Store.publish`.
-            outputs: See there.
-            facts: See there.
-            replaces: See there.
             is_last: Nothing uses the result and no file is made of it: the store is where it is to go.
             holds: Hold it in any case: the store has lost it once.
 

@@ -45,8 +45,6 @@ def preimage(
     """Collect what determines a plan node's result.
 
     Args:
-        node: The plan node.
-        numerics: This run's numerics policy.
         file_digest: sha256 of a file, or None where it is not known (yet).
         input_digest: The digest of an input, or None where it is not known before that input is computed.
 
@@ -95,9 +93,6 @@ def assess(
     """Find out what a run would do, without computing anything.
 
     Args:
-        plan: The plan.
-        store: The artifacts that are there.
-        numerics: The run's numerics policy.
         file_digest: sha256 of a file where it is known without much work, else None.
         forced: Plan nodes that are computed whatever is stored.
 
@@ -211,8 +206,6 @@ def explain(name: str, recipe_node: str, image: Mapping[str, Any], entries: Sequ
 
     Args:
         name: The plan node; among equally near results, its own earlier ones count first.
-        recipe_node: The recipe's node, named in the text.
-        image: The pre-image of its fingerprint.
         entries: Stored results, the newest first.
 
     Returns:

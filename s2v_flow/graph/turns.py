@@ -38,8 +38,6 @@ def gpu_turn(device: str, emit: Listener, should_stop: ShouldStop, *, is_needed:
 
     Args:
         device: "cuda:0"; of others nothing is locked.
-        emit: Told who is waited for.
-        should_stop: Asked while waiting.
         is_needed: Whether the GPU will be used, and not shared.
     """
     if not is_needed or not device.startswith("cuda"):

@@ -183,8 +183,6 @@ def compare(a: str, b: str, options: Options) -> Comparison:
 
     Args:
         a: A run's id or the beginning of one, "last", the path of a manifest, an mp4 or a recipe.
-        b: The same.
-        options: Tells the cache folder.
 
     Raises:
         S2VFlowError: There is no such thing, or it cannot be read.

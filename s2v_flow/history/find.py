@@ -53,8 +53,6 @@ def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
 
     Args:
         root: The folder with a folder for every run; it need not be there.
-        keep: How many stay.
-        is_dry: Only say which would go.
     """
     gone = []
     for path in _paths(root)[keep:]:
@@ -71,7 +69,6 @@ def find(root: Path, text: str) -> Manifest | Essence:
     """Return the manifest of a run, or what a video says of itself.
 
     Args:
-        root: The folder with a folder for every run.
         text: A run's id or the beginning of one, "last", a manifest's path, or an mp4's.
 
     Raises:

@@ -69,7 +69,6 @@ def reproduce(
         options: Where models and inputs are looked for, and the device; inputs also where the recipe stood if the
             video has not been moved, beside the video, and in the current folder.
         output_dir: Where to put the new video; unless given, it is dropped.
-        on_event: Called with every event.
 
     Raises:
         MediaError: The video does not say how it was made, or not which frames it had.
@@ -151,10 +150,6 @@ def make_lock(recipe: Path, options: Options) -> str:
 
     With profiles or overrides, what the lock beside the recipe says of other files stays: one lock can hold several
     profiles' files.
-
-    Args:
-        recipe: The recipe file.
-        options: See `Options`.
 
     Raises:
         RecipeError: The recipe, or the lock that is there, is wrong.

@@ -127,9 +127,6 @@ def fetch(
     """Download a file, going on where an earlier attempt ended.
 
     Args:
-        remote: What to download, from `look_up`.
-        target: Where to put it; missing folders are made.
-        on_progress: Called after every block.
         pause: Waits between attempts.
 
     Raises:

@@ -232,8 +232,6 @@ def download(needs: Sequence[ModelNeed], models_dir: Path, on_progress: Progress
 
     Args:
         needs: Files; those that are there are left alone.
-        models_dir: The models folder to put them into.
-        on_progress: Called after every block.
 
     Returns:
         The files that were downloaded.
@@ -278,9 +276,6 @@ def find_extra_models(models_dirs: Sequence[Path]) -> list[Path]:
 
 def read_extra_models(files: Sequence[Path]) -> tuple[ModelFolder, ...]:
     """Read extra_model_paths.yaml files.
-
-    Args:
-        files: The files, the most important first.
 
     Returns:
         The folders, whether they are there or not.

@@ -6,11 +6,6 @@ from __future__ import annotations
 def centre_cut(columns: int, rows: int, aspect: float) -> tuple[int, int]:
     """Return what is cut off a picture about its centre to give it the aspect ratio width / height.
 
-    Args:
-        columns: of the picture.
-        rows: of the picture.
-        aspect: the ratio that is wanted.
-
     Returns:
         How many columns on the left and on the right each, and how many rows above and below. All of them, where the
         picture is too narrow to be cut to that shape.

@@ -49,7 +49,6 @@ def contact_sheet(page: Page, target: str | os.PathLike[str]) -> None:
     Four of each; where there are more than four columns, two. Nothing is done where it was made of the same before.
 
     Args:
-        page: At least one video.
         target: The PNG; written whole or not at all.
     """
     identity = page_identity(page)
@@ -75,7 +74,6 @@ def side_by_side(page: Page, target: str | os.PathLike[str], audio: Sound | None
     Args:
         page: At least one video; all are scaled to the first one's size, and down to a 4K picture together.
         target: The mp4; written whole or not at all.
-        audio: The sound, or none.
         fps: Frames a second.
     """
     identity = page_identity(page)

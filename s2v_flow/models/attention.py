@@ -46,7 +46,6 @@ def rotation_table(grids: Sequence[Grid], device: torch.device | str = "cpu") ->
 
     Args:
         grids: The segments, in the order of their tokens.
-        device: Where the table is put.
 
     Returns:
         Unit complex numbers, complex64 [L, 1, K / 2], to be broadcast over heads.

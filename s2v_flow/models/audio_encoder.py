@@ -66,7 +66,6 @@ class AudioEncoder:
 
         Args:
             samples: [L], 16 kHz, normalised; at least 400.
-            final_norm: As in `encode`.
         """
         model: Any = self.module
         weight = model.feature_projection.projection.weight

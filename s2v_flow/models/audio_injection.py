@@ -59,7 +59,6 @@ class AudioTokenEncoder(nn.Module):
 
         Args:
             features: float32 [B, T, E].
-            dtype: What the linear layer computes in.
 
         Returns:
             The global token [B, T / 4, D] and the local tokens [B, T / 4, 5, D] (the last is learned padding), both of
@@ -94,7 +93,6 @@ class CausalAudioEncoder(nn.Module):
         Args:
             audio_embed: [B, A, E, 4 F].
             conditioning: Whose alignment of audio and latent frames.
-            dtype: What the linear layers compute in.
 
         Returns:
             The global token [B, F, D] and the local tokens [B, F, 5, D], both of `dtype`.
@@ -166,7 +164,6 @@ class AudioInjector(nn.Module):
             video: Video tokens, float32 [B, L, D].
             audio: From `prepare`, for `block`.
             block: The block that has just run; one of INJECTION_BLOCKS.
-            dtype: What attention computes in.
 
         Returns:
             [B, L, D], of `dtype`.

@@ -89,8 +89,6 @@ def require_shape(name: str, tensor: Tensor, *expected: int | tuple[int, ...] | 
     """Raise ValueError unless a tensor has the expected shape.
 
     Args:
-        name: What the tensor is, for the message.
-        tensor: The tensor.
         expected: Per dimension a size, a choice of sizes, or None for any size but 0.
     """
     choices = [(size,) if isinstance(size, int) else size for size in expected]
@@ -163,7 +161,6 @@ def motion_grids(height: int, width: int, conditioning: Conditioning) -> list[Gr
     Args:
         height: Latent rows.
         width: Latent columns.
-        conditioning: Whose places.
 
     Returns:
         One grid per bucket, in the order of the tokens.

@@ -101,7 +101,6 @@ class WanS2V(nn.Module):
     Latents that enter and leave are normalised per channel. No gradients are kept.
 
     Args:
-        config: The model's sizes.
         compute_dtype: What matrices and attention compute in: float32, bfloat16 or float16. Linear layers must take and
             give this dtype; every other parameter may be stored in any floating dtype.
     """
@@ -239,7 +238,6 @@ class WanS2V(nn.Module):
                 one says that there is no pose video. None: the control embedding is left out, bias included.
             conditioning: Whose positions and timesteps of the still tokens.
             batch_size: B.
-            device: Where the model is.
 
         Returns:
             The prepared chunk, for any number of `forward` calls.
@@ -281,7 +279,6 @@ class WanS2V(nn.Module):
         Args:
             x: The noisy latent, normalised, floating point [B, C, F, H, W].
             timestep: sigma * 1000, floating point [B]; on the device of x, or the device waits for the copy.
-            chunk: From `prepare_chunk`.
             branches: One for cfg 1, two for guidance; what they have in common is computed once.
 
         Returns:

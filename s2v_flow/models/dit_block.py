@@ -150,7 +150,6 @@ class Head(nn.Module):
             x: float32 [B, L, D].
             time: Timestep embeddings before projection, float32 [B + 1, D]; the last row is time 0.
             num_noisy: How many tokens, from the first, see the timestep.
-            dtype: What the projection computes in.
 
         Returns:
             float32 [B, L, values per patch].

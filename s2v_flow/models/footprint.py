@@ -57,9 +57,6 @@ def num_tokens(width: int, height: int, num_latent_frames: int, inputs: Collecti
 
     Args:
         width: The video's width in pixels.
-        height: Its height.
-        num_latent_frames: The chunk's latent frames.
-        inputs: The names of what the chunk is given.
     """
     rows, columns = height // 8, width // 8
     frame = (rows // 2) * (columns // 2)
@@ -76,10 +73,6 @@ def activation_bytes(dim: int, ffn_dim: int, num_tokens: int, num_branches: int,
     fewer bits) and input, queries and keys in the dtype; in the feed-forward the input and two hidden layers.
 
     Args:
-        dim: The model's width.
-        ffn_dim: The width of the feed-forward's hidden layer.
-        num_tokens: How many tokens are computed at once.
-        num_branches: For how many branches of guidance.
         item_bytes: The size of a number in the dtype that is computed in.
     """
     widened = 4 if item_bytes < 4 else 0  # a float32 copy where the dtype has fewer bits

@@ -116,7 +116,6 @@ def load_dit(
         path: A safetensors or GGUF file, in full precision or quantised.
         dtype: What is computed in; parameters outside linear layers are never made narrower
             than the file has them.
-        device: Where the weights live.
         quantized: Keep quantised weights packed and expand them for each use; otherwise they are expanded now. Those of
             a GGUF file stay packed in any case.
         loras: LoRAs, applied in this order: merged in float32, or beside weights that stay packed.
@@ -157,13 +156,6 @@ def dit_bytes(
 ) -> tuple[int, int]:
     """Estimate from a diffusion model's file what it takes: the weights, and what one step computes beside them.
 
-    Args:
-        path: See `load_dit`.
-        dtype: See `load_dit`.
-        quantized: See `load_dit`.
-        num_tokens: How many tokens are computed at once.
-        num_branches: How many branches of guidance are computed at once.
-
     Returns:
         Bytes of weights (LoRAs beside them not counted) and of activations.
 
@@ -187,11 +179,6 @@ def dit_bytes(
 
 def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
     """Load the Wan 2.1 VAE, in eval mode.
-
-    Args:
-        path: A .safetensors file.
-        dtype: What is computed in.
-        device: Where the weights live.
 
     Raises:
         MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, or of another family.
@@ -218,8 +205,6 @@ def load_text_encoder(
 
     Args:
         path: A safetensors or GGUF file, in full precision or quantised.
-        dtype: What is computed in.
-        device: Where the weights live.
         quantized: Keep quantised weights packed and expand them for each use; otherwise they are expanded now. Those of
             a GGUF file stay packed in any case.
 
@@ -239,11 +224,6 @@ def load_text_encoder(
 
 def load_audio_encoder(path: str | Path, *, dtype: torch.dtype, device: torch.device | str) -> AudioEncoder:
     """Load a Wav2Vec2 encoder; either spelling of its weight norm is read.
-
-    Args:
-        path: A .safetensors file.
-        dtype: What is computed in.
-        device: Where the weights live.
 
     Raises:
         MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, or of another family.

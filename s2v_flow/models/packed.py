@@ -71,11 +71,8 @@ def read_packed(
     """Read a quantised weight and its scales to a device.
 
     Args:
-        checkpoint: The file.
         quantization: See `read_quantization`.
-        key: The weight's key.
         shape: Its shape in the module, without padding.
-        device: Where it is kept.
 
     Raises:
         CheckpointError: A scale is not finite.

@@ -83,7 +83,6 @@ class ModelRegistry:
         """Return the model `key`, loading it if it is not live, and mark it as in use.
 
         Args:
-            key: The model's identity.
             load: Loads it; called at most once while the model is live.
             expected_bytes: About how large it will be: room is made before loading, not after.
 

@@ -102,7 +102,6 @@ def windowed_video_rate(
     a voice leaves its earlier segments as they were, bit for bit.
 
     Args:
-        encoder: The audio encoder.
         read: `read(start, stop)` gives samples [n] at 16 kHz, normalised (see `Loudness`).
         num_samples: How many there are.
         window_states: A window's length in states, at least 1.

@@ -78,7 +78,6 @@ class WeightStream:
 
     Args:
         units: For each number the modules that are used then.
-        device: Where they compute.
         besides: Modules inside of them whose weights are left as they are.
         is_pinned: Whether the weights are packed into pinned memory, from which copies need no help of the host, a
             unit in one piece. Otherwise they stay where they are if that is host memory: for those of a model file

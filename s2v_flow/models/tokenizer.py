@@ -24,7 +24,6 @@ def read_tokenizer(model: bytes, name: str) -> SentencePieceProcessor:
 
     Args:
         model: Its serialised form, from the text encoder's file.
-        name: The file, for messages.
 
     Raises:
         CheckpointError: It is damaged.

@@ -139,7 +139,6 @@ def decode_next_tiled(
     """Decode the next latent frames of a video in `tiles` by `tiles` tiles: see `WanVAE.decode_next`.
 
     Args:
-        vae: The VAE.
         latent: [B, 16, f, H, W], raw, f >= 1.
         state: What the call before returned, also with another number of tiles or none; None in the first call.
         tiles: How many tiles a side, at least 1.
@@ -173,7 +172,6 @@ def encode_tiled(vae: WanVAE, pixels: Tensor, tiles: int) -> Tensor:
     """Encode a whole clip in `tiles` by `tiles` tiles, one after the other: see `WanVAE.encode`.
 
     Args:
-        vae: The VAE.
         pixels: [B, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1.
         tiles: How many tiles a side, at least 1.
 

@@ -85,12 +85,7 @@ def add_chunk(
     """Plan one more chunk (in pixel mode also its decoding) and return the video that it continues.
 
     Args:
-        planner: The plan in the making.
-        name: The plan node's name.
         recipe_node: The recipe's node that asks for the chunk.
-        chain: The video so far; empty for the first chunk.
-        settings: What the chunk is sampled with.
-        seed: Its seed.
         since: The time of the timeline's entry that it is sampled with.
     """
     fields = settings.fields

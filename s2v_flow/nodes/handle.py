@@ -55,7 +55,6 @@ class ModelHandle:
 
         Args:
             num_tokens: For a diffusion model, how many tokens are computed at once: what has to fit beside the weights.
-            num_branches: For how many branches of guidance.
         """
         if self._model is None:
             is_live = self._registry.is_live(self._key)  # then there was room for it
@@ -116,7 +115,6 @@ def open_handle(
     Args:
         context: The loader's context; its field `checkpoint` names the file.
         kind: What sort of model it is, for the registry.
-        asked: The recipe's precision.
         load: Called with path, dtype, device and quantized; with streamed=True where the weights are to be streamed.
         loras: Digest and strength of each LoRA, in order.
         lora_bytes: How much larger they may make the model.
@@ -159,10 +157,6 @@ def lacks_room(context: RunContext, asked: str, lora_bytes: int, num_tokens: int
 
     Args:
         context: The loader's context; its field `checkpoint` names the file.
-        asked: The recipe's precision.
-        lora_bytes: How large the LoRAs' files are.
-        num_tokens: How many tokens are computed at once.
-        num_branches: For how many branches of guidance.
     """
     free = free_device_bytes(context.device)
     if free is None:

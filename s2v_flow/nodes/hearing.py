@@ -36,12 +36,7 @@ def hear(
     """Encode a voice and write its segments, one safetensors file each, as they come.
 
     Args:
-        sound: The voice.
-        encoder: The audio encoder.
-        scratch: A folder for the files.
         warmup_frames: So many frames of silence stand in front.
-        conditioning: How the voice is resampled and normalised.
-        final_norm: Whether the last layer's features are normed.
         window_states: A window's length in states; None: the voice is encoded as a whole.
 
     Raises:

@@ -49,8 +49,6 @@ def needs(plan: Plan, to_compute: Collection[str], numerics: Numerics) -> dict[s
     """Compute what nodes need, where the files that say so are there.
 
     Args:
-        plan: The plan.
-        to_compute: The nodes that will be computed and stored.
         numerics: The run's numerics policy; on a GPU the device's memory is meant.
 
     Returns:

@@ -78,11 +78,7 @@ def remark_on_prompt(planner: Planner, name: str, encoder: Value, text: str | Se
     """Say where a prompt is cut: the model takes 512 tokens.
 
     Args:
-        planner: The plan in the making.
-        name: The recipe's node that gives the prompt.
-        encoder: The text encoder.
         text: The prompt, or its parts, where each is tokenised by itself.
-        node: The plan's node that encodes it.
 
     Raises:
         CheckpointError: The text encoder's file is damaged.

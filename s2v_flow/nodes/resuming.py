@@ -88,10 +88,6 @@ class ResumableSampling:
     def sample(self, denoise: Denoise, noise: Callable[[], Tensor]) -> Tensor:
         """Take all steps that are left, from the resume point if there is one, and return the sampler's result.
 
-        Args:
-            denoise: See `Sampler.iterate`.
-            noise: Gives the initial noise.
-
         Raises:
             BadNumbersError: The latent is not finite; it is not stored, nor is a resume point of it.
             StoppedError: The run is to stop; a resume point is written.

@@ -76,9 +76,6 @@ class Fallbacks:
     def retreat(self, failure: str) -> None:
         """Take the next fallback.
 
-        Args:
-            failure: What the allocator said.
-
         Raises:
             S2VFlowError: There is none.
         """
@@ -109,10 +106,8 @@ class StreamDecoder(Fallbacks):
     of frames at once may round float32 differently, in the last bit, and tiles are blended: results made so are marked.
 
     Args:
-        vae: The VAE.
         group: How many latent frames are decoded at once, at first.
         tiles: Into how many tiles a side they are cut, at first.
-        context: The node's context.
     """
 
     def __init__(self, vae: Any, group: int, tiles: int, context: RunContext) -> None:
@@ -174,9 +169,7 @@ def encoded(vae: Any, pixels: Tensor, context: RunContext) -> Tensor:
     """Encode a clip, in tiles where memory runs out.
 
     Args:
-        vae: The VAE.
         pixels: [1, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1, on any device.
-        context: The node's context.
 
     Returns:
         The raw latent, float32 [1, 16, k + 1, H, W], on the node's device.

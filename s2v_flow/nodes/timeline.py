@@ -69,7 +69,6 @@ class Timeline:
 
         Args:
             first_frame: The chunk's first frame on the voice's clock; negative in the warm-up.
-            num_frames: How many frames the chunk has.
         """
         self._cue = replace(self._cue, seed=None if self._cue.seed is None else self._cue.seed + 1)
         middle = (first_frame + num_frames / 2) / FRAME_RATE_HZ

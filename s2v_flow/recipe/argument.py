@@ -33,7 +33,6 @@ def read_value(argument: Argument, takes: Sequence[Accepts], problems: Problems)
     Args:
         argument: The change; any but "unset".
         takes: What the place takes: the value must fit all of them.
-        problems: Takes what is wrong.
 
     Raises:
         FaultyOverrideError: The place does not take it.
@@ -280,8 +279,6 @@ def parse_overrides(overrides: Iterable[Override], base_dir: Path, problems: Pro
     """Take the command line's changes apart. Faulty ones are collected and left out.
 
     Args:
-        overrides: The changes in order.
-        base_dir: Where relative paths in them start.
         problems: Takes what is wrong, at places like `--set:2:7`: the second --set, column 7; `<params>:steps`.
     """
     numbers: dict[str, int] = {}
@@ -336,11 +333,6 @@ def check_characters(text: str, source: Source, problems: Problems) -> None:
 
 def parse_path(path: str, origin: Origin, problems: Problems) -> tuple[Step, ...]:
     """Take a path apart.
-
-    Args:
-        path: The path.
-        origin: Where it stands.
-        problems: Takes the mistake.
 
     Raises:
         FaultyOverrideError: It is no path.

@@ -27,7 +27,6 @@ def config_text(recipe: Recipe, *, resolved: bool = True, with_origins: bool = F
     matrix is left out then, for what it varies is referred to no more.
 
     Args:
-        recipe: The recipe.
         resolved: Whether to put parameters in, or keep `$params.x` as it is written.
         with_origins: Whether each value gets a comment that says where it was written: `# talk.yaml:14`, `# --set`.
     """

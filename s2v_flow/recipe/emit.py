@@ -84,7 +84,6 @@ def scalar_text(value: _Data, *, in_flow: bool = False) -> str:
     """Return a scalar as it stands on one line: `0.6`, `true`, `null`, `plain text`, `'a: b'`.
 
     Args:
-        value: The scalar.
         in_flow: Whether it stands inside `[]` or `{}`, where commas and brackets end a text.
 
     Raises:

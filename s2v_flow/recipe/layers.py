@@ -58,9 +58,6 @@ def read_layer(tree: Tree, file: str, problems: Problems, *, is_recipe: bool) ->
     """Check a file's top level and take its sections apart; what is wrong is collected and left out.
 
     Args:
-        tree: What the file says.
-        file: Its name.
-        problems: Takes what is wrong.
         is_recipe: Whether `s2vflow: 1` is required; bases and override files may leave it out.
 
     Raises:

@@ -36,11 +36,6 @@ def load_recipe(path: Written, *, kinds: Mapping[str, type[Node]], changes: Chan
 
     What the recipe's matrix varies is checked as well, but not combined: see `load_cells`.
 
-    Args:
-        path: The recipe.
-        kinds: The kinds of nodes by name.
-        changes: What is laid over it.
-
     Raises:
         RecipeError: With every mistake, sorted by place. Only what makes a file unreadable hides the rest.
     """
@@ -56,8 +51,6 @@ def load_cells(
     """Read a recipe, and make one more of it for each cell of its matrix; see `load_recipe`.
 
     Args:
-        path: The recipe.
-        kinds: The kinds of nodes by name.
         changes: What is laid over it, of which no override may set what varies.
         axes: `-m PATH=VALUES` arguments: axes that are added to the recipe's, or replace those of the same path.
 

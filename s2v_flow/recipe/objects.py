@@ -18,7 +18,6 @@ def tree_of(value: Any, at: Callable[[str], Origin], problems: Problems) -> Tree
     """Return dicts, lists, tuples, texts, numbers, truth values and None as a tree; paths and numpy's scalars, too.
 
     Args:
-        value: The value.
         at: Gives the place of a value by its path: "nodes.first.steps", "" for the whole.
         problems: Takes what no recipe can hold; null stands in its place.
 

@@ -29,11 +29,7 @@ def apply_overrides(
     """Apply changes in order, later ones over earlier ones. Faulty ones are collected and left out.
 
     Args:
-        body: The merged layers.
-        arguments: The changes.
         recipe_params: The parameters without profiles and override files: what "unset" goes back to.
-        kinds: The kinds of nodes by name.
-        problems: Takes what is wrong.
     """
     for argument in arguments:
         try:

@@ -88,9 +88,7 @@ def read_file(
     """Read a YAML file.
 
     Args:
-        path: The file.
         name: How messages call it: as the user did.
-        problems: Takes what is wrong.
         named_at: What named the file, if not the command line.
         is_recipe: It is taken for a recipe: what is known to be something else is told.
 
@@ -111,13 +109,6 @@ def read_file(
 
 def read_text(path: Path, name: str, problems: Problems, named_at: Origin, max_bytes: int) -> str:
     """Read a file whose text is a value: a prompt. Line breaks become those of Unix.
-
-    Args:
-        path: The file.
-        name: How messages call it.
-        problems: Takes what is wrong.
-        named_at: What named the file.
-        max_bytes: How large it may be.
 
     Raises:
         StopReadingError: The file cannot be read, is larger, or is no text; `problems` says why.

@@ -47,7 +47,6 @@ def file_species(path: Path, name: str, data: bytes) -> Species | None:
     """Return what a file is that is no recipe, by its content; None where it may be one.
 
     Args:
-        path: The file.
         name: As the user wrote it.
         data: All of it, or how it begins.
     """

@@ -34,11 +34,6 @@ def essence_of(
     """Return what a sink's result was made of.
 
     Args:
-        recipe: The recipe, without other sinks.
-        plan: Its plan.
-        node: The sink in the plan.
-        entries: The stored results by plan node.
-        digest: sha256 of a file.
         device_class: "cpu", "cuda" or "mps".
     """
     parts = ancestors(plan, node.name)
@@ -73,8 +68,6 @@ def note_maker(
 
     Args:
         recipe_of: The recipe that a plan node belongs to.
-        plan: The plan.
-        digest: sha256 of a file.
         device_class: "cpu", "cuda" or "mps".
         tags: Gives more texts by name, for a recipe and a plan of one output.
     """

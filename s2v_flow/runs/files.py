@@ -43,7 +43,6 @@ def file_records(nodes: Iterable[PlanNode], digest: Callable[[Path], str | None]
     """Return a record of every model and input of some plan nodes, each field and file once.
 
     Args:
-        nodes: The plan nodes.
         digest: sha256 of a file, or None where it is not known.
     """
     found: dict[tuple[str, Path], FileRecord] = {}  # in a matrix a field may name several files

@@ -45,9 +45,6 @@ def lock_text(recipe: Recipe, plan: Plan, digest: Callable[[Path], str], *, kept
     """Return the lock of a recipe's models and inputs, and of the packages whose kinds or samplers it uses.
 
     Args:
-        recipe: The recipe.
-        plan: Its plan, without missing files.
-        digest: sha256 of a file.
         kept: Sections of an earlier lock; what they say of other files stays.
 
     Raises:

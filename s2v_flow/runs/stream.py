@@ -29,9 +29,7 @@ def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[
     """Give the listener that writes events to a file, or to stdout for "-"; none where no target is given.
 
     Args:
-        target: Where to write.
         tell: Told, once, that the file cannot be written any more: the run is worth more than its events.
-        run: The run's id, for every line.
 
     Raises:
         S2VFlowError: The file cannot be opened, or stdout cannot be written.

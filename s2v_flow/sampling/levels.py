@@ -39,10 +39,7 @@ def can_step(sampler: SamplerName, scheduler: SchedulerName, steps: int, shift: 
     """Return whether this sampler's noise levels fall; what `make_sampler` refuses, this does not let pass.
 
     Args:
-        sampler: One of `catalog.SAMPLERS`.
         scheduler: One of `catalog.SCHEDULERS`.
-        steps: How many steps.
-        shift: The shift of the noise schedule.
     """
     if steps < minimum_steps(sampler, scheduler) or not (math.isfinite(shift) and shift > 0):
         return False

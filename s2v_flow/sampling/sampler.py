@@ -177,7 +177,6 @@ def make_sampler(
     """Make a sampler.
 
     Args:
-        name: One of `catalog.SAMPLERS`.
         scheduler: One of `catalog.SCHEDULERS`. Has no effect on the samplers in `catalog.OWN_SCHEDULE`, which bring
             their own noise levels.
         steps: How many steps, at least `catalog.minimum_steps(name, scheduler)`.

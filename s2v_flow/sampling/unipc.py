@@ -60,7 +60,6 @@ def comfy_sigmas(scheduler: SchedulerName, steps: int, shift: float) -> tuple[fl
 
     Args:
         scheduler: One of `catalog.SCHEDULERS`.
-        steps: How many steps to ask for.
         shift: The shift of the noise schedule, > 0.
 
     Returns:
@@ -82,8 +81,6 @@ def unipc_step(variant: Variant, denoise: Denoise, sigmas: Sequence[float], stat
     """Call the model, correct the interval before, predict over the interval ahead.
 
     Args:
-        variant: The flavour.
-        denoise: The model.
         sigmas: The levels; where the last is 0 the last step ends on the model's guess.
         state: Before step i: x is the prediction at level i, "corrected" the corrected sample of the level before,
             "denoised" the model's guesses at the levels before, newest first.

@@ -78,7 +78,6 @@ def recipe_text(start: Start, folder: Path) -> str:
     """Return a first recipe as text.
 
     Args:
-        start: What it is for.
         folder: Where it will stand: it names the files relative to this.
 
     Raises:
@@ -127,7 +126,6 @@ def changes_like(start: Start, recipe: Recipe) -> list[Override]:
 
     Args:
         start: What it is for; paths start at the current folder.
-        recipe: The recipe that is changed.
 
     Raises:
         S2VFlowError: The recipe has no such node, or several, so that the place is not clear.

@@ -167,7 +167,6 @@ def start_data(like: str, params: Mapping[str, Any], output: str) -> dict[str, A
     """Return a recipe like one of `RECIPES`.
 
     Args:
-        like: Its name.
         params: image, audio, prompt, width and height.
         output: The video's name, relative to the recipe.
     """

@@ -161,10 +161,8 @@ def advice(path: Path, wanted: str, shapes: Shapes, node: str) -> str:
     """Return what to do about a file that is not of the wanted family.
 
     Args:
-        path: The file.
         wanted: A family, as `detect_family` spells it.
         shapes: Key to shape, without the file's prefix.
-        node: The recipe's node that names the file.
     """
     found = detect_family(shapes)
     kind = next((kind for kind, family in KINDS.items() if family == wanted), None)

@@ -90,9 +90,6 @@ def is_gguf(path: Path) -> bool:
 def read_gguf(path: Path) -> GgufHeader:
     """Read and check the header of a GGUF file; neither tensors nor vocabularies are read.
 
-    Args:
-        path: The file.
-
     Raises:
         MissingError: There is no such file, or it cannot be read.
         CheckpointError: The file is damaged or truncated, or has tensors of a type that is not supported.

@@ -221,7 +221,6 @@ def convert_command(source: Path, target: Path | None = None, *more: str) -> str
     """Return the command line that makes a safetensors file of a model in another form.
 
     Args:
-        source: The file.
         target: What to make; unless given, a file beside it.
         more: Further arguments.
     """
@@ -240,7 +239,6 @@ def parse_map(path: Path, raw: bytes, what: str = "header") -> dict[str, Any]:
     """Parse a JSON map, its size bounded, no name twice.
 
     Args:
-        path: The file, for messages.
         raw: The JSON text.
         what: Which part of the file it is, for messages.
 

@@ -50,7 +50,6 @@ def check_layout(
     """Check that a file of a known family is whole: no tensor is missing, misshapen or too many.
 
     Args:
-        path: The file, for messages.
         family: As `detect_family` spells it.
         entries: Key to entry, without the file's prefix.
         packings: The quantised weights: see `read_quantization`.

@@ -80,9 +80,6 @@ class Quantization:
 def read_quantization(checkpoint: Checkpoint) -> Quantization:
     """Find a file's quantised weights, in any of the supported layouts.
 
-    Args:
-        checkpoint: An open model file.
-
     Returns:
         The quantised weights; none for a file in full precision.
 

@@ -97,9 +97,6 @@ class Checkpoint:
     def tensor(self, key: str) -> Tensor:
         """Read one tensor.
 
-        Args:
-            key: Its key, without the file's prefix.
-
         Returns:
             A CPU tensor in the stored dtype, mapped from the file: pages are read when they are used. Of GGUF's block
             types its bytes, uint8 [..., bytes of a row].

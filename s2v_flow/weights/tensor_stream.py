@@ -57,7 +57,6 @@ def in_dtype(piece: Piece, wanted: str) -> Piece:
     """Return a tensor in another dtype; only floating point of 16 bits and more is changed.
 
     Args:
-        piece: The tensor.
         wanted: "keep", "bf16", "fp16" or "fp32".
 
     Raises:
@@ -91,7 +90,6 @@ def write_tensors(file: BinaryIO, pieces: Sequence[Piece], metadata: Mapping[str
         file: Where to write, from its beginning.
         pieces: The tensors, in any order.
         metadata: Free-form texts for the header.
-        on_progress: Called after every block.
 
     Raises:
         CheckpointError: The header is too long, or a tensor yields another number of bytes than it has.
