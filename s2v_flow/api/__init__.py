@@ -23,7 +23,7 @@ from s2v_flow.graph.build import build_plan, merge_plans
 from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.estimate import Flops, estimate
 from s2v_flow.graph.events import Listener, Noted, StageStarted, ignore
-from s2v_flow.graph.plan import Plan
+from s2v_flow.graph.node import Plan
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, assess
 from s2v_flow.graph.turns import gpu_turn

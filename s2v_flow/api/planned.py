@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from s2v_flow.graph.estimate import Estimate, Needs
-from s2v_flow.graph.plan import Plan
+from s2v_flow.graph.node import Plan
 from s2v_flow.graph.status import TO_COMPUTE, NodeStatus, placing
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus
 
 _COLOURS = {"HIT": "#cfe8cf", "RUN": "#ffe0b0", "RESUME": "#fff0a0", "LOAD": "#d5e3f5", "SKIP": "#eeeeee"}

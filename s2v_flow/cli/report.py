@@ -17,7 +17,7 @@ from s2v_flow.wording import WARNING, duration_text, mistakes_text, size_text, v
 if TYPE_CHECKING:
     from s2v_flow.api import Planned
     from s2v_flow.graph.estimate import Estimate
-    from s2v_flow.graph.plan import PlanNode
+    from s2v_flow.graph.node import PlanNode
 
 LINE_EVERY_SECONDS = 5.0
 _MANY_ROWS = 40  # of a plan: from there on like nodes share one

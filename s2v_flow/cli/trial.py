@@ -10,7 +10,7 @@ from pathlib import Path
 from s2v_flow import api
 from s2v_flow.api import Options, Planned
 from s2v_flow.errors import ExitCode, RecipeError, S2VFlowError
-from s2v_flow.graph.selection import Selection, before
+from s2v_flow.graph.selection import Selection
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.document import Recipe
@@ -34,7 +34,7 @@ def trial(whole: Planned, options: Options) -> tuple[Planned, Options]:
     samples = {name for name, spec in of.nodes.items() if spec.kind == "sample"}
     firsts = [node for node in plan.nodes if isinstance(node.node, Chunk) and node.recipe_node in samples]
     names = {node.name for node in firsts}
-    shown = {node.recipe_node for node in plan.nodes if before(plan, [node.name]) & names}
+    shown = {node.recipe_node for node in plan.nodes if plan.before([node.name]) & names}
     videos = [name for name, spec in of.nodes.items() if spec.kind == "save_video" and name in shown]
     if not videos:
         lacks = "save_video node that shows what is sampled" if samples else "sample node"

@@ -10,8 +10,7 @@ from s2v_flow.comfy.catalog import AUTHORS_SAMPLERS, ComfyClass, classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
 from s2v_flow.comfy.source_export import Sheet, SourceExporter
 from s2v_flow.errors import Diagnostic, RecipeError
-from s2v_flow.graph.node import Node
-from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.node import Node, Plan, PlanNode
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.document import Recipe

@@ -14,13 +14,7 @@ from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import CannotWriteError, writing
-from s2v_flow.graph.events import (
-    Listener,
-    NodeCached,
-    Noted,
-    StageStarted,
-    StepDone,
-)
+from s2v_flow.graph.events import Listener, NodeCached, Noted, StageStarted, StepDone
 from s2v_flow.graph.fingerprint import as_made
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, StopRequest, exit_code_of
 from s2v_flow.wording import size_text

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from s2v_flow.cache.store import Entry
 from s2v_flow.graph.context import Numerics
-from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.status import TO_COMPUTE, NodeStatus
 
 Flops = tuple[float, float, float]  # in matrix products, in attention, in convolutions

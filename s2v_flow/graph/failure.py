@@ -12,13 +12,11 @@ from pathlib import Path
 
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.files.atomic import CannotWriteError, cannot_write
-from s2v_flow.graph.plan import PlanNode
+from s2v_flow.graph.node import PlanNode
 from s2v_flow.graph.results import Scratch
 
 _WRITING_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # reading gives none of these
-_WRAPPED = re.compile(
-    r"(?:\(os error |\bOs \{ code: )(?P<number>[0-9]+)"
-)  # safetensors gives the system's number as text alone
+_WRAPPED = re.compile(r"(?:\(os error |\bOs \{ code: )(?P<number>[0-9]+)")  # safetensors gives it as text alone
 _SIZE_FIX = "a smaller width and height, or a lower frames_per_call in decode"
 
 

@@ -1,4 +1,4 @@
-"""What a node is: fields checked by pydantic, typed ports, a kind and a version.
+"""What a node is, how it plans itself, and the plan: the graph unrolled, in an order in which it can run.
 
 A kind is a subclass of `Node` with a docstring, described fields and its output ports. Fields come in four sorts:
 
@@ -11,55 +11,21 @@ A kind is a subclass of `Node` with a docstring, described fields and its output
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from s2v_flow.errors import Diagnostic, Place
 from s2v_flow.graph.context import Artifact, RunContext
-from s2v_flow.graph.ports import FileField, Neutral, Port, PortType, Ref, Source, Value, marks
+from s2v_flow.graph.locations import Locations, Missing
+from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Port, PortType, Ref, Source, Value, marks
+from s2v_flow.wording import WARNING
 
 Given = Value | Source | tuple[Source, ...] | None
 """What a plan node's input may be given as; None: nothing."""
-
-
-class Planner(Protocol):
-    """What a node may ask and say while it plans itself."""
-
-    def value(self, ref: Ref | None) -> Value | None:
-        """Return what a reference means; None for no reference, or where planning its node failed."""
-
-    def add(
-        self,
-        name: str,
-        node: Node,
-        inputs: Mapping[str, Given],
-        *,
-        recipe_node: str,
-        facts: Mapping[str, Any] | None = None,
-    ) -> dict[str, Value]:
-        """Add one plan node and return a value for each of its ports. Inputs that are None are left out."""
-
-    def add_simple(self, name: str, node: Node, facts: Mapping[str, Any] | None = None) -> dict[str, Value]:
-        """Add a node that is one vertex with its references as inputs; `facts` go with its outputs."""
-
-    def problem(self, name: str, field_name: str, code: str, message: str, fix: str | None = None) -> None:
-        """Record a mistake that only planning can see, at a field of a recipe's node."""
-
-    def describe(self, name: str, **facts: Any) -> None:
-        """Add facts to a plan node."""
-
-    def note(self, name: str, text: str, *, is_warning: bool = False) -> None:
-        """Record something a person should know before running, about a recipe's node."""
-
-    def file(self, name: str, *field_path: str | int) -> Path | None:
-        """Return the file found for a field of a plan node, or None where it is missing."""
-
-    def made_model(self, name: str) -> Path | None:
-        """Return where a model of that name will stand that is made on first use, None if it is not of that sort."""
-
-    def remember(self, what: str, file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a small fact about a file's content, computed if it is not remembered."""
 
 
 class Node(BaseModel):
@@ -72,7 +38,9 @@ class Node(BaseModel):
     outputs: ClassVar[Mapping[str, PortType]] = {}  # port name -> type; the first is what `$node` means
     is_sink: ClassVar[bool] = False  # its effect is a file: it is what a run is for
     is_stored: ClassVar[bool] = False  # its outputs are kept as artifacts
-    is_kept: ClassVar[bool] = False  # not stored, but what it gives out is kept where there is room: see `graph.keep`
+    is_kept: ClassVar[bool] = (
+        False  # not stored, but what it gives out is kept where there is room: see `graph.context`
+    )
     stage: ClassVar[int] = 0  # where the graph leaves a choice, lower stages run first: encoders before the big model
     has_numerics: ClassVar[bool] = False  # computes with tensors: the numerics policy is part of its identity
 
@@ -93,11 +61,11 @@ class Node(BaseModel):
         """Return the names of the fields that stay out of the fingerprint."""
         return frozenset(name for name, info in cls.model_fields.items() for _ in marks(info, Neutral))
 
-    def files(self) -> Iterator[tuple[tuple[str | int, ...], FileField, str]]:
+    def files(self) -> Iterator[tuple[FieldPath, FileField, str]]:
         """Yield the files that are named, also inside lists of records: (field path, mark, text)."""
         yield from _files(self, ())
 
-    def identity(self, digests: Mapping[tuple[str | int, ...], str], precision: Precision) -> dict[str, Any]:
+    def identity(self, digests: Mapping[FieldPath, str], precision: Precision) -> dict[str, Any]:
         """Return the fields that determine the result, with files replaced by their digests.
 
         Args:
@@ -126,21 +94,19 @@ class Node(BaseModel):
         """
         raise NotImplementedError(f"{self.kind} is planned as other nodes and never runs itself")
 
-    def check(self, files: Mapping[tuple[str | int, ...], Path]) -> None:
+    def check(self, files: Mapping[FieldPath, Path]) -> None:
         """Look at this node's files before anything heavy starts.
 
         Raises:
             S2VFlowError: One of them cannot be used.
         """
 
-    def targets(
-        self, files: Mapping[tuple[str | int, ...], Path], ports: Iterable[str] | None = None
-    ) -> dict[str, Path]:
-        """Return where a sink's stored outputs go, by port; without `ports`, before they are known, the first of them."""
+    def targets(self, files: Mapping[FieldPath, Path], ports: Iterable[str] | None = None) -> dict[str, Path]:
+        """Return where a sink's stored outputs go, by port; without `ports`, not known yet, the first of them."""
         return dict.fromkeys(ports or ["file"], files["file",])
 
     def deliver(
-        self, files: Mapping[tuple[str | int, ...], Path], artifacts: Mapping[str, Artifact], note: bytes
+        self, files: Mapping[FieldPath, Path], artifacts: Mapping[str, Artifact], note: bytes
     ) -> list[tuple[Path, bool]]:
         """Put a sink's stored result where the recipe wants it.
 
@@ -156,7 +122,7 @@ class Node(BaseModel):
 Precision = Callable[[str, str], str]  # (kind of loader, what the recipe says) -> fp32, bf16 or fp16
 
 
-def _files(record: BaseModel, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], FileField, str]]:
+def _files(record: BaseModel, path: FieldPath) -> Iterator[tuple[FieldPath, FileField, str]]:
     for name, info in type(record).model_fields.items():
         value = getattr(record, name)
         for mark in marks(info, FileField):
@@ -168,9 +134,7 @@ def _files(record: BaseModel, path: tuple[str | int, ...]) -> Iterator[tuple[tup
                     yield from _files(item, (*path, name, index))
 
 
-def _identity(
-    record: BaseModel, path: tuple[str | int, ...], digests: Mapping[tuple[str | int, ...], str]
-) -> dict[str, Any]:
+def _identity(record: BaseModel, path: FieldPath, digests: Mapping[FieldPath, str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, info in type(record).model_fields.items():
         value = getattr(record, name)
@@ -187,3 +151,192 @@ def _identity(
         else:
             fields[name] = value
     return fields
+
+
+Inputs = Mapping[str, Source | tuple[Source, ...]]
+
+
+@dataclass(frozen=True)
+class PlanNode:
+    """One vertex of the plan.
+
+    `name` is unique ("talk[2]", "talk[2].pixels"), `recipe_node` and `kind` are the recipe's words for it, `node` is
+    what runs, `files` maps field paths to the files found for them, `facts` are for people (chunk, frames, seconds),
+    `place` is where the recipe has it.
+    """
+
+    name: str
+    recipe_node: str
+    kind: str
+    node: Node
+    inputs: Inputs
+    files: Mapping[FieldPath, Path]
+    facts: Mapping[str, Any]
+    place: Place | None = None
+
+    def sources(self) -> Iterator[Source]:
+        """Yield every part of every input."""
+        for given in self.inputs.values():
+            yield from (given,) if isinstance(given, Source) else given
+
+    def renamed(self, name_of: Callable[[str], str]) -> PlanNode:
+        """Return this node with other names for itself and for the nodes of its inputs."""
+        inputs: dict[str, Source | tuple[Source, ...]] = {}
+        for key, given in self.inputs.items():
+            parts = (given,) if isinstance(given, Source) else given
+            named = tuple(Source(name_of(part.node), part.port) for part in parts)
+            inputs[key] = named[0] if isinstance(given, Source) else named
+        return replace(self, name=name_of(self.name), inputs=inputs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, in order; `missing` lists the files that are not there."""
+
+    nodes: tuple[PlanNode, ...]
+    missing: tuple[Missing, ...]
+    notes: tuple[str, ...]
+
+    def node(self, name: str) -> PlanNode:
+        """Return the plan node of that name."""
+        return self._by_name[name]
+
+    def before(self, names: Iterable[str]) -> set[str]:
+        """Return everything that these nodes depend on."""
+        found, wanted = set[str](), set(names)
+        for node in reversed(self.nodes):
+            if node.name in wanted or node.name in found:
+                found.update(source.node for source in node.sources())
+        return found
+
+    def made_of(self, name: str) -> list[PlanNode]:
+        """Return a plan node behind all that it depends on, in the plan's order."""
+        wanted = {name, *self.before([name])}
+        return [node for node in self.nodes if node.name in wanted]
+
+    def after(self, names: Iterable[str]) -> set[str]:
+        """Return everything that depends on these nodes."""
+        start, found = set(names), set[str]()
+        for node in self.nodes:
+            if any(source.node in start or source.node in found for source in node.sources()):
+                found.add(node.name)
+        return found - start
+
+    @cached_property
+    def _by_name(self) -> dict[str, PlanNode]:
+        return {node.name: node for node in self.nodes}
+
+
+class Origin(Protocol):
+    """Where a value was written."""
+
+    @property
+    def place(self) -> Place:
+        """File, line and column."""
+
+    @property
+    def base_dir(self) -> Path:
+        """The folder at which relative paths start."""
+
+
+class Spec(Protocol):
+    """A recipe's node as planning needs it: the checked node, and how to place what is found later."""
+
+    @property
+    def node(self) -> Node:
+        """The validated node."""
+
+    def origin(self, field: str | FieldPath) -> Origin:
+        """Return where a field's value was written."""
+
+    def diagnostic(self, field: str | FieldPath, code: str, message: str, fix: str | None = None) -> Diagnostic:
+        """Place a mistake at a field's value."""
+
+
+Remember = Callable[[str, Path, Callable[[], dict[str, Any]]], dict[str, Any]]
+"""`remember(what, file, compute)`: a small fact about a file's content, computed if it is not remembered."""
+
+
+@dataclass
+class Planner:
+    """What a node asks and says while it plans itself: plan nodes, values, missing files and mistakes are collected."""
+
+    specs: Mapping[str, Spec]
+    locations: Locations
+    remember: Remember
+    values: dict[str, dict[str, Value]] = field(default_factory=dict)
+    nodes: dict[str, PlanNode] = field(default_factory=dict)
+    missing: dict[str, list[Missing]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+
+    def value(self, ref: Ref | None) -> Value | None:
+        """Return what a reference means; None for no reference, or where planning its node failed."""
+        if ref is None:
+            return None
+        values = self.values.get(ref.node, {})
+        return values.get(ref.port) if ref.port is not None else next(iter(values.values()), None)
+
+    def add(
+        self,
+        name: str,
+        node: Node,
+        inputs: Mapping[str, Given],
+        *,
+        recipe_node: str,
+        facts: Mapping[str, Any] | None = None,
+    ) -> dict[str, Value]:
+        """Add one plan node and return a value for each of its ports. Inputs that are None are left out."""
+        sources: dict[str, Source | tuple[Source, ...]] = {}
+        for key, given in inputs.items():
+            if isinstance(given, Value):
+                sources[key] = given.sources if given.type == "latent" else given.source
+            elif given is not None:
+                sources[key] = given
+        kind = node.kind if name.startswith(f"{recipe_node}.") else self.specs[recipe_node].node.kind
+        files = dict(self._find_files(name, recipe_node, node))
+        place = self.specs[recipe_node].origin(()).place
+        self.nodes[name] = PlanNode(name, recipe_node, kind, node, sources, files, dict(facts or {}), place)
+        return {port: Value(type_, (Source(name, port),)) for port, type_ in node.outputs.items()}
+
+    def add_simple(self, name: str, node: Node, facts: Mapping[str, Any] | None = None) -> dict[str, Value]:
+        """Add a node that is one vertex with its references as inputs; `facts` go with its outputs."""
+        inputs = {key: self.value(ref) for key, ref in node.refs().items()}
+        values = self.add(name, node, inputs, recipe_node=name)
+        return {port: replace(value, facts=dict(facts or {})) for port, value in values.items()}
+
+    def problem(self, name: str, field_name: str, code: str, message: str, fix: str | None = None) -> None:
+        """Record a mistake that only planning can see, at a field of a recipe's node."""
+        self.diagnostics.append(self.specs[name].diagnostic(field_name, code, message, fix))
+
+    def describe(self, name: str, **facts: Any) -> None:
+        """Add facts to a plan node."""
+        node = self.nodes[name]
+        self.nodes[name] = replace(node, facts={**node.facts, **facts})
+
+    def note(self, name: str, text: str, *, is_warning: bool = False) -> None:
+        """Record something a person should know before running, about a recipe's node."""
+        self.notes.setdefault(name, []).append(f"{WARNING}{text}" if is_warning else text)
+
+    def miss(self, name: str, missing: Missing) -> None:
+        """Record that a plan node lacks a file."""
+        self.missing.setdefault(name, []).append(missing)
+
+    def file(self, name: str, *field_path: str | int) -> Path | None:
+        """Return the file found for a field of a plan node, or None where it is missing."""
+        return self.nodes[name].files.get(field_path)
+
+    def _find_files(self, name: str, recipe_node: str, node: Node) -> Iterator[tuple[FieldPath, Path]]:
+        spec = self.specs[recipe_node]
+        for path, mark, text in node.files():
+            if mark.role == "output":
+                origin, option = spec.origin(path), spec.origin(path).place.file
+                is_given = option in ("--set", "--set-json", "-m") or option.startswith("<params>:")
+                is_typed = is_given and not (origin.base_dir / option).exists()  # a recipe may extend a file so named
+                yield path, self.locations.output(text, origin.base_dir, typed_by_user=is_typed)
+                continue
+            found = self.locations.find(mark, text, spec.origin(path).base_dir)
+            if isinstance(found, Missing):
+                self.miss(name, found)
+            else:
+                yield path, found

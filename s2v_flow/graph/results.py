@@ -26,7 +26,7 @@ from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import CannotWriteError, reap, temporary_prefix, writing
 from s2v_flow.graph.events import Listener, Noted
 from s2v_flow.graph.interrupt import StoppedError
-from s2v_flow.graph.plan import PlanNode
+from s2v_flow.graph.node import PlanNode
 
 _BLOCK = 8 << 20
 ResultT = TypeVar("ResultT")

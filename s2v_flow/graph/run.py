@@ -27,7 +27,7 @@ from s2v_flow.graph.events import (
 from s2v_flow.graph.failure import failures_of, placed
 from s2v_flow.graph.fingerprint import as_made, fingerprint
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never
-from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.graph.results import Results, Scratch, reap_outputs
 from s2v_flow.graph.status import (
@@ -77,11 +77,6 @@ class RunResult:
         return {**run, "outputs": outputs, "computed": list(self.computed), "stored": list(self.cached)}
 
 
-def no_note(node: PlanNode, entries: Mapping[str, Entry]) -> bytes:
-    """Put no note into what a run writes."""
-    return b""
-
-
 @dataclass
 class Run:
     """One execution of one plan.
@@ -101,17 +96,15 @@ class Run:
     file_digest: Callable[[Path], str]
     emit: Listener
     forced: frozenset[str] = frozenset()
-    note: Callable[[PlanNode, Mapping[str, Entry]], bytes] = no_note
+    note: Callable[[PlanNode, Mapping[str, Entry]], bytes] = lambda node, entries: b""
     about: Mapping[str, Any] = field(default_factory=dict)
     about_nodes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     should_stop: ShouldStop = never
     keeps_going: bool = False  # a node that fails takes only what depends on it along
     cache_limit: int | None = NO_LIMIT
     overwrites: bool = False
-    _failures: dict[str, str] = field(
-        default_factory=dict
-    )  # no errors: their tracebacks hold what a node had in memory
-    _entries: dict[str, Entry] = field(default_factory=dict)
+    _failures: dict[str, str] = field(default_factory=dict)  # as text: tracebacks hold what a node had in memory
+    entries: dict[str, Entry] = field(default_factory=dict)
     _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _live_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     _digests: dict[Source, str] = field(default_factory=dict)
@@ -141,8 +134,8 @@ class Run:
             status = self.statuses[node.name]
             if status.entry is not None:
                 self._remember(node, status.fingerprint or "", status.entry)
-        self._results.begin(self._entries)
-        needed = needed_nodes(self.plan, set(self._entries))
+        self._results.begin(self.entries)
+        needed = needed_nodes(self.plan, set(self.entries))
         to_obtain = [node for node in self.plan.nodes if node.name in needed and node.node.is_stored]
         for node in to_obtain:
             self._claim_inputs(node)
@@ -168,16 +161,11 @@ class Run:
                     raise
                 self._failures[node.name] = str(error)
                 self.emit(Noted(node.name, f"failed: {error}", is_warning=True))
-        cached = tuple(name for name in self._entries if name not in self._computed)
+        cached = tuple(name for name in self.entries if name not in self._computed)
         failures, not_kept = dict(self._failures), tuple(self.not_kept)
         return RunResult(
-            tuple(self._computed), cached, outputs, dict(self._entries), failures=failures, not_kept=not_kept
+            tuple(self._computed), cached, outputs, dict(self.entries), failures=failures, not_kept=not_kept
         )
-
-    @property
-    def entries(self) -> Mapping[str, Entry]:
-        """The results so far, by plan node."""
-        return self._entries
 
     @property
     def not_kept(self) -> Set[str]:
@@ -205,12 +193,10 @@ class Run:
             self._release_inputs(node)
         if reasons and node.name not in self.not_kept:  # else that nothing can be written has been said
             text = f"nothing can be locked under {self.store.root / 'locks'} ({reasons[0]}): "
-            self._warn_once(text + "another run may compute the same at the same time")
-
-    def _warn_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            self.emit(Noted("", text, is_warning=True))
+            text += "another run may compute the same at the same time"
+            if text not in self._told:
+                self._told.add(text)
+                self.emit(Noted("", text, is_warning=True))
 
     def _adopt(self, node: PlanNode, key: str) -> bool:
         """Take what is stored; tell whether there was something."""
@@ -238,7 +224,8 @@ class Run:
         self.emit(NodeStarted(node.name, node.kind))
         if not is_mend:  # another node is being computed, whose peak it is
             forget_peaks()
-        checkpoint = self._checkpoint(node, key)
+        folder, is_fresh = Checkpoints(self.store.root), node.name in self.forced
+        checkpoint = Checkpoint(folder, key, node.name, self.emit, self.should_stop, is_fresh, self._told)
 
         def work(scratch: Scratch) -> Entry:
             facts: dict[str, Any] = {}
@@ -249,7 +236,9 @@ class Run:
             on_gpu = peak_device_bytes()
             facts |= {} if on_gpu is None else {"peak_device_bytes": on_gpu}
             facts |= {"peak_bytes": peak_memory_bytes(), **self.about, **self.about_nodes.get(node.name, {})}
-            return self._publish(node, key, image, outputs, facts, is_mend)
+            is_last = not node.node.is_sink and node.name not in self._consumed
+            what = (node.name, *as_made(key, image, facts), outputs, facts)
+            return self._results.publish(*what, replaces=is_fresh, is_last=is_last, holds=is_mend)
 
         entry = self._results.work(node, work)
         checkpoint.folder.forget(key)
@@ -267,27 +256,6 @@ class Run:
                 found |= self._degraded(upstream)
                 found |= self._live_facts.get(upstream.name, {}).get("degraded", {})
         return found
-
-    def _publish(
-        self,
-        node: PlanNode,
-        key: str,
-        image: Mapping[str, Any],
-        outputs: Mapping[str, Any],
-        facts: Mapping[str, Any],
-        is_mend: bool,
-    ) -> Entry:
-        """Keep a result under what it is."""
-        key, image = as_made(key, image, facts)
-        is_last = not node.node.is_sink and node.name not in self._consumed
-        is_forced = node.name in self.forced
-        return self._results.publish(
-            node.name, key, image, outputs, facts, replaces=is_forced, is_last=is_last, holds=is_mend
-        )
-
-    def _checkpoint(self, node: PlanNode, key: str) -> Checkpoint:
-        folder, is_fresh = Checkpoints(self.store.root), node.name in self.forced
-        return Checkpoint(folder, key, node.name, self.emit, self.should_stop, is_fresh, self._told)
 
     def _run(
         self,
@@ -307,20 +275,8 @@ class Run:
         read = {path for path, mark, _ in node.node.files() if mark.role != "output"}
         files = {path: f"sha256:{self.file_digest(file)}" for path, file in node.files.items() if path in read}
         context = RunContext(
-            node.name,
-            node.kind,
-            node.facts,
-            self.device,
-            self.numerics,
-            self.models,
-            node.files,
-            files,
-            digests,
-            scratch,
-            self.emit,
-            facts,
-            checkpoint,
-            keep,
+            *(node.name, node.kind, node.facts, self.device, self.numerics, self.models, node.files),
+            *(files, digests, scratch, self.emit, facts, checkpoint, keep),
         )
         with failures_of(node, scratch):
             return node.node.run(context, values)
@@ -340,12 +296,12 @@ class Run:
 
     def _artifact(self, node: PlanNode, port: str) -> Artifact:
         def read() -> bytes:
-            return self._mending(node, lambda: self._results.read(self._entries[node.name].outputs[port]))
+            return self._mending(node, lambda: self._results.read(self.entries[node.name].outputs[port]))
 
         def copy_to(target: Path, trailer: bytes = b"") -> bool:
             return self._mending(
                 node,
-                lambda: self._results.copy_to(self._entries[node.name].outputs[port], target, trailer, self.overwrites),
+                lambda: self._results.copy_to(self.entries[node.name].outputs[port], target, trailer, self.overwrites),
             )
 
         return Artifact(self._digests[Source(node.name, port)], read, copy_to)
@@ -384,7 +340,7 @@ class Run:
 
     def _is_damaged(self, node: PlanNode) -> bool:
         try:
-            for item in self._entries[node.name].outputs.values():
+            for item in self.entries[node.name].outputs.values():
                 self._results.read(item)
         except DamagedObjectError:
             return True
@@ -395,7 +351,7 @@ class Run:
         yield from map(self.plan.node, dict.fromkeys(source.node for source in node.sources()))
 
     def _remember(self, node: PlanNode, key: str, entry: Entry) -> None:
-        self._entries[node.name] = entry
+        self.entries[node.name] = entry
         self._digests.update(output_digests(node, key, entry))
 
     def _claim_inputs(self, node: PlanNode) -> None:
@@ -421,12 +377,12 @@ class Run:
                 value.close()
 
     def _deliver(self, node: PlanNode) -> tuple[Path, ...]:
-        artifacts = {port: self._artifact(node, port) for port in self._entries[node.name].outputs}
+        artifacts = {port: self._artifact(node, port) for port in self.entries[node.name].outputs}
         reap_outputs(node)
-        entry, wanted = self._entries[node.name], node.files["file",]
+        entry, wanted = self.entries[node.name], node.files["file",]
         others = other_files(node, entry)
         replaced = described_files(others) if others and self.overwrites else ""
-        note = self.note(node, self._entries)
+        note = self.note(node, self.entries)
         delivered: list[tuple[Path, bool]] | None = None
         while delivered is None:
             path = wanted if self.overwrites else free_place(node, entry)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
-from s2v_flow.graph.plan import Plan
+from s2v_flow.graph.node import Plan
 from s2v_flow.graph.status import TO_COMPUTE, NodeStatus
 from s2v_flow.wording import did_you_mean, listed
 
@@ -37,7 +37,7 @@ class Selection:
         if not names:
             return plan
         targets = {name for given in names for name in members(plan, given)}
-        kept = targets | before(plan, targets)
+        kept = targets | plan.before(targets)
         return replace(plan, nodes=tuple(node for node in plan.nodes if node.name in kept))
 
     def forced(self, plan: Plan) -> frozenset[str]:
@@ -51,7 +51,7 @@ class Selection:
         chosen: set[str] = set()
         for given in self.force:
             found = members(plan, given.removesuffix("+"))
-            chosen |= found | (after(plan, found) if given.endswith("+") else set())
+            chosen |= found | (plan.after(found) if given.endswith("+") else set())
         return frozenset(name for name in chosen if plan.node(name).node.is_stored or plan.node(name).node.is_kept)
 
     def check(self, plan: Plan, statuses: Mapping[str, NodeStatus]) -> None:
@@ -67,7 +67,7 @@ class Selection:
             targets = {name for given in self.only for name in members(plan, given)}
             barred, why = {node.name for node in plan.nodes} - targets, "--only"
         elif self.start is not None:
-            barred, why = before(plan, members(plan, self.start)), "--from"
+            barred, why = plan.before(members(plan, self.start)), "--from"
         lacking = [
             node.name
             for node in plan.nodes
@@ -93,23 +93,3 @@ def members(plan: Plan, given: str) -> set[str]:
             f"the plan has no node {given!r}", fix=did_you_mean(given, known, "nodes"), exit_code=ExitCode.USAGE
         )
     return found
-
-
-def before(plan: Plan, names: Iterable[str]) -> set[str]:
-    """Return everything that these nodes depend on."""
-    found: set[str] = set()
-    wanted = set(names)
-    for node in reversed(plan.nodes):
-        if node.name in wanted or node.name in found:
-            found.update(source.node for source in node.sources())
-    return found
-
-
-def after(plan: Plan, names: Iterable[str]) -> set[str]:
-    """Return everything that depends on these nodes."""
-    start = set(names)
-    found: set[str] = set()
-    for node in plan.nodes:
-        if any(source.node in start or source.node in found for source in node.sources()):
-            found.add(node.name)
-    return found - start

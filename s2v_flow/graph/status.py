@@ -15,7 +15,7 @@ from s2v_flow.cache.store import Entry, Store, holds
 from s2v_flow.files.atomic import free_name, is_file_there
 from s2v_flow.graph.context import Numerics, progress_text
 from s2v_flow.graph.fingerprint import fingerprint
-from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.wording import shown, size_text
 

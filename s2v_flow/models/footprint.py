@@ -9,9 +9,14 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from s2v_flow.models.tokenizer import MAX_TOKENS
+from s2v_flow.weights.layout import own_keys
+from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, read_quantization
+from s2v_flow.weights.reader import Checkpoint
 
+_WIDE_BYTES = {"BF16": 2, "F16": 2}  # what is not a matrix keeps its dtype, or becomes float32
 LATENT_CHANNELS = 16
 MOTION_LATENT_FRAMES = 19
 INJECTED_BLOCKS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
@@ -28,6 +33,38 @@ class Weights:
     item_bytes: int
     is_packed: bool
     on_cpu: bool
+
+
+def read_weights(path: Path, kind: str, precision: str, *, on_cpu: bool, is_streamed: bool = False) -> Weights:
+    """Count a model's weights as its loader will have them, from the file's header.
+
+    Args:
+        kind: The loader's; only diffusion models and text encoders keep quantised weights packed.
+        precision: "fp32", "bf16" or "fp16".
+
+    Raises:
+        MissingError, RefusedError, CheckpointError: The file is missing, a pickle or damaged.
+    """
+    checkpoint, item_bytes = Checkpoint.open(path), 4 if precision == "fp32" else 2
+    quantization = read_quantization(checkpoint)
+    can_pack, keeps_wide = kind in ("load_diffusion_model", "load_text_encoder"), kind == "load_diffusion_model"
+
+    def is_kept(packing: Packing | None) -> bool:
+        return packing is not None and can_pack and (not on_cpu or packing.format in GGUF_FORMATS)
+
+    def size(key: str) -> int:
+        entry = checkpoint.entries[key]
+        is_matrix = len(entry.shape) == 2 and key.endswith(".weight")
+        if is_matrix and is_kept(quantization.packings.get(key)):
+            return quantization.num_bytes(checkpoint, key)
+        kept = max(item_bytes, _WIDE_BYTES.get(entry.dtype, 4)) if keeps_wide and not is_matrix else item_bytes
+        return math.prod(quantization.shape(checkpoint, key)) * kept
+
+    keys = own_keys(checkpoint.entries.keys())
+    sizes = {key: size(stored) for key, stored in keys.items()}
+    shapes = {key: quantization.shape(checkpoint, stored) for key, stored in keys.items()}
+    num_bytes = streamed_bytes(sizes) if is_streamed else sum(sizes.values())
+    return Weights(shapes, num_bytes, item_bytes, any(map(is_kept, quantization.packings.values())), on_cpu)
 
 
 def streamed_bytes(sizes: Mapping[str, int]) -> int:
@@ -66,6 +103,12 @@ def num_tokens(width: int, height: int, num_latent_frames: int, inputs: Collecti
     return num_latent_frames * frame, num_latent_frames * frame + still
 
 
+def step_bytes(dit: Weights, num_tokens: int, num_branches: int) -> int:
+    """Count what one denoising step's blocks compute with, see `activation_bytes`."""
+    dim, ffn_dim = dit.shapes["head.modulation"][2], dit.shapes["blocks.0.ffn.0.weight"][0]
+    return activation_bytes(dim, ffn_dim, num_tokens, num_branches, dit.item_bytes)
+
+
 def activation_bytes(dim: int, ffn_dim: int, num_tokens: int, num_branches: int, item_bytes: int) -> int:
     """Count what a block's computation holds at its fullest, without weights; attention never holds its scores.
 
@@ -92,7 +135,7 @@ def chunk_bytes(dit: Weights, width: int, height: int, num_latent_frames: int, i
     layers = len({key.split(".")[1] for key in dit.shapes if key.startswith("blocks.")})
     branches = 2 if "negative" in inputs else 1
     video, tokens = num_tokens(width, height, num_latent_frames, inputs)
-    step = activation_bytes(dim, ffn, tokens, branches, c)
+    step = step_bytes(dit, tokens, branches)
     injected = sum(block < layers for block in INJECTED_BLOCKS) if "speech" in inputs else 0
     texts = branches * layers * 2 * MAX_TOKENS * dim * c
     audio = branches * injected * num_latent_frames * (10 * c + 8) * dim

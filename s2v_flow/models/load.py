@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2
-from s2v_flow.models.footprint import activation_bytes
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
 from s2v_flow.models.packed import PackedEmbedding, PackedLinear, PackedWeight, read_packed
 from s2v_flow.models.text_encoder import TextEncoder, build_umt5, umt5_shapes
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 _FIX_FILE = "download the file again, or use another"
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # all others are expanded to float32
-_Built = TypeVar("_Built")
+_Module = TypeVar("_Module")
 
 
 @dataclass(frozen=True)
@@ -132,49 +130,22 @@ def load_dit(
     """
     from s2v_flow.models.dit import STREAMED, S2VConfig, WanS2V
 
-    checkpoint = Checkpoint.open(path)
-    source = _source(checkpoint)
-    with torch.device("meta"):
-        module = _build(
-            "wan s2v", checkpoint, lambda: WanS2V(S2VConfig.from_shapes(source.shapes), compute_dtype=dtype)
-        )
+    def build(shapes: Shapes) -> WanS2V:
+        return WanS2V(S2VConfig.from_shapes(shapes), compute_dtype=dtype)
+
+    source, module = _built("wan s2v", path, build)
     stack = open_loras(loras, _shapes_of(module))
-    source = _Source(checkpoint, source.quantization, source.keys, stack)
-    wide = _all_but_linear(module)
+    source = replace(source, loras=stack)
+    linear = {name for name, layer in module.named_modules() if type(layer) is nn.Linear}
+    wide = frozenset(key for key in module.state_dict() if key.rpartition(".")[0] not in linear)
     is_fp8 = any(packing.format == "float8_e4m3fn" for packing in source.quantization.packings.values())
     rounded = frozenset(module.state_dict()) - wide if rounds_linears and is_fp8 else frozenset()
     target = _Target(dtype, torch.device(device), quantized, wide, rounded, STREAMED if streamed else ())
     num_packed = _fill("wan s2v", module, _shapes_of(module), source, target)
     if streamed:
         module.stream_weights(device)
-    report = LoadReport(checkpoint.path, len(source.keys), num_packed, tuple(stack.reports))
+    report = LoadReport(source.checkpoint.path, len(source.keys), num_packed, tuple(stack.reports))
     return LoadedDit(module, report)
-
-
-def dit_bytes(
-    path: str | Path, *, dtype: torch.dtype, quantized: bool, num_tokens: int, num_branches: int
-) -> tuple[int, int]:
-    """Estimate from a diffusion model's file what it takes: the weights, and what one step computes beside them.
-
-    Returns:
-        Bytes of weights (LoRAs beside them not counted) and of activations.
-
-    Raises:
-        MissingError, RefusedError, CheckpointError: See `load_dit`.
-    """
-    from s2v_flow.models.dit import S2VConfig
-
-    checkpoint = Checkpoint.open(path)
-    source = _source(checkpoint)
-    config = _build("wan s2v", checkpoint, lambda: S2VConfig.from_shapes(source.shapes))
-    target = _Target(dtype, torch.device("cpu"), quantized)
-    weights = sum(
-        source.quantization.num_bytes(checkpoint, stored)
-        if target.keeps(source.packing(key))
-        else math.prod(source.shapes[key]) * dtype.itemsize
-        for key, stored in source.keys.items()
-    )
-    return weights, activation_bytes(config.dim, config.ffn_dim, num_tokens, num_branches, dtype.itemsize)
 
 
 def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
@@ -185,10 +156,7 @@ def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -
     """
     from s2v_flow.models.vae import VAEConfig, WanVAE
 
-    checkpoint = Checkpoint.open(path)
-    source = _source(checkpoint)
-    with torch.device("meta"):
-        module = _build("wan vae", checkpoint, lambda: WanVAE(VAEConfig.from_shapes(source.shapes)))
+    source, module = _built("wan vae", path, lambda shapes: WanVAE(VAEConfig.from_shapes(shapes)))
     _fill("wan vae", module, _shapes_of(module), source, _Target(dtype, torch.device(device)))
     return module
 
@@ -214,9 +182,8 @@ def load_text_encoder(
         MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, not of this family, or
             there is no tokenizer.
     """
-    checkpoint = Checkpoint.open(path)
-    source = _source(checkpoint)
-    module = _build("umt5 encoder", checkpoint, lambda: build_umt5(source.shapes))
+    source, module = _built("umt5 encoder", path, build_umt5)
+    checkpoint = source.checkpoint
     pieces = read_tokenizer(find_tokenizer(checkpoint, tokenizer), str(tokenizer or checkpoint.path))
     _fill("umt5 encoder", module, umt5_shapes(module), source, _Target(dtype, torch.device(device), quantized))
     return TextEncoder(module, pieces)
@@ -228,24 +195,21 @@ def load_audio_encoder(path: str | Path, *, dtype: torch.dtype, device: torch.de
     Raises:
         MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, or of another family.
     """
-    checkpoint = Checkpoint.open(path)
-    source = _source(checkpoint)
-    module = _build("wav2vec2", checkpoint, lambda: build_wav2vec2(source.shapes))
+    source, module = _built("wav2vec2", path, build_wav2vec2)
     _fill("wav2vec2", module, _shapes_of(module), source, _Target(dtype, torch.device(device)))
     return AudioEncoder(module)
 
 
-def _source(checkpoint: Checkpoint) -> _Source:
-    return _Source(checkpoint, read_quantization(checkpoint), own_keys(checkpoint.entries.keys()))
-
-
-def _build(family: str, checkpoint: Checkpoint, build: Callable[[], _Built]) -> _Built:
-    """Build a module from a file's shapes; if that fails, say what the file is instead."""
+def _built(family: str, path: str | Path, build: Callable[[Shapes], _Module]) -> tuple[_Source, _Module]:
+    """Build a module from a file's shapes, on the meta device; if that fails, say what the file is instead."""
+    checkpoint = Checkpoint.open(path)
+    source = _Source(checkpoint, read_quantization(checkpoint), own_keys(checkpoint.entries.keys()))
     mismatch = describe_mismatch(family, checkpoint.shapes)
     if mismatch:
         raise CheckpointError(f"{checkpoint.path}: {mismatch}", fix=f"use a {family} file")
     try:
-        return build()
+        with torch.device("meta"):
+            return source, build(source.shapes)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}", fix=error.fix) from error
     except (KeyError, IndexError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -255,12 +219,6 @@ def _build(family: str, checkpoint: Checkpoint, build: Callable[[], _Built]) -> 
 
 def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in module.state_dict().items()}
-
-
-def _all_but_linear(module: nn.Module) -> frozenset[str]:
-    """Name the parameters outside linear layers."""
-    linear = {name for name, layer in module.named_modules() if type(layer) is nn.Linear}
-    return frozenset(key for key in module.state_dict() if key.rpartition(".")[0] not in linear)
 
 
 def _fill(family: str, module: nn.Module, expected: Shapes, source: _Source, target: _Target) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from s2v_flow.graph.node import Node
@@ -29,15 +29,12 @@ class Chunk(SamplingSettings, Node):
     is_stored: ClassVar[bool] = True
     has_numerics: ClassVar[bool] = True
 
-    num_latent_frames: int
-    audio_offset: int
-
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Sample the chunk: {"latent": {samples: float32 [1, 16, F, H, W], raw}}."""
         from s2v_flow.nodes.denoising import Denoiser
         from s2v_flow.nodes.tensors import pack
 
-        latent = Denoiser(self, self.num_latent_frames, self.audio_offset, context, inputs).sample()
+        latent = Denoiser(self, context, inputs).sample()
         context.record(**inputs["model"].facts)
         return {"latent": pack({"samples": latent})}
 
@@ -161,8 +158,11 @@ class DecodeChunk(Node):
         latent = unpack(inputs["latent"])["samples"].to(context.device)
         before = unpack(inputs["before"])
         motion = before["samples" if "samples" in before else "latent"].to(context.device)
-        groups = decoded(StreamDecoder(vae, FRAMES_PER_CALL, 1, context), [latent], before=motion)
-        pixels = torch.cat(list(groups), dim=2)[:, :, self.drop_frames :].clamp(-1, 1)
+        decoder = StreamDecoder(vae, FRAMES_PER_CALL, 1, context)
+        for _ in decoder.decode(motion):  # its own frames are not wanted
+            pass
+        groups = [group.float() for group in decoder.decode(latent)]
+        pixels = torch.cat(groups, dim=2)[:, :, self.drop_frames :].clamp(-1, 1)
         window = torch.cat([self._tail(inputs, pixels), pixels], dim=2)[:, :, -MOTION_FRAMES:]
         kept = max(MOTION_FRAMES - 4 * self.num_latent_frames, 0)
         tail = window[:, :, MOTION_FRAMES - kept :]
@@ -185,25 +185,6 @@ class DecodeChunk(Node):
         if "reference" in inputs:
             grey[:, :, -START_FRAMES:] = unpack(inputs["reference"])["pixels"].to(pixels.device)
         return grey
-
-
-def decoded(decoder: StreamDecoder, latents: Iterable[Tensor], *, before: Tensor | None) -> Iterator[Tensor]:
-    """Decode latents one after the other as one stream.
-
-    Args:
-        decoder: A decoder that has decoded nothing yet.
-        latents: Raw latents [1, 16, F, H, W], in order.
-        before: What the decoder sees first, [1, 16, n, H, W]; its own frames are not given out. None: nothing.
-
-    Yields:
-        float32 pixels [1, 3, n, 8H, 8W], not clamped: 4 frames for a latent frame; without `before`, 1 for the first.
-    """
-    if before is not None:
-        for _ in decoder.decode(before):
-            pass
-    for latent in latents:
-        for pixels in decoder.decode(latent):
-            yield pixels.float()
 
 
 def scaled_pixels(frames: Any, width: int, height: int, conditioning: str) -> Tensor:

@@ -239,7 +239,6 @@ class DecodeFrames(Node):
             yield unpack(part)["frames"].numpy()
 
     def _decode(self, context: RunContext, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
-        from s2v_flow.nodes.chunk import decoded
         from s2v_flow.nodes.shortage import StreamDecoder
         from s2v_flow.nodes.tensors import to_frames, unpack
 
@@ -253,5 +252,5 @@ class DecodeFrames(Node):
         latents = (unpack(part)["samples"].to(context.device) for part in inputs["latent"])
         given = latents if before is None else chain_iterables([before], latents)
         decoder = StreamDecoder(vae, self.frames_per_call, self.tiles, context)
-        for pixels in decoded(decoder, given, before=None):
-            yield to_frames(pixels).numpy()
+        for latent in given:
+            yield from (to_frames(pixels).numpy() for pixels in decoder.decode(latent))

@@ -37,18 +37,9 @@ class Denoiser(Fallbacks):
     memory; the branches of guidance run one after the other. None of these changes a bit of the result.
     """
 
-    def __init__(
-        self,
-        settings: SamplingSettings,
-        num_latent_frames: int,
-        audio_offset: int,
-        context: RunContext,
-        inputs: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, settings: SamplingSettings, context: RunContext, inputs: Mapping[str, Any]) -> None:
         super().__init__(context)
         self._settings = settings
-        self._num_latent_frames = num_latent_frames
-        self._audio_offset = audio_offset
         self._inputs = inputs
         self._handle: ModelHandle = inputs["model"]
         sizes = self._num_tokens(), 2 if "negative" in inputs else 1
@@ -96,7 +87,7 @@ class Denoiser(Fallbacks):
     def explain(self, failure: str) -> S2VFlowError:
         """Name the size that did not fit."""
         settings = self._settings
-        latent = f"a latent of 16x{self._num_latent_frames}x{settings.height // 8}x{settings.width // 8}"
+        latent = f"a latent of 16x{settings.num_latent_frames}x{settings.height // 8}x{settings.width // 8}"
         what = f"{self._context.name}, with {latent}, {self._num_tokens()} tokens{self._handle.weights_text()}"
         fix = "fewer frames (length), an fp8 checkpoint, or another --device"
         return no_memory(self._context, what, failure, kept="every chunk that was finished", fix=fix)
@@ -104,13 +95,13 @@ class Denoiser(Fallbacks):
     def _num_tokens(self) -> int:
         """Count the tokens, as the plan does."""
         settings = self._settings
-        return num_tokens(settings.width, settings.height, self._num_latent_frames, self._inputs.keys())[1]
+        return num_tokens(settings.width, settings.height, settings.num_latent_frames, self._inputs.keys())[1]
 
     def _prepare_chunk(self) -> PreparedChunk:
         settings = self._settings
         reference, control = self._latent("reference", "latent"), self._latent("control", "samples")
         return self._model.prepare_chunk(
-            num_latent_frames=self._num_latent_frames,
+            num_latent_frames=settings.num_latent_frames,
             height=settings.height // 8,
             width=settings.width // 8,
             reference_latent=reference,
@@ -133,14 +124,14 @@ class Denoiser(Fallbacks):
         return normalise(unpack(self._inputs[name])[tensor]) if name in self._inputs else None
 
     def _prepare_branches(self) -> list[Branch]:
-        settings = self._settings
+        num_latent_frames, conditioning = self._settings.num_latent_frames, self._settings.conditioning
         embed = self._audio_embed()
         branches = []
         for name, factor in (("positive", 1.0), ("negative", 0.0)):
             if name in self._inputs:
                 audio = None if embed is None else embed * factor
                 prepared = self._model.prepare_audio(
-                    audio, num_latent_frames=self._num_latent_frames, conditioning=settings.conditioning
+                    audio, num_latent_frames=num_latent_frames, conditioning=conditioning
                 )
                 branches.append(Branch(self._prepare_text(name), prepared))
         return branches
@@ -149,7 +140,7 @@ class Denoiser(Fallbacks):
         if "speech" not in self._inputs:
             return None
         table = joined([_speech(part) for part in self._inputs["speech"]])
-        embed = chunk_embed(table, self._audio_offset, self._num_latent_frames)
+        embed = chunk_embed(table, self._settings.audio_offset, self._settings.num_latent_frames)
         return None if embed is None else embed.to(self._context.device)
 
     def _prepare_text(self, name: str) -> PreparedText:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from s2v_flow.graph.context import RunContext
+from s2v_flow.models.footprint import read_weights, step_bytes
 from s2v_flow.wording import size_text
 
 RESERVE_BYTES = 3 * 2**29  # beside weights and activations: prepared prompts and sound, expanded weights, workspaces
@@ -15,6 +17,7 @@ RESERVE_BYTES = 3 * 2**29  # beside weights and activations: prepared prompts an
 ShouldStream = Callable[[int, int, bool], bool]
 
 
+@dataclass(eq=False)
 class ModelHandle:
     """One user's claim on a model in the registry.
 
@@ -22,28 +25,17 @@ class ModelHandle:
     has learnt of the memory: the branches of guidance do not fit side by side.
     """
 
-    def __init__(
-        self,
-        registry: Any,
-        key: Any,
-        load: Callable[[bool], Any],
-        expected_bytes: int,
-        facts: dict[str, Any],
-        precision: str,
-        should_stream: ShouldStream,
-        device: str,
-    ) -> None:
-        self.facts = facts
-        self.precision = precision
-        self.runs_in_turn = False
-        self._registry = registry
-        self._key = key
-        self._load = load
-        self._expected_bytes = expected_bytes
-        self._should_stream = should_stream
-        self._device = device
-        self._must_stream = False
-        self._model: Any = None
+    _registry: Any
+    _key: Any
+    _load: Callable[[bool], Any]
+    _expected_bytes: int
+    facts: dict[str, Any]
+    precision: str
+    _should_stream: ShouldStream
+    _device: str
+    runs_in_turn: bool = False
+    _must_stream: bool = False
+    _model: Any = None
 
     @property
     def is_on_device(self) -> bool:
@@ -153,25 +145,13 @@ def keeps_fp8(context: RunContext) -> bool:
 
 
 def lacks_room(context: RunContext, asked: str, lora_bytes: int, num_tokens: int, num_branches: int) -> bool:
-    """Return whether a diffusion model's weights and activations are too much for what is free on a GPU.
-
-    Args:
-        context: The loader's context; its field `checkpoint` names the file.
-    """
+    """Return whether a diffusion model's weights and activations are too much for what is free on a GPU."""
     free = free_device_bytes(context.device)
     if free is None:
         return False
-    from s2v_flow.models.load import dit_bytes
-    from s2v_flow.nodes.tensors import torch_dtype
-
-    weights, activations = dit_bytes(
-        context.files["checkpoint",],
-        dtype=torch_dtype(context.numerics.precision(context.kind, asked)),
-        quantized=keeps_fp8(context),
-        num_tokens=num_tokens,
-        num_branches=num_branches,
-    )
-    needed = weights + lora_bytes + activations + RESERVE_BYTES
+    precision = context.numerics.precision(context.kind, asked)
+    dit = read_weights(context.files["checkpoint",], context.kind, precision, on_cpu=not keeps_fp8(context))
+    needed = dit.num_bytes + lora_bytes + step_bytes(dit, num_tokens, num_branches) + RESERVE_BYTES
     if needed > free and context.models().free_unused():  # what earlier runs of a session have left
         free = free_device_bytes(context.device) or 0
     return needed > free

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -99,7 +100,7 @@ class LoadDiffusionModel(Node):
         values = planner.add_simple(name, self)
         check_header(planner, name, "wan s2v")
         path = planner.file(name, "checkpoint")
-        is_demo = path is not None and path == planner.made_model(self.checkpoint)
+        is_demo = path is not None and path == planner.locations.made_models.get(self.checkpoint)
         if is_demo:
             is_trained = self.checkpoint.startswith("demo_")
             planner.note(name, f"{self.checkpoint} is {_MADE_FOR_THE_DEMO if is_trained else _MADE_FOR_TESTS}")
@@ -162,10 +163,36 @@ class LoadDiffusionModel(Node):
         return {"model": handle}
 
 
-class LoadTextEncoder(Node):
+class _Loader(Node):
+    """What loaders of encoders have in common: the header is checked at planning, the handle loads on its first use."""
+
+    family: ClassVar[str]
+
+    checkpoint: str
+    precision: Precision
+
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
+        """Check the file's header."""
+        values = planner.add_simple(name, self)
+        check_header(planner, name, self.family, has_tokenizer=getattr(self, "tokenizer", None) is not None)
+        return values
+
+    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give out a handle."""
+        (port,) = self.outputs
+        kind = f"{self.kind.removeprefix('load_')} {context.digests.get(('tokenizer',), '')}".strip()
+        return {port: open_handle(context, kind, self.precision, partial(self.load, context))}
+
+    def load(self, context: RunContext, path: Path, **options: Any) -> Any:
+        """Load the model; see `open_handle`."""
+        raise NotImplementedError
+
+
+class LoadTextEncoder(_Loader):
     """Load the UMT5 text encoder, a safetensors or GGUF file, with the tokenizer that is inside it."""
 
     kind: ClassVar[str] = "load_text_encoder"
+    family: ClassVar[str] = "umt5 encoder"
     outputs: ClassVar = {"text_encoder": "text_encoder"}
 
     checkpoint: Annotated[str, model_file("text encoder", "text_encoders", "clip")] = Field(
@@ -176,28 +203,18 @@ class LoadTextEncoder(Node):
         None, description="A SentencePiece model (spiece.model), for a file without one inside."
     )
 
-    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
-        """Check the file's header."""
-        values = planner.add_simple(name, self)
-        check_header(planner, name, "umt5 encoder", has_tokenizer=self.tokenizer is not None)
-        return values
+    def load(self, context: RunContext, path: Path, **options: Any) -> Any:
+        """Load the encoder."""
+        from s2v_flow.models.load import load_text_encoder
 
-    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give out a handle."""
-
-        def load(path: Path, **options: Any) -> Any:
-            from s2v_flow.models.load import load_text_encoder
-
-            return load_text_encoder(path, tokenizer=context.files.get(("tokenizer",)), **options)
-
-        kind = f"text_encoder {context.digests.get(('tokenizer',), '')}".strip()
-        return {"text_encoder": open_handle(context, kind, self.precision, load)}
+        return load_text_encoder(path, tokenizer=context.files.get(("tokenizer",)), **options)
 
 
-class LoadAudioEncoder(Node):
+class LoadAudioEncoder(_Loader):
     """Load the Wav2Vec2 audio encoder."""
 
     kind: ClassVar[str] = "load_audio_encoder"
+    family: ClassVar[str] = "wav2vec2"
     outputs: ClassVar = {"audio_encoder": "audio_encoder"}
 
     checkpoint: Annotated[str, model_file("audio encoder", "audio_encoders")] = Field(
@@ -205,27 +222,18 @@ class LoadAudioEncoder(Node):
     )
     precision: Precision = Field("auto", description="auto: float32.")
 
-    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
-        """Check the file's header."""
-        values = planner.add_simple(name, self)
-        check_header(planner, name, "wav2vec2")
-        return values
+    def load(self, context: RunContext, path: Path, **options: Any) -> Any:
+        """Load the encoder."""
+        from s2v_flow.models.load import load_audio_encoder
 
-    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give out a handle."""
-
-        def load(path: Path, **options: Any) -> Any:
-            from s2v_flow.models.load import load_audio_encoder
-
-            return load_audio_encoder(path, dtype=options["dtype"], device=options["device"])
-
-        return {"audio_encoder": open_handle(context, "audio_encoder", self.precision, load)}
+        return load_audio_encoder(path, dtype=options["dtype"], device=options["device"])
 
 
-class LoadVae(Node):
+class LoadVae(_Loader):
     """Load the Wan video VAE."""
 
     kind: ClassVar[str] = "load_vae"
+    family: ClassVar[str] = "wan vae"
     outputs: ClassVar = {"vae": "vae"}
 
     checkpoint: Annotated[str, model_file("VAE", "vae")] = Field(
@@ -233,21 +241,11 @@ class LoadVae(Node):
     )
     precision: Precision = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
 
-    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
-        """Check the file's header."""
-        values = planner.add_simple(name, self)
-        check_header(planner, name, "wan vae")
-        return values
+    def load(self, context: RunContext, path: Path, **options: Any) -> Any:
+        """Load the VAE."""
+        from s2v_flow.models.load import load_vae
 
-    def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give out a handle."""
-
-        def load(path: Path, **options: Any) -> Any:
-            from s2v_flow.models.load import load_vae
-
-            return load_vae(path, dtype=options["dtype"], device=options["device"])
-
-        return {"vae": open_handle(context, "vae", self.precision, load)}
+        return load_vae(path, dtype=options["dtype"], device=options["device"])
 
 
 class LoadLatent(Node):

@@ -7,14 +7,12 @@ stands in docs/performance.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.estimate import Flops, Needs
-from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.models.footprint import (
     Weights,
     chunk_bytes,
@@ -23,7 +21,7 @@ from s2v_flow.models.footprint import (
     encoder_flops,
     encoding_bytes,
     latent_bytes,
-    streamed_bytes,
+    read_weights,
     tile_side,
     vae_flops,
 )
@@ -32,16 +30,10 @@ from s2v_flow.models.tokenizer import MAX_TOKENS
 from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
 from s2v_flow.nodes.decode import DecodeFrames
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage
-from s2v_flow.nodes.load import LoadDiffusionModel
 from s2v_flow.sampling.catalog import CALLS_PER_STEP
-from s2v_flow.weights.layout import own_keys
-from s2v_flow.weights.quantization import GGUF_FORMATS, read_quantization
-from s2v_flow.weights.reader import Checkpoint
 
 PROCESS_BYTES = 345 * 2**20  # resident in a process that has imported torch and transformers (Linux, torch 2.13)
 _FLOPS_PER_PIXEL = 100.0  # of copying, scaling and writing a frame: it matters where nothing is decoded
-_ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_WIDE_BYTES = {"BF16": 2, "F16": 2}  # what is not a matrix keeps its dtype, or becomes float32
 _LOADERS = frozenset({"load_diffusion_model", "load_text_encoder", "load_audio_encoder", "load_vae"})
 
 
@@ -74,19 +66,16 @@ class _Needs:
             for name in self._loaders(node.name):
                 first.setdefault(name, position)
                 last[name] = position
-        found = {}
+        found, base = {}, PROCESS_BYTES if self._numerics.device_class == "cpu" else 0
         for position, node in enumerate(self._order):
             live = [self._loaded(name) for name in first if first[name] <= position <= last[name]]
             work = self._work_of(node)
             sizes = [None if model is None else model.num_bytes for model in live]
-            peak = None if work is None or None in sizes else self._base() + work + sum(size or 0 for size in sizes)
+            peak = None if work is None or None in sizes else base + work + sum(size or 0 for size in sizes)
             used = [self._loaded(name) for name in sorted(self._loaders(node.name))]
             weights = "+".join(f"{model.num_bytes}/{model.item_bytes}" for model in used if model is not None)
             found[node.name] = Needs(peak, self._stored(node), self._flops(node), "" if None in used else weights)
         return found
-
-    def _base(self) -> int:
-        return PROCESS_BYTES if self._numerics.device_class == "cpu" else 0
 
     def _loaders(self, name: str) -> set[str]:
         """Return the loaders of the models that a node uses, through whatever is made as it is used."""
@@ -106,8 +95,13 @@ class _Needs:
         if name not in self._weights:
             loader = self._plan.node(name)
             path = loader.files.get(("checkpoint",))
-            is_there = path is not None and path.is_file()
-            self._weights[name] = _read(loader, path, self._numerics) if path is not None and is_there else None
+            self._weights[name] = None
+            if path is not None and path.is_file():
+                kind, asked = loader.node.kind, getattr(loader.node, "precision", "auto")
+                on_cpu = self._numerics.device_class == "cpu"
+                is_streamed = not on_cpu and getattr(loader.node, "placement", "auto") == "streamed"
+                precision = self._numerics.precision(kind, asked)
+                self._weights[name] = read_weights(path, kind, precision, on_cpu=on_cpu, is_streamed=is_streamed)
         return self._weights[name]
 
     def _model(self, node: PlanNode, key: str) -> Weights | None:
@@ -152,10 +146,7 @@ class _Needs:
         if of.kind in ("encode_text", "encode_audio") and encoder is not None:
             return encoder_flops(encoder, MAX_TOKENS if samples is None else num_states(samples))
         if isinstance(of, (EncodeImage, EncodeMotion, EncodeControl)) and vae is not None:
-            count = (
-                1 if isinstance(of, EncodeImage) else 73 if isinstance(of, EncodeMotion) else 4 * of.num_latent_frames
-            )
-            return vae_flops(vae, "encoder", of.width, of.height, count)
+            return vae_flops(vae, "encoder", of.width, of.height, _num_encoded(of))
         width: Any = node.facts.get("width")
         height: Any = node.facts.get("height")
         if isinstance(of, DecodeChunk) and vae is not None:
@@ -209,33 +200,9 @@ class _Needs:
         return None
 
 
-def _read(loader: PlanNode, path: Path, numerics: Numerics) -> Weights:
-    """Count a model's weights as its loader will have them."""
-    checkpoint = Checkpoint.open(path)
-    asked = getattr(loader.node, "precision", "auto")
-    item_bytes = _ITEM_BYTES[numerics.precision(loader.node.kind, asked)]
-    quantization = read_quantization(checkpoint)
-    can_pack = loader.node.kind in ("load_diffusion_model", "load_text_encoder")
-    keeps_packed = can_pack and numerics.device_class != "cpu"
-    keeps_wide = isinstance(loader.node, LoadDiffusionModel)
-
-    def size(key: str) -> int:
-        entry = checkpoint.entries[key]
-        is_matrix = len(entry.shape) == 2 and key.endswith(".weight")
-        packing = quantization.packings.get(key)
-        if packing is not None and is_matrix and (keeps_packed or (can_pack and packing.format in GGUF_FORMATS)):
-            return quantization.num_bytes(checkpoint, key)
-        kept = max(item_bytes, _WIDE_BYTES.get(entry.dtype, 4)) if keeps_wide and not is_matrix else item_bytes
-        return math.prod(quantization.shape(checkpoint, key)) * kept
-
-    keys = own_keys(checkpoint.entries.keys())
-    sizes = {key: size(stored) for key, stored in keys.items()}
-    num_bytes = sum(sizes.values())
-    if numerics.device_class != "cpu" and getattr(loader.node, "placement", "auto") == "streamed":
-        num_bytes = streamed_bytes(sizes)
-    is_packed = any(keeps_packed or packing.format in GGUF_FORMATS for packing in quantization.packings.values())
-    shapes = {key: quantization.shape(checkpoint, stored) for key, stored in keys.items()}
-    return Weights(shapes, num_bytes, item_bytes, can_pack and is_packed, numerics.device_class == "cpu")
+def _num_encoded(of: EncodeImage | EncodeMotion | EncodeControl) -> int:
+    """Count the pixel frames that the VAE encodes for a node; official poses have their first frame doubled."""
+    return 1 if isinstance(of, EncodeImage) else 73 if isinstance(of, EncodeMotion) else 4 * of.num_latent_frames + 1
 
 
 Model = Callable[[PlanNode, str], "Weights | None"]
@@ -281,17 +248,10 @@ def _audio_sizes(encoder: Weights) -> tuple[int, int]:
     return width, len({key.split(".")[2] for key in encoder.shapes if key.startswith("encoder.layers.")})
 
 
-def _image_work(node: PlanNode, model: Model) -> int | None:
-    vae = model(node, "vae")
-    assert isinstance(node.node, EncodeImage)
-    return None if vae is None else encoding_bytes(vae, node.node.width, node.node.height, 1)
-
-
-def _motion_work(node: PlanNode, model: Model) -> int | None:
-    vae = model(node, "vae")
-    assert isinstance(node.node, (EncodeMotion, EncodeControl))
-    count = 73 if isinstance(node.node, EncodeMotion) else 4 * node.node.num_latent_frames + 1
-    return None if vae is None else encoding_bytes(vae, node.node.width, node.node.height, count)
+def _encoding_work(node: PlanNode, model: Model) -> int | None:
+    vae, of = model(node, "vae"), node.node
+    assert isinstance(of, (EncodeImage, EncodeMotion, EncodeControl))
+    return None if vae is None else encoding_bytes(vae, of.width, of.height, _num_encoded(of))
 
 
 def _decode_chunk_work(node: PlanNode, model: Model) -> int | None:
@@ -315,9 +275,7 @@ def _chunk_work(node: PlanNode, model: Model) -> int | None:
 _WORK: Mapping[str, Callable[[PlanNode, Model], int | None]] = {
     "encode_text": _text_work,
     "encode_audio": _audio_work,
-    "encode_image": _image_work,
-    "encode_motion": _motion_work,
-    "encode_control": _motion_work,
+    **dict.fromkeys(("encode_image", "encode_motion", "encode_control"), _encoding_work),
     "decode_chunk": _decode_chunk_work,
     "chunk": _chunk_work,
 }

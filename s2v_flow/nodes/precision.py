@@ -9,7 +9,7 @@ from typing import Literal
 
 from s2v_flow.errors import CheckpointError, ExitCode, S2VFlowError
 from s2v_flow.graph.context import Numerics
-from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.machine import compute_capability, cpu_bf16_units, device_class
 from s2v_flow.nodes.chunk import Chunk

@@ -152,7 +152,9 @@ def resize(image: np.ndarray, width: int, height: int, method: Method, *, crops:
     import numpy as np
 
     if crops:
-        image = _cropped(image, width / height)
+        rows, columns = image.shape[:2]
+        cut_x, cut_y = centre_cut(columns, rows, width / height)
+        image = image[cut_y : rows - cut_y, cut_x : columns - cut_x]
     if method == "lanczos":
         from PIL import Image
 
@@ -166,10 +168,3 @@ def resize(image: np.ndarray, width: int, height: int, method: Method, *, crops:
     resized = torch.nn.functional.interpolate(pixels, size=(height, width), mode=method)
     array: np.ndarray = resized[0].permute(1, 2, 0).numpy()  # [height, width, 3]
     return array
-
-
-def _cropped(image: np.ndarray, aspect: float) -> np.ndarray:
-    rows, columns = image.shape[:2]
-    cut_x, cut_y = centre_cut(columns, rows, aspect)
-    cropped: np.ndarray = image[cut_y : rows - cut_y, cut_x : columns - cut_x]
-    return cropped

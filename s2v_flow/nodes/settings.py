@@ -33,9 +33,11 @@ class ChunkSettings(BaseModel):
 
 
 class SamplingSettings(ChunkSettings):
-    """What the sampling of one chunk depends on beside its inputs and its place in the video."""
+    """What the sampling of one chunk depends on beside its inputs."""
 
     seed: int
+    num_latent_frames: int
+    audio_offset: int
 
 
 class VideoSettings(ChunkSettings):

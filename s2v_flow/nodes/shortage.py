@@ -160,7 +160,7 @@ class StreamDecoder(Fallbacks):
 
     def explain(self, failure: str) -> S2VFlowError:
         """Name the size that did not fit."""
-        what = f"decode, with one latent frame of {_pixels(*self._size)}{_in_tiles(self._tiles)} at once"
+        what = f"decode, with one latent frame of {_size_text(*self._size, self._tiles)} at once"
         kept = "every sampled chunk: the same command goes on from there"
         return no_memory(self._context, what, failure, kept=kept)
 
@@ -204,7 +204,7 @@ class _Encoder(Fallbacks):
             yield Fallback("tiles", f"encodes in {tiles}x{tiles} tiles", {"encode_tiles": tiles})
 
     def explain(self, failure: str) -> S2VFlowError:
-        what = f"encode, with four frames of {_pixels(*self._size)}{_in_tiles(self._tiles)} at once"
+        what = f"encode, with four frames of {_size_text(*self._size, self._tiles)} at once"
         return no_memory(self._context, what, failure, kept="everything that was stored before")
 
 
@@ -252,9 +252,5 @@ def memory_text(device: str) -> str:
     return "" if available is None else f"; {size_text(available, is_memory=True)} of memory are free"
 
 
-def _pixels(height: int, width: int) -> str:
-    return f"{8 * width}x{8 * height}"
-
-
-def _in_tiles(tiles: int) -> str:
-    return f" in {tiles}x{tiles} tiles" if tiles > 1 else ""
+def _size_text(height: int, width: int, tiles: int) -> str:
+    return f"{8 * width}x{8 * height}{f' in {tiles}x{tiles} tiles' if tiles > 1 else ''}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from s2v_flow.files.facts import file_digest, known_digest
 from s2v_flow.graph.events import Listener, StageStarted
-from s2v_flow.graph.plan import Plan
+from s2v_flow.graph.node import Plan
 from s2v_flow.plugins import NODES, SAMPLERS, Plugin, plugins
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.manifest import EnvironmentRecord, GitRecord

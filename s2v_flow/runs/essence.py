@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MediaError
-from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.media.provenance import MAX_NOTE_BYTES, note_box, read_note, tags_box
 from s2v_flow.recipe.config import portable_text
 from s2v_flow.recipe.document import Recipe
-from s2v_flow.runs.files import alone, ancestors, file_records, part_of
+from s2v_flow.runs.files import alone, file_records, part_of
 from s2v_flow.runs.manifest import Essence, EssenceNode, FileRecord, to_note
 from s2v_flow.runs.values import home_hidden, without_nodes
 from s2v_flow.wording import WARNING
@@ -36,7 +36,7 @@ def essence_of(
     Args:
         device_class: "cpu", "cuda" or "mps".
     """
-    parts = ancestors(plan, node.name)
+    parts = plan.made_of(node.name)
     stored = {part.name: entries[part.name] for part in parts if part.name in entries}
     facts = stored[node.name].facts
     software = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from s2v_flow.graph.plan import Plan, PlanNode
-from s2v_flow.graph.ports import FieldPath, Source
+from s2v_flow.graph.node import Plan, PlanNode
+from s2v_flow.graph.ports import FieldPath
 from s2v_flow.runs.manifest import FileRecord
 from s2v_flow.runs.values import field_text, without_home
 
@@ -55,15 +55,6 @@ def file_records(nodes: Iterable[PlanNode], digest: Callable[[Path], str | None]
     return list(found.values())
 
 
-def ancestors(plan: Plan, name: str) -> list[PlanNode]:
-    """Return a plan node and all that it depends on, in the plan's order."""
-    wanted = {name}
-    for node in reversed(plan.nodes):
-        if node.name in wanted:
-            wanted.update(source.node for source in node.sources())
-    return [node for node in plan.nodes if node.name in wanted]
-
-
 def alone(name: str) -> str:
     """Return a plan node's name without the label of a matrix's cell: the cell run alone calls it so."""
     return name.rpartition("/")[2]
@@ -71,14 +62,4 @@ def alone(name: str) -> str:
 
 def part_of(plan: Plan, name: str) -> Plan:
     """Return the plan of one sink, its nodes named as if its cell were run alone."""
-
-    def renamed(given: Source | tuple[Source, ...]) -> Source | tuple[Source, ...]:
-        if isinstance(given, Source):
-            return Source(alone(given.node), given.port)
-        return tuple(Source(alone(source.node), source.port) for source in given)
-
-    nodes = (
-        replace(node, name=alone(node.name), inputs={key: renamed(given) for key, given in node.inputs.items()})
-        for node in ancestors(plan, name)
-    )
-    return Plan(tuple(nodes), plan.missing, ())
+    return Plan(tuple(node.renamed(alone) for node in plan.made_of(name)), plan.missing, ())

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from s2v_flow.errors import Diagnostic, ExitCode, MissingError, RecipeError, S2VFlowError
-from s2v_flow.graph.plan import Plan
+from s2v_flow.graph.node import Plan
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.problems import Problems, StopReadingError

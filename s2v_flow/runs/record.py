@@ -30,7 +30,7 @@ from s2v_flow.graph.events import (
     RunStatus,
 )
 from s2v_flow.graph.fingerprint import fingerprint
-from s2v_flow.graph.plan import Plan, PlanNode
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus, preimage
 from s2v_flow.quality.gates import of_videos
 from s2v_flow.recipe.document import Recipe

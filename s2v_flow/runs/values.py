@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from s2v_flow.graph.plan import PlanNode
+from s2v_flow.graph.node import PlanNode
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.config import config_json
 from s2v_flow.recipe.document import Recipe

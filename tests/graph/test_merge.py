@@ -9,7 +9,7 @@ import pytest
 
 from s2v_flow.api import Options, plan
 from s2v_flow.graph.build import merge_plans
-from s2v_flow.graph.plan import Plan
+from s2v_flow.graph.node import Plan
 
 DEMO = Path(__file__).parents[1] / "untrained.yaml"
 

@@ -11,12 +11,11 @@ from s2v_flow.cache.store import Store
 from s2v_flow.errors import Diagnostic, Place, S2VFlowError
 from s2v_flow.files.atomic import writing
 from s2v_flow.files.facts import file_digest
-from s2v_flow.graph.build import PlanBuilder, build_plan
+from s2v_flow.graph.build import build_plan
 from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.events import Event, NodeStarted, Noted
 from s2v_flow.graph.locations import Locations
-from s2v_flow.graph.node import Node
-from s2v_flow.graph.plan import Plan
+from s2v_flow.graph.node import Node, Plan, Planner
 from s2v_flow.graph.ports import FileField, Neutral, Port, Ref, Value
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import NodeStatus, assess
@@ -136,7 +135,7 @@ class Split(Node):
     a: Text
     count: int
 
-    def plan(self, builder: PlanBuilder, name: str) -> dict[str, Value]:
+    def plan(self, builder: Planner, name: str) -> dict[str, Value]:
         if self.count == 0:
             builder.problem(name, "count", "R099", "count: nothing to split into")
             return {}

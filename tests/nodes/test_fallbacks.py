@@ -15,7 +15,6 @@ from s2v_flow.graph.context import Numerics, RunContext
 from s2v_flow.models.registry import ModelRegistry
 from s2v_flow.models.vae import DecoderState, VAEConfig, WanVAE
 from s2v_flow.models.vae_tiles import decode_next_tiled, encode_tiled
-from s2v_flow.nodes.chunk import decoded
 from s2v_flow.nodes.shortage import StreamDecoder, encoded
 
 
@@ -75,7 +74,8 @@ def decode(vae: Any, group: int) -> tuple[Tensor, Place]:
     place = Place()
     latents = [torch.zeros(1, 16, 5, 2, 2), torch.ones(1, 16, 4, 2, 2)]
     decoder = StreamDecoder(vae, group, 1, place.context)
-    return torch.cat(list(decoded(decoder, latents, before=torch.zeros(1, 16, 3, 2, 2))), 2), place
+    list(decoder.decode(torch.zeros(1, 16, 3, 2, 2)))
+    return torch.cat([pixels.float() for latent in latents for pixels in decoder.decode(latent)], 2), place
 
 
 def cramped(room: int, group: int = 99) -> CrampedVae:

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from s2v_flow import api
 from s2v_flow.graph.context import Numerics
-from s2v_flow.graph.plan import PlanNode
+from s2v_flow.graph.node import PlanNode
 from s2v_flow.models.conditioning import Branch
 from s2v_flow.models.dit import S2VConfig, WanS2V
 from s2v_flow.models.footprint import (

@@ -10,7 +10,7 @@ import pytest
 from recipes_for_tests import options, write_clip, write_recipe, write_voice
 
 from s2v_flow import api
-from s2v_flow.graph.plan import PlanNode
+from s2v_flow.graph.node import PlanNode
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.decode import DecodeFrames
 

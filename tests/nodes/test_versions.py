@@ -30,8 +30,7 @@ from recipes_for_tests import options, tiny, write_recipe, write_voice
 
 from s2v_flow import api
 from s2v_flow.cache.store import Store, StoredObject
-from s2v_flow.graph.node import Node
-from s2v_flow.graph.plan import Plan
+from s2v_flow.graph.node import Node, Plan
 
 KEPT = Path(__file__).with_name("versions.json")
 TOLERANCES = {"uint8": 2e-3}  # a pixel may be rounded the other way
