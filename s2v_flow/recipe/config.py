@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,18 @@ from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.layers import LANGUAGE_VERSION
 from s2v_flow.recipe.params import Parameters, whole_reference
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir, path_text, plain
+from s2v_flow.recipe.tree import (
+    Entry,
+    ListValue,
+    MapValue,
+    Origin,
+    Scalar,
+    Tree,
+    absolute_dir,
+    children,
+    path_text,
+    plain,
+)
 
 _MEANS_MORE = re.compile(r"\$(?=\{|params\.)")
 
@@ -146,15 +157,12 @@ def _put(data: Any, path: FieldPath, value: str) -> None:
 
 def _leaves(tree: Tree, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Origin]]:
     """Yield the places of the values that hold no others; a list of scalars from one line counts as one value."""
-    children: Mapping[str | int, Tree] = {}
-    if isinstance(tree, MapValue):
-        children = {key: entry.value for key, entry in tree.entries.items()}
-    elif isinstance(tree, ListValue):
-        same_line = all(_line(item) == _line(tree) and isinstance(item, Scalar) for item in tree.items)
-        children = {} if same_line else dict(enumerate(tree.items))
-    if not children:
+    inner = children(tree)
+    is_list = isinstance(tree, ListValue)
+    if not inner or (is_list and all(_line(x) == _line(tree) and isinstance(x, Scalar) for x in inner.values())):
         yield path, tree.origin
-    for key, child in children.items():
+        return
+    for key, child in inner.items():
         yield from _leaves(child, (*path, key))
 
 

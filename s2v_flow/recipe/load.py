@@ -122,7 +122,10 @@ class _Reader:
             path=self.path,
             description=self.merged.description,
             params=values,
-            nodes={name: _spec(name, node) for name, node in checked.items()},
+            nodes={
+                name: NodeSpec(name, node.node.kind, node.node, node.origins[()].place, node.origins)
+                for name, node in checked.items()
+            },
             order=order,
             files=tuple(Path(file) for file in dict.fromkeys(files)),
             document=_document(body),
@@ -166,11 +169,6 @@ def _check_nodes(
         inside = f"nodes.{fault.node}.{fault.field} (kind: {node.node.kind})"
         problems.add(fault.code, fault.message, node.origins[fault.field,], inside=inside, fix=fault.fix)
     return checked, () if faults else tuple(sort(graph))
-
-
-def _spec(name: str, checked: CheckedNode) -> NodeSpec:
-    origins = checked.origins
-    return NodeSpec(name, checked.node.kind, checked.node, origins[()].place, origins)
 
 
 def _document(body: Body) -> MapValue:

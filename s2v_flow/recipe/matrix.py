@@ -203,7 +203,11 @@ def expand(matrix: Matrix, problems: Problems) -> tuple[Cell, ...]:
     if matrix.axes:
         for values in itertools.product(*(axis.arguments for axis in matrix.axes.values())):
             combination = dict(zip(matrix.axes, values, strict=True))
-            if not any(_agrees(item, combination) for item in matrix.exclude):
+            agree = (
+                all(key in combination and _same(value, combination[key]) for key, value in item.items())
+                for item in matrix.exclude
+            )
+            if not any(agree):
                 originals.append(combination)
     cells = _included(originals, matrix.include)
     if not cells:
@@ -233,10 +237,6 @@ def _included(
         if not is_added:
             alone.append(dict(item))
     return cells + alone
-
-
-def _agrees(item: Mapping[str, Argument], combination: Mapping[str, Argument]) -> bool:
-    return all(key in combination and _same(argument, combination[key]) for key, argument in item.items())
 
 
 def _same(first: Argument, second: Argument) -> bool:
@@ -312,7 +312,8 @@ def _seen(entry: Entry) -> str:
 
 def _labelled(cells: Sequence[Mapping[str, Argument]], axes: Mapping[str, Axis]) -> tuple[Cell, ...]:
     keys = list(dict.fromkeys(key for cell in cells for key in cell))
-    names = _short_names(keys)
+    last = {key: key.rpartition(".")[2] for key in keys}  # a short name, unless two would have the same
+    names = {key: name if list(last.values()).count(name) == 1 else key for key, name in last.items()}
     taken: dict[str, int] = {}
     seen = {
         key: {_identity(_plain(argument)): rank for rank, argument in enumerate(axis.arguments)}
@@ -329,12 +330,6 @@ def _labelled(cells: Sequence[Mapping[str, Argument]], axes: Mapping[str, Axis])
         label += f" ({taken[label]})" if taken[label] > 1 else ""
         labelled.append(Cell(label, values, tuple(cell.values()), parts, ranks))
     return tuple(labelled)
-
-
-def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Name each path by its last part, or in full where two would have the same name."""
-    last = {key: key.rpartition(".")[2] for key in keys}
-    return {key: name if list(last.values()).count(name) == 1 else key for key, name in last.items()}
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.layers import Body
 from s2v_flow.recipe.params import param_takes
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, plain
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, plain, tree_at
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened
 
 
@@ -64,7 +64,7 @@ class _Trail:
             shorter: Tree = replace(parent, items=(*parent.items[:step], *parent.items[step + 1 :]))
         else:
             assert isinstance(parent, MapValue)
-            shorter = replace(parent, entries={key: entry for key, entry in parent.entries.items() if key != step})
+            shorter = parent.without(step)
         return _Trail(tuple(before), parent).exchanged(shorter)
 
 
@@ -131,18 +131,13 @@ class _Change:
         if self.argument.kind == "unset":
             if items:
                 return body.params.with_entry(name.text, replace(entry, value=trail.removed()))
-            return self._unset_param(body.params, name.text)
+            before = self.recipe_params.entries.get(name.text)  # else only a profile or a file has it
+            return body.params.with_entry(name.text, before) if before else body.params.without(name.text)
         takes = param_takes(name.text, entry.value, body, self.kinds)
         if items:
             takes = [use.item for use in takes if use.item is not None]
         value = trail.exchanged(read_value(self.argument, takes, self.problems))
         return body.params.with_entry(name.text, replace(entry, value=value))
-
-    def _unset_param(self, params: MapValue, name: str) -> MapValue:
-        """Return the parameters with one as the recipe has it, or without one that only a profile or file has."""
-        if name in self.recipe_params.entries:
-            return params.with_entry(name, self.recipe_params.entries[name])
-        return replace(params, entries={key: entry for key, entry in params.entries.items() if key != name})
 
     def _field(self, body: Body, steps: Sequence[Step]) -> MapValue:
         name, *fields = steps
@@ -187,7 +182,7 @@ class _Change:
                 self._check_field(here, model, [taken for _, taken, _ in passed], step)
             assert here is not None
             passed.append((here, key, self.argument.at(step)))
-            here = _child(here, key)
+            here = tree_at(here, (key,))
         return _Trail(tuple(passed), here)
 
     def _check_field(
@@ -219,14 +214,6 @@ class _Change:
             return int(step.text)
         fix = did_you_mean(step.text, ids) or "the list is empty"
         raise self._faulty(f"there is no item {shortened(step.text)}", step, fix)
-
-
-def _child(tree: Tree, key: str | int) -> Tree | None:
-    if isinstance(key, int):
-        assert isinstance(tree, ListValue)
-        return tree.items[key]
-    assert isinstance(tree, MapValue)
-    return tree.get(key)
 
 
 def _with_child(tree: Tree, key: str | int, value: Tree, origin: Origin) -> Tree:

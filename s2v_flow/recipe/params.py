@@ -15,7 +15,7 @@ from s2v_flow.graph.ports import NAME, FieldPath
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.layers import Body
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, plain
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, children, plain
 from s2v_flow.wording import did_you_mean, nearest, shortened, shown
 
 
@@ -66,14 +66,10 @@ def _uses(name: str, body: Body, kinds: Mapping[str, type[Node]]) -> Iterator[Ac
 
 
 def _paths_of(names: set[str], tree: Tree, path: FieldPath) -> Iterator[FieldPath]:
-    if isinstance(tree, MapValue):
-        for key, entry in tree.entries.items():
-            yield from _paths_of(names, entry.value, (*path, key))
-    elif isinstance(tree, ListValue):
-        for index, item in enumerate(tree.items):
-            yield from _paths_of(names, item, (*path, index))
-    elif whole_reference(tree.value) in names:
+    if isinstance(tree, Scalar) and whole_reference(tree.value) in names:
         yield path
+    for part, child in children(tree).items():
+        yield from _paths_of(names, child, (*path, part))
 
 
 MAX_DEPTH = 16

@@ -118,6 +118,10 @@ class MapValue:
         """Return this map with one entry added, or exchanged in its place."""
         return replace(self, entries={**self.entries, key: entry})
 
+    def without(self, key: str) -> MapValue:
+        """Return this map with one entry left out."""
+        return replace(self, entries={name: entry for name, entry in self.entries.items() if name != key})
+
 
 Tree = Scalar | ListValue | MapValue
 
@@ -131,15 +135,25 @@ def plain(tree: Tree) -> Any:
     return {key: plain(entry.value) for key, entry in tree.entries.items()}
 
 
+def children(tree: Tree) -> dict[str | int, Tree]:
+    """Return what a map or a list holds, by key or index; a scalar holds nothing."""
+    if isinstance(tree, MapValue):
+        return {key: entry.value for key, entry in tree.entries.items()}
+    return dict(enumerate(tree.items)) if isinstance(tree, ListValue) else {}
+
+
+def tree_at(tree: Tree | None, path: FieldPath) -> Tree | None:
+    """Return the value at a path, or None where there is none."""
+    for part in path:
+        tree = None if tree is None else children(tree).get(part)
+    return tree
+
+
 def origins_of(tree: Tree, path: FieldPath = ()) -> dict[FieldPath, Origin]:
     """Return where each value inside the tree was written: path -> origin."""
     origins = {path: tree.origin}
-    if isinstance(tree, ListValue):
-        for index, item in enumerate(tree.items):
-            origins.update(origins_of(item, (*path, index)))
-    elif isinstance(tree, MapValue):
-        for key, entry in tree.entries.items():
-            origins.update(origins_of(entry.value, (*path, key)))
+    for part, child in children(tree).items():
+        origins.update(origins_of(child, (*path, part)))
     return origins
 
 
@@ -147,16 +161,12 @@ def path_text(tree: Tree | None, path: FieldPath) -> str:
     """Return a path as a person writes it: `loras[lightning].strength`; items go by their id where they have one."""
     text = ""
     for part in path:
-        child: Tree | None = None
+        tree = tree_at(tree, (part,))
         if isinstance(part, int):
-            child = tree.items[part] if isinstance(tree, ListValue) and part < len(tree.items) else None
-            name = child.get("id") if isinstance(child, MapValue) else None
-            is_named = isinstance(name, Scalar) and isinstance(name.value, str)
-            text += f"[{name.value if is_named and isinstance(name, Scalar) else part}]"
+            name = tree.get("id") if isinstance(tree, MapValue) else None
+            text += f"[{name.value if isinstance(name, Scalar) and isinstance(name.value, str) else part}]"
         else:
-            child = tree.get(part) if isinstance(tree, MapValue) else None
             text += f".{part}" if text else part
-        tree = child
     return text
 
 

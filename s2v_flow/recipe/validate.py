@@ -15,7 +15,6 @@ from s2v_flow.recipe.params import Parameters, whole_reference
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import (
     Entry,
-    ListValue,
     MapValue,
     Origin,
     Scalar,
@@ -24,6 +23,7 @@ from s2v_flow.recipe.tree import (
     path_text,
     plain,
     read_scalar,
+    tree_at,
 )
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened, shown
 
@@ -62,7 +62,7 @@ def check_node(
     model = _kind(name, entry, entry.value, kinds, node_names, problems)
     if model is None:
         return None
-    return _NodeCheck(name, entry, entry.value, model, params, node_names, problems).run()
+    return _NodeCheck(name, entry.key_origin, entry.value, model, params, node_names, problems).run()
 
 
 def _kind(
@@ -118,30 +118,23 @@ def check_profile(
                 problems.add("R011", message, field_entry.key_origin, inside=inside, fix=fix)
 
 
+@dataclass
 class _NodeCheck:
     """The check of one node whose kind is known."""
 
-    def __init__(
-        self,
-        name: str,
-        entry: Entry,
-        fields: MapValue,
-        model: type[Node],
-        params: Parameters,
-        node_names: Mapping[str, object],
-        problems: Problems,
-    ) -> None:
-        self.name = name
-        self.name_origin = entry.key_origin
-        self.written = fields
-        self.model = model
-        self.params = params
-        self.node_names = node_names
-        self.problems = problems
-        self.inputs = model.input_ports()
+    name: str
+    name_origin: Origin
+    written: MapValue
+    model: type[Node]
+    params: Parameters
+    node_names: Mapping[str, object]
+    problems: Problems
+
+    def __post_init__(self) -> None:
+        self.inputs = self.model.input_ports()
         self.faulty: set[str] = set()  # fields whose mistake has been said
         self.refs: dict[str, Ref] = {}
-        self.resolved = fields
+        self.resolved = self.written
 
     def run(self) -> CheckedNode:
         values: dict[str, Entry] = {}
@@ -160,13 +153,8 @@ class _NodeCheck:
         origins["kind",] = self.written.entries["kind"].value.origin
         if node is not None:
             return CheckedNode(node, True, origins)
-        origins.update(
-            {
-                (field,): self.written.entries[field].value.origin
-                for field in self.faulty
-                if field in self.written.entries
-            }
-        )
+        faulty = self.faulty & self.written.entries.keys()
+        origins.update({(field,): self.written.entries[field].value.origin for field in faulty})
         given = {field: self.refs.get(field) for field in self.inputs}
         return CheckedNode(self.model.model_construct(None, **given), False, origins)
 
@@ -215,8 +203,10 @@ class _NodeCheck:
         groups: dict[FieldPath, list[dict[str, Any]]] = {}
         for details in error.errors(include_url=False):
             path = _value_path(details["loc"], self.model)
-            if not path and not self.faulty:
-                self._say_of_node(dict(details))
+            if not path and not self.faulty:  # it is about the fields together
+                message = f"{self.name}: {_rule(details['type'], details.get('ctx', {}), details['msg'])}"
+                inside = f"nodes.{self.name} (kind: {self.model.kind})"
+                self.problems.add("R016", message, self.name_origin, inside=inside)
             elif path and path[0] not in self.faulty:
                 groups.setdefault(path, []).append(dict(details))
         for path, group in groups.items():
@@ -227,15 +217,10 @@ class _NodeCheck:
             elif taken is None or not taken.takes(group[0]["input"]):  # else the mistake is deeper inside
                 self._say(path, group[0], taken)
 
-    def _say_of_node(self, details: dict[str, Any]) -> None:
-        """Say a mistake that is about the fields together."""
-        message = f"{self.name}: {_rule(details['type'], details.get('ctx', {}), details['msg'])}"
-        self.problems.add("R016", message, self.name_origin, inside=f"nodes.{self.name} (kind: {self.model.kind})")
-
     def _say(self, path: FieldPath, details: dict[str, Any], taken: Accepts | None) -> None:
         kind, value = details["type"], details["input"]
         label = path_text(self.resolved, path)
-        tree = _tree_at(self.resolved, path)
+        tree = tree_at(self.resolved, path)
         origin = tree.origin if tree is not None else self._nearest_origin(path)
         context = details.get("ctx", {})
         fix: str | None = None
@@ -246,7 +231,9 @@ class _NodeCheck:
             code, message = "R011", f"{label}: there is no such field"
             parent = field_at(self.model, path[:-1])
             fix = did_you_mean(str(path[-1]), parent.model.model_fields) if parent and parent.model else None
-            origin = self._key_origin(path)
+            around = tree_at(self.resolved, path[:-1])
+            assert isinstance(around, MapValue)
+            origin = around.entries[str(path[-1])].key_origin
         elif kind in _RANGES:
             words, bound = _RANGES[kind]
             limit = {bound: _canonical(context[bound])}
@@ -269,11 +256,10 @@ class _NodeCheck:
 
     def _advise_type(self, path: FieldPath, value: Any, tree: Tree | None, taken: Accepts) -> str | None:
         """Say how to mend a value of the wrong type, where the usual slips explain it."""
-        written = _tree_at(self.written, path)
+        written = tree_at(self.written, path)
         if isinstance(written, Scalar) and isinstance(written.value, str) and "${params." in written.value:
-            return (
-                f"${{...}} makes text; write {written.value.replace('${', '$').replace('}', '')} for the value itself"
-            )
+            value = written.value.replace("${", "$").replace("}", "")
+            return f"${{...}} makes text; write {value} for the value itself"
         if value is None:
             return self._advise_null(path)
         if isinstance(value, str):
@@ -297,20 +283,15 @@ class _NodeCheck:
         """Return where something that is missing should have been: its item of a list, or else the node's name."""
         while len(path) > 1:
             path = path[:-1]
-            tree = _tree_at(self.resolved, path)
+            tree = tree_at(self.resolved, path)
             if tree is not None:
                 return tree.origin
         return self.name_origin
 
-    def _key_origin(self, path: FieldPath) -> Origin:
-        parent = _tree_at(self.resolved, path[:-1])
-        assert isinstance(parent, MapValue)
-        return parent.entries[str(path[-1])].key_origin
-
     def _inside(self, path: FieldPath) -> str:
         """Name a value and, where it came from a parameter, that too."""
-        source = _tree_at(self.written, path[:1])
-        is_resolved = _tree_at(self.resolved, path[:1]) is not source
+        source = tree_at(self.written, path[:1])
+        is_resolved = tree_at(self.resolved, path[:1]) is not source
         name = whole_reference(source.value) if isinstance(source, Scalar) and is_resolved else None
         label = path_text(self.resolved, path)
         via = f", from params.{name}" if name is not None else ""
@@ -331,17 +312,6 @@ def _value_path(location: tuple[int | str, ...], model: type[Node]) -> FieldPath
 
 def _is_about_type(details: Mapping[str, Any]) -> bool:
     return details["type"].endswith("_type") or details["type"] in ("int_from_float", "literal_error")
-
-
-def _tree_at(tree: Tree | None, path: FieldPath) -> Tree | None:
-    for part in path:
-        if isinstance(tree, ListValue) and isinstance(part, int):
-            tree = tree.items[part] if part < len(tree.items) else None
-        elif isinstance(tree, MapValue) and isinstance(part, str):
-            tree = tree.get(part)
-        else:
-            return None
-    return tree
 
 
 def _canonical(number: Any) -> str:
