@@ -341,7 +341,6 @@ def require_files(planned: Planned) -> None:
 
 
 def _demo_models(planned: Planned, options: Options) -> list[Path]:
-    """Return those of the demo's models that a plan needs."""
     made = set(options.locations.made_models.values())
     return [file for node in planned.plan.nodes for file in node.files.values() if file in made]
 

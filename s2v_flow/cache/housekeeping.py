@@ -198,7 +198,6 @@ def objects_size(root: Path) -> int:
 
 
 def _objects(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield every object's file, each folder listed once."""
     with suppress(OSError), os.scandir(root / "objects") as folders:
         for folder in folders:
             with suppress(OSError), os.scandir(folder) as files:
@@ -294,7 +293,6 @@ def pin(root: Path, chosen: Collection[str], *, is_pinned: bool = True) -> None:
 
 
 def _users(kept: Collection[Kept]) -> dict[str, set[str]]:
-    """Return which entries use each object, by the object's file name."""
     users: dict[str, set[str]] = {}
     for item in kept:
         for output in item.entry.outputs.values():

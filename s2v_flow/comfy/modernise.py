@@ -144,7 +144,6 @@ def _repeated(draft: Draft) -> tuple[int, int] | None:
 
 
 def _users(draft: Draft) -> dict[int, list[int]]:
-    """Return the nodes that refer to each node."""
     users: dict[int, list[int]] = {}
     for key in draft.needed():
         for used in draft.nodes[key].refs():

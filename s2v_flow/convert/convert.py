@@ -148,7 +148,6 @@ def _there_already(target: Path) -> S2VFlowError:
 
 
 def _find_tokenizer(source: Path) -> Path | None:
-    """Return the tokenizer at its place in the authors' release, if it is there."""
     path = source.parent / TOKENIZER_FILE
     return path if path.is_file() else None
 

@@ -186,7 +186,6 @@ def open_shards(index: Path) -> Shards:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Return which shard holds which tensor."""
     try:
         with open(index, "rb") as file:
             raw = file.read(MAX_HEADER_BYTES + 1)

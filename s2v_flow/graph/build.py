@@ -47,7 +47,6 @@ def build_plan(
 
 
 def _refuse_shared_outputs(planner: Planner) -> None:
-    """Record nodes that would overwrite each other's file."""
     writers: dict[Path, str] = {}
     for node in planner.nodes.values():
         for path, mark, _ in node.node.files():
@@ -61,7 +60,6 @@ def _refuse_shared_outputs(planner: Planner) -> None:
 
 
 def _graph(nodes: Iterable[PlanNode]) -> nx.DiGraph[str]:
-    """Return the graph of plan nodes, an edge from each to those that use it."""
     graph: nx.DiGraph[str] = nx.DiGraph()
     for position, node in enumerate(nodes):
         graph.add_node(node.name, order=(node.node.stage, position))

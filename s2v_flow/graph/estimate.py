@@ -161,7 +161,6 @@ def estimate(
 
 
 def _memory(cost: NodeCost | None, computed: Needs) -> Memory:
-    """Choose between figures: what a past run had goes before what is computed."""
     if cost is not None and cost.peak_bytes:
         return Memory(cost.peak_bytes, "measured")
     return Memory(computed.peak_bytes, "unknown" if computed.peak_bytes is None else "computed")

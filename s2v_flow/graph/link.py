@@ -105,7 +105,6 @@ class _Linker:
         return f"did you mean ${match}?" if match is not None else self._fitting(name, wanted)
 
     def _fitting(self, name: str, wanted: Port) -> str:
-        """Name the nodes that would fit an input."""
         fitting = [f"${other}" for other in self._givers.get(wanted.type, ())[:6] if other != name]
         what = _words(wanted.type)
         return f"nodes that give {what}: {', '.join(fitting[:5])}" if fitting else f"no other node gives {what}"

@@ -347,7 +347,6 @@ class Run:
         return False
 
     def _upstream(self, node: PlanNode) -> Iterator[PlanNode]:
-        """Yield what gives a node its inputs, each once."""
         yield from map(self.plan.node, dict.fromkeys(source.node for source in node.sources()))
 
     def _remember(self, node: PlanNode, key: str, entry: Entry) -> None:

@@ -60,7 +60,6 @@ def show_text(found: Manifest | Essence, width: int | None = None) -> str:
 
 
 def _with_before(listing: Listing) -> list[tuple[Manifest, Manifest | None]]:
-    """Return every run with the one before of the same recipe."""
     last: dict[str, Manifest] = {}
     pairs = []
     for run in reversed(listing.runs):
@@ -211,7 +210,6 @@ def _said(name: str, values: Mapping[str, Any], told: Sequence[str]) -> Iterator
 
 
 def _table(rows: Sequence[tuple[str, ...]], indent: str = "") -> Iterator[str]:
-    """Yield rows with their columns below each other."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (f"{cell:<{length}}" for cell, length in zip(row, widths, strict=True))

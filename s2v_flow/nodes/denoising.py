@@ -93,7 +93,6 @@ class Denoiser(Fallbacks):
         return no_memory(self._context, what, failure, kept="every chunk that was finished", fix=fix)
 
     def _num_tokens(self) -> int:
-        """Count the tokens, as the plan does."""
         settings = self._settings
         return num_tokens(settings.width, settings.height, settings.num_latent_frames, self._inputs.keys())[1]
 

@@ -139,7 +139,6 @@ class FramesSlice(Node):
         return {"frames": Frames(given.width, given.height, length, groups, read)}
 
     def _part(self, total: int) -> tuple[int, int]:
-        """Return the first frame and the number of frames, of `total`."""
         start = min(self.start, max(total - 1, 0))
         return start, min(total - start, total if self.length is None else self.length)
 

@@ -107,7 +107,6 @@ class LoadAudio(Node):
         return {key: value for key, value in super().identity(digests, precision).items() if value or key not in later}
 
     def _part(self, num_samples: int, rate: int) -> tuple[int, int]:
-        """Return the first sample to take and the one after the last."""
         first = round(self.start * rate)
         last = num_samples if self.end is None else min(round(self.end * rate), num_samples)
         return first, last if self.max_duration is None else min(last, first + round(self.max_duration * rate))

@@ -147,7 +147,6 @@ class ResumableSampling:
             raise checkpoint.stop(f"after step {state.step} of {self.sampler.num_steps}, {written}")
 
     def _resumed(self, checkpoint: Checkpoint) -> SolverState | None:
-        """Return the state that an earlier run left, if it fits."""
         found = checkpoint.load()
         if found is None:
             return None

@@ -196,7 +196,6 @@ class Extend(Node):
 
 
 def _with_size(settings: Settings) -> Settings:
-    """Take the size from the reference where there is one."""
     reference = settings.inputs.get("reference")
     return settings if reference is None else settings.with_size(reference.facts["width"], reference.facts["height"])
 

@@ -49,7 +49,6 @@ def read_value(argument: Argument, takes: Sequence[Accepts], problems: Problems)
 
 
 def _read_text(argument: Argument, text: str, takes: Sequence[Accepts], problems: Problems) -> Tree:
-    """Read what stands behind --set."""
     if _is_reference(text):
         return Scalar(text, argument.value_origin)  # as in a recipe; the field is checked once it is resolved
     if text.startswith("[") and all(use.has_list for use in takes):
@@ -363,7 +362,6 @@ def faulty(problems: Problems, code: str, message: str, origin: Origin, fix: str
 
 
 def _with_file(argument: Argument, value: str, problems: Problems) -> Argument:
-    """Read the file that the argument names."""
     name = os.path.expanduser(value)
     path = argument.value_origin.base_dir / name
     try:

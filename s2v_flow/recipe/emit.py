@@ -121,7 +121,6 @@ def _text(text: str, *, in_flow: bool = False) -> str:
 
 
 def _is_plain(text: str, in_flow: bool) -> bool:
-    """Return whether a text of printable characters may stand without quotes."""
     if _FIRST.match(text) is None or text.lower() in _WORDS or text.endswith((" ", ":")):
         return False
     if in_flow and not _NOT_IN_FLOW.isdisjoint(text):

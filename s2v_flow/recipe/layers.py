@@ -166,7 +166,6 @@ def _check_version(top: MapValue, problems: Problems, is_recipe: bool) -> None:
 
 
 def _text(top: MapValue, key: str, expected: str, problems: Problems) -> Scalar | None:
-    """Return a text that may be missing, or null."""
     tree = top.get(key)
     if tree is None or (isinstance(tree, Scalar) and tree.value is None):
         return None
@@ -305,7 +304,6 @@ def _base_name(extends: Scalar, name: str, problems: Problems) -> str:
 
 
 def _chosen(changes: Changes, known: Mapping[str, Body], problems: Problems) -> list[tuple[str, Body]]:
-    """Return the chosen profiles, by name."""
     for number, name in enumerate(changes.profiles, start=1):
         if name not in known:
             origin = Origin(Place("--profile", number), name, changes.start, len(name))

@@ -278,7 +278,6 @@ def _change(path: str, entry: Entry, problems: Problems) -> Argument:
 
 
 def _read_items(entry: Entry | None, key: str, problems: Problems) -> tuple[Mapping[str, Argument], ...]:
-    """Read the list of maps under `include` or `exclude`."""
     if entry is None:
         return ()
     if not isinstance(entry.value, ListValue):

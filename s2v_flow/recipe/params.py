@@ -174,7 +174,6 @@ class Parameters:
         return self._text(text, scalar, inside, stack)
 
     def _text(self, text: str, scalar: Scalar, inside: str, stack: tuple[str, ...]) -> _Resolved:
-        """Put parameters into text."""
         parts: list[str] = []
         end = length = depth = 0
         is_right = True

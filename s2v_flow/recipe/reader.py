@@ -191,7 +191,6 @@ def _decode(data: bytes, source: Source, problems: Problems) -> str:
 
 
 def _check_characters(text: str, source: Source, problems: Problems) -> None:
-    """Refuse control characters."""
     found = FORBIDDEN.search(text)
     if found is not None:
         message = f"the character U+{ord(found[0]):04X} may not stand in a recipe"

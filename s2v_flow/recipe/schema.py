@@ -134,7 +134,6 @@ def _reference(definition: str, description: str) -> Schema:
 
 
 def _node(kinds: Mapping[str, type[Node]]) -> Schema:
-    """Return a whole node: its kind decides which fields it has."""
     rules = []
     for name, kind in kinds.items():
         required = [field for field, info in kind.model_fields.items() if info.is_required()]

@@ -159,7 +159,6 @@ class _NodeCheck:
         return CheckedNode(self.model.model_construct(None, **given), False, origins)
 
     def _read_field(self, field: str, entry: Entry) -> Tree | None:
-        """Return a field's value with its references resolved, or None where it is wrong."""
         if field not in self.model.model_fields:
             message = f"{self.model.kind} has no field {shortened(field)}"
             fix = did_you_mean(field, self.model.model_fields)
@@ -341,7 +340,6 @@ def _advise_text(value: str, is_quoted: bool, taken: Accepts) -> str | None:
 
 
 def _rule(kind: str, context: Mapping[str, Any], message: str) -> str:
-    """Put a rule of a field into words."""
     if kind == "string_pattern_mismatch":
         suffix = str(context["pattern"])
         if suffix.startswith(r"\.") and suffix.endswith("$"):

@@ -117,7 +117,6 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization:
 
 
 def _packing(checkpoint: Checkpoint, layer: str, key: str, options: Mapping[str, Any]) -> Packing:
-    """Read one layer of a named format."""
     name, entry = str(options["format"]), checkpoint.entries[key]
     if name not in _WEIGHT_DTYPES:
         raise _refused(checkpoint, f"{name} (layer {layer!r})")
