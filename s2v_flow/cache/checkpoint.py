@@ -69,14 +69,14 @@ class Checkpoints:
         except OSError as error:
             if not os.path.lexists(path):  # nor may be, where the cache folder is a file or is forbidden
                 return None
-            self._quarantine(path)
+            quarantine(self.root, path)
             raise ValueError(f"it cannot be read: {error.strerror}") from error
         try:
             facts = unseal(sealed)
             if facts.get("schema") != SCHEMA or facts.get("fingerprint") != fingerprint:
                 raise ValueError("it belongs to something else")
         except (ValueError, RecursionError) as error:
-            self._quarantine(path)
+            quarantine(self.root, path)
             raise ValueError(f"it is damaged: {error}") from error
         return facts, sealed
 
@@ -85,11 +85,13 @@ class Checkpoints:
         with suppress(OSError):
             self.path(fingerprint).unlink()
 
-    def _quarantine(self, path: Path) -> None:
-        folder = self.root / "quarantine"
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            os.replace(path, folder / path.name)
+
+def quarantine(root: Path, path: Path) -> bool:
+    """Put a file of a cache aside; tell whether nothing is left in its place."""
+    with suppress(OSError):
+        (root / "quarantine").mkdir(parents=True, exist_ok=True)
+        os.replace(path, root / "quarantine" / path.name)
+    return not os.path.lexists(path)
 
 
 def seal(payload: bytes, facts: Mapping[str, str]) -> bytes:

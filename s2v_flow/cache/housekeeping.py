@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.cache.checkpoint import Checkpoints
+from s2v_flow.cache.checkpoint import Checkpoints, quarantine
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store, read_entry
 from s2v_flow.files.atomic import STALE_SECONDS, is_alive, machine_id, make_root, reap, stale, writing
 from s2v_flow.files.lock import held, is_held, remove_unused
@@ -223,7 +223,7 @@ def verify(root: Path, *, is_repair: bool = False) -> dict[str, Any]:
         if reason:
             damaged.append({"fingerprint": path.stem, "reason": reason})
             if is_repair:
-                store.put_entry_aside(path.stem)
+                quarantine(root, path)
         sound += not reason
     return {"sound": sound, "damaged": damaged, "repaired": is_repair}
 
@@ -244,13 +244,15 @@ def collect(root: Path, limit: int, fits: int = 0, *, is_dry: bool = False, is_t
     going: list[Kept] = []
     kept = inventory(root)
     users = _users(kept)
-    for path, size in _orphans(root, users):
-        total -= size if is_dry or _goes(path, started) else 0
+    for path, status in _objects(root):  # what no entry uses and is not young: whoever publishes writes objects first
+        if path.name not in users and _seconds_since(status.st_mtime) > YOUNG_SECONDS:
+            total -= status.st_size if is_dry or _goes(path, started) else 0
     for item in kept:
         if total <= (limit if item.is_spare else max(limit, fits)):
             break
         fits = fits if item.is_spare else 0
-        if item.is_held or not (is_dry or _still_goes(root, item, started)):
+        is_pinned = os.path.exists(root / "pins" / item.path.stem)  # since the inventory
+        if item.is_held or not (is_dry or (not is_pinned and _goes(item.path, started))):
             continue
         going.append(item)
         total -= _free(root, item, users, started, is_dry=is_dry)
@@ -300,11 +302,6 @@ def _users(kept: Collection[Kept]) -> dict[str, set[str]]:
     return users
 
 
-def _still_goes(root: Path, item: Kept, started: float) -> bool:
-    """Remove an entry unless somebody has used or pinned it since the inventory; tell whether it is gone."""
-    return not os.path.exists(root / "pins" / item.path.stem) and _goes(item.path, started)
-
-
 def _free(root: Path, item: Kept, users: dict[str, set[str]], started: float, *, is_dry: bool) -> int:
     """Remove what only a removed entry used; return how many bytes that frees.
 
@@ -333,13 +330,6 @@ def _file_size(path: Path) -> int:
     with suppress(OSError):
         return path.stat().st_size
     return 0
-
-
-def _orphans(root: Path, users: dict[str, set[str]]) -> Iterator[tuple[Path, int]]:
-    """Yield the objects that no entry uses and that are not young: whoever publishes writes the object first."""
-    for path, status in _objects(root):
-        if path.name not in users and _seconds_since(status.st_mtime) > YOUNG_SECONDS:
-            yield path, status.st_size
 
 
 def _remove(path: Path) -> bool:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from s2v_flow.cache.checkpoint import quarantine
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import finish, flush_folder, make_root, put_new, temporary, temporary_prefix, writing
 
@@ -51,6 +52,10 @@ class Entry:
     preimage: Mapping[str, Any]
     outputs: Mapping[str, StoredObject]
     facts: Mapping[str, Any]
+
+    def output_digests(self) -> dict[str, str]:
+        """Return the outputs' sha256 by port."""
+        return {port: item.sha256 for port, item in self.outputs.items()}
 
 
 class DamagedObjectError(S2VFlowError):
@@ -91,12 +96,8 @@ class Store:
             for path in (self.root / "entries").glob("??/*.json"):
                 with suppress(OSError):
                     found.append((path.stat().st_mtime_ns, path))
-        entries = []
-        for _, path in sorted(found, reverse=True)[:limit]:
-            with suppress(OSError):
-                entry = _parse_entry(path.read_bytes(), path.stem)
-                entries += [] if entry is None else [entry]
-        return entries
+        entries = (read_entry(path) for _, path in sorted(found, reverse=True)[:limit])
+        return [entry for entry in entries if entry is not None]
 
     def read(self, item: StoredObject) -> bytes:
         """Return an object's bytes, verified.
@@ -229,10 +230,6 @@ class Store:
         """Move a damaged object to quarantine."""
         self._quarantine(self.object_path(item))
 
-    def put_entry_aside(self, fingerprint: str) -> None:
-        """Move an entry to quarantine: it counts as not there."""
-        self._quarantine(self._entry_path(fingerprint))
-
     def _put(self, payload: bytes | Path, item: StoredObject) -> None:
         if self._has(item):
             with suppress(OSError):
@@ -307,12 +304,7 @@ class Store:
         return self.root / "objects" / item.sha256[:2] / item.file_name
 
     def _quarantine(self, path: Path) -> bool:
-        """Put a file aside; tell whether nothing is left in its place."""
-        folder = self.root / "quarantine"
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            os.replace(path, folder / path.name)
-        return not os.path.lexists(path)
+        return quarantine(self.root, path)
 
 
 def read_entry(path: Path) -> Entry | None:

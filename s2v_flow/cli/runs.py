@@ -93,7 +93,7 @@ class _Box(click.ParamType[tuple[int, int, int, int]]):
 def quality(video: str, mouth: tuple[int, int, int, int] | None, as_json: bool, cache_dir: Path | None) -> None:
     """Measure a video, or what a run wrote: lips against voice, drift, seams, pictures that show nothing."""
     from s2v_flow.cli import report
-    from s2v_flow.history.figures import figures_of, figures_text
+    from s2v_flow.history.text import figures_of, figures_text
 
     found = figures_of(video, make_options(cache_dir=cache_dir, device=None).cache_root, mouth)
     report.print_json(found) if as_json else report.print_result(figures_text(found))

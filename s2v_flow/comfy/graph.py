@@ -220,15 +220,12 @@ def read_prompt(document: Mapping[str, Any], mistakes: Mistakes) -> Graph:
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield an input; a choice that stands with what it brings along ({"format": {"format": ...}}) by dotted names."""
     key = name.rpartition(".")[2]
-    if not isinstance(value, Mapping) or name.count(".") > _MAX_DOTS or not (key in value or _are_links(value)):
+    is_choice = isinstance(value, Mapping) and bool(value) and name.count(".") <= _MAX_DOTS
+    if not is_choice or not (key in value or all(isinstance(_input(item), Link) for item in value.values())):
         yield name, value
         return
     for part, item in value.items():
         yield from [(name, item)] if part == key else _flat(f"{name}.{part}", item)
-
-
-def _are_links(value: Mapping[str, Any]) -> bool:
-    return bool(value) and all(isinstance(_input(item), Link) for item in value.values())
 
 
 def _input(value: Any) -> Link | Value:

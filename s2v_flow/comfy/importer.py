@@ -21,12 +21,13 @@ from s2v_flow.comfy.finish import (
     difference,
     finish,
     meanings,
+    modernise,
     profile_name,
+    round_as_2025,
     unique,
 )
 from s2v_flow.comfy.graph import ComfyNode, Graph, Link, Mistakes, is_prompt, needed_order, read_prompt
 from s2v_flow.comfy.meaning import Context, Draft, SkipError
-from s2v_flow.comfy.modernise import modernise, round_as_2025
 from s2v_flow.comfy.sampling import SAMPLING
 from s2v_flow.comfy.scaling import SCALING
 from s2v_flow.comfy.sounds import SOUNDS
@@ -38,6 +39,7 @@ from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import flow_text, to_yaml
 from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.params import escaped
 from s2v_flow.recipe.reader import FORBIDDEN
 from s2v_flow.wording import shortened
 
@@ -110,7 +112,7 @@ def _unwrapped(document: Any, path: Path, mistakes: Mistakes) -> Any:
     found = list(_workflows(document, path, _MAX_WRAPPERS))
     if not found:
         raise bad_file(path, "neither the editor's nor the API's format")
-    made_for = [item for item in found if _ours(item[2])] or found
+    made_for = [item for item in found if "WanSoundImageToVideo" in json.dumps(item[2])] or found
     newest = max(made_for, key=lambda item: item[0])
     if len(found) > 1:
         others = ", ".join(shortened(name) for _, name, _ in found if name != newest[1])
@@ -139,11 +141,6 @@ def _workflows(value: Any, path: Path, depth: int, name: str = "") -> Iterator[t
         for key, item in value.items():
             if (isinstance(item, Mapping) and "prompt" in item) or key in _WRAPPERS:
                 yield from _workflows(item, path, depth - 1, str(key))
-
-
-def _ours(document: Any) -> bool:
-    """Tell whether a workflow makes video from sound."""
-    return "WanSoundImageToVideo" in json.dumps(document)
 
 
 def _drafted(document: Any, mistakes: Mistakes, path: Path) -> tuple[Graph, Draft]:
@@ -197,13 +194,10 @@ def checked(text: str, kinds: Kinds, profile: str | None = None) -> Recipe:
         try:
             return load_recipe(file, kinds=kinds, changes=Changes(() if profile is None else (profile,)))
         except RecipeError as error:
-            placed = [_renamed(item) for item in error.diagnostics]
+            found = error.diagnostics
+            places = [item.place and Place("(imported recipe)", item.place.line, item.place.column) for item in found]
+            placed = [replace(item, place=place) for item, place in zip(found, places, strict=True)]
             raise RecipeError("the workflow's values do not make a recipe", diagnostics=placed) from None
-
-
-def _renamed(item: Any) -> Any:
-    place = item.place
-    return item if place is None else replace(item, place=Place("(imported recipe)", place.line, place.column))
 
 
 def translate(graph: Graph, mistakes: Mistakes, folder: Path, wanted: Collection[str] | None = None) -> Draft:
@@ -295,7 +289,6 @@ def _note_dropped(graph: Graph, used: set[str], mistakes: Mistakes) -> None:
 
 _WIDTH = 120
 _LONGEST_ALIGNED = 12  # longer names do not move the others to the right
-_ESCAPED = re.compile(r"\$(?=\{|params\.)")
 
 
 def recipe_text(sections: Sections, description: str, profiles: Mapping[str, Mapping[str, Any]]) -> str:
@@ -352,5 +345,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, str):
-        return _ESCAPED.sub("$$", FORBIDDEN.sub("", value))
+        return escaped(FORBIDDEN.sub("", value))
     return value.text if isinstance(value, Reference) else value

@@ -139,7 +139,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What WanSoundImageToVideo or its Extend has put together for one chunk; `base` is the video it continues."""
+    """What WanSoundImageToVideo or its Extend gives as a chunk's empty latent; `base` is the video it continues."""
 
     source: ComfyNode
     base: Latent | None
@@ -155,13 +155,6 @@ class PreparedText:
 
     prepared: Prepared
     role: str
-
-
-@dataclass(frozen=True)
-class PreparedLatent:
-    """The empty latent of a prepared chunk."""
-
-    prepared: Prepared
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from s2v_flow.comfy.meaning import (
     NodeRef,
     Noise,
     Prepared,
-    PreparedLatent,
     PreparedText,
     Sigmas,
     Solver,
@@ -63,7 +62,7 @@ def _prepared(context: Context, node: ComfyNode) -> tuple[Any, ...]:
                 inputs.setdefault("reference", before.inputs["reference"])
             texts[role] = before.texts[texts[role].role]
     prepared = Prepared(node, base, texts, inputs, length, size)
-    return PreparedText(prepared, "positive"), PreparedText(prepared, "negative"), PreparedLatent(prepared)
+    return PreparedText(prepared, "positive"), PreparedText(prepared, "negative"), prepared
 
 
 def _side(context: Context, node: ComfyNode, name: str) -> Value:
@@ -125,11 +124,10 @@ def _require(context: Context, node: ComfyNode, name: str, wanted: Any) -> None:
 
 
 def _sampled(context: Context, node: ComfyNode, guider: Guider, sigmas: Sigmas, solver: Value, seed: Value) -> Latent:
-    prepared = context.meaning(node, "latent_image", object)
-    if not isinstance(prepared, PreparedLatent):
+    chunk = context.meaning(node, "latent_image", object)
+    if not isinstance(chunk, Prepared):
         fix = "connect the latent output of WanSoundImageToVideo or WanSoundImageToVideoExtend"
         raise context.refuse(node, "latent_image is not an empty latent of a chunk", fix)
-    chunk = prepared.prepared
     for what, name in (("sampler", solver), ("scheduler", sigmas.scheduler)):
         known = [word for word in get_args(Sample.model_fields[what].annotation) if word not in AUTHORS_SAMPLERS]
         if name.value not in known:
@@ -242,14 +240,6 @@ def _negative(context: Context, node: ComfyNode, guider: Guider, chunk: Prepared
     return _text_of(context, node, guider.negative, chunk, "negative")
 
 
-def _noise(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    return (Noise(context.value(node, "noise_seed")),)
-
-
-def _solver(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    return (Solver(context.value(node, "sampler_name")),)
-
-
 def _sigmas(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     _require(context, node, "denoise", 1.0)
     shift = context.meaning(node, "model", Model).shift
@@ -348,8 +338,8 @@ SAMPLING: Mapping[str, Translator] = MappingProxyType(
         "KSamplerAdvanced": _k_sampler,
         "SamplerCustom": _custom_sampler,
         "SamplerCustomAdvanced": _custom_sampler,
-        "RandomNoise": _noise,
-        "KSamplerSelect": _solver,
+        "RandomNoise": lambda context, node: (Noise(context.value(node, "noise_seed")),),
+        "KSamplerSelect": lambda context, node: (Solver(context.value(node, "sampler_name")),),
         "BasicScheduler": _sigmas,
         "CFGGuider": _guider,
         "BasicGuider": _guider,

@@ -87,10 +87,6 @@ def _load_image(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     return (Made(context.draft.add("load_image", "portrait", fields, node), "image"),)
 
 
-def _load_video(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    return (file_name(context, node, "file"),)
-
-
 def _video_components(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     found = context.meaning(node, "video", object)
     if isinstance(found, Video):
@@ -127,10 +123,6 @@ def _text(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     except ValueError as error:
         context.mistakes.note(f"prompt: {node.described()}: {error}: its brackets are taken as text")
     return (Made(context.draft.add("encode_text", "prompt", fields, node), "conditioning"),)
-
-
-def _zeroed(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    return (Zeroed(),)
 
 
 def _speech(context: Context, node: ComfyNode) -> tuple[Any, ...]:
@@ -231,11 +223,6 @@ def _save_latent(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     return ()
 
 
-def _load_latent(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    ref = context.draft.add("load_latent", "loaded", {"file": file_name(context, node, "latent")}, node)
-    return (Latent(ref),)
-
-
 SOURCES: Mapping[str, Translator] = MappingProxyType(
     {
         **dict.fromkeys(("UNETLoader", "DiffusionModelLoaderKJ", *GGUF_MODELS), _unet),
@@ -250,12 +237,14 @@ SOURCES: Mapping[str, Translator] = MappingProxyType(
         "AudioEncoderLoader": _loader("load_audio_encoder", "wav2vec2", "audio_encoder"),
         **dict.fromkeys(("VAELoader", "VAELoaderKJ"), _loader("load_vae", "vae", "vae")),
         "LoadImage": _load_image,
-        "LoadVideo": _load_video,
-        "LoadLatent": _load_latent,
+        "LoadVideo": lambda context, node: (file_name(context, node, "file"),),
+        "LoadLatent": lambda context, node: (
+            Latent(context.draft.add("load_latent", "loaded", {"file": file_name(context, node, "latent")}, node)),
+        ),
         "GetVideoComponents": _video_components,
         "RepeatImageBatch": _repeat,
         "CLIPTextEncode": _text,
-        "ConditioningZeroOut": _zeroed,
+        "ConditioningZeroOut": lambda context, node: (Zeroed(),),
         "AudioEncoderEncode": _speech,
         "CreateVideo": _create_video,
         "SaveVideo": _save_video,

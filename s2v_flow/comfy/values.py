@@ -135,13 +135,10 @@ def _concatenate(context: Context, node: ComfyNode) -> tuple[Any, ...]:
 
 
 def _switch(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    name = "on_true" if context.value(node, "switch").value else "on_false"
-    return (_handed_on(context, node, name),)
-
-
-def _first(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    """Any Switch (rgthree): the first input that has something."""
-    name = min((name for name, _ in node.links()), default="any_01")
+    if node.type == "ComfySwitchNode":
+        name = "on_true" if context.value(node, "switch").value else "on_false"
+    else:  # Any Switch (rgthree): the first input that has something
+        name = min((name for name, _ in node.links()), default="any_01")
     return (_handed_on(context, node, name),)
 
 
@@ -169,7 +166,6 @@ VALUES: Mapping[str, Translator] = MappingProxyType(
         "ComfyNumberConvert": _number_convert,
         "StringConstantMultiline": _multiline,
         "StringConcatenate": _concatenate,
-        "ComfySwitchNode": _switch,
-        "Any Switch (rgthree)": _first,
+        **dict.fromkeys(("ComfySwitchNode", "Any Switch (rgthree)"), _switch),
     }
 )

@@ -25,7 +25,8 @@ def widget_values(known: ComfyClass, node: Mapping[str, Any]) -> tuple[dict[str,
     given = list(given) if isinstance(given, list) else []
     loras = [value for value in given if isinstance(value, Mapping) and "lora" in value]
     values |= {f"lora_{number}": value for number, value in enumerate(loras, start=1)}
-    names = [str(item["widget"].get("name")) for item in maps_in(node, "inputs") if _is_map(item.get("widget"))]
+    inputs = [item["widget"] for item in maps_in(node, "inputs") if isinstance(item.get("widget"), Mapping)]
+    names = [str(widget.get("name")) for widget in inputs]
     pairs = _paired(names, given, known)
     if pairs is None:
         pairs = _paired(_names_by_place(known, given), given, known, is_loose=True) or []
@@ -115,10 +116,6 @@ def _edge_widgets(definition: Mapping[str, Any]) -> list[str]:
 
 def _is_control(value: Any) -> bool:
     return isinstance(value, str) and value in CONTROL_WORDS
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def list_in(source: Mapping[str, Any], key: str) -> list[Any]:

@@ -10,18 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from math import log10
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from s2v_flow.api import Options
 from s2v_flow.cache.store import DamagedObjectError, Store, StoredObject
 from s2v_flow.history.side import Side, Video, side
 from s2v_flow.runs.manifest import FileRecord
 from s2v_flow.wording import duration_text, listed, shown
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 
 _CHUNK = re.compile(r"\[\d+\]$")
 _SHORT = 12  # digits of a digest that people are shown
@@ -49,12 +44,16 @@ def compare_latents(store: Store, node: str, a: str, b: str) -> Measure:
     """Compare two chunks' latents by their digests, or, where these differ, by their values if both are stored."""
     if a == b:
         return Measure(node, "latent", True, 0.0)
+    from safetensors.numpy import load
+
     try:
-        one, other = (_latent(store, sha256) for sha256 in (a, b))
+        both = [store.read(StoredObject(sha256, 0, ".safetensors")) for sha256 in (a, b)]
     except DamagedObjectError:
         return Measure(node, "latent", False, note="not both are in the cache any more")
+    one, other = (load(stored)["samples"] for stored in both)
     if one.shape != other.shape:
-        return Measure(node, "latent", False, note=f"{_size(one)} cannot be compared with {_size(other)}")
+        sizes = ["x".join(map(str, latent.shape)) for latent in (one, other)]
+        return Measure(node, "latent", False, note=f"{sizes[0]} cannot be compared with {sizes[1]}")
     gap = one - other
     scale = float((one**2).mean()) ** 0.5
     relative = round(float((gap**2).mean()) ** 0.5 / scale, 6) if scale else None
@@ -92,18 +91,6 @@ def _compare_files(node: str, a: Path, b: Path) -> Measure:
     if largest == 0:
         return Measure(node, "video", True, 0.0)
     return Measure(node, "video", False, float(largest), round(10 * log10(255**2 * count / squares), 2))
-
-
-def _latent(store: Store, sha256: str) -> NDArray[np.float32]:
-    from safetensors.numpy import load
-
-    tensors: dict[str, Any] = load(store.read(StoredObject(sha256, 0, ".safetensors")))
-    latent: NDArray[np.float32] = tensors["samples"]
-    return latent
-
-
-def _size(latent: NDArray[np.float32]) -> str:
-    return "x".join(map(str, latent.shape))
 
 
 @contextmanager
@@ -204,7 +191,10 @@ def compare(a: str, b: str, options: Options) -> Comparison:
         for name, video in one.videos.items()
         if name in other.videos
     ]
-    found = (*inputs_that_differ(one, other), *_environment(one, other))
+    here, there = one.environment, other.environment
+    names = [name for name in here if name in there and here[name] != there[name]]
+    changes = (Difference("environment", name, here[name], there[name]) for name in names)
+    found = (*inputs_that_differ(one, other), *changes)
     return Comparison(one.name, other.name, found, times, tuple(measures))
 
 
@@ -241,12 +231,6 @@ def _files(one: Side, other: Side) -> Iterator[Difference]:
         if (a and a.sha256) != (b and b.sha256):
             role = next(record.role for record in (a, b) if record is not None)
             yield Difference(f"{role}s", at, _named(a), _named(b))
-
-
-def _environment(one: Side, other: Side) -> Iterator[Difference]:
-    for name in _names(one.environment, other.environment):
-        if name in one.environment and name in other.environment and one.environment[name] != other.environment[name]:
-            yield Difference("environment", name, one.environment[name], other.environment[name])
 
 
 def _names(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ from s2v_flow.runs.environment import FileDigests
 from s2v_flow.runs.essence import changed_files, likely_folders, read_essence
 from s2v_flow.runs.files import files_of
 from s2v_flow.runs.lockfile import lock_path, lock_text, read_lock
-from s2v_flow.runs.manifest import Essence, FileRecord
+from s2v_flow.runs.manifest import Essence
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,14 @@ def reproduce(
         def digest(file: Path) -> str | None:
             return digests(file) if file.is_file() else None  # the demo's models may not have been made yet
 
-        if changed := changed_files(essence, planned.plan, digest):
-            differences = tuple(_file_text(was, now) for was, now in changed)
+        differences = tuple(
+            f"{was.role} {was.name} ({was.at}): expected sha256 {was.sha256}, got {now.sha256}"
+            for was, now in changed_files(essence, planned.plan, digest)
+        )
+        if differences:
             return Reproduction(str(video), is_same=False, was_run=False, differences=differences)
         result = api.run_planned(planned, fresh, on_event)
         return _judged(video, essence, planned, result, output_dir)
-
-
-def _file_text(was: FileRecord, now: FileRecord) -> str:
-    return f"{was.role} {was.name} ({was.at}): expected sha256 {was.sha256}, got {now.sha256}"
 
 
 def _judged(
@@ -137,8 +136,7 @@ def _judged(
 def _first_other(essence: Essence, entries: Mapping[str, Entry]) -> str:
     """Say which stored result is the first that came out otherwise."""
     for name, was in essence.nodes.items():
-        entry = entries.get(name)
-        outputs = {} if entry is None else {port: item.sha256 for port, item in entry.outputs.items()}
+        outputs = entries[name].output_digests() if name in entries else {}
         for port, sha256 in was.outputs.items():
             if outputs.get(port) != sha256:
                 return f"{name}: its {port} is the first result that differs"

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError, RefusedError
-from s2v_flow.media.audio_blocks import Block, decode_blocks
-from s2v_flow.media.mixdown import HALF_POWER
+from s2v_flow.media.audio_blocks import HALF_POWER, Block, decode_blocks
 from s2v_flow.media.source import (
     MAX_AUDIO_SECONDS,
     MAX_AUDIO_VALUES,

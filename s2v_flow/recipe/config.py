@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.document import NodeSpec, Recipe
 from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.layers import LANGUAGE_VERSION
-from s2v_flow.recipe.params import Parameters, whole_reference
+from s2v_flow.recipe.params import Parameters, escaped, whole_reference
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import (
     Entry,
@@ -26,8 +25,6 @@ from s2v_flow.recipe.tree import (
     path_text,
     plain,
 )
-
-_MEANS_MORE = re.compile(r"\$(?=\{|params\.)")
 
 
 def config_text(recipe: Recipe, *, resolved: bool = True, with_origins: bool = False) -> str:
@@ -54,9 +51,9 @@ def portable_text(recipe: Recipe) -> str:
         for path, text in _moved_inputs(spec, recipe):
             param = whole_reference(_get(data["nodes"][name], path))
             if param is not None:
-                data["params"][param] = _escaped(text)
+                data["params"][param] = escaped(text)
             else:
-                _put(data["nodes"][name], path, _escaped(text))
+                _put(data["nodes"][name], path, escaped(text))
     return to_yaml(data)
 
 
@@ -89,7 +86,7 @@ def _data(recipe: Recipe, tree: MapValue, resolved: bool) -> dict[str, Any]:
     if resolved:
         for name, spec in recipe.nodes.items():
             for path, text in _moved_inputs(spec, recipe):
-                _put(data["nodes"][name], path, _escaped(text))
+                _put(data["nodes"][name], path, escaped(text))
     return data
 
 
@@ -129,11 +126,7 @@ def _literal(tree: Tree) -> Tree:
     if isinstance(tree, MapValue):
         entries = {key: Entry(entry.key_origin, _literal(entry.value)) for key, entry in tree.entries.items()}
         return MapValue(entries, tree.origin)
-    return Scalar(_escaped(tree.value), tree.origin) if isinstance(tree.value, str) else tree
-
-
-def _escaped(text: str) -> str:
-    return _MEANS_MORE.sub("$$", text)
+    return Scalar(escaped(tree.value), tree.origin) if isinstance(tree.value, str) else tree
 
 
 def _moved_inputs(spec: NodeSpec, recipe: Recipe) -> Iterator[tuple[FieldPath, str]]:

@@ -76,11 +76,17 @@ MAX_DEPTH = 16
 MAX_TEXT = 64_000
 _MAX_EXPANDED = 1_000_000  # of all texts and lists together
 _LIST_ITEM_WEIGHT = 16
+_MEANS_MORE = re.compile(r"\$(?=\{|params\.)")
 _WHOLE = re.compile(rf"\$params\.({NAME})")
 
 _SPECIAL = re.compile(
     rf"(?P<escape>\$\$(?=\{{|params\.))|(?P<inside>\$\{{params\.(?P<name>{NAME})\}})|(?P<wrong>\$\{{[^}}]{{0,60}}\}}?|\$params\.[^\s]{{0,60}})"
 )
+
+
+def escaped(text: str) -> str:
+    """Return a text as a recipe writes it: what looks like a reference is none."""
+    return _MEANS_MORE.sub("$$", text)
 
 
 def whole_reference(text: object) -> str | None:

@@ -50,7 +50,12 @@ def essence_of(
         files=file_records(parts, digest),
         device=device_class,
         software=software,
-        nodes={alone(name): _essence_node(plan.node(name), entry) for name, entry in stored.items()},
+        nodes={
+            alone(name): EssenceNode(
+                kind=plan.node(name).kind, fingerprint=entry.fingerprint, outputs=entry.output_digests()
+            )
+            for name, entry in stored.items()
+        },
         frames=facts.get("frames"),
         frames_sha256=facts.get("frames_sha256"),
         chunk_starts=node.facts.get("chunk_starts") or [],
@@ -148,8 +153,3 @@ def video_notes(recipe: Recipe, plan: Plan, digest: Callable[[Path], str | None]
         for was, now in changed_files(essence, plan, digest):
             if was.name == now.name:
                 yield f"{WARNING}{was.at}: {was.name} has changed since it went into {recipe.path.name}"
-
-
-def _essence_node(node: PlanNode, entry: Entry) -> EssenceNode:
-    outputs = {port: item.sha256 for port, item in entry.outputs.items()}
-    return EssenceNode(kind=node.kind, fingerprint=entry.fingerprint, outputs=outputs)

@@ -179,12 +179,11 @@ class Recorder:
         )
 
     def _quality(self) -> dict[str, Any] | None:
-        found = {
-            node.name: self.entries[node.name].facts["quality"]
-            for node in self.plan.nodes
-            if node.name in self.entries and "quality" in self.entries[node.name].facts
-        }
-        return of_videos(found) if found else None
+        names = [node.name for node in self.plan.nodes if "quality" in self._facts(node.name)]
+        return of_videos({name: self._facts(name)["quality"] for name in names}) if names else None
+
+    def _facts(self, name: str) -> Mapping[str, Any]:
+        return self.entries[name].facts if name in self.entries else {}
 
     @cached_property
     def _git(self) -> GitRecord | None:
@@ -201,7 +200,7 @@ class Recorder:
         ]
 
     def _node(self, node: PlanNode, status: str) -> NodeRecord:
-        entry, done = self.entries.get(node.name), self._finished.get(node.name)
+        entry, done, facts = self.entries.get(node.name), self._finished.get(node.name), self._facts(node.name)
         return NodeRecord(
             name=node.name,
             kind=node.kind,
@@ -209,10 +208,10 @@ class Recorder:
             fingerprint=self._fingerprint(node),
             seconds=None if done is None else round(done.seconds, 3),
             peak_bytes=None if done is None else done.peak_bytes,
-            peak_device_bytes=None if done is None or entry is None else entry.facts.get("peak_device_bytes"),
-            outputs={} if entry is None else {port: item.sha256 for port, item in entry.outputs.items()},
+            peak_device_bytes=None if done is None else facts.get("peak_device_bytes"),
+            outputs={} if entry is None else entry.output_digests(),
             kept=node.name not in self.not_kept,
-            degraded=None if entry is None else entry.facts.get("degraded") or None,
+            degraded=facts.get("degraded") or None,
         )
 
     def _state(self, node: PlanNode, status: str) -> NodeState:

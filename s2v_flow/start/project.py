@@ -20,7 +20,7 @@ from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.load import load_recipe
-from s2v_flow.recipe.params import whole_reference
+from s2v_flow.recipe.params import escaped, whole_reference
 from s2v_flow.recipe.reader import FORBIDDEN
 from s2v_flow.recipe.tree import plain
 from s2v_flow.start.recipes import ABOVE, BEHIND, RECIPES, start_data
@@ -84,15 +84,22 @@ def recipe_text(start: Start, folder: Path) -> str:
         MissingError, MediaError, RefusedError: A file is not there, or is no image or sound that can be used.
         S2VFlowError: A text holds characters that no recipe may hold.
     """
+    for path, what in ((start.portrait, "portrait"), (start.voice, "voice")):
+        if path is not None and not path.exists():
+            raise MissingError(f"{path}: no such file", fix=f"give the path of the {what}")
     width, height = _PLACEHOLDER_SIZE
     portrait, voice = "portrait.png", "voice.mp3"
     about = {"image": "put your portrait there", "audio": "put the voice there"}
     if start.portrait is not None:
-        width, height = _image_size(start.portrait)
+        from s2v_flow.media.image import probe_image
+
+        width, height = probe_image(start.portrait)
         portrait = _relative(start.portrait, folder)
         about["image"] = f"{width}x{height} pixels"
     if start.voice is not None:
-        about["audio"] = f"{_seconds(start.voice):.2f} s"
+        from s2v_flow.media.audio import probe_audio
+
+        about["audio"] = f"{probe_audio(start.voice).duration_seconds:.2f} s"
         voice = _relative(start.voice, folder)
     like = RECIPES[start.like]
     size = like.size or fitting_size(width, height, like.max_area)
@@ -102,7 +109,7 @@ def recipe_text(start: Start, folder: Path) -> str:
         if found is not None:
             message = f"the {name} holds the character U+{ord(found[0]):04X}, which may not stand in a recipe"
             raise S2VFlowError(message, fix="leave it out, or rename the file", exit_code=ExitCode.USAGE)
-    literal = {name: _literal(text) for name, text in texts.items()}
+    literal = {name: escaped(text) for name, text in texts.items()}
     data = start_data(start.like, {**literal, "width": size[0], "height": size[1]}, start.output)
     behind = {path: text for path, text in BEHIND.items() if _has(data, path)}
     behind.update({("params", name): text for name, text in about.items()})
@@ -146,13 +153,8 @@ def changes_like(start: Start, recipe: Recipe) -> list[Override]:
             raise S2VFlowError(message, fix, exit_code=ExitCode.USAGE)
         param = whole_reference(nodes[found[0]].get(field))
         place = f"nodes.{found[0]}.{field}" if param is None else f"params.{param}"
-        changes.append(Override("set-json", f"{place}={json.dumps(_literal(value))}"))
+        changes.append(Override("set-json", f"{place}={json.dumps(escaped(value))}"))
     return changes
-
-
-def _literal(text: str) -> str:
-    """Return a text as a recipe writes it: what looks like a reference is none."""
-    return text.replace("${", "$${").replace("$params.", "$$params.")
 
 
 def recipe_path(video: Path) -> Path:
@@ -190,25 +192,6 @@ def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise S2VFlowError(f"{path}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    from s2v_flow.media.image import probe_image
-
-    _require(path, "portrait")
-    return probe_image(path)
-
-
-def _seconds(path: Path) -> float:
-    from s2v_flow.media.audio import probe_audio
-
-    _require(path, "voice")
-    return float(probe_audio(path).duration_seconds)
-
-
-def _require(path: Path, what: str) -> None:
-    if not path.exists():
-        raise MissingError(f"{path}: no such file", fix=f"give the path of the {what}")
 
 
 def _relative(path: Path, folder: Path) -> str:

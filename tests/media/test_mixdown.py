@@ -12,7 +12,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from s2v_flow.media.audio import open_audio, probe_audio, read_audio
-from s2v_flow.media.mixdown import HALF_POWER, to_stereo
+from s2v_flow.media.audio_blocks import HALF_POWER, to_stereo
 from s2v_flow.media.resample import speech_blocks
 from s2v_flow.media.writer import VideoWriter
 

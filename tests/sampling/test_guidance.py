@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from s2v_flow.sampling.guidance import denoised_from_velocity, guide
+from s2v_flow.sampling.sampler import denoised_from_velocity, guide
 
 GENERATOR = torch.Generator().manual_seed(0)
 CONDITIONAL, UNCONDITIONAL, X = torch.randn(3, 1, 16, 1, 2, 2, generator=GENERATOR)
