@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from s2v_flow.cli.options import FILE, FOLDER, CommandT, OrderedGroup, make_options
+from s2v_flow.cli.options import FILE, FOLDER, OrderedGroup, all_of, make_options
 from s2v_flow.errors import ExitCode, S2VFlowError
 
 if TYPE_CHECKING:
@@ -24,11 +24,7 @@ _NODE = click.option("--node", "nodes", multiple=True, metavar="NAME", help="All
 _CHOSEN = click.argument("fingerprints", nargs=-1, metavar="[FINGERPRINT]...")
 
 
-def _of_results(command: CommandT) -> CommandT:
-    """Add the options of a command that changes the results which it is given."""
-    for decorate in (_CACHE, _JSON, _DRY, _NODE, _CHOSEN):
-        command = decorate(command)
-    return command
+_of_results = all_of(_CACHE, _JSON, _DRY, _NODE, _CHOSEN)  # of a command that changes the results which it is given
 
 
 @click.group(cls=OrderedGroup)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import click
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from s2v_flow.api import Options
     from s2v_flow.recipe.argument import Override
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _ORDER = "s2v_flow.cli.options"
 
 _KINDS: dict[str, Literal["set", "set-json", "set-file", "unset", "seed"]] = {
@@ -50,19 +49,123 @@ class OrderedGroup(click.Group):
     command_class = OrderedCommand
 
 
-def override_options(command: _Function) -> _Function:
-    """Add the options that change values of a recipe."""
-    for option, name, metavar, text in (
-        ("--seed", "seeds", "N", "Short for --set seed=N; without such a parameter, that of every sample node."),
-        ("--unset", "unsets", "PATH", "Go back to the default; remove an item of a list."),
-        ("--set-file", "file_sets", "PATH=FILE", "Set a text to a file's: prompt=prompt.txt."),
-        ("--set-json", "json_sets", "PATH=JSON", "Set a value of any shape: nodes.dit.loras=[]."),
-        ("--set", "sets", "PATH=VALUE", "Set a value: steps=20."),
-    ):
-        complete = None if option in ("--unset", "--seed") else complete_set
-        add = click.option(option, name, multiple=True, metavar=metavar, shell_complete=complete, help=text)
-        command = add(command)
-    return command
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path)
+
+
+class Decorate(Protocol):
+    """Adds options to a command."""
+
+    def __call__(self, command: CommandT, /) -> CommandT:
+        """Return the command with them."""
+
+
+def all_of(*decorators: Callable[[Any], Any]) -> Decorate:
+    """Return what adds several options; the help shows the last of them first."""
+
+    def decorate(command: CommandT, /) -> CommandT:
+        for add in decorators:
+            command = add(command)
+        return command
+
+    return decorate
+
+
+override_options = all_of(  # change values of a recipe
+    *(
+        click.option(
+            option,
+            name,
+            multiple=True,
+            metavar=metavar,
+            help=text,
+            shell_complete=None if option in ("--unset", "--seed") else complete_set,
+        )
+        for option, name, metavar, text in (
+            ("--seed", "seeds", "N", "Short for --set seed=N; without such a parameter, that of every sample node."),
+            ("--unset", "unsets", "PATH", "Go back to the default; remove an item of a list."),
+            ("--set-file", "file_sets", "PATH=FILE", "Set a text to a file's: prompt=prompt.txt."),
+            ("--set-json", "json_sets", "PATH=JSON", "Set a value of any shape: nodes.dit.loras=[]."),
+            ("--set", "sets", "PATH=VALUE", "Set a value: steps=20."),
+        )
+    )
+)
+change_options = all_of(  # change a recipe
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout."),
+    click.option("-f", "override_files", type=FILE, multiple=True, metavar="FILE", help="Lay a file over it."),
+    click.option(
+        "-p",
+        "--profile",
+        "profiles",
+        multiple=True,
+        metavar="NAMES",
+        shell_complete=complete_profile,
+        help="Profiles of the recipe: -p quality,bf16.",
+    ),
+    override_options,
+)
+recipe_options = all_of(change_options, click.argument("recipe", type=FILE))  # the recipe, and what changes it
+folder_options = all_of(  # where things are
+    click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N."),
+    click.option("--cache-dir", type=FOLDER, help="Where artifacts are kept.  [env: S2VFLOW_CACHE_DIR]"),
+    click.option("--output-dir", type=FOLDER, help="Where relative outputs go."),
+    click.option("--input-dir", "input_dirs", type=FOLDER, multiple=True, help="Where inputs are looked for too."),
+    click.option(
+        "--extra-model-paths",
+        type=FILE,
+        multiple=True,
+        metavar="FILE",
+        help="ComfyUI's extra_model_paths.yaml.  [env: S2VFLOW_EXTRA_MODEL_PATHS]",
+    ),
+    click.option(
+        "--models-dir",
+        "models_dirs",
+        type=FOLDER,
+        multiple=True,
+        help="A models folder in ComfyUI's layout; repeatable.  [env: S2VFLOW_MODELS_DIR]",
+    ),
+)
+selection_options = all_of(  # a part of the plan
+    click.option("--fail-fast", is_flag=True, help="In a matrix: one cell that fails stops the others."),
+    click.option("-m", "axes", multiple=True, metavar="PATH=VALUES", help="Vary a value: -m seed=1..8."),
+    click.option("--cache-only", is_flag=True, help="Fail instead of computing anything."),
+    click.option("--no-cache", is_flag=True, help="Compute everything anew."),
+    click.option(
+        "--force",
+        multiple=True,
+        metavar="NODE[+]",
+        help="Compute it anew; with + all after it.",
+        shell_complete=complete_node,
+    ),
+    click.option(
+        "--only", multiple=True, metavar="NODE", help="Run it alone, from stored inputs.", shell_complete=complete_node
+    ),
+    click.option("--from", "start", metavar="NODE", help="Compute nothing before it.", shell_complete=complete_node),
+    click.option("--until", multiple=True, metavar="NODE", help="Run nothing after it.", shell_complete=complete_node),
+)
+output_options = all_of(  # what becomes of outputs
+    click.option("--overwrite", is_flag=True, help="Replace other files instead of numbering the new ones."),
+    click.option("-o", "--output", type=FILE, metavar="FILE", help="Where the only output goes."),
+)
+record_options = all_of(  # what is kept of a run, and what it is held to
+    click.option("--share-gpu", is_flag=True, help="Do not wait for another run that uses the same GPU."),
+    click.option("--record-host", is_flag=True, help="Name the host and the user in the run's manifest."),
+    click.option("--locked", is_flag=True, help="Refuse to run unless every file is as in <recipe>.lock.yaml."),
+    click.option("--events", metavar="FILE|-", help="Write the run's events there, one JSON object a line."),
+    click.option(
+        "--cache-limit",
+        metavar="SIZE|none",
+        help="How large the cache may become, such as 20G; unless given, 50G or a fifth of the disk."
+        "  [env: S2VFLOW_CACHE_LIMIT]",
+    ),
+)
+level_options = all_of(  # how much is told, as `level`
+    click.option(
+        "-v", "--verbose", "level", flag_value="verbose", help="Tell also what is stored already, every file, details."
+    ),
+    click.option("-q", "--quiet", "level", flag_value="quiet", default="normal", help="Tell errors and results only."),
+)
 
 
 def take_overrides(given: dict[str, Any]) -> list[Override]:
@@ -80,115 +183,6 @@ def take_overrides(given: dict[str, Any]) -> list[Override]:
     if any(texts.values()):
         raise RuntimeError("a command that takes --set and its like has to be an OrderedCommand")
     return found
-
-
-CommandT = TypeVar("CommandT", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path)
-
-
-def recipe_options(command: CommandT) -> CommandT:
-    """Add the recipe and the options that change it."""
-    return click.argument("recipe", type=FILE)(change_options(command))
-
-
-def change_options(command: CommandT) -> CommandT:
-    """Add the options that change a recipe."""
-    for decorate in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout."),
-        click.option("-f", "override_files", type=FILE, multiple=True, metavar="FILE", help="Lay a file over it."),
-        click.option(
-            "-p",
-            "--profile",
-            "profiles",
-            multiple=True,
-            metavar="NAMES",
-            shell_complete=complete_profile,
-            help="Profiles of the recipe: -p quality,bf16.",
-        ),
-        override_options,
-    ):
-        command = decorate(command)
-    return command
-
-
-def folder_options(command: CommandT) -> CommandT:
-    """Add the options that say where things are."""
-    for decorate in (
-        click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N."),
-        click.option("--cache-dir", type=FOLDER, help="Where artifacts are kept.  [env: S2VFLOW_CACHE_DIR]"),
-        click.option("--output-dir", type=FOLDER, help="Where relative outputs go."),
-        click.option("--input-dir", "input_dirs", type=FOLDER, multiple=True, help="Where inputs are looked for too."),
-        click.option(
-            "--extra-model-paths",
-            type=FILE,
-            multiple=True,
-            metavar="FILE",
-            help="ComfyUI's extra_model_paths.yaml.  [env: S2VFLOW_EXTRA_MODEL_PATHS]",
-        ),
-        click.option(
-            "--models-dir",
-            "models_dirs",
-            type=FOLDER,
-            multiple=True,
-            help="A models folder in ComfyUI's layout; repeatable.  [env: S2VFLOW_MODELS_DIR]",
-        ),
-    ):
-        command = decorate(command)
-    return command
-
-
-def selection_options(command: CommandT) -> CommandT:
-    """Add the options that pick a part of the plan."""
-    names: dict[str, Any] = {"shell_complete": complete_node}
-    for decorate in (
-        click.option("--fail-fast", is_flag=True, help="In a matrix: one cell that fails stops the others."),
-        click.option("-m", "axes", multiple=True, metavar="PATH=VALUES", help="Vary a value: -m seed=1..8."),
-        click.option("--cache-only", is_flag=True, help="Fail instead of computing anything."),
-        click.option("--no-cache", is_flag=True, help="Compute everything anew."),
-        click.option(
-            "--force", multiple=True, metavar="NODE[+]", help="Compute it anew; with + all after it.", **names
-        ),
-        click.option("--only", multiple=True, metavar="NODE", help="Run it alone, from stored inputs.", **names),
-        click.option("--from", "start", metavar="NODE", help="Compute nothing before it.", **names),
-        click.option("--until", multiple=True, metavar="NODE", help="Run nothing after it.", **names),
-    ):
-        command = decorate(command)
-    return command
-
-
-def output_options(command: CommandT) -> CommandT:
-    """Add the options that say what becomes of outputs."""
-    command = click.option("--overwrite", is_flag=True, help="Replace other files instead of numbering the new ones.")(
-        command
-    )
-    return click.option("-o", "--output", type=FILE, metavar="FILE", help="Where the only output goes.")(command)
-
-
-def record_options(command: CommandT) -> CommandT:
-    """Add the options that say what is kept of a run, and what it is held to."""
-    for decorate in (
-        click.option("--share-gpu", is_flag=True, help="Do not wait for another run that uses the same GPU."),
-        click.option("--record-host", is_flag=True, help="Name the host and the user in the run's manifest."),
-        click.option("--locked", is_flag=True, help="Refuse to run unless every file is as in <recipe>.lock.yaml."),
-        click.option("--events", metavar="FILE|-", help="Write the run's events there, one JSON object a line."),
-        click.option(
-            "--cache-limit",
-            metavar="SIZE|none",
-            help="How large the cache may become, such as 20G; unless given, 50G or a fifth of the disk."
-            "  [env: S2VFLOW_CACHE_LIMIT]",
-        ),
-    ):
-        command = decorate(command)
-    return command
-
-
-def level_options(command: CommandT) -> CommandT:
-    """Add the options that say how much is told, as `level`."""
-    more = "Tell also what is stored already, every file, details."
-    command = click.option("-v", "--verbose", "level", flag_value="verbose", help=more)(command)
-    less = "Tell errors and results only."
-    return click.option("-q", "--quiet", "level", flag_value="quiet", default="normal", help=less)(command)
 
 
 def make_options(**given: Any) -> Options:
@@ -229,17 +223,13 @@ class Like(click.Choice[str]):
         return value if is_file else super().convert(value, param, ctx)
 
 
-def start_options(command: CommandT) -> CommandT:
-    """Add the options of commands that write a first recipe."""
-    for decorate in (
-        click.option("--force", is_flag=True, help="Overwrite the recipe that is there."),
-        click.option(
-            "--like",
-            type=Like(["lightning", "quality", "bf16", "official", "demo"]),
-            default="lightning",
-            help="Which settings to begin with; make: or those of an mp4 or a recipe.",
-            show_default=True,
-        ),
-    ):
-        command = decorate(command)
-    return command
+start_options = all_of(  # of commands that write a first recipe
+    click.option("--force", is_flag=True, help="Overwrite the recipe that is there."),
+    click.option(
+        "--like",
+        type=Like(["lightning", "quality", "bf16", "official", "demo"]),
+        default="lightning",
+        help="Which settings to begin with; make: or those of an mp4 or a recipe.",
+        show_default=True,
+    ),
+)
