@@ -67,14 +67,11 @@ class Limits:
 def convert_pickle(
     source: Path, target: BinaryIO, wanted: Wanted, on_progress: Progress, limits: Limits | None = None
 ) -> int:
-    """Let a child process make a safetensors file of a pickle.
+    """Let a child process make a safetensors file of a pickle: how many entries beside the state dict were left out.
 
     Args:
         on_progress: Called with the bytes that are written, and all.
         limits: What the child may use; unless given, by the source's size.
-
-    Returns:
-        How many entries beside the state dict were left out.
 
     Raises:
         MissingError: The source or the tokenizer cannot be read.

@@ -52,13 +52,10 @@ class Locations:
     output_file: Path | None = None
 
     def find(self, mark: FileField, text: str, base_dir: Path) -> Path | Missing:
-        """Find a model or an input.
+        """Find a model or an input: the file's path, or what is missing.
 
         Args:
             base_dir: The folder of the file that says it.
-
-        Returns:
-            The file's path, or what is missing.
         """
         name = Path(os.path.expanduser(text))
         if mark.role == "model":

@@ -108,13 +108,10 @@ class Node(BaseModel):
     def deliver(
         self, files: Mapping[FieldPath, Path], artifacts: Mapping[str, Artifact], note: bytes
     ) -> list[tuple[Path, bool]]:
-        """Put a sink's stored result where the recipe wants it.
+        """Put a sink's stored result where the recipe wants it: the files written and whether each had to change.
 
         Args:
             note: What the result was made of, as boxes behind an mp4, for kinds that are such; may be empty.
-
-        Returns:
-            The files written and whether each had to change.
         """
         return [(target, artifacts[port].copy_to(target)) for port, target in self.targets(files, artifacts).items()]
 

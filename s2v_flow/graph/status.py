@@ -90,14 +90,11 @@ def output_digests(node: PlanNode, key: str, entry: Entry | None) -> dict[Source
 def assess(
     plan: Plan, store: Store, numerics: Numerics, file_digest: FileDigest, forced: frozenset[str] = frozenset()
 ) -> dict[str, NodeStatus]:
-    """Find out what a run would do, without computing anything.
+    """Find out what a run would do, without computing anything: the status of every plan node by name.
 
     Args:
         file_digest: sha256 of a file where it is known without much work, else None.
         forced: Plan nodes that are computed whatever is stored.
-
-    Returns:
-        The status of every plan node by name.
     """
     known: dict[Source, str] = {}
     found: dict[str, NodeStatus] = {}
@@ -202,14 +199,11 @@ _SHOWN = 3
 
 
 def explain(name: str, recipe_node: str, image: Mapping[str, Any], entries: Sequence[Entry]) -> str:
-    """Say what differs from the nearest stored result of the same kind.
+    """Say what differs from the nearest stored result of the same kind: text like "nodes.first.steps: 4 -> 20".
 
     Args:
         name: The plan node; among equally near results, its own earlier ones count first.
         entries: Stored results, the newest first.
-
-    Returns:
-        Text like "nodes.first.steps: 4 -> 20".
     """
     best: list[str] | None = None
     for entry in sorted(entries, key=lambda entry: entry.facts.get("node") != name):

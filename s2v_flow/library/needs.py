@@ -275,10 +275,7 @@ def find_extra_models(models_dirs: Sequence[Path]) -> list[Path]:
 
 
 def read_extra_models(files: Sequence[Path]) -> tuple[ModelFolder, ...]:
-    """Read extra_model_paths.yaml files.
-
-    Returns:
-        The folders, whether they are there or not.
+    """Read extra_model_paths.yaml files: the folders, whether they are there or not.
 
     Raises:
         RecipeError: With every mistake in the files.

@@ -58,14 +58,11 @@ def rotation_table(grids: Sequence[Grid], device: torch.device | str = "cpu") ->
 
 
 def rotate_(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate each pair of neighbouring channels (0 and 1, 2 and 3, ...) in place.
+    """Rotate each pair of neighbouring channels (0 and 1, 2 and 3, ...) in place; return x.
 
     Args:
         x: Queries or keys, float32 [B, L, N, K], contiguous; overwritten.
         rotations: complex64 [L, 1, K / 2], from `rotation_table`.
-
-    Returns:
-        x.
     """
     torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(rotations)
     return x
@@ -89,15 +86,12 @@ class KeysValues(NamedTuple):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute softmax(q k^T / sqrt(K)) v.
+    """Compute softmax(q k^T / sqrt(K)) v: the attended values with the heads joined, [B, L, N K], of q's dtype.
 
     Args:
         q: [B, N, L, K], floating point.
         k: [B, N, S, K], of q's dtype.
         v: [B, N, S, K], of q's dtype.
-
-    Returns:
-        The attended values with the heads joined, [B, L, N K], of q's dtype.
     """
     attended = F.scaled_dot_product_attention(q, k, v)  # [B, N, L, K]
     return attended.transpose(1, 2).flatten(2)  # [B, L, D]
@@ -125,15 +119,12 @@ class SelfAttention(Projections):
     """Attention of all tokens to all tokens, with rotary positions."""
 
     def forward(self, x: Tensor, rotations: Tensor, num_queries: int) -> Tensor:
-        """Let the first `num_queries` tokens attend to all.
+        """Let the first `num_queries` tokens attend to all: [B, num_queries, D], of x's dtype.
 
         Args:
             x: Tokens [B, L, D], in the dtype to compute in.
             rotations: complex64 [L, 1, K / 2].
             num_queries: How many tokens are asked for, 1 to L.
-
-        Returns:
-            [B, num_queries, D], of x's dtype.
         """
         q = rotate_(split_heads(self.norm_q(self.q(x[:, :num_queries]))), rotations[:num_queries]).to(x.dtype)
         k = rotate_(split_heads(self.norm_k(self.k(x))), rotations).to(x.dtype)
@@ -155,14 +146,11 @@ class CrossAttention(Projections):
         return KeysValues(keys.transpose(1, 2), split_heads(self.v(context)).transpose(1, 2))
 
     def forward(self, x: Tensor, context: KeysValues) -> Tensor:
-        """Let every token attend to the context.
+        """Let every token attend to the context: [B, L, D], of x's dtype.
 
         Args:
             x: Tokens [B, L, D], in the dtype to compute in.
             context: From `keys_values`; a batch of one serves every sample of x.
-
-        Returns:
-            [B, L, D], of x's dtype.
         """
         q = split_heads(self.norm_q(self.q(x))).to(x.dtype).transpose(1, 2)  # [B, N, L, K]
         keys, values = (part.expand(len(x), -1, -1, -1) for part in context)

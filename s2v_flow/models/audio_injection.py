@@ -88,14 +88,11 @@ class CausalAudioEncoder(nn.Module):
         self.encoder = AudioTokenEncoder(audio_dim, dim)
 
     def forward(self, audio_embed: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Encode a chunk's audio.
+        """Encode a chunk's audio: the global token [B, F, D] and the local tokens [B, F, 5, D], both of `dtype`.
 
         Args:
             audio_embed: [B, A, E, 4 F].
             conditioning: Whose alignment of audio and latent frames.
-
-        Returns:
-            The global token [B, F, D] and the local tokens [B, F, 5, D], both of `dtype`.
         """
         weights = F.silu(self.weights.float())
         features = (audio_embed.float() * (weights / weights.sum(1, keepdim=True))).sum(1).transpose(1, 2)  # [B, 4F, E]
@@ -158,15 +155,12 @@ class AudioInjector(nn.Module):
         return prepared
 
     def forward(self, video: Tensor, audio: InjectedAudio, block: int, dtype: torch.dtype) -> Tensor:
-        """Compute what one injector adds to the video tokens.
+        """Compute what one injector adds to the video tokens: [B, L, D], of `dtype`.
 
         Args:
             video: Video tokens, float32 [B, L, D].
             audio: From `prepare`, for `block`.
             block: The block that has just run; one of INJECTION_BLOCKS.
-
-        Returns:
-            [B, L, D], of `dtype`.
         """
         num_frames = audio.keys.shape[1]
         x = F.layer_norm(video, video.shape[-1:], eps=1e-5)

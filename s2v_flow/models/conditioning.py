@@ -153,7 +153,7 @@ class MotionPacker(nn.Module):
 
 
 def motion_grids(height: int, width: int, conditioning: Conditioning) -> list[Grid]:
-    """Place the motion tokens in time and space.
+    """Place the motion tokens in time and space: one grid per bucket, in the order of the tokens.
 
     ComfyUI's buckets step by one in time, at fractional places in space; the authors' step over their true span, at
     places truncated to integers.
@@ -161,9 +161,6 @@ def motion_grids(height: int, width: int, conditioning: Conditioning) -> list[Gr
     Args:
         height: Latent rows.
         width: Latent columns.
-
-    Returns:
-        One grid per bucket, in the order of the tokens.
 
     Source: Wan2.2, wan/modules/s2v/s2v_utils.py, rope_precompute.
     """

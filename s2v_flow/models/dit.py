@@ -72,9 +72,6 @@ class S2VConfig:
         Args:
             shapes: Key, without prefix, to shape. Keys that are not the model's, such as scales, are ignored.
 
-        Returns:
-            The sizes.
-
         Raises:
             ValueError: It is not an S2V model, or the sizes contradict each other. Loading checks every key.
         """
@@ -165,13 +162,10 @@ class WanS2V(nn.Module):
 
     @torch.no_grad()
     def prepare_text(self, context: Tensor) -> PreparedText:
-        """Prepare a prompt, once per prompt.
+        """Prepare a prompt, once per prompt: the keys and values of every block's cross-attention.
 
         Args:
             context: The text encoder's output, [B or 1, S, text width].
-
-        Returns:
-            The keys and values of every block's cross-attention.
 
         Raises:
             ValueError: The shape is wrong.
@@ -186,16 +180,13 @@ class WanS2V(nn.Module):
     def prepare_audio(
         self, audio_embed: Tensor | None, *, num_latent_frames: int, conditioning: Conditioning
     ) -> PreparedAudio | None:
-        """Prepare a chunk's audio, once per chunk and branch.
+        """Prepare a chunk's audio, once per chunk and branch: what the injectors need, or None without audio.
 
         Args:
             audio_embed: Audio features at 16 frames a second, floating point [B or 1, A, E, 4 F]; zeros for the
                 unconditional branch; None where the audio is over.
             num_latent_frames: F.
             conditioning: "official": latent frame t sees the audio up to frame 4t + 3; "comfyui": up to 4t.
-
-        Returns:
-            What the injectors need, or None without audio.
 
         Raises:
             ValueError: The shape or the conditioning is wrong.

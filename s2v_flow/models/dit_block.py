@@ -39,14 +39,11 @@ def split_rows(rows: Tensor, num_noisy: int) -> tuple[Segments, ...]:
 
 
 def timestep_embedding(timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    """Embed timesteps as cosines and sines.
+    """Embed timesteps as 128 cosines and then 128 sines, float32 [B, 256].
 
     Args:
         timestep: sigma * 1000, floating point [B].
         conditioning: ComfyUI computes the angles in float32, the authors in float64.
-
-    Returns:
-        float32 [B, 256]: 128 cosines, then 128 sines.
 
     Source: A. Vaswani et al., 2017, section 3.5; Wan2.2, wan/modules/model.py, sinusoidal_embedding_1d.
     """
@@ -104,7 +101,7 @@ class Block(nn.Module):
     def forward(
         self, hidden: Sequence[Tensor], texts: Sequence[KeysValues], step: Step, *, num_kept: int
     ) -> list[Tensor]:
-        """Run the block for every branch of guidance.
+        """Run the block for every branch of guidance: one stream per branch, float32 [B, num_kept, D].
 
         Args:
             hidden: One residual stream per branch, float32 [B, L, D], or a single one that all branches still share:
@@ -112,9 +109,6 @@ class Block(nn.Module):
             texts: Keys and values of each branch's text, one per branch.
             step: What the forward pass shares.
             num_kept: How many tokens, from the first, are asked for: all, or fewer after the last block.
-
-        Returns:
-            One stream per branch, float32 [B, num_kept, D].
         """
         rows = self.modulation.float() + step.time  # [B+1, 6, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = split_rows(rows, step.num_noisy)
@@ -144,15 +138,12 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
 
     def forward(self, x: Tensor, time: Tensor, num_noisy: int, dtype: torch.dtype) -> Tensor:
-        """Project tokens to the values of their patches.
+        """Project tokens to the values of their patches: float32 [B, L, values per patch].
 
         Args:
             x: float32 [B, L, D].
             time: Timestep embeddings before projection, float32 [B + 1, D]; the last row is time 0.
             num_noisy: How many tokens, from the first, see the timestep.
-
-        Returns:
-            float32 [B, L, values per patch].
         """
         shift, scale = split_rows(self.modulation.float() + time.unsqueeze(1), num_noisy)
         patches: Tensor = self.head(_modulated(x, shift, scale, dtype))

@@ -108,7 +108,7 @@ def load_dit(
     rounds_linears: bool = False,
     streamed: bool = False,
 ) -> LoadedDit:
-    """Load a Wan2.2-S2V diffusion model.
+    """Load a Wan2.2-S2V diffusion model: the module, in eval mode, and a report.
 
     Args:
         path: A safetensors or GGUF file, in full precision or quantised.
@@ -121,9 +121,6 @@ def load_dit(
             bit to fp8 too, without a scale, as ComfyUI (October 2025) does when it loads such a file.
         streamed: Offload the weights of blocks and injectors to host memory; they are never all on the device. The
             same bits come out.
-
-    Returns:
-        The module, in eval mode, and a report.
 
     Raises:
         MissingError, RefusedError, CheckpointError: A file is missing, a pickle, damaged, or not of this family.

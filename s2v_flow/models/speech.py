@@ -169,15 +169,12 @@ class Loudness:
 
 
 def chunk_embed(table: SpeechTable, offset: int, num_latent_frames: int) -> Tensor | None:
-    """Take one chunk's rows.
+    """Take one chunk's rows: [1, A, E, 4F], zeros past the sound, or None if the chunk begins past the table.
 
     Args:
         table: The voice, or the part of it that the chunk needs; past its end the last part.
         offset: The chunk's first video frame, at least the table's first.
         num_latent_frames: The chunk's length F; it takes 4F video frames.
-
-    Returns:
-        [1, A, E, 4F], zeros past the sound, or None if the chunk begins past the table.
     """
     num_frames = 4 * num_latent_frames
     count = table.num_chunks(num_frames)

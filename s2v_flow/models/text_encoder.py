@@ -70,14 +70,11 @@ class TextEncoder:
 
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode tokens.
+        """Encode tokens: [B, S, D], zero where the mask is.
 
         Args:
             input_ids: [B, S], int64.
             attention_mask: [B, S], 1 for a token, 0 for padding.
-
-        Returns:
-            [B, S, D], zero where the mask is.
 
         Source: Raffel et al., "Exploring the Limits of Transfer Learning", 2020; transformers' UMT5EncoderModel.
         """

@@ -81,14 +81,11 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width, *(1,) * num_axes))
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Normalise over channels.
+        """Normalise over channels: [B, D, T, H, W] in x's dtype; `out` if given.
 
         Args:
             x: [B, D, T, H, W].
             out: Where to write; same shape and dtype, may be a view.
-
-        Returns:
-            [B, D, T, H, W] in x's dtype; `out` if given.
         """
         out = torch.empty_like(x) if out is None else out
         precision = torch.promote_types(x.dtype, torch.float32)

@@ -135,7 +135,7 @@ class FramesScale(_Scale):
 
 
 def resize(image: np.ndarray, width: int, height: int, method: Method, *, crops: bool) -> np.ndarray:
-    """Scale an image with one of ComfyUI's methods.
+    """Scale an image with one of ComfyUI's methods: float32 [height, width, 3].
 
     Args:
         image: float32 [H, W, 3] in [0, 1].
@@ -143,9 +143,6 @@ def resize(image: np.ndarray, width: int, height: int, method: Method, *, crops:
         height: of the result, in pixels.
         method: lanczos goes through 8 bits, as in ComfyUI; the others are torch's, without smoothing.
         crops: Cut about the centre to the new proportions first.
-
-    Returns:
-        float32 [height, width, 3].
 
     Source: Pillow, Image.resize; torch.nn.functional.interpolate (align_corners=False).
     """

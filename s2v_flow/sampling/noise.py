@@ -43,9 +43,6 @@ def step_generator(seed: int, device: torch.device) -> torch.Generator:
         seed: The run's seed, 0 to 2^64 - 1.
         device: The device that the sample lives on.
 
-    Returns:
-        A generator in its first state.
-
     Raises:
         ValueError: The seed is out of range.
     """

@@ -115,13 +115,10 @@ class Sampler:
         return self.solver.timestep(sigma)
 
     def start(self, noise: Tensor) -> SolverState:
-        """Return the state before the first step.
+        """Return the state before the first step, on the sampler's device.
 
         Args:
             noise: Standard normal noise of the latent's shape, float32, on any device (`noise.initial_noise`).
-
-        Returns:
-            The state on the sampler's device.
         """
         x = noise.to(self.device, torch.float32)
         return SolverState(step=0, x=x * self.sigmas[0] if self.solver.is_start_scaled else x)
@@ -136,9 +133,6 @@ class Sampler:
             denoise: `denoise(x, sigma) -> x0`; x is float32 on the sampler's device, sigma a Python float, and the
                 model's time is `self.timestep(sigma)`. Must return float32 of x's shape, and leave x as it is.
             state: From `start`, an earlier `iterate`, or `SolverState.from_tensors`.
-
-        Yields:
-            The state after each step.
         """
         assert state.rng is not None or state.step == 0 or not self.solver.draws_noise, "another sampler's state"
         state = _moved(state, self.device)
@@ -183,9 +177,6 @@ def make_sampler(
         shift: The shift of the noise schedule, > 0.
         seed: The run's seed, 0 to 2^64 - 1; only samplers that draw step noise use it here.
         device: Where the sample lives, and step noise is drawn.
-
-    Returns:
-        The sampler.
 
     Raises:
         ValueError: An unknown name, or a value that is out of range.
@@ -232,14 +223,11 @@ def guide(conditional: Tensor, unconditional: Tensor, cfg: float) -> Tensor:
 
 
 def denoised_from_velocity(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
-    """Return the clean latent x0 = x - sigma * velocity of a flow model.
+    """Return the clean latent x0 = x - sigma * velocity of a flow model, in x's dtype.
 
     Args:
         x: The noisy latent, float32.
         velocity: The model's output, same shape, any floating dtype; widened to x's before it is scaled.
         sigma: The noise level of x.
-
-    Returns:
-        x0, in x's dtype.
     """
     return x.sub(velocity.to(x.dtype), alpha=sigma)

@@ -146,16 +146,13 @@ class Interval:
         return [0.5] if len(self.gaps) == 1 else self._solve(len(self.gaps))
 
     def move(self, x: Tensor, guesses: Sequence[Tensor], rho: Sequence[float], ahead: Tensor | None = None) -> Tensor:
-        """Move x over the interval.
+        """Move x over the interval, to the sample at its end.
 
         Args:
             x: The sample at its start.
             guesses: The model's guesses at its start (m_i) and at the levels before, newest first.
             rho: The weights of the differences D_1, D_2, ..., as long as there are any.
             ahead: The model's guess at its end, if known: the last of the differences.
-
-        Returns:
-            The sample at the interval's end.
         """
         m = guesses[0]
         others = list(guesses[1 : len(self.gaps)]) + ([] if ahead is None else [ahead])

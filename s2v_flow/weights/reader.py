@@ -40,13 +40,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a model file and check its header.
+        """Open a model file and check its header; no tensor is read.
 
         Args:
             path: A safetensors or GGUF file.
-
-        Returns:
-            The checkpoint; no tensor has been read.
 
         Raises:
             MissingError: There is no such file, or it cannot be read.
