@@ -60,8 +60,7 @@ _VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES
 def resolve_device(asked: str) -> str:
     """Return torch's name of the device to use.
 
-    Args:
-        asked: "auto", "cpu", "cuda" or "cuda:N"; AMD's GPUs are "cuda" too, as in torch.
+    `asked`: "auto", "cpu", "cuda" or "cuda:N"; AMD's GPUs are "cuda" too, as in torch.
 
     Returns:
         What is asked for; for auto a GPU if torch was built for it and the driver sees one, else the CPU.

@@ -179,8 +179,7 @@ def _digest_memory(options: Options) -> Path:
 def run(recipe: RecipeLike, options: Options | None = None, on_event: Listener = ignore, **fields: Any) -> Result:
     """Run a recipe: compute what is not stored yet, and write the results.
 
-    Args:
-        on_event: Called with every event, in the calling thread.
+    `on_event`: called with every event, in the calling thread.
 
     Raises:
         RecipeError: The recipe is wrong; nothing was run.

@@ -36,8 +36,7 @@ class Result(RunResult):
     def frames(self, name: str | None = None) -> Iterator[NDArray[np.uint8]]:
         """Iterate over a delivered video's frames, decoded one by one: memory does not grow with its length.
 
-        Args:
-            name: Which of `videos`, where there are several.
+        `name`: which of `videos`, where there are several.
 
         Returns:
             An iterator of uint8 arrays [H, W, 3], RGB, as they are after H.264.

@@ -33,8 +33,7 @@ class Checkpoints:
     def write(self, fingerprint: str, facts: Mapping[str, str], payload: bytes) -> None:
         """Put a resume point in the place of the one before it, whole or not at all.
 
-        Args:
-            payload: The tensors, as a safetensors file's bytes.
+        `payload`: the tensors, as a safetensors file's bytes.
 
         Raises:
             S2VFlowError: It cannot be written; the one before it stands.

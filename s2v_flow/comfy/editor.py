@@ -40,10 +40,7 @@ class Scope:
 
 
 def read_editor(document: Mapping[str, Any], mistakes: Mistakes, active: Collection[str] = ()) -> Graph:
-    """Read the editor's format.
-
-    Args:
-        active: Ids of bypassed or muted nodes at the root that count as switched on.
+    """Read the editor's format; `active`: ids of bypassed or muted nodes at the root that count as switched on.
 
     Raises:
         RecipeError: It is damaged, or unfolds to more than a workflow may have.

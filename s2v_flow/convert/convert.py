@@ -77,8 +77,7 @@ class Converted:
 def convert(request: Request, on_progress: Progress = lambda done, total: None) -> Converted:
     """Make a safetensors file that the loaders take, of a pickle, of shards, or of another safetensors file.
 
-    Args:
-        on_progress: Called with the bytes that are written, and all.
+    `on_progress`: called with the bytes that are written, and all.
 
     Returns:
         What was made.

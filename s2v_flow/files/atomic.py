@@ -199,8 +199,7 @@ def numbered(path: Path, number: int) -> Path:
 def free_name(path: Path, fits: Callable[[Path], bool]) -> Path:
     """Return the wanted name where it fits, else a number that is in use and fits, else the first above all in use.
 
-    Args:
-        fits: Tells of a name whether it is free, or is the result's already.
+    `fits`: tells of a name whether it is free, or is the result's already.
     """
     if fits(path):
         return path

@@ -28,10 +28,7 @@ class Numerics:
     attention: str = "sdpa"
 
     def precision(self, kind: str, asked: str) -> str:
-        """Resolve a loader's precision.
-
-        Args:
-            asked: "auto", "fp32", "bf16" or "fp16".
+        """Resolve a loader's precision; `asked`: "auto", "fp32", "bf16" or "fp16".
 
         Returns:
             "fp32", "bf16" or "fp16": what is asked for; for auto, fp32 on CPU and for the (small) audio encoder, else

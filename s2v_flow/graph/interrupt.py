@@ -50,8 +50,7 @@ ShouldStop = Callable[[], bool]
 class StopRequest:
     """What the signals' handlers set and a run asks: a callable `should_stop`, and how patient it is.
 
-    Args:
-        tell: Called inside a signal handler with a line for people, when a first signal has to wait for a step's end.
+    `tell`: called inside a signal handler with a line for people, when a first signal has to wait for a step's end.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:

@@ -31,8 +31,7 @@ class LinkProblem:
 def link(nodes: Mapping[str, Node], unchecked: Collection[str] = ()) -> tuple[nx.DiGraph[str], list[LinkProblem]]:
     """Link nodes to a graph.
 
-    Args:
-        unchecked: Names of nodes that exist but are too wrong to be linked: references to them are left alone.
+    `unchecked`: names of nodes that exist but are too wrong to be linked: references to them are left alone.
 
     Returns:
         The graph, an edge from each node to those that use it, with the attribute `fields`: a tuple of pairs (input

@@ -54,8 +54,7 @@ class Locations:
     def find(self, mark: FileField, text: str, base_dir: Path) -> Path | Missing:
         """Find a model or an input: the file's path, or what is missing.
 
-        Args:
-            base_dir: The folder of the file that says it.
+        `base_dir`: the folder of the file that says it.
         """
         name = Path(os.path.expanduser(text))
         if mark.role == "model":

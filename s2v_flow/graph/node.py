@@ -110,8 +110,7 @@ class Node(BaseModel):
     ) -> list[tuple[Path, bool]]:
         """Put a sink's stored result where the recipe wants it: the files written and whether each had to change.
 
-        Args:
-            note: What the result was made of, as boxes behind an mp4, for kinds that are such; may be empty.
+        `note`: what the result was made of, as boxes behind an mp4, for kinds that are such; may be empty.
         """
         return [(target, artifacts[port].copy_to(target)) for port, target in self.targets(files, artifacts).items()]
 

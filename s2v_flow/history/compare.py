@@ -168,8 +168,7 @@ class Comparison:
 def compare(a: str, b: str, options: Options) -> Comparison:
     """Compare two runs, manifests, videos or recipes; recipes are not run.
 
-    Args:
-        a: A run's id or the beginning of one, "last", the path of a manifest, an mp4 or a recipe.
+    `a`: A run's id or the beginning of one, "last", the path of a manifest, an mp4 or a recipe.
 
     Raises:
         S2VFlowError: There is no such thing, or it cannot be read.

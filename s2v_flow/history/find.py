@@ -29,11 +29,7 @@ class Listing:
 
 
 def list_runs(root: Path) -> Listing:
-    """Return every run that is kept.
-
-    Args:
-        root: The folder with a folder for every run; it need not be there.
-    """
+    """Return every run that is kept; `root`: the folder with a folder for every run; it need not be there."""
     runs, notes = [], []
     for path in _paths(root):
         try:
@@ -51,8 +47,7 @@ def run_ids(root: Path) -> list[str]:
 def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
     """Remove the manifests of all runs but the last `keep`, sound or not; return the ids of those that go.
 
-    Args:
-        root: The folder with a folder for every run; it need not be there.
+    `root`: the folder with a folder for every run; it need not be there.
     """
     gone = []
     for path in _paths(root)[keep:]:
@@ -68,8 +63,7 @@ def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
 def find(root: Path, text: str) -> Manifest | Essence:
     """Return the manifest of a run, or what a video says of itself.
 
-    Args:
-        text: A run's id or the beginning of one, "last", a manifest's path, or an mp4's.
+    `text`: A run's id or the beginning of one, "last", a manifest's path, or an mp4's.
 
     Raises:
         S2VFlowError: There is no such run.

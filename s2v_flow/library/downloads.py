@@ -124,10 +124,7 @@ def fetch(
     *,
     pause: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Download a file, going on where an earlier attempt ended.
-
-    Args:
-        pause: Waits between attempts.
+    """Download a file, going on where an earlier attempt ended; `pause`: waits between attempts.
 
     Raises:
         MissingError: The server does not have it any more.

@@ -230,8 +230,7 @@ def target_path(need: ModelNeed, models_dir: Path) -> Path:
 def download(needs: Sequence[ModelNeed], models_dir: Path, on_progress: Progress) -> list[Path]:
     """Download the missing ones of these files from their homes, after all of them have been found there.
 
-    Args:
-        needs: Files; those that are there are left alone.
+    `needs`: files; those that are there are left alone.
 
     Returns:
         The files that were downloaded.

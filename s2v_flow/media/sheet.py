@@ -48,8 +48,7 @@ def contact_sheet(page: Page, target: str | os.PathLike[str]) -> None:
 
     Four of each; where there are more than four columns, two. Nothing is done where it was made of the same before.
 
-    Args:
-        target: The PNG; written whole or not at all.
+    `target`: the PNG; written whole or not at all.
     """
     identity = page_identity(page)
     if mark_of(Path(target)) == identity:

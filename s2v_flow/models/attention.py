@@ -42,10 +42,7 @@ class Grid:
 
 
 def rotation_table(grids: Sequence[Grid], device: torch.device | str = "cpu") -> Tensor:
-    """Compute the rotations of a sequence of segments.
-
-    Args:
-        grids: The segments, in the order of their tokens.
+    """Compute the rotations of a sequence of segments; `grids`: the segments, in the order of their tokens.
 
     Returns:
         Unit complex numbers, complex64 [L, 1, K / 2], to be broadcast over heads.

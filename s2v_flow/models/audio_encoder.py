@@ -64,8 +64,7 @@ class AudioEncoder:
     def states(self, samples: Tensor, *, final_norm: bool = True) -> Iterator[Tensor]:
         """Yield each layer's input, then the last layer's output, [T, E] each, in the weights' dtype.
 
-        Args:
-            samples: [L], 16 kHz, normalised; at least 400.
+        `samples`: [L], 16 kHz, normalised; at least 400.
         """
         model: Any = self.module
         weight = model.feature_projection.projection.weight
@@ -109,9 +108,8 @@ def normalise(mono: Tensor, *, unbiased: bool) -> Tensor:
 def build_wav2vec2(shapes: Shapes) -> nn.Module:
     """Build a Wav2Vec2 encoder (layer norm in every convolution, norm before each block) on the meta device.
 
-    Args:
-        shapes: The checkpoint's keys and shapes; every size is read off them, except that heads are 64 wide, or four
-            in a model narrower than that allows.
+    `shapes`: the checkpoint's keys and shapes; every size is read off them, except that heads are 64 wide, or four in a
+    model narrower than that allows.
 
     Raises:
         KeyError: A key that gives a size is missing.

@@ -57,8 +57,7 @@ class AudioTokenEncoder(nn.Module):
     def forward(self, features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Encode features.
 
-        Args:
-            features: float32 [B, T, E].
+        `features`: float32 [B, T, E].
 
         Returns:
             The global token [B, T / 4, D] and the local tokens [B, T / 4, 5, D] (the last is learned padding), both of

@@ -88,8 +88,7 @@ def require_conditioning(value: str) -> None:
 def require_shape(name: str, tensor: Tensor, *expected: int | tuple[int, ...] | None) -> None:
     """Raise ValueError unless a tensor has the expected shape.
 
-    Args:
-        expected: Per dimension a size, a choice of sizes, or None for any size but 0.
+    `expected`: per dimension a size, a choice of sizes, or None for any size but 0.
     """
     choices = [(size,) if isinstance(size, int) else size for size in expected]
     fits = tensor.ndim == len(choices) and all(
@@ -139,8 +138,7 @@ class MotionPacker(nn.Module):
     def forward(self, motion_latent: Tensor) -> Tensor:
         """Pack the end of a latent; one shorter than 19 frames has zero frames put in front, which make tokens too.
 
-        Args:
-            motion_latent: Normalised, [B, C, any F, H, W], oldest frame first; H and W at least 8.
+        `motion_latent`: normalised, [B, C, any F, H, W], oldest frame first; H and W at least 8.
 
         Returns:
             Tokens, float32 [B, L motion, D]: of the newest frame, of the two before, of the sixteen before. Rows and

@@ -69,8 +69,7 @@ class S2VConfig:
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> S2VConfig:
         """Read the sizes off a checkpoint's tensors.
 
-        Args:
-            shapes: Key, without prefix, to shape. Keys that are not the model's, such as scales, are ignored.
+        `shapes`: key, without prefix, to shape. Keys that are not the model's, such as scales, are ignored.
 
         Raises:
             ValueError: It is not an S2V model, or the sizes contradict each other. Loading checks every key.
@@ -97,9 +96,8 @@ class WanS2V(nn.Module):
 
     Latents that enter and leave are normalised per channel. No gradients are kept.
 
-    Args:
-        compute_dtype: What matrices and attention compute in: float32, bfloat16 or float16. Linear layers must take and
-            give this dtype; every other parameter may be stored in any floating dtype.
+    `compute_dtype`: what matrices and attention compute in: float32, bfloat16 or float16. Linear layers must take and
+    give this dtype; every other parameter may be stored in any floating dtype.
     """
 
     def __init__(self, config: S2VConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -133,8 +131,7 @@ class WanS2V(nn.Module):
 
         What is computed stays the same, bit for bit.
 
-        Args:
-            device: Where the model computes; what is not streamed must be there already.
+        `device`: where the model computes; what is not streamed must be there already.
         """
         if self.is_streamed:
             return
@@ -164,8 +161,7 @@ class WanS2V(nn.Module):
     def prepare_text(self, context: Tensor) -> PreparedText:
         """Prepare a prompt, once per prompt: the keys and values of every block's cross-attention.
 
-        Args:
-            context: The text encoder's output, [B or 1, S, text width].
+        `context`: the text encoder's output, [B or 1, S, text width].
 
         Raises:
             ValueError: The shape is wrong.

@@ -22,8 +22,7 @@ class PatchEmbedding(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """Embed the patches of a latent.
 
-        Args:
-            x: [B, C, F, H, W], of any floating dtype. What is left after the last whole patch of an axis is dropped.
+        `x`: [B, C, F, H, W], of any floating dtype. What is left after the last whole patch of an axis is dropped.
 
         Returns:
             Tokens, float32 [B, L, D]; L runs over columns first, then rows, then frames.

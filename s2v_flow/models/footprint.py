@@ -92,8 +92,7 @@ def latent_bytes(width: int, height: int, num_latent_frames: int) -> int:
 def num_tokens(width: int, height: int, num_latent_frames: int, inputs: Collection[str]) -> tuple[int, int]:
     """Count a chunk's tokens: those of the video, and all (with the reference's and the motion's).
 
-    Args:
-        width: The video's width in pixels.
+    `width`: the video's width in pixels.
     """
     rows, columns = height // 8, width // 8
     frame = (rows // 2) * (columns // 2)
@@ -115,8 +114,7 @@ def activation_bytes(dim: int, ffn_dim: int, num_tokens: int, num_branches: int,
     One float32 stream per branch; beside it, while keys are normalised, two float32 arrays (three where the dtype has
     fewer bits) and input, queries and keys in the dtype; in the feed-forward the input and two hidden layers.
 
-    Args:
-        item_bytes: The size of a number in the dtype that is computed in.
+    `item_bytes`: the size of a number in the dtype that is computed in.
     """
     widened = 4 if item_bytes < 4 else 0  # a float32 copy where the dtype has fewer bits
     attention = dim * (8 + widened + 3 * item_bytes)

@@ -57,8 +57,7 @@ class ModelRegistry:
     Models that are in use are never freed, so the budget can be exceeded by what is in use at once. Calls from
     several threads are safe; a model is loaded once, however many ask for it.
 
-    Args:
-        memory_budget_bytes: How many bytes of weights may stay live for reuse; None: no limit.
+    `memory_budget_bytes`: how many bytes of weights may stay live for reuse; None: no limit.
     """
 
     def __init__(self, memory_budget_bytes: int | None = None):

@@ -66,8 +66,7 @@ def joined(parts: Sequence[SpeechTable]) -> SpeechTable:
 def to_video_rate(features: Iterable[Tensor]) -> SpeechTable:
     """Interpolate features to 30 Hz and pick the nearest for each video frame.
 
-    Args:
-        features: One [T, E] per layer, 50 states a second: [A, T, E], or layers as they come, of which none is kept.
+    `features`: one [T, E] per layer, 50 states a second: [A, T, E], or layers as they come, of which none is kept.
 
     Returns:
         The table, float32 on the CPU: row i is state round_half_to_even(1.875 i) of the 30 Hz sequence.

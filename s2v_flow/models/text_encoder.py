@@ -37,8 +37,7 @@ class TextEncoder:
     def encode(self, text: str) -> Tensor:
         """Encode a prompt.
 
-        Args:
-            text: The prompt. Past 512 tokens it is cut, so that the end-of-text token is the last of 512.
+        `text`: the prompt. Past 512 tokens it is cut, so that the end-of-text token is the last of 512.
 
         Returns:
             [1, S, D], the features of the prompt's own tokens, in the weights' dtype. A model that expects 512 rows
@@ -85,8 +84,7 @@ class TextEncoder:
 def build_umt5(shapes: Shapes) -> nn.Module:
     """Build a UMT5 encoder on the meta device.
 
-    Args:
-        shapes: The checkpoint's keys and shapes; every size is read off them.
+    `shapes`: the checkpoint's keys and shapes; every size is read off them.
 
     Returns:
         transformers' UMT5EncoderModel, whose token embedding is one module under two names.

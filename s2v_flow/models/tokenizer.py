@@ -20,10 +20,7 @@ _NUM_LAST_WORDS = 6
 
 
 def read_tokenizer(model: bytes, name: str) -> SentencePieceProcessor:
-    """Read a SentencePiece model.
-
-    Args:
-        model: Its serialised form, from the text encoder's file.
+    """Read a SentencePiece model; `model`: its serialised form, from the text encoder's file.
 
     Raises:
         CheckpointError: It is damaged.

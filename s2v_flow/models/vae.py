@@ -133,8 +133,7 @@ class WanVAE(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode a whole clip, four frames at a time, so that memory does not grow with its length.
 
-        Args:
-            pixels: [B, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1.
+        `pixels`: [B, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1.
 
         Returns:
             The raw latent mean [B, 16, F, H, W], F = k + 1, in the weights' dtype. Nothing is sampled.
@@ -173,8 +172,7 @@ class WanVAE(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """Decode a whole latent at once; memory grows with its length (`decode_next` streams).
 
-        Args:
-            latent: [B, 16, F, H, W], raw.
+        `latent`: [B, 16, F, H, W], raw.
 
         Returns:
             Pixels [B, 3, 4F - 3, 8H, 8W], about [-1, 1] but not clamped, in the weights' dtype.
@@ -253,8 +251,7 @@ STD = (
 def normalise(latent: Tensor) -> Tensor:
     """Turn a raw latent into what the DiT sees: (latent - mean) / std per channel.
 
-    Args:
-        latent: [B, 16, F, H, W], floating point, raw.
+    `latent`: [B, 16, F, H, W], floating point, raw.
 
     Returns:
         [B, 16, F, H, W] in the latent's dtype, computed in float32.
@@ -269,8 +266,7 @@ def normalise(latent: Tensor) -> Tensor:
 def denormalise(latent: Tensor) -> Tensor:
     """Turn what the DiT sees into a raw latent: latent * std + mean per channel.
 
-    Args:
-        latent: [B, 16, F, H, W], floating point, normalised.
+    `latent`: [B, 16, F, H, W], floating point, normalised.
 
     Returns:
         [B, 16, F, H, W] in the latent's dtype, computed in float32.

@@ -22,8 +22,7 @@ CAUSAL_FRAMES = 2  # a kernel of 3 frames looks two frames back
 class Carry:
     """One call's passage through the causal layers: what each one remembers, and what it is to remember.
 
-    Args:
-        past: The frames kept by the call before, in the order in which the layers run; None at the video's start.
+    `past`: the frames kept by the call before, in the order in which the layers run; None at the video's start.
     """
 
     def __init__(self, past: Sequence[Tensor] | None) -> None:

@@ -45,8 +45,7 @@ class ModelHandle:
     def get(self, num_tokens: int = 0, num_branches: int = 1) -> Any:
         """Return the live model, loading it on the first call.
 
-        Args:
-            num_tokens: For a diffusion model, how many tokens are computed at once: what has to fit beside the weights.
+        `num_tokens`: for a diffusion model, how many tokens are computed at once: what has to fit beside the weights.
         """
         if self._model is None:
             is_live = self._registry.is_live(self._key)  # then there was room for it

@@ -40,8 +40,7 @@ _LOADERS = frozenset({"load_diffusion_model", "load_text_encoder", "load_audio_e
 def needs(plan: Plan, to_compute: Collection[str], numerics: Numerics) -> dict[str, Needs]:
     """Compute what nodes need, where the files that say so are there.
 
-    Args:
-        numerics: The run's numerics policy; on a GPU the device's memory is meant.
+    `numerics`: the run's numerics policy; on a GPU the device's memory is meant.
 
     Returns:
         By node, what it needs while it runs: its own work, and every model that is live then.

@@ -77,8 +77,7 @@ def remark_on_lora(planner: Planner, name: str, lora: str, strength: float, repo
 def remark_on_prompt(planner: Planner, name: str, encoder: Value, text: str | Sequence[str], *, node: str) -> None:
     """Say where a prompt is cut: the model takes 512 tokens.
 
-    Args:
-        text: The prompt, or its parts, where each is tokenised by itself.
+    `text`: the prompt, or its parts, where each is tokenised by itself.
 
     Raises:
         CheckpointError: The text encoder's file is damaged.

@@ -41,8 +41,7 @@ class Fallbacks:
     A node's class has its own `fallbacks` and `explain`. It holds neither: an object in a cycle would keep its tensors
     until Python looks for such cycles.
 
-    Args:
-        context: The node's context. Its facts get "retreats", and "degraded" where the result's bytes may be others.
+    `context`: the node's context. Its facts get "retreats", and "degraded" where the result's bytes may be others.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -168,8 +167,7 @@ class StreamDecoder(Fallbacks):
 def encoded(vae: Any, pixels: Tensor, context: RunContext) -> Tensor:
     """Encode a clip, in tiles where memory runs out.
 
-    Args:
-        pixels: [1, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1, on any device.
+    `pixels`: [1, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1, on any device.
 
     Returns:
         The raw latent, float32 [1, 16, k + 1, H, W], on the node's device.

@@ -27,10 +27,7 @@ def torch_dtype(precision: str) -> torch.dtype:
 
 
 def to_frames(pixels: Tensor) -> Tensor:
-    """Turn decoded pixels into frames for people.
-
-    Args:
-        pixels: [1, 3, T, 8H, 8W], about [-1, 1].
+    """Turn decoded pixels into frames for people; `pixels`: [1, 3, T, 8H, 8W], about [-1, 1].
 
     Returns:
         uint8 [T, 8H, 8W, 3] on the CPU: (x + 1) / 2 clamped to [0, 1], times 255, rounded.

@@ -67,8 +67,7 @@ class Timeline:
     def cue(self, first_frame: int, num_frames: int) -> Cue:
         """Return what the next chunk is sampled with.
 
-        Args:
-            first_frame: The chunk's first frame on the voice's clock; negative in the warm-up.
+        `first_frame`: the chunk's first frame on the voice's clock; negative in the warm-up.
         """
         self._cue = replace(self._cue, seed=None if self._cue.seed is None else self._cue.seed + 1)
         middle = (first_frame + num_frames / 2) / FRAME_RATE_HZ

@@ -277,8 +277,7 @@ class Argument:
 def parse_overrides(overrides: Iterable[Override], base_dir: Path, problems: Problems) -> list[Argument]:
     """Take the command line's changes apart. Faulty ones are collected and left out.
 
-    Args:
-        problems: Takes what is wrong, at places like `--set:2:7`: the second --set, column 7; `<params>:steps`.
+    `problems`: takes what is wrong, at places like `--set:2:7`: the second --set, column 7; `<params>:steps`.
     """
     numbers: dict[str, int] = {}
     arguments = []

@@ -83,8 +83,7 @@ def to_yaml(
 def scalar_text(value: _Data, *, in_flow: bool = False) -> str:
     """Return a scalar as it stands on one line: `0.6`, `true`, `null`, `plain text`, `'a: b'`.
 
-    Args:
-        in_flow: Whether it stands inside `[]` or `{}`, where commas and brackets end a text.
+    `in_flow`: whether it stands inside `[]` or `{}`, where commas and brackets end a text.
 
     Raises:
         ValueError: A number is infinite or not a number.

@@ -57,8 +57,7 @@ class Layer:
 def read_layer(tree: Tree, file: str, problems: Problems, *, is_recipe: bool) -> Layer:
     """Check a file's top level and take its sections apart; what is wrong is collected and left out.
 
-    Args:
-        is_recipe: Whether `s2vflow: 1` is required; bases and override files may leave it out.
+    `is_recipe`: whether `s2vflow: 1` is required; bases and override files may leave it out.
 
     Raises:
         StopReadingError: The file is no map at all.

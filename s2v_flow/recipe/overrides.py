@@ -28,8 +28,7 @@ def apply_overrides(
 ) -> Body:
     """Apply changes in order, later ones over earlier ones. Faulty ones are collected and left out.
 
-    Args:
-        recipe_params: The parameters without profiles and override files: what "unset" goes back to.
+    `recipe_params`: the parameters without profiles and override files: what "unset" goes back to.
     """
     for argument in arguments:
         try:

@@ -80,8 +80,7 @@ def _user_name() -> str | None:
 def git_state(files: Sequence[Path]) -> GitRecord | None:
     """Return the state of the repository in which files stand, or None where there is none, or git takes too long.
 
-    Args:
-        files: The recipe's files; the last one tells the repository.
+    `files`: the recipe's files; the last one tells the repository.
     """
     folder = files[-1].absolute().parent
     status = _git(folder, "status", "--porcelain=v2", "--branch", "--untracked-files=no")

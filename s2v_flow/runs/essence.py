@@ -31,11 +31,7 @@ def essence_of(
     digest: Callable[[Path], str | None],
     device_class: str,
 ) -> Essence:
-    """Return what a sink's result was made of.
-
-    Args:
-        device_class: "cpu", "cuda" or "mps".
-    """
+    """Return what a sink's result was made of; `device_class`: "cpu", "cuda" or "mps"."""
     parts = plan.made_of(node.name)
     stored = {part.name: entries[part.name] for part in parts if part.name in entries}
     facts = stored[node.name].facts

@@ -42,8 +42,7 @@ def files_of(nodes: Iterable[PlanNode]) -> Iterator[NamedFile]:
 def file_records(nodes: Iterable[PlanNode], digest: Callable[[Path], str | None]) -> list[FileRecord]:
     """Return a record of every model and input of some plan nodes, each field and file once.
 
-    Args:
-        digest: sha256 of a file, or None where it is not known.
+    `digest`: sha256 of a file, or None where it is not known.
     """
     found: dict[tuple[str, Path], FileRecord] = {}  # in a matrix a field may name several files
     for item in files_of(nodes):

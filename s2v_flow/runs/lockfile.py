@@ -44,8 +44,7 @@ def lock_path(recipe: Path) -> Path:
 def lock_text(recipe: Recipe, plan: Plan, digest: Callable[[Path], str], *, kept: Mapping[str, Any]) -> str:
     """Return the lock of a recipe's models and inputs, and of the packages whose kinds or samplers it uses.
 
-    Args:
-        kept: Sections of an earlier lock; what they say of other files stays.
+    `kept`: sections of an earlier lock; what they say of other files stays.
 
     Raises:
         S2VFlowError: Two different files have the same name.

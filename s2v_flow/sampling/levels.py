@@ -38,8 +38,7 @@ def is_falling(sigmas: Sequence[float]) -> bool:
 def can_step(sampler: SamplerName, scheduler: SchedulerName, steps: int, shift: float) -> bool:
     """Return whether this sampler's noise levels fall; what `make_sampler` refuses, this does not let pass.
 
-    Args:
-        scheduler: One of `catalog.SCHEDULERS`.
+    `scheduler`: one of `catalog.SCHEDULERS`.
     """
     if steps < minimum_steps(sampler, scheduler) or not (math.isfinite(shift) and shift > 0):
         return False

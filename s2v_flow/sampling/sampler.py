@@ -117,8 +117,7 @@ class Sampler:
     def start(self, noise: Tensor) -> SolverState:
         """Return the state before the first step, on the sampler's device.
 
-        Args:
-            noise: Standard normal noise of the latent's shape, float32, on any device (`noise.initial_noise`).
+        `noise`: standard normal noise of the latent's shape, float32, on any device (`noise.initial_noise`).
         """
         x = noise.to(self.device, torch.float32)
         return SolverState(step=0, x=x * self.sigmas[0] if self.solver.is_start_scaled else x)

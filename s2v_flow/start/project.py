@@ -75,10 +75,7 @@ def fitting_size(width: int, height: int, max_area: int) -> tuple[int, int]:
 
 
 def recipe_text(start: Start, folder: Path) -> str:
-    """Return a first recipe as text.
-
-    Args:
-        folder: Where it will stand: it names the files relative to this.
+    """Return a first recipe as text; `folder`: where it will stand: it names the files relative to this.
 
     Raises:
         MissingError, MediaError, RefusedError: A file is not there, or is no image or sound that can be used.
@@ -131,8 +128,7 @@ def is_as_written(path: Path, kinds: Mapping[str, type[Node]]) -> bool:
 def changes_like(start: Start, recipe: Recipe) -> list[Override]:
     """Return what makes a recipe one for another portrait, voice, prompt and output; all else stays, its size too.
 
-    Args:
-        start: What it is for; paths start at the current folder.
+    `start`: what it is for; paths start at the current folder.
 
     Raises:
         S2VFlowError: The recipe has no such node, or several, so that the place is not clear.

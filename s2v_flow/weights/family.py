@@ -109,8 +109,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
 def detect_family(shapes: Shapes) -> str:
     """Say what kind of model a file holds, from its keys and shapes.
 
-    Args:
-        shapes: Key to shape, without the file's prefix.
+    `shapes`: key to shape, without the file's prefix.
 
     Returns:
         "lora", "all-in-one", "wan s2v", "wan vae", "umt5 encoder", "wav2vec2", the name of another family, or

@@ -42,8 +42,7 @@ class Checkpoint:
     def open(cls, path: str | Path) -> Checkpoint:
         """Open a model file and check its header; no tensor is read.
 
-        Args:
-            path: A safetensors or GGUF file.
+        `path`: A safetensors or GGUF file.
 
         Raises:
             MissingError: There is no such file, or it cannot be read.

@@ -56,8 +56,7 @@ def stored_name(dtype: torch.dtype) -> str | None:
 def in_dtype(piece: Piece, wanted: str) -> Piece:
     """Return a tensor in another dtype; only floating point of 16 bits and more is changed.
 
-    Args:
-        wanted: "keep", "bf16", "fp16" or "fp32".
+    `wanted`: "keep", "bf16", "fp16" or "fp32".
 
     Raises:
         CheckpointError: It is in fp8, whose values mean nothing without their scales.
