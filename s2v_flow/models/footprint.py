@@ -54,10 +54,12 @@ def read_weights(path: Path, kind: str, precision: str, *, on_cpu: bool, is_stre
 
     def size(key: str) -> int:
         entry = checkpoint.entries[key]
-        is_matrix = len(entry.shape) == 2 and key.endswith(".weight")
+        weight = checkpoint.entries.get(f"{key.removesuffix('.bias')}.weight") if key.endswith(".bias") else entry
+        is_linear = weight is not None and len(weight.shape) == 2 and key.endswith((".weight", ".bias"))
+        is_matrix = is_linear and weight is entry
         if is_matrix and is_kept(quantization.packings.get(key)):
             return quantization.num_bytes(checkpoint, key)
-        kept = max(item_bytes, _WIDE_BYTES.get(entry.dtype, 4)) if keeps_wide and not is_matrix else item_bytes
+        kept = max(item_bytes, _WIDE_BYTES.get(entry.dtype, 4)) if keeps_wide and not is_linear else item_bytes
         return math.prod(quantization.shape(checkpoint, key)) * kept
 
     keys = own_keys(checkpoint.entries.keys())

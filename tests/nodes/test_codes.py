@@ -13,7 +13,7 @@ from s2v_flow.recipe.problems import CODES
 def test_every_code_in_use_is_explained_and_every_explained_one_is_in_use() -> None:
     """The table is what planning can say."""
     root = Path(s2v_flow.__file__).parent
-    sources = [*root.glob("nodes/*.py"), root / "graph" / "plan.py"]
+    sources = [*root.glob("nodes/*.py"), root / "graph" / "node.py"]
     found = [re.findall(r'"(R\d{3})"', path.read_text(encoding="utf-8")) for path in sources if path.stem != "codes"]
     assert {code for codes in found for code in codes} == PLANNING_CODES.keys()
 
