@@ -24,7 +24,7 @@ from s2v_flow.convert.release import (
     write_model,
 )
 from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
-from s2v_flow.files.atomic import finish, flush_folder, reap, temporary, writing
+from s2v_flow.files.atomic import TakenError, finish, flush_folder, put_new, reap, temporary, writing
 from s2v_flow.files.facts import file_digest
 from s2v_flow.version import __version__
 from s2v_flow.weights.header import is_pickle
@@ -181,19 +181,14 @@ def _verify(path: Path, request: Request, metadata: Mapping[str, str]) -> tuple[
 
 def _publish(name: str, request: Request) -> None:
     """Give a finished file its name, and overwrite nothing that appeared meanwhile."""
-    target = request.target
-    if not request.overwrites:
-        try:
-            os.link(name, target)  # unlike a rename, it never replaces a file
-        except FileExistsError as error:
-            raise _there_already(target) from error
-        except OSError as error:  # a file system without links
-            if target.exists():
-                raise _there_already(target) from error
-            os.replace(name, target)
+    if request.overwrites:
+        os.replace(name, request.target)
     else:
-        os.replace(name, target)
-    flush_folder(target.parent)
+        try:
+            put_new(name, request.target)
+        except TakenError as error:
+            raise _there_already(request.target) from error
+    flush_folder(request.target.parent)
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

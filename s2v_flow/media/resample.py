@@ -34,7 +34,7 @@ def speech_blocks(sound: Sound, conditioning: Literal["comfyui", "official"]) ->
     Source: Wan-Video/Wan2.2, wan/modules/s2v/audio_encoder.py (librosa.load); ComfyUI: the spec, section 3.
     """
     if conditioning == "comfyui":
-        for block in _windowed_sinc_blocks(sound.blocks(), sound.sample_rate_hz, SPEECH_RATE_HZ):
+        for block in windowed_sinc_blocks(sound.blocks(), sound.sample_rate_hz, SPEECH_RATE_HZ):
             yield np.asarray(block.mean(axis=0), dtype=np.float32)
     elif conditioning == "official":
         mono = (block.mean(axis=0, keepdims=True, dtype=np.float32) for block in sound.blocks())
@@ -136,26 +136,17 @@ def _soxr_blocks(
     yield rest
 
 
-def resample_windowed_sinc(waveform: NDArray[np.float32], from_rate: int, to_rate: int) -> NDArray[np.float32]:
-    """Resample [channels, samples] by a Hann-windowed sinc; returns float32 [channels, ceil(samples * to / from)].
+def windowed_sinc_blocks(
+    blocks: Iterable[NDArray[np.float32]], from_rate: int, to_rate: int
+) -> Iterator[NDArray[np.float32]]:
+    """Resample [channels, n] blocks by a Hann-windowed sinc to float32 [channels, ceil(samples * to / from)].
 
     With o and n the rates over their common divisor, f = 0.99 min(o, n) / o and W = 6 / f:
     y[m] = sum over |u| <= W of x[j] f sinc(f u) cos^2(pi u / (2 W)), where u = m o / n - j, and x is zero outside.
-
-    Raises:
-        ValueError: a rate is not positive, or the waveform is not [channels, samples].
+    Each output is computed once all samples that it needs are there.
 
     Source: pytorch/audio, functional/functional.py, resample (sinc_interp_hann), which ComfyUI uses; J. O. Smith, 2002.
     """
-    if from_rate < 1 or to_rate < 1 or waveform.ndim != 2:
-        raise ValueError(f"cannot resample {waveform.shape} from {from_rate} to {to_rate} Hz")
-    return np.concatenate([*_windowed_sinc_blocks([waveform], from_rate, to_rate)], axis=1)
-
-
-def _windowed_sinc_blocks(
-    blocks: Iterable[NDArray[np.float32]], from_rate: int, to_rate: int
-) -> Iterator[NDArray[np.float32]]:
-    """Resample [channels, n] blocks; each output is computed once all samples that it needs are there."""
     if from_rate == to_rate:
         yield from (block.astype(np.float32) for block in blocks)
         return

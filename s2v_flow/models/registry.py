@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
@@ -111,15 +110,6 @@ class ModelRegistry:
                 raise ValueError(f"{key.kind} is not in use")
             self._live[key].num_users -= 1
             self._make_room(0)
-
-    @contextmanager
-    def use(self, key: ModelKey, load: Callable[[], Model], *, expected_bytes: int = 0) -> Iterator[Model]:
-        """Acquire a model for the length of a `with` block."""
-        model = self.acquire(key, load, expected_bytes=expected_bytes)
-        try:
-            yield model
-        finally:
-            self.release(key)
 
     def free_unused(self) -> int:
         """Free every model that is not in use; return how many bytes of weights that gave back."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,11 +40,6 @@ def recipe_schema(kinds: Mapping[str, type[Node]]) -> Schema:
         **_file(is_recipe=True),
         "definitions": definitions,
     }
-
-
-def schema_text(kinds: Mapping[str, type[Node]]) -> str:
-    """Return the schema as the text that is stored in schemas/recipe.schema.json."""
-    return json.dumps(recipe_schema(kinds), indent=2, ensure_ascii=False) + "\n"
 
 
 def _file(*, is_recipe: bool) -> Schema:

@@ -106,10 +106,6 @@ class Sampler:
         """How many steps the run takes; a few schedulers give another number than was asked for."""
         return len(self.sigmas) - 1
 
-    def num_calls(self, step: int) -> int:
-        """Return how many model calls step `step` (from 0) makes."""
-        return 1 if self.sigmas[step + 1] == 0 else self.solver.calls_per_step
-
     def timestep(self, sigma: float) -> float:
         """Return the time that the model is told at level `sigma`, on the scale 0 to 1000."""
         return self.solver.timestep(sigma)

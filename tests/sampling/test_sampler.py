@@ -62,7 +62,7 @@ def test_a_run_cut_after_any_step_resumes_to_the_same_bits(name: SamplerName) ->
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_model_calls_are_as_many_as_announced(name: SamplerName) -> None:
+def test_a_step_calls_the_model_once_or_heun_twice_but_for_its_last(name: SamplerName) -> None:
     calls = 0
 
     def counting(x: Tensor, sigma: float) -> Tensor:
@@ -75,7 +75,6 @@ def test_model_calls_are_as_many_as_announced(name: SamplerName) -> None:
     for _ in sampler.iterate(counting, sampler.start(torch.ones(1, 16, 1, 1, 1))):
         counted.append(calls)
         calls = 0
-    assert counted == [sampler.num_calls(step) for step in range(sampler.num_steps)]
     assert counted == ([2, 2, 2, 1] if name == "heun" else [1, 1, 1, 1])
 
 
