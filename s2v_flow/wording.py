@@ -1,6 +1,6 @@
 """Diagnostics as text: plain, without colour, and safe to print whatever a recipe holds.
 
-Whoever finds a mistake words it with the small functions here (`shown`, `listed`, `nearest`): all messages read alike.
+Messages are worded with the small functions here (`shown`, `listed`, `nearest`): all messages read alike.
 """
 
 from __future__ import annotations

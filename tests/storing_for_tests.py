@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from s2v_flow.cache.checkpoint import Checkpoints
+from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import Store
 from s2v_flow.files.atomic import writing
 
@@ -24,16 +24,16 @@ def content(number: int) -> bytes:
 
 def publish_all(store: Store, count: int = KEYS) -> None:
     """Publish every result as bytes and as a file, with a resume point before each."""
-    checkpoints = Checkpoints(store.root)
+    resume_points = ResumePoints(store.root)
     payload = len(b"{}").to_bytes(8, "little") + b"{}"
     for number in range(count):
-        checkpoints.write(key(number), {"step": str(number)}, payload)
+        resume_points.write(key(number), {"step": str(number)}, payload)
         with store.scratch() as scratch:
             path = scratch / "film.mp4"
             with writing(path):  # as the writer of films does
                 path.write_bytes(content(number))
             store.publish(key(number), {"kind": "toy"}, {"a": content(number), "b": path}, {})
-        checkpoints.forget(key(number))
+        resume_points.forget(key(number))
 
 
 def assert_sound(root: Path, count: int = KEYS) -> int:
@@ -44,6 +44,6 @@ def assert_sound(root: Path, count: int = KEYS) -> int:
         if entry is not None:
             assert [store.read(item) for item in entry.outputs.values()] == [content(number)] * 2
             found += 1
-        facts = Checkpoints(root).peek(key(number))
-        assert facts is None or Checkpoints(root).read(key(number)) is not None
+        facts = ResumePoints(root).peek(key(number))
+        assert facts is None or ResumePoints(root).read(key(number)) is not None
     return found

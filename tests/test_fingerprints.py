@@ -10,7 +10,7 @@ import pytest
 from recipes_for_tests import RECIPES
 
 from s2v_flow import api
-from s2v_flow.cache.checkpoint import Checkpoints
+from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.ports import Source
@@ -72,4 +72,4 @@ def test_the_fingerprints_of_a_shipped_recipe_are_the_same(
 def test_a_resume_point_is_kept_under_its_nodes_fingerprint() -> None:
     """Where an earlier version left it."""
     key = PINNED["demo"]["first"]
-    assert Checkpoints(Path("cache")).path(key) == Path("cache/checkpoints") / key[:2] / f"{key}.safetensors"
+    assert ResumePoints(Path("cache")).path(key) == Path("cache/checkpoints") / key[:2] / f"{key}.safetensors"

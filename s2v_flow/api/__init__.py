@@ -241,7 +241,7 @@ def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> N
     if options.locked:
         check_lock(lock_path(planned.recipe.path), planned.recipe, planned.plan, digests)
     for plugin in plugins_of(planned.recipe, planned.plan) if planned.has_work else ():
-        plugin.load()  # a sampler that cannot be imported is told before anything is computed
+        plugin.load()  # a sampler that cannot be imported is an error before anything is computed
 
 
 def _execute(planned: Planned, options: Options, recorder: Recorder, digests: FileDigests, models: Any) -> RunResult:

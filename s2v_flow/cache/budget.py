@@ -77,7 +77,7 @@ class Budget:
 
     Args:
         limit: Bytes; None: `default_limit`; `NO_LIMIT`: nothing ever goes, whatever the disk has left.
-        tell: Told what went, in a line.
+        tell: Called with a line that says what was evicted.
         reserve: Bytes; None: `default_reserve`.
     """
 

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.cache.checkpoint import Checkpoints, quarantine
+from s2v_flow.cache.resume_point import ResumePoints, quarantine
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store, read_entry
 from s2v_flow.files.atomic import STALE_SECONDS, is_alive, machine_id, make_root, reap, stale, writing
 from s2v_flow.files.lock import held, is_held, remove_unused
 
 YOUNG_SECONDS = 3600.0
 _QUARANTINE_SECONDS = 7 * 24 * 3600.0
-_CHECKPOINT_SECONDS = 30 * 24 * 3600.0
+_RESUME_POINT_SECONDS = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def tidy(root: Path) -> int:
     And what nobody comes back for: resume points after 30 days, damaged files in quarantine after a week.
     """
     removed = reap(root / "tmp")
-    store, checkpoints = Store(root), Checkpoints(root)
+    store, resume_points = Store(root), ResumePoints(root)
     for path in root.glob("checkpoints/??/*.safetensors"):
-        if store.lookup(path.stem) is not None or _age(path) > _CHECKPOINT_SECONDS:
-            checkpoints.forget(path.stem)
+        if store.lookup(path.stem) is not None or _age(path) > _RESUME_POINT_SECONDS:
+            resume_points.forget(path.stem)
             removed += 1
     for path in root.glob("quarantine/*"):
         if _age(path) > _QUARANTINE_SECONDS:
@@ -101,7 +101,7 @@ def _seconds_since(when: float) -> float:
 def live_run(root: Path, fingerprints: Collection[str], run: str = "") -> Iterator[None]:
     """Say, inside this block, that a run lives which needs these entries; tidy up before.
 
-    Where the marker cannot be written the run goes on: whoever cleans up then keeps only what is young. `is_running`
+    Where the marker cannot be written the run goes on; a clean-up then keeps only young files. `is_running`
     knows it by the id `run`.
     """
     marker = root / "live" / f"{machine_id()}-{os.getpid()}-{run or time.monotonic_ns()}.json"
@@ -219,7 +219,7 @@ def verify(root: Path, *, is_repair: bool = False) -> dict[str, Any]:
             except DamagedObjectError as error:
                 reason = error.message
                 if is_repair:
-                    store.put_aside(item)
+                    store.quarantine(item)
         if reason:
             damaged.append({"fingerprint": path.stem, "reason": reason})
             if is_repair:
@@ -235,7 +235,7 @@ def collect(root: Path, limit: int, fits: int = 0, *, is_dry: bool = False, is_t
         limit: Bytes.
         fits: From so many bytes on, what is more than spare stays.
         is_dry: Only say what would go.
-        is_tidy: Whether somebody has just tidied up.
+        is_tidy: The cache has just been cleaned.
     """
     if not is_dry and not is_tidy:
         tidy(root)
@@ -244,7 +244,7 @@ def collect(root: Path, limit: int, fits: int = 0, *, is_dry: bool = False, is_t
     going: list[Kept] = []
     kept = inventory(root)
     users = _users(kept)
-    for path, status in _objects(root):  # what no entry uses and is not young: whoever publishes writes objects first
+    for path, status in _objects(root):  # what no entry uses and is not young: publishing writes objects first
         if path.name not in users and _seconds_since(status.st_mtime) > YOUNG_SECONDS:
             total -= status.st_size if is_dry or _goes(path, started) else 0
     for item in kept:
@@ -305,7 +305,7 @@ def _users(kept: Collection[Kept]) -> dict[str, set[str]]:
 def _free(root: Path, item: Kept, users: dict[str, set[str]], started: float, *, is_dry: bool) -> int:
     """Remove what only a removed entry used; return how many bytes that frees.
 
-    What somebody has touched since `started` stays: a result that is just being stored uses it too.
+    An object touched since `started` stays: a result that is being stored may use it.
     """
     freed = 0
     for output in set(item.entry.outputs.values()):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from s2v_flow.cache.checkpoint import quarantine
+from s2v_flow.cache.resume_point import quarantine
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import finish, flush_folder, make_root, put_new, temporary, temporary_prefix, writing
 
@@ -150,7 +150,7 @@ class Store:
                 from another disk).
             facts: Small JSON values for people; they are no part of the identity.
             replaces: Put this entry in the place of one that is there.
-            items: What `described` says of the outputs, where somebody has asked already.
+            items: What `described` returns for the outputs, if the caller has it already.
 
         Raises:
             CannotWriteError: The store cannot be written (disk full, read-only). A finished file that is not in its
@@ -198,7 +198,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     def make_scratch(self) -> Path:
-        """Make a folder in the store's filesystem; whoever asks for it removes it.
+        """Make a folder in the store's filesystem; the caller removes it.
 
         Raises:
             CannotWriteError: The store cannot be written.
@@ -226,7 +226,7 @@ class Store:
         if not is_sound:
             raise DamagedObjectError.at(path, "its bytes have changed")
 
-    def put_aside(self, item: StoredObject) -> None:
+    def quarantine(self, item: StoredObject) -> None:
         """Move a damaged object to quarantine."""
         self._quarantine(self.object_path(item))
 
@@ -273,7 +273,7 @@ class Store:
             return False
 
     def _blocks(self, item: StoredObject) -> Iterator[bytes]:
-        """Yield an object's bytes; its own errors are told apart from those of whoever writes the bytes elsewhere."""
+        """Yield an object's bytes; its read errors differ in type from the caller's write errors."""
         path = self.object_path(item)
         try:
             with path.open("rb") as file:
@@ -290,7 +290,7 @@ class Store:
         return DamagedObjectError.at(path, error.strerror or str(error))
 
     def _changed(self, item: StoredObject) -> DamagedObjectError:
-        """Return the error for an object whose bytes have changed, and put it aside."""
+        """Return the error for an object whose bytes have changed, and quarantine it."""
         path = self.object_path(item)
         if not self._quarantine(path):
             self._unusable.add(item.file_name)

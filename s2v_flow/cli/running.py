@@ -1,4 +1,4 @@
-"""Running a plan from the terminal: what is told before, during and after."""
+"""Running a plan from the terminal: what is printed before, during and after."""
 
 from __future__ import annotations
 

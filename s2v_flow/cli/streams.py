@@ -1,4 +1,4 @@
-"""stdout and stderr that never end a command: of any encoding, closed, full, or read by somebody who has left."""
+"""stdout and stderr that never end a command: of any encoding, closed, full, or a pipe without a reader."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Streams:
         """
         if self._stdout is None:
             return
-        with suppress(ValueError):  # somebody has closed it
+        with suppress(ValueError):  # it is closed
             sys.stdout.flush()
         error = self._stdout.error
         if error is not None and error.errno != errno.EPIPE:

@@ -1,4 +1,4 @@
-"""From a draft to a recipe's sections: names, an order, parameters, comments."""
+"""From a draft to a recipe's sections: newer settings, names, an order, parameters, comments."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def _from_shards(source: Path, shards: Shards, wanted: Wanted, file: BinaryIO, o
 
 
 def _verify(path: Path, request: Request, metadata: Mapping[str, str]) -> tuple[str, int]:
-    """Check a finished file as if a stranger had made it; return its kind and how many tensors it has.
+    """Check a finished file as untrusted input; return its kind and how many tensors it has.
 
     Raises:
         CheckpointError, RefusedError: It is not what it should be.

@@ -118,7 +118,7 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def _follow(source: Path, child: subprocess.Popen[bytes], limits: Limits, on_progress: Progress) -> int:
-    """Listen to the child until it has said how it went; lines that are not in its form are its last words."""
+    """Read the child's messages until its result; lines of another form are its error output."""
     assert child.stdout is not None
     words = ""
     while line := child.stdout.readline(_MAX_LINE):

@@ -188,7 +188,7 @@ def _last_touched(path: Path) -> float:
 
 
 class TakenError(Exception):
-    """Somebody else has given another file the name."""
+    """Another file has the name already."""
 
 
 def numbered(path: Path, number: int) -> Path:
@@ -218,10 +218,10 @@ def is_file_there(path: Path) -> bool:
 
 
 def put_new(made: str | Path, path: Path) -> None:
-    """Give a finished file a name in the same file system that nobody has yet; its old name may stay.
+    """Give a finished file a name in the same file system that is free; its old name may stay.
 
     Raises:
-        TakenError: Somebody has it.
+        TakenError: It is taken.
         OSError: The name cannot be given.
     """
     try:

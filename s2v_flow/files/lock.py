@@ -1,6 +1,6 @@
 """One computation of a thing at a time, among processes: locks that save work, and never decide what is right.
 
-The kernel drops a lock when its process ends, however it ends, so that nobody has to remove one by hand. Where locks do
+The kernel drops a lock when its process ends, however it ends, so that none has to be removed by hand. Where locks do
 not work (some network file systems grant them to everybody, or to nobody) things may be computed twice; the store lets
 the first result count.
 """
@@ -40,8 +40,8 @@ def turn(
 
     Args:
         path: The lock's file, removed afterwards.
-        about: What it is held for; told to those who wait.
-        on_wait: Called once with who holds it, if there is somebody to wait for.
+        about: What it is held for, for the message of those who wait.
+        on_wait: Called once with the holder, if there is one to wait for.
         between: Called every 0.2 s while waiting; what it raises ends the waiting.
         on_failure: Called with the reason where nothing can be locked; the block is entered all the same.
     """
@@ -132,7 +132,7 @@ def _take(path: Path, on_wait: Callable[[str], None], between: Callable[[], None
 
 
 def _try(path: Path) -> int | None:
-    """Try to lock: a descriptor, or None where somebody else has it.
+    """Try to lock: a descriptor, or None where another process has it.
 
     Raises:
         OSError: Locks do not work here, or their folder cannot be written.

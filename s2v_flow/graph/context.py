@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from s2v_flow.cache.budget import Budget
-from s2v_flow.cache.checkpoint import Checkpoints
+from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import CannotWriteError, writing
@@ -45,7 +45,7 @@ class Numerics:
 
 @runtime_checkable
 class Closable(Protocol):
-    """A live value that holds something: told when nobody needs it any more."""
+    """A live value that holds a resource: closed when no node needs it any more."""
 
     def close(self) -> None:
         """Release it."""
@@ -73,8 +73,8 @@ class RunContext:
 
     `device` is torch's name ("cpu", "cuda:0"); `models` gives the model registry, made on the first call (graph knows
     no tensors, so it is untyped here); `files` and `digests` are the node's files by field path; `input_digests` are
-    its inputs' digests; `make_scratch` makes the folder that `scratch` gives; `checkpoint` keeps half-done work (stored
-    nodes only); `keep` keeps what a live value gives out (of kinds that are kept).
+    its inputs' digests; `make_scratch` makes the folder that `scratch` gives; `resume_point` keeps half-done work
+    (stored nodes only); `keep` keeps what a live value gives out (of kinds that are kept).
     """
 
     name: str
@@ -89,7 +89,7 @@ class RunContext:
     make_scratch: Callable[[], Path]
     emit: Listener
     facts: dict[str, Any] = field(default_factory=dict)
-    checkpoint: Checkpoint | None = None
+    resume_point: ResumePoint | None = None
     keep: Keep | None = None
 
     @property
@@ -103,7 +103,7 @@ class RunContext:
 
     def stepwise(self) -> AbstractContextManager[None]:
         """Return a block in which a request to stop waits for the end of a step."""
-        return nullcontext() if self.checkpoint is None else self.checkpoint.stepwise()
+        return nullcontext() if self.resume_point is None else self.resume_point.stepwise()
 
     def step(self, step: int, total: int, unit: str = "step") -> None:
         """Report that `step` of `total` is done."""
@@ -122,23 +122,22 @@ class RunContext:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ResumePoint:
     """One node's resume point and the run's wish to stop.
 
-    `is_fresh`: the node is to be computed anew, so that what is there is not gone on from. `told` is what the run has
-    said already.
+    `is_fresh`: the node starts anew, whatever resume point there is. `reported`: warnings that the run has given.
     """
 
-    folder: Checkpoints
+    folder: ResumePoints
     fingerprint: str
     node: str
     emit: Listener
     should_stop: ShouldStop
     is_fresh: bool = False
-    told: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
 
     def load(self) -> tuple[dict[str, str], bytes] | None:
-        """Return the facts and bytes that an earlier run left, or None; a damaged checkpoint is told and put aside."""
+        """Return the facts and bytes that an earlier run left, or None; a damaged one is reported and quarantined."""
         if self.is_fresh:
             return None
         try:
@@ -158,8 +157,8 @@ class Checkpoint:
             self.folder.write(self.fingerprint, facts, payload)
         except S2VFlowError as error:
             text = f"the resume point cannot be written: {error.message}; the run goes on without one"
-            if text not in self.told:
-                self.told.add(text)
+            if text not in self.reported:
+                self.reported.add(text)
                 self.emit(Noted(self.node, text, is_warning=True))
             return False
         return True
@@ -220,7 +219,7 @@ class Keep:
         try:
             self.store.check(item)
         except DamagedObjectError:
-            self.store.put_aside(item)
+            self.store.quarantine(item)
             text = "what was kept of it is damaged or gone: it is made again"
             self.emit(Noted(self.node, text, is_warning=True))
             self._known = None

@@ -69,7 +69,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What must run, by plan node, as far as that can be told from past runs; `unknown` are the kinds where it cannot.
+    """What must run, by plan node, as far as past runs show; `unknown` are the kinds where it cannot.
 
     bytes_to_read: the sizes of the files that will be read; num_files: how many they are. memory: of every node that
     must run, the process's (on a GPU the device's); known_disk_bytes: what is sure to be stored.

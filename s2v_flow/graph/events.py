@@ -1,4 +1,4 @@
-"""What happens during a run, as data. Whoever runs a plan passes a callback; nothing here prints."""
+"""What happens during a run, as data, for the callback of `run`; nothing here prints."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class NodeCached:
 class Noted:
     """Something a person should know: LoRA coverage, a damaged artifact that is computed again, sound that is cut.
 
-    `is_detail`: only somebody who asks for details wants it.
+    `is_detail`: shown only at the level of details.
     """
 
     node: str

@@ -61,7 +61,7 @@ def placed(error: S2VFlowError, node: PlanNode) -> S2VFlowError:
 def _refused(error: Exception, folder: Path | None) -> CannotWriteError | None:
     """Return the error that files cannot be written in a scratch folder, if that is what an exception says.
 
-    A disk that is full is told without a file's name.
+    A full disk needs no file name in the exception.
     """
     if folder is None:
         return None

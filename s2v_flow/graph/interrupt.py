@@ -23,7 +23,7 @@ WORDS = {
 
 
 class StoppedError(BaseException):
-    """Somebody asked for a stop. Like KeyboardInterrupt, it is nothing that code on the way should catch.
+    """A stop was requested. Like KeyboardInterrupt, it is not to be caught on the way.
 
     Attributes:
         where: What the run had come to ("talk[2] at step 3 of 20, resume point written"), or empty.
@@ -50,7 +50,7 @@ ShouldStop = Callable[[], bool]
 class StopRequest:
     """What the signals' handlers set and a run asks: a callable `should_stop`, and how patient it is.
 
-    `tell`: called inside a signal handler with a line for people, when a first signal has to wait for a step's end.
+    `tell`: called inside a signal handler with a line of text, when a first signal has to wait for a step's end.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -64,7 +64,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> ExitCode:
-        """The exit code of whoever asked."""
+        """The exit code of the request."""
         return self._exit_code or ExitCode.INTERRUPTED
 
     def install(self) -> None:

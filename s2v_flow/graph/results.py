@@ -39,7 +39,7 @@ class Results:
     they were written, and given out as if it were stored. Each publish asks again: there may be space by then.
 
     Args:
-        emit: Told, once for each reason, that something is not kept; and what an eviction removed.
+        emit: Gets a note, once for each reason, that a result is not stored, and what an eviction removed.
         limit: What the cache may grow to in bytes; None: as `Budget` chooses.
     """
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from s2v_flow.cache.budget import NO_LIMIT
-from s2v_flow.cache.checkpoint import Checkpoints
+from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.files.atomic import TakenError
-from s2v_flow.graph.context import Artifact, Checkpoint, Closable, Keep, Numerics, RunContext
+from s2v_flow.graph.context import Artifact, Closable, Keep, Numerics, ResumePoint, RunContext
 from s2v_flow.graph.events import (
     Delivered,
     Listener,
@@ -110,7 +110,7 @@ class Run:
     _digests: dict[Source, str] = field(default_factory=dict)
     _uses: dict[str, int] = field(default_factory=dict)
     _computed: list[str] = field(default_factory=list)
-    _told: set[str] = field(default_factory=set)
+    _reported: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._results = Results(self.store, self.emit, self.cache_limit)
@@ -187,15 +187,15 @@ class Run:
                 self._compute(node, key, image)
             elif not self._adopt(node, key):
                 with node_turn(self.store.root, key, node.name, self.emit, self.should_stop, reasons.append):
-                    if not self._adopt(node, key):  # whoever was waited for has stored it
+                    if not self._adopt(node, key):  # the process that was waited for has stored it
                         self._compute(node, key, image)
         finally:
             self._release_inputs(node)
         if reasons and node.name not in self.not_kept:  # else that nothing can be written has been said
             text = f"nothing can be locked under {self.store.root / 'locks'} ({reasons[0]}): "
             text += "another run may compute the same at the same time"
-            if text not in self._told:
-                self._told.add(text)
+            if text not in self._reported:
+                self._reported.add(text)
                 self.emit(Noted("", text, is_warning=True))
 
     def _adopt(self, node: PlanNode, key: str) -> bool:
@@ -224,12 +224,12 @@ class Run:
         self.emit(NodeStarted(node.name, node.kind))
         if not is_mend:  # another node is being computed, whose peak it is
             forget_peaks()
-        folder, is_fresh = Checkpoints(self.store.root), node.name in self.forced
-        checkpoint = Checkpoint(folder, key, node.name, self.emit, self.should_stop, is_fresh, self._told)
+        folder, is_fresh = ResumePoints(self.store.root), node.name in self.forced
+        resume_point = ResumePoint(folder, key, node.name, self.emit, self.should_stop, is_fresh, self._reported)
 
         def work(scratch: Scratch) -> Entry:
             facts: dict[str, Any] = {}
-            outputs = self._run(node, scratch, facts, checkpoint)
+            outputs = self._run(node, scratch, facts, resume_point)
             degraded = {**self._degraded(node), **facts.get("degraded", {})}
             facts |= {"degraded": degraded} if degraded else {}
             facts |= {"seconds": round(time.monotonic() - started, 3), "node": node.name}
@@ -241,7 +241,7 @@ class Run:
             return self._results.publish(*what, replaces=is_fresh, is_last=is_last, holds=is_mend)
 
         entry = self._results.work(node, work)
-        checkpoint.folder.forget(key)
+        resume_point.folder.forget(key)
         self._remember(node, key, entry)
         self._computed.append(node.name)
         seconds = time.monotonic() - started
@@ -262,7 +262,7 @@ class Run:
         node: PlanNode,
         scratch: Scratch,
         facts: dict[str, Any],
-        checkpoint: Checkpoint | None = None,
+        resume_point: ResumePoint | None = None,
         keep: Keep | None = None,
     ) -> Mapping[str, Any]:
         values: dict[str, Any] = {}
@@ -276,7 +276,7 @@ class Run:
         files = {path: f"sha256:{self.file_digest(file)}" for path, file in node.files.items() if path in read}
         context = RunContext(
             *(node.name, node.kind, node.facts, self.device, self.numerics, self.models, node.files),
-            *(files, digests, scratch, self.emit, facts, checkpoint, keep),
+            *(files, digests, scratch, self.emit, facts, resume_point, keep),
         )
         with failures_of(node, scratch):
             return node.node.run(context, values)
@@ -307,7 +307,7 @@ class Run:
         return Artifact(self._digests[Source(node.name, port)], read, copy_to)
 
     def _mending(self, node: PlanNode, use: Callable[[], UsedT]) -> UsedT:
-        """Use a stored result; where it is damaged or gone, compute it again, more than once if somebody removes it."""
+        """Use a stored result; compute it again where it is damaged or gone, also when that happens again."""
         for _ in range(_MENDS):
             with suppress(DamagedObjectError):
                 return use()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from s2v_flow.cache.checkpoint import Checkpoints
+from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import Entry, Store, holds
 from s2v_flow.files.atomic import free_name, is_file_there
 from s2v_flow.graph.context import Numerics, progress_text
@@ -99,7 +99,7 @@ def assess(
     known: dict[Source, str] = {}
     found: dict[str, NodeStatus] = {}
     earlier: list[Entry] | None = None
-    checkpoints = Checkpoints(store.root)
+    resume_points = ResumePoints(store.root)
     for node in plan.nodes:
         image = preimage(node, numerics, file_digest, known.get)
         if isinstance(image, str):
@@ -115,7 +115,7 @@ def assess(
             entry = entry if node.node.is_stored else None
             known.update(output_digests(node, key, entry))
             found[node.name] = NodeStatus("HIT", "stored", key, entry)
-        elif node.node.is_stored and (facts := checkpoints.peek(key)) is not None:
+        elif node.node.is_stored and (facts := resume_points.peek(key)) is not None:
             found[node.name] = NodeStatus("RESUME", progress_text(facts), key)
         elif node.node.is_stored:
             earlier = store.recent(EARLIER) if earlier is None else earlier

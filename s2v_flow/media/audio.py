@@ -195,7 +195,7 @@ def open_audio(path: str | os.PathLike[str]) -> AudioClip:
 def read_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SECONDS) -> Audio:
     """Read wav, flac, ogg, mp3, aac, m4a, or the sound of an mp4, mov, mkv or webm file, at its own rate.
 
-    The format is told by content, not by suffix; of several sound tracks the first that has a decoder is read. Encoder
+    The format is found by content, not by suffix; of several sound tracks the first that has a decoder is read. Encoder
     delay is removed where the file says how long it is; where timestamps leave holes there is silence. Integer samples
     are divided by their full scale. More than two channels are mixed to stereo, without the probe's gain.
 

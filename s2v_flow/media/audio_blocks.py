@@ -1,4 +1,4 @@
-"""Decode a sound file block by block: wav, flac and ogg by libsndfile, mp3, aac and containers by FFmpeg.
+"""Decode a sound file block by block, mixed down to stereo: wav, flac and ogg by libsndfile, the rest by FFmpeg.
 
 A wav or flac file of more than two channels goes to FFmpeg, which knows which of them is the centre.
 
@@ -71,7 +71,7 @@ def decode_blocks(path: str | os.PathLike[str], note: Callable[[str], None]) -> 
     """Yield a file's sound in order, as mono or stereo; memory does not grow with its length.
 
     More than two channels are mixed down. Where a container's timestamps leave a hole, or its sound starts late, there
-    is silence. `note` is told what a listener might not expect, at the latest at the end.
+    is silence. `note` is called with what a listener might not expect, at the latest at the end.
 
     Raises:
         MissingError: the file is not there.
@@ -89,7 +89,7 @@ def decode_blocks(path: str | os.PathLike[str], note: Callable[[str], None]) -> 
 
 
 def _is_plain(file: FileIO | Patched, path: str | os.PathLike[str]) -> bool:
-    """Tell whether libsndfile knows all about a wav or flac file: no layout is needed, and the length is told."""
+    """Tell whether libsndfile knows all about a wav or flac file: no layout is needed, and the length is known."""
     with _opened_by_libsndfile(file, path) as sound:
         return int(sound.channels) <= 2 and sound.frames < _UNKNOWN_LENGTH
 

@@ -1,4 +1,4 @@
-"""Open input files safely: regular files only, the format told by content, and nothing but that one file is ever read.
+"""Open input files safely: regular files only, the format found by content, and nothing but that file is ever read.
 
 FFmpeg's demuxers can open further files and addresses (playlists, concat scripts, HLS). They never get the chance: the
 format is decided here from the first bytes, forced on the demuxer, and PyAV is handed an open file instead of a name.

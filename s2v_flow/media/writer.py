@@ -245,7 +245,7 @@ class _AacFeed:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a new, empty file beside `path`; it takes the name if all goes well, and goes away if not.
 
-    What a killed process leaves of it is found by its name, and removed by whoever delivers to that folder next.
+    What a killed process leaves of it is found by its name, and removed by the next run that writes to that folder.
     """
     temporary = path.with_name(f"{temporary_prefix()}{secrets.token_hex(4)}{path.suffix}")
     with _explained(path):

@@ -27,7 +27,7 @@ from s2v_flow.models.speech_rate import (
 if TYPE_CHECKING:
     from s2v_flow.models.audio_encoder import AudioEncoder
 
-CONTEXT_STATES = 500  # 10 s on each side of a window, heard but not kept
+CONTEXT_STATES = 500  # 10 s on each side of a window, encoded but not kept
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The layers of the Wan 2.1 VAE: convolutions that are causal in time and stream, norms, attention, resampling.
 
-Every causal convolution needs the last input frames of the call before it. A `Carry` hands them out in the order in
+Every causal convolution needs the last input frames of the call before it. A `Carry` gives them in the order in
 which the layers run and collects the next ones; it lives for one call. Layers are inference only: activations are
 written in place.
 

@@ -196,7 +196,7 @@ class DecodeFrames(Node):
     tiles: Tiles
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give out the stream; nothing is decoded before somebody iterates, or where the frames are kept."""
+        """Return the stream, decoded on iteration, or not at all where the frames are stored."""
         import numpy as np
 
         def groups() -> Iterator[np.ndarray]:

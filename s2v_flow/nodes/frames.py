@@ -1,4 +1,4 @@
-"""Frames as a value: made or read when somebody iterates, a few at a time."""
+"""Frames as a value: made or read on iteration, a few at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes on with another result than the user may think: each is said before a run, by the name of the setting."""
+"""Warnings before a run, by the setting's name: where its result is another than a user may expect."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from s2v_flow.nodes.tensors import pack
 from s2v_flow.sampling.state import Denoise, SolverState
 
 if TYPE_CHECKING:
-    from s2v_flow.graph.context import Checkpoint, RunContext
+    from s2v_flow.graph.context import ResumePoint, RunContext
     from s2v_flow.sampling.sampler import Sampler
 
 INTERVAL_SECONDS = 60.0
@@ -93,16 +93,16 @@ class ResumableSampling:
             StoppedError: The run is to stop; a resume point is written.
             S2VFlowError: Memory ran out for good; a resume point of the steps that are done is written.
         """
-        total, checkpoint = self.sampler.num_steps, self.context.checkpoint
-        begun = (self._resumed(checkpoint) if checkpoint else None) or self.sampler.start(noise())
+        total, resume_point = self.sampler.num_steps, self.context.resume_point
+        begun = (self._resumed(resume_point) if resume_point else None) or self.sampler.start(noise())
         state = begun
         started = self._saved_at = self._stepped_at = time.monotonic()
         for state in self._states(denoise, begun):
             self.context.step(state.step, total)
             self._watch.add(state.step, state.x)
             self._check(self._watch.first_bad())
-            if checkpoint is not None and state.step < total:
-                self._between_steps(checkpoint, state)
+            if resume_point is not None and state.step < total:
+                self._between_steps(resume_point, state)
         self._check(self._watch.first_bad(waits=True))
         self.context.record(sampling_seconds=round(time.monotonic() - started, 3), steps_taken=total - begun.step)
         return self.sampler.result(state)
@@ -119,47 +119,47 @@ class ResumableSampling:
                 if failure is None:
                     raise
             if failure is not None:
-                self._retreat(failure, state)
+                self._fall_back(failure, state)
 
-    def _retreat(self, failure: str, state: SolverState) -> None:
+    def _fall_back(self, failure: str, state: SolverState) -> None:
         try:
-            self.retry.retreat(failure)
+            self.retry.fall_back(failure)
         except S2VFlowError as error:
-            checkpoint = self.context.checkpoint
-            if error.exit_code == ExitCode.OUT_OF_MEMORY and checkpoint is not None and state.step > 0:
+            resume_point = self.context.resume_point
+            if error.exit_code == ExitCode.OUT_OF_MEMORY and resume_point is not None and state.step > 0:
                 self._check(self._watch.first_bad(waits=True))
-                if checkpoint.save(self._facts(state.step), pack(state.to_tensors())):
+                if resume_point.save(self._facts(state.step), pack(state.to_tensors())):
                     steps = f"{state.step} of {self.sampler.num_steps} steps of this chunk"
                     error.kept = f"{error.kept}, and {steps}: the same command goes on from there"
             raise
 
-    def _between_steps(self, checkpoint: Checkpoint, state: SolverState) -> None:
-        now, must_stop = time.monotonic(), checkpoint.should_stop()
+    def _between_steps(self, resume_point: ResumePoint, state: SolverState) -> None:
+        now, must_stop = time.monotonic(), resume_point.should_stop()
         is_due = now - self._saved_at + (now - self._stepped_at) > INTERVAL_SECONDS  # it would be after another step
         self._stepped_at = now
         if not (is_due or must_stop):
             return
         self._check(self._watch.first_bad(waits=True))
-        is_saved = checkpoint.save(self._facts(state.step), pack(state.to_tensors()))
+        is_saved = resume_point.save(self._facts(state.step), pack(state.to_tensors()))
         self._saved_at = self._stepped_at = time.monotonic()
         if must_stop:
             written = "resume point written" if is_saved else "without a resume point"
-            raise checkpoint.stop(f"after step {state.step} of {self.sampler.num_steps}, {written}")
+            raise resume_point.stop(f"after step {state.step} of {self.sampler.num_steps}, {written}")
 
-    def _resumed(self, checkpoint: Checkpoint) -> SolverState | None:
-        found = checkpoint.load()
+    def _resumed(self, resume_point: ResumePoint) -> SolverState | None:
+        found = resume_point.load()
         if found is None:
             return None
         facts, payload = found
         try:
             state = SolverState.from_tensors(load(payload))
         except (ValueError, SafetensorError) as error:
-            checkpoint.refuse(f"it holds no solver's state: {error}")
+            resume_point.refuse(f"it holds no solver's state: {error}")
             return None
         expected = self._facts(state.step)
         wrong = [name for name, value in expected.items() if facts.get(name) != value]
         if wrong or not 0 < state.step < self.sampler.num_steps:
-            checkpoint.refuse(f"it is of another run: {', '.join(wrong) or 'step'} differs")
+            resume_point.refuse(f"it is of another run: {', '.join(wrong) or 'step'} differs")
             return None
         self.context.note(f"goes on from the resume point after step {state.step} of {self.sampler.num_steps}")
         return state

@@ -1,4 +1,4 @@
-"""Where memory runs out: retries with less at once, each of them said; when nothing helps, the message has figures."""
+"""Out of memory: retries with less at once, each reported; when none helps, the error gives the figures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FREED = "frees what is unused and tries again"
 
 @dataclass(frozen=True)
 class Fallback:
-    """One retreat: its name in the facts, what a person is told, and what it changes about the result's bytes."""
+    """One fallback: its name in the facts, the warning's text, and what it changes about the result's bytes."""
 
     name: str
     text: str
@@ -36,7 +36,7 @@ class Fallback:
 
 
 class Fallbacks:
-    """What a node gives up, in order, where memory runs out; each retreat is told and kept with the result.
+    """A node's fallbacks, in order, for when memory runs out; each is reported and recorded with the result.
 
     A node's class has its own `fallbacks` and `explain`. It holds neither: an object in a cycle would keep its tensors
     until Python looks for such cycles.
@@ -50,7 +50,7 @@ class Fallbacks:
         self._has_freed = False
 
     def fallbacks(self) -> Iterator[Fallback]:
-        """Yield what can be given up; taking it is the retreat. Before the first, what nobody uses is freed."""
+        """Yield the fallbacks; each takes effect as it is yielded. Before the first, unused memory is freed."""
         raise NotImplementedError
 
     def explain(self, failure: str) -> S2VFlowError:
@@ -58,7 +58,7 @@ class Fallbacks:
         raise NotImplementedError
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Return what `work` returns, calling it again after each retreat.
+        """Return what `work` returns, calling it again after each fallback.
 
         Raises:
             S2VFlowError: Memory runs out and there is no fallback left.
@@ -70,9 +70,9 @@ class Fallbacks:
                 failure = memory_failure(error)
                 if failure is None:
                     raise
-            self.retreat(failure)  # outside of the handler, whose traceback holds the tensors that are to go
+            self.fall_back(failure)  # outside of the handler, whose traceback holds the tensors that are to go
 
-    def retreat(self, failure: str) -> None:
+    def fall_back(self, failure: str) -> None:
         """Take the next fallback.
 
         Raises:
@@ -83,7 +83,7 @@ class Fallbacks:
             try:
                 self._left = self._left or self.fallbacks()
                 fallback = next(self._left, None)
-            except (MemoryError, RuntimeError) as error:  # no memory for the retreat itself
+            except (MemoryError, RuntimeError) as error:  # no memory for the fallback itself
                 if memory_failure(error) is None:
                     raise
                 fallback = None

@@ -102,7 +102,7 @@ class Kinds(Mapping[str, type[Node]]):
     @cached_property
     def plugins(self) -> Mapping[str, Plugin]:
         """The kinds of other packages."""
-        plugins(SAMPLERS, catalog.SAMPLERS)  # names that are taken are told at once
+        plugins(SAMPLERS, catalog.SAMPLERS)  # names that are taken are an error at once
         return plugins(NODES, (*self._own, *_WITHIN))
 
     def __getitem__(self, name: str) -> type[Node]:

@@ -1,4 +1,4 @@
-"""The mistakes found so far. Reading goes on after most of them, so that a person sees all at once."""
+"""The mistakes found so far. Reading goes on after most of them, so that a user sees all at once."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def read_file(
     Args:
         name: How messages call it: as the user did.
         named_at: What named the file, if not the command line.
-        is_recipe: It is taken for a recipe: what is known to be something else is told.
+        is_recipe: Report a file that is known to be no recipe.
 
     Raises:
         StopReadingError: The file cannot be read, or is no YAML within the limits; `problems` says why.

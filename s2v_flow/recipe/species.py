@@ -1,4 +1,4 @@
-"""What is given as a recipe and is something else: told by its content, and answered with the command that helps."""
+"""Files given as a recipe that are none: recognised by content, with the command that helps."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ class Recorder:
         records = []
         for event, item in zip(delivered, entry.outputs.values(), strict=True):
             path, size, sha256 = Path(event.path), None, item.sha256
-            with suppress(OSError, MissingError):  # somebody has moved it already
+            with suppress(OSError, MissingError):  # it has been moved already
                 size = path.stat().st_size
                 # what was delivered holds the object, and perhaps a note behind it
                 sha256 = item.sha256 if size == item.size else file_digest(path)

@@ -28,7 +28,7 @@ _WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")
 def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[Listener, ...]]:
     """Give the listener that writes events to a file, or to stdout for "-"; none where no target is given.
 
-    `tell`: told, once, that the file cannot be written any more: the run is worth more than its events.
+    `tell`: called once where the file can no longer be written: the run goes on without it.
 
     Raises:
         S2VFlowError: The file cannot be opened, or stdout cannot be written.

@@ -1,4 +1,4 @@
-"""The one entry to sampling: from a sampler's name to something that starts, iterates, stops, resumes and ends.
+"""The one entry to sampling: a sampler by name, which starts, iterates, stops, resumes and ends; and guidance.
 
 Example:
     sampler = make_sampler("uni_pc", "simple", steps=20, shift=8.0, seed=20)

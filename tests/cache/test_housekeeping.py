@@ -16,8 +16,8 @@ import pytest
 
 from s2v_flow.cache.budget import parse_size
 from s2v_flow.cache.bundle import export_bundle, import_bundle
-from s2v_flow.cache.checkpoint import Checkpoints
 from s2v_flow.cache.housekeeping import collect, inventory, is_running, live_run, pin, remove, stats, tidy, verify
+from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import Store
 from s2v_flow.errors import MissingError, RefusedError, S2VFlowError
 from s2v_flow.files import atomic
@@ -188,14 +188,14 @@ def test_markers_of_dead_runs_and_checkpoints_of_stored_results_go(store: Store)
     live.mkdir()
     marker = live / f"{atomic.machine_id()}-{dead_pid()}-1.json"
     marker.write_text(json.dumps([key(1)]))
-    checkpoints = Checkpoints(store.root)
+    resume_points = ResumePoints(store.root)
     payload = len(b"{}").to_bytes(8, "little") + b"{}"
     for number in (1, 7):
-        checkpoints.write(key(number), {"step": "3"}, payload)
+        resume_points.write(key(number), {"step": "3"}, payload)
     assert tidy(store.root) == 2
     assert not marker.exists()
-    assert checkpoints.peek(key(1)) is None
-    assert (checkpoints.peek(key(7)) or {})["step"] == "3"
+    assert resume_points.peek(key(1)) is None
+    assert (resume_points.peek(key(7)) or {})["step"] == "3"
 
 
 def test_a_run_is_known_to_live_by_its_lock(store: Store) -> None:

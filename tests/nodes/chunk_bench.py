@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from s2v_flow.cache.checkpoint import Checkpoints
-from s2v_flow.graph.context import Artifact, Checkpoint, Numerics, RunContext
+from s2v_flow.cache.resume_point import ResumePoints
+from s2v_flow.graph.context import Artifact, Numerics, ResumePoint, RunContext
 from s2v_flow.graph.events import Event, Noted, StepDone
 from s2v_flow.models.registry import ModelKey, ModelRegistry
 from s2v_flow.nodes.chunk import Chunk
@@ -52,7 +52,7 @@ class Bench:
     """One chunk with a fake model: runs it, stopping where a test wants, and remembers what happened."""
 
     def __init__(self, folder: Path, sampler: str = "uni_pc", **fields: Any) -> None:
-        self.folder = Checkpoints(folder)
+        self.folder = ResumePoints(folder)
         given = {**FIELDS, "sampler": sampler, "scheduler": "simple", "shift": 8.0, "conditioning": "official"}
         self.chunk = Chunk(**{**given, **fields})
         self.events: list[Event] = []
@@ -72,18 +72,18 @@ class Bench:
         self.events.clear()
         self.facts = {}
         should_stop = lambda: stop_after is not None and self.steps()[-1:] == [stop_after]  # noqa: E731
-        checkpoint = Checkpoint(self.folder, key, "talk[1]", self.events.append, should_stop, is_fresh)
+        resume_point = ResumePoint(self.folder, key, "talk[1]", self.events.append, should_stop, is_fresh)
         registry = ModelRegistry()
         load_now = load_model or (lambda streams: model or CurvedModel())
         name = ModelKey("dit", ("sha256:0",), "float32", "cpu")
         handle = ModelHandle(registry, name, load_now, 0, {}, "fp32", never_stream, "cpu")
         try:
             inputs = {"model": handle, **self.inputs}
-            return load(self.chunk.run(self.context(registry, checkpoint), inputs)["latent"])["samples"]
+            return load(self.chunk.run(self.context(registry, resume_point), inputs)["latent"])["samples"]
         finally:
             handle.close()
 
-    def context(self, registry: ModelRegistry | None = None, checkpoint: Checkpoint | None = None) -> RunContext:
+    def context(self, registry: ModelRegistry | None = None, resume_point: ResumePoint | None = None) -> RunContext:
         """Return the chunk's context."""
         return RunContext(
             *(
@@ -100,7 +100,7 @@ class Bench:
                 self.events.append,
             ),
             facts=self.facts,
-            checkpoint=checkpoint,
+            resume_point=resume_point,
         )
 
     def steps(self) -> list[int]:

@@ -14,7 +14,7 @@ from chunk_bench import KEY, SAMPLERS, STEPS, Bench, CurvedModel
 from safetensors.torch import load, save
 from torch import Tensor
 
-from s2v_flow.cache.checkpoint import seal
+from s2v_flow.cache.resume_point import seal
 from s2v_flow.errors import BadNumbersError
 from s2v_flow.graph.interrupt import StoppedError
 from s2v_flow.nodes import resuming
@@ -152,7 +152,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_only(
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("s2v_flow.cache.checkpoint.finish", refuse)
+    monkeypatch.setattr("s2v_flow.cache.resume_point.finish", refuse)
     bench = Bench(tmp_path)
     with pytest.raises(StoppedError, match="without a resume point"):
         bench.run(3)

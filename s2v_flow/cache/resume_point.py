@@ -1,7 +1,7 @@
-"""Half-finished work: one file per fingerprint, a safetensors file that carries its own digest in its header.
+"""Resume points: one file per fingerprint, a safetensors file that carries its own digest in its header.
 
-A resume point belongs to one fingerprint, so that any change of the recipe leaves it behind. It is no result: where it
-is damaged or does not fit, the work begins anew.
+A resume point is half-finished work and belongs to one fingerprint: a changed recipe does not use it. Where it is
+damaged or does not fit, the node starts anew.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAX_HEADER_BYTES = 64 << 10
 _LENGTH_BYTES = 8
 
 
-class Checkpoints:
+class ResumePoints:
     """The resume points inside a cache folder."""
 
     def __init__(self, root: Path) -> None:
@@ -86,7 +86,7 @@ class Checkpoints:
 
 
 def quarantine(root: Path, path: Path) -> bool:
-    """Put a file of a cache aside; tell whether nothing is left in its place."""
+    """Move a file to the cache's quarantine; return whether its place is free now."""
     with suppress(OSError):
         (root / "quarantine").mkdir(parents=True, exist_ok=True)
         os.replace(path, root / "quarantine" / path.name)
