@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from s2v_flow.cli.options import FILE, FOLDER, OrderedGroup, all_of, make_options
+from s2v_flow.cli.options import FILE, OrderedGroup, all_of, cache_option, json_option, make_options
 from s2v_flow.errors import ExitCode, S2VFlowError
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options
     from s2v_flow.cache.housekeeping import Kept
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
-_CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts are kept.  [env: S2VFLOW_CACHE_DIR]")
 _DRY = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 _NODE = click.option("--node", "nodes", multiple=True, metavar="NAME", help="All results of a plan node; repeatable.")
 _CHOSEN = click.argument("fingerprints", nargs=-1, metavar="[FINGERPRINT]...")
-
-
-_of_results = all_of(_CACHE, _JSON, _DRY, _NODE, _CHOSEN)  # of a command that changes the results which it is given
+# of a command that changes the results which it is given
+_of_results = all_of(cache_option, json_option, _DRY, _NODE, _CHOSEN)
 
 
 @click.group(cls=OrderedGroup)
@@ -33,16 +30,16 @@ def cache() -> None:
 
 
 @cache.command()
-@_JSON
-@_CACHE
+@json_option
+@cache_option
 def ls(as_json: bool, cache_dir: Path | None) -> None:
     """List what is stored, the cheapest to lose first."""
     _show([item.to_json() for item in _inventory(cache_dir)], as_json, {})
 
 
 @cache.command()
-@_JSON
-@_CACHE
+@json_option
+@cache_option
 def stats(as_json: bool, cache_dir: Path | None) -> None:
     """Print figures about the cache, its limit and what it leaves free on the disk."""
     from s2v_flow.cache.budget import NO_LIMIT, default_reserve, free_bytes
@@ -63,8 +60,8 @@ def stats(as_json: bool, cache_dir: Path | None) -> None:
 @cache.command()
 @click.option("--repair", is_flag=True, help="Move what is damaged to quarantine; it is computed again when needed.")
 @_DRY
-@_JSON
-@_CACHE
+@json_option
+@cache_option
 def verify(repair: bool, dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
     """Read every entry and object and compare digests; leave with 1 if something is damaged."""
     from s2v_flow.cache.housekeeping import verify as verified
@@ -81,8 +78,8 @@ def verify(repair: bool, dry_run: bool, as_json: bool, cache_dir: Path | None) -
 @cache.command()
 @click.option("--limit", metavar="SIZE", help="Such as 20G; unless given, what a run is held to.")
 @_DRY
-@_JSON
-@_CACHE
+@json_option
+@cache_option
 def gc(limit: str | None, dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
     """Make the cache smaller: first what is computed again most quickly for its size.
 
@@ -149,8 +146,8 @@ def _pin(chosen: Sequence[Kept], cache_dir: Path | None, is_pinned: bool, dry_ru
 @_NODE
 @click.option("--run", "run_id", metavar="RUN", help="All results of a run.")
 @_DRY
-@_JSON
-@_CACHE
+@json_option
+@cache_option
 def export(
     target: Path,
     fingerprints: Sequence[str],
@@ -183,8 +180,8 @@ def export(
 @cache.command("import")
 @click.argument("source", type=FILE)
 @_DRY
-@_JSON
-@_CACHE
+@json_option
+@cache_option
 def import_(source: Path, dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
     """Take in what `export` wrote; every digest is checked first."""
     from s2v_flow.cache.bundle import import_bundle

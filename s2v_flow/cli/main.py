@@ -22,6 +22,7 @@ from s2v_flow.cli.models import models
 from s2v_flow.cli.options import (
     FILE,
     folder_options,
+    json_option,
     level_options,
     make_options,
     output_options,
@@ -257,7 +258,7 @@ def _deliver(text: str, output: Path | None, *, force: bool) -> None:
 
 @cli.command()
 @click.argument("kind", required=False, shell_complete=complete_kind)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@json_option
 def nodes(kind: str | None, as_json: bool) -> None:
     """List the kinds of nodes; with KIND, its fields."""
     from s2v_flow.cli import report
@@ -298,7 +299,7 @@ def schema(output: Path | None, what: str) -> None:
 @click.argument("prompt", required=False)
 @click.option("-o", "--output", type=FILE, default="talk.mp4", help="The video to make.", show_default=True)
 @click.option("-p", "--profile", "profiles", multiple=True, metavar="NAMES", help="The new recipe's: -p quality.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@json_option
 @click.option("--overwrite", is_flag=True, help="Replace another video instead of numbering the new one.")
 @start_options
 @level_options

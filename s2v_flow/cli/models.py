@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from s2v_flow.cli.options import FILE, OrderedGroup, change_options, folder_options, make_options
+from s2v_flow.cli.options import FILE, OrderedGroup, change_options, folder_options, json_option, make_options
 from s2v_flow.errors import ExitCode
 
 
@@ -83,7 +83,7 @@ def list_(recipe: Path | None, as_json: bool, download: bool, only: tuple[str, .
     show_default=True,
 )
 @click.option("--force", is_flag=True, help="Overwrite the file that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@json_option
 def convert(source: Path, output: Path, as_json: bool, force: bool, **given: Any) -> None:
     """Make one safetensors file of SOURCE, as the recipes take it.
 

@@ -72,6 +72,8 @@ def all_of(*decorators: Callable[[Any], Any]) -> Decorate:
     return decorate
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+cache_option = click.option("--cache-dir", type=FOLDER, help="Where artifacts are kept.  [env: S2VFLOW_CACHE_DIR]")
 override_options = all_of(  # change values of a recipe
     *(
         click.option(
@@ -92,7 +94,7 @@ override_options = all_of(  # change values of a recipe
     )
 )
 change_options = all_of(  # change a recipe
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout."),
+    json_option,
     click.option("-f", "override_files", type=FILE, multiple=True, metavar="FILE", help="Lay a file over it."),
     click.option(
         "-p",
@@ -108,7 +110,7 @@ change_options = all_of(  # change a recipe
 recipe_options = all_of(change_options, click.argument("recipe", type=FILE))  # the recipe, and what changes it
 folder_options = all_of(  # where things are
     click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N."),
-    click.option("--cache-dir", type=FOLDER, help="Where artifacts are kept.  [env: S2VFLOW_CACHE_DIR]"),
+    cache_option,
     click.option("--output-dir", type=FOLDER, help="Where relative outputs go."),
     click.option("--input-dir", "input_dirs", type=FOLDER, multiple=True, help="Where inputs are looked for too."),
     click.option(

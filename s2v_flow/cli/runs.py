@@ -15,6 +15,7 @@ from s2v_flow.cli.options import (
     FOLDER,
     OrderedCommand,
     folder_options,
+    json_option,
     level_options,
     make_options,
     recipe_options,
@@ -24,14 +25,13 @@ from s2v_flow.errors import ExitCode, S2VFlowError
 if TYPE_CHECKING:
     from s2v_flow.cli.progress import Level
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 _CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts and runs are kept.  [env: S2VFLOW_CACHE_DIR]")
 
 
 @click.command()
 @click.option("--keep-last", type=click.IntRange(min=0), metavar="N", help="Forget all runs but the last N.")
 @click.option("--dry-run", is_flag=True, help="With --keep-last: only say which would be forgotten.")
-@_JSON
+@json_option
 @_CACHE
 def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
     """List the runs, the newest first, with what changed since the run before of the same recipe.
@@ -57,7 +57,7 @@ def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | 
 
 @click.command()
 @click.argument("run", shell_complete=complete_run)
-@_JSON
+@json_option
 @_CACHE
 def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
     """Show a run (its id, the beginning of one, or `last`), or how an mp4 was made."""
@@ -88,7 +88,7 @@ class _Box(click.ParamType[tuple[int, int, int, int]]):
 @click.command()
 @click.argument("video", metavar="VIDEO|RUN", shell_complete=complete_run)
 @click.option("--mouth", type=_Box(), help="Where the mouth is, in pixels, unless it is to be found.")
-@_JSON
+@json_option
 @_CACHE
 def quality(video: str, mouth: tuple[int, int, int, int] | None, as_json: bool, cache_dir: Path | None) -> None:
     """Measure a video, or what a run wrote: lips against voice, drift, seams, pictures that show nothing."""
@@ -108,7 +108,7 @@ def _width() -> int | None:
 @click.argument("a", shell_complete=complete_run)
 @click.argument("b", shell_complete=complete_run)
 @click.option("--exit-code", is_flag=True, help="Leave with 1 if anything but times differs.")
-@_JSON
+@json_option
 @_CACHE
 def diff(a: str, b: str, exit_code: bool, as_json: bool, cache_dir: Path | None) -> None:
     """Compare two runs, mp4s or recipes: values, models, inputs, environment, times, results."""
@@ -123,7 +123,7 @@ def diff(a: str, b: str, exit_code: bool, as_json: bool, cache_dir: Path | None)
 
 @click.command()
 @click.argument("video", type=FILE)
-@_JSON
+@json_option
 @click.option("-o", "--output", type=FOLDER, metavar="DIRECTORY", help="Keep the new video there.")
 @level_options
 @folder_options

@@ -12,7 +12,7 @@ import click
 
 from s2v_flow import __version__
 from s2v_flow.cli.completion import SHELLS, completion_script
-from s2v_flow.cli.options import FILE, folder_options, make_options, start_options
+from s2v_flow.cli.options import FILE, folder_options, json_option, make_options, start_options
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.machine import resolve_device
 
@@ -38,7 +38,7 @@ def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | 
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@json_option
 @click.option("--precision", is_flag=True, help="Show what is stored and computed in which precision, by device.")
 @folder_options
 def doctor(as_json: bool, precision: bool, **given: Any) -> None:
