@@ -7,16 +7,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from s2v_flow.errors import MediaError
 from s2v_flow.models.speech_rate import RECEPTIVE_FIELD, SAMPLES_PER_STATE
-from s2v_flow.weights.layout import ADAPTER_KEY, MASK_KEY
+from s2v_flow.weights.layout import ADAPTER_KEY, MASK_KEY, MERGED_NORM_KEY
 from s2v_flow.weights.reader import Shapes
 
 STRIDES = (5, 2, 2, 2, 2, 2, 2)  # the feature extractor's; their product is one state
 WINDOW_STATES = 1500  # 30 s: bounds the memory of the first convolutions
 
-_WEIGHT_NORM = "encoder.pos_conv_embed.conv."
+_DIRECTION_KEY = "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
 
 Conditioning = Literal["official", "comfyui"]
 
@@ -117,7 +118,8 @@ def build_wav2vec2(shapes: Shapes) -> nn.Module:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
     convolutions = [shapes[f"feature_extractor.conv_layers.{i}.conv.weight"] for i in range(len(STRIDES))]
-    width, group_width, kernel = shapes[_WEIGHT_NORM + "parametrizations.weight.original1"]
+    is_merged = MERGED_NORM_KEY in shapes
+    width, group_width, kernel = shapes[MERGED_NORM_KEY if is_merged else _DIRECTION_KEY]
     config = Wav2Vec2Config(
         hidden_size=width,
         num_hidden_layers=_count_layers(shapes),
@@ -140,6 +142,8 @@ def build_wav2vec2(shapes: Shapes) -> nn.Module:
     )
     with torch.device("meta"):
         model: nn.Module = Wav2Vec2Model(config)
+        if is_merged:
+            remove_parametrizations(model.get_submodule("encoder.pos_conv_embed.conv"), "weight")
     return model
 
 

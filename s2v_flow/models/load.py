@@ -187,7 +187,7 @@ def load_text_encoder(
 
 
 def load_audio_encoder(path: str | Path, *, dtype: torch.dtype, device: torch.device | str) -> AudioEncoder:
-    """Load a Wav2Vec2 encoder; either spelling of its weight norm is read.
+    """Load a Wav2Vec2 encoder; its weight norm is read in both spellings, and merged.
 
     Raises:
         MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, or of another family.

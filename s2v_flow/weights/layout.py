@@ -21,6 +21,7 @@ EMBEDDING_COPY_KEY = "encoder.embed_tokens.weight"  # the same table; some files
 MASK_KEY = "masked_spec_embed"  # for training only: files with and without it are whole
 _UMT5_QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 _WEIGHT_NORM = "encoder.pos_conv_embed.conv."
+MERGED_NORM_KEY = _WEIGHT_NORM + "weight"  # where direction and length are multiplied already
 ADAPTER_KEY = "encoder.layers.0.adapter_layer.linear_1.weight"  # of an encoder with an adapter in each layer
 OLD_KEYS = {
     _WEIGHT_NORM + "weight_g": _WEIGHT_NORM + "parametrizations.weight.original0",
@@ -245,7 +246,8 @@ def _umt5(shapes: Shapes) -> _Sized:
 
 def _wav2vec2(shapes: Shapes) -> _Sized:
     """Source: transformers, models/wav2vec2/modeling_wav2vec2.py, Wav2Vec2Model."""
-    width, group, kernel = shapes[_WEIGHT_NORM + "parametrizations.weight.original1"]
+    is_merged = MERGED_NORM_KEY in shapes
+    width, group, kernel = shapes[MERGED_NORM_KEY if is_merged else _WEIGHT_NORM + "parametrizations.weight.original1"]
     wide = shapes["encoder.layers.0.feed_forward.intermediate_dense.weight"][0]
     channels = 1
     for index in range(7):
@@ -257,8 +259,11 @@ def _wav2vec2(shapes: Shapes) -> _Sized:
     yield from _norm("feature_projection.layer_norm", channels)
     yield from _linear("feature_projection.projection", width, channels)
     yield _WEIGHT_NORM + "bias", (width,)
-    yield _WEIGHT_NORM + "parametrizations.weight.original0", (1, 1, kernel)
-    yield _WEIGHT_NORM + "parametrizations.weight.original1", (width, group, kernel)
+    if is_merged:
+        yield MERGED_NORM_KEY, (width, group, kernel)
+    else:
+        yield _WEIGHT_NORM + "parametrizations.weight.original0", (1, 1, kernel)
+        yield _WEIGHT_NORM + "parametrizations.weight.original1", (width, group, kernel)
     yield from _norm("encoder.layer_norm", width)
     for index in range(num_layers(shapes, "encoder.layers")):
         name = f"encoder.layers.{index}"

@@ -15,6 +15,7 @@ from s2v_flow.weights.lora_keys import is_lora
 _MARKERS = (
     *("head.modulation", "decoder.head.0.gamma", "encoder.head.0.gamma", "blocks.0.ffn.gate.0.weight"),
     *("encoder.block.0.layer.0.SelfAttention.q.weight", "feature_extractor.conv_layers.0.conv.weight"),
+    "block.0.layer.0.SelfAttention.q.weight",  # of a text encoder that was saved by itself
 )
 _WORDS = (
     *("model", "module", "net", "state_dict", "diffusion_model", "transformer", "unet", "pipe", "dit", "wav2vec2"),
@@ -25,6 +26,7 @@ _PREFIX = re.compile(rf"(?:(?:{'|'.join(_WORDS)})\.)*")
 _USUAL = ("model.diffusion_model.", "diffusion_model.", "wav2vec2.")  # for families that are not known here
 _INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
+_TEXT_PARTS = ("block.", "final_layer_norm.", "embed_tokens.")
 _TEXT_KEYS = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
 _TEXT_BLOCK = re.compile(
     r"blocks\.([0-9]+)\.(norm[12]|attn\.[qkvo]|pos_embedding\.embedding|ffn\.(?:gate\.0|fc1|fc2))\."
@@ -57,6 +59,8 @@ def new_names(keys: Collection[str]) -> dict[str, str]:
         names[key] = name[len(next((found for found in prefixes if name.startswith(found)), "")) :]
     if "blocks.0.ffn.gate.0.weight" in names.values():
         names = {key: _text_name(name) for key, name in names.items()}
+    elif "block.0.layer.0.SelfAttention.q.weight" in names.values():
+        names = {key: f"encoder.{name}" if name.startswith(_TEXT_PARTS) else name for key, name in names.items()}
     firsts: dict[str, str] = {}
     for key, name in names.items():
         if firsts.setdefault(name, key) != key:
@@ -72,6 +76,7 @@ def _prefix(names: Collection[str]) -> str:
         for head in (name[: -len(marker)] for marker in _MARKERS if name.endswith(marker))
         if _PREFIX.fullmatch(head)
     }
+    found -= {f"{prefix}encoder." for prefix in found}  # of a text encoder's two markers the longer one counts
     if len(found) == 1:
         return found.pop()
     return next((prefix for prefix in _USUAL if any(name.startswith(prefix) for name in names)), "")

@@ -17,6 +17,8 @@ from s2v_flow.models import load
 from s2v_flow.models.load import LoadedDit, load_audio_encoder, load_dit, load_text_encoder, load_vae
 from s2v_flow.models.lora import LoraSpec
 from s2v_flow.models.packed import PackedLinear
+from s2v_flow.weights.layout import check_layout
+from s2v_flow.weights.reader import Checkpoint
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -233,6 +235,21 @@ def test_audio_encoder_takes_old_keys_a_prefix_and_foreign_heads(tiny_models: Pa
     found = load_audio_encoder(tmp_path / "old.safetensors", dtype=F32, device="cpu").encode(x, "official")
     expected = load_audio_encoder(original, dtype=F32, device="cpu").encode(x, "official")
     assert 0 < relative_error(found, expected) < 2e-3
+
+
+def test_an_audio_encoders_weight_norm_may_be_merged(tiny_models: Path, tmp_path: Path) -> None:
+    """As converters leave it that store what the convolution computes with: the product, g v / |v|."""
+    original = tiny_models / "audio_encoders" / "tiny_wav2vec2.safetensors"
+    tensors, name = load_file(original), "encoder.pos_conv_embed.conv."
+    length, direction = (tensors.pop(f"{name}parametrizations.weight.original{part}") for part in (0, 1))
+    tensors[f"{name}weight"] = length * direction / direction.norm(dim=(0, 1), keepdim=True)
+    save_file(tensors, tmp_path / "merged.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "merged.safetensors")
+    check_layout(checkpoint.path, "wav2vec2", checkpoint.entries)
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    found = load_audio_encoder(checkpoint.path, dtype=F32, device="cpu").encode(x, "official")
+    expected = load_audio_encoder(original, dtype=F32, device="cpu").encode(x, "official")
+    assert relative_error(found, expected) <= 3e-6
 
 
 def damaged(source: Path, target: Path, **changes: Tensor | None) -> Path:

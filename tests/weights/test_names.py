@@ -72,6 +72,10 @@ def wav2vec2(path: Path) -> Any:
     return load_audio_encoder(path, dtype=F32, device="cpu").module
 
 
+def bare(key: str) -> str:
+    return key.removeprefix("encoder.").replace("shared", "embed_tokens")
+
+
 def old_norm(key: str) -> str:
     """Return a weight norm's key as torch 1 spelt it."""
     return key.replace("parametrizations.weight.original0", "weight_g").replace(
@@ -92,6 +96,8 @@ WRAPPED: dict[str, tuple[str, Callable[[str], str], tuple[str, ...]]] = {
     "umt5": ("text_encoders/tiny_umt5", lambda key: f"text_encoder.{key}", ("text_encoder.decoder.x", "logit_scale")),
     "umt5, the authors'": ("text_encoders/tiny_umt5", authors_text_key, ()),
     "umt5 fp8, the authors'": ("text_encoders/tiny_umt5_fp8_scaled", authors_text_key, ()),
+    "umt5, by itself": ("text_encoders/tiny_umt5", lambda key: key.removeprefix("encoder."), ()),
+    "umt5 fp8, by itself": ("text_encoders/tiny_umt5_fp8_scaled", lambda key: f"model.{bare(key)}", ()),
     "wav2vec2": ("audio_encoders/tiny_wav2vec2", lambda key: f"wav2vec2.{old_norm(key)}", HEADS),
     "wav2vec2 in two": ("audio_encoders/tiny_wav2vec2", lambda key: f"model.wav2vec2.{key}", ("model.lm_head.x",)),
 }  # fmt: skip
