@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # planning matches files by their headers, without torch
     from torch import Tensor
 
 _LOW_RANK = {"down", "up", "alpha"}
+LIVE_AVATAR_RANK = 128
+_LIVE_AVATAR_NAME = re.compile(r"live[-_ ]?avatar", re.IGNORECASE)
 _LIVE_AVATAR = {
     *(f"blocks.N.{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
     *("blocks.N.ffn.0", "blocks.N.ffn.2"),
@@ -56,7 +58,7 @@ class LoraReport:
     """How much of a LoRA found a home: tensors matched of all, and the keys that did not, sorted.
 
     `misshapen` are those among `unmatched` whose target exists in another shape, each with both shapes.
-    `may_be_causal`: it changes the layers that LiveAvatar's LoRA does, and has no alpha, like that.
+    `is_causal`: it is LiveAvatar's, by the file's name or what its metadata says, or by layers, rank and lack of alpha.
     """
 
     path: Path
@@ -65,7 +67,7 @@ class LoraReport:
     total: int
     unmatched: tuple[str, ...]
     misshapen: tuple[str, ...] = ()
-    may_be_causal: bool = False
+    is_causal: bool = False
 
     @property
     def coverage(self) -> float:
@@ -219,15 +221,19 @@ def _match(spec: LoraSpec, checkpoint: Checkpoint, shapes: Shapes, stack: LoraSt
             updates[target.parameter] = LoraUpdate(checkpoint, spec.strength, target.keys)
             stack.updates.setdefault(target.parameter, []).append(updates[target.parameter])
     total = len(checkpoint.entries)
-    matched, may_be_causal = total - len(unmatched), _may_be_causal(updates)
+    matched, is_causal = total - len(unmatched), _is_causal(checkpoint, updates)
     lost, unfit = tuple(sorted(unmatched)), tuple(sorted(misshapen))
-    stack.reports.append(LoraReport(spec.path, spec.strength, matched, total, lost, unfit, may_be_causal))
+    stack.reports.append(LoraReport(spec.path, spec.strength, matched, total, lost, unfit, is_causal))
 
 
-def _may_be_causal(updates: Mapping[str, LoraUpdate]) -> bool:
-    """Source: Alibaba-Quark/LiveAvatar, liveavatar/configs/s2v_causal_sft.yaml: what its LoRA was trained on."""
+def _is_causal(checkpoint: Checkpoint, updates: Mapping[str, LoraUpdate]) -> bool:
+    """Source: Alibaba-Quark/LiveAvatar, liveavatar/configs/s2v_causal_sft.yaml: rank 128 on these layers."""
+    if any(_LIVE_AVATAR_NAME.search(text) for text in (checkpoint.path.name, *checkpoint.metadata.values())):
+        return True
     layers = {re.sub(r"\d+", "N", name.removesuffix(".weight"), count=1) for name in updates}
-    return layers == _LIVE_AVATAR and all(set(update.keys) == {"down", "up"} for update in updates.values())
+    ranks = {checkpoint.shapes[update.keys["down"]][0] for update in updates.values() if "down" in update.keys}
+    is_plain = all(set(update.keys) == {"down", "up"} for update in updates.values())
+    return layers == _LIVE_AVATAR and is_plain and ranks == {LIVE_AVATAR_RANK}
 
 
 def _targets(checkpoint: Checkpoint, shapes: Shapes, unmatched: list[str]) -> list[_Target]:

@@ -69,9 +69,12 @@ def remark_on_lora(planner: Planner, name: str, lora: str, strength: float, repo
     elif report is not None and report.coverage < LOW_COVERAGE:
         text = f"lora: {report.matched} of {report.total} tensors of {report.path.name} have a home in the model"
         planner.note(name, f"{text}: it has little effect", is_warning=True)
-    if report is not None and report.may_be_causal:
-        text = f"lora: {lora} changes the layers that LiveAvatar's LoRA does. That one is made for causal sampling in "
-        planner.note(name, f"{text}blocks with a KV cache, which is not supported: if it is, this is out of contract")
+    if report is not None and report.is_causal:
+        text = (
+            f"lora: {lora} is LiveAvatar's (by its name, or by its layers and rank): it is made for causal sampling in "
+        )
+        text += "blocks with a KV cache, which is not supported; what it gives here is out of contract"
+        planner.note(name, text, is_warning=True)
 
 
 def remark_on_prompt(planner: Planner, name: str, encoder: Value, text: str | Sequence[str], *, node: str) -> None:

@@ -244,16 +244,28 @@ def test_plan_tells_how_much_of_each_lora_has_a_home(tmp_path: Path, models: Pat
     ]
 
 
-def test_liveavatars_lora_is_out_of_contract(tmp_path: Path, models: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "rank", "metadata", "is_told"),
+    [
+        ("causal", 128, {}, True),
+        ("causal", 2, {}, False),  # anybody's LoRA on all of these layers
+        ("live-avatar_r2", 2, {}, True),
+        ("causal", 2, {"modelspec.title": "LiveAvatar, 2 ranks"}, True),
+    ],
+)
+def test_liveavatars_lora_is_out_of_contract(
+    tmp_path: Path, models: Path, file: str, rank: int, metadata: dict[str, str], *, is_told: bool
+) -> None:
+    """It is known by its name, or by its layers, their rank and the lack of alpha."""
     wanted = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|audio_injector\.injector\.\d+\.[qkvo]"
     tensors = {}
     for key, value in load_file(models / "diffusion_models/tiny_s2v.safetensors").items():
         if re.fullmatch(rf"({wanted})\.weight", key):
             layer = f"base_model.model.{key.removesuffix('.weight')}"
-            tensors[f"{layer}.lora_A.default.weight"] = torch.zeros(2, value.shape[1])
-            tensors[f"{layer}.lora_B.default.weight"] = torch.zeros(value.shape[0], 2)
-    save_file(tensors, models / "loras" / "causal.safetensors")
-    loras = [{"id": "causal", "file": "causal.safetensors"}]
-    (found,) = about("lora", notes(tmp_path, models, dit={"loras": loras}, first=GUIDED))
-    assert "LiveAvatar" in found
-    assert found.endswith("this is out of contract")
+            tensors[f"{layer}.lora_A.default.weight"] = torch.zeros(rank, value.shape[1])
+            tensors[f"{layer}.lora_B.default.weight"] = torch.zeros(value.shape[0], rank)
+    save_file(tensors, models / "loras" / f"{file}.safetensors", metadata)
+    loras = [{"id": "causal", "file": f"{file}.safetensors"}]
+    found = [note for note in notes(tmp_path, models, dit={"loras": loras}, first=GUIDED) if "LiveAvatar's" in note]
+    assert bool(found) == is_told
+    assert all(note.startswith("warning: lora: causal") and note.endswith("out of contract") for note in found)
