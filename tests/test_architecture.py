@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"graph", "quality", "wording", "errors"},
     "nodes": {"graph", "models", "weights", "sampling", "media", "quality", "machine", "plugins", "wording", "errors"},
     "library": {"convert", "files", "models", "weights", "recipe", "graph", "wording", "errors"},
-    "comfy": {"nodes", "recipe", "graph", "wording", "errors"},
+    "comfy": {"nodes", "recipe", "graph", "sampling", "wording", "errors"},
     "start": {"files", "recipe", "graph", "media", "errors"},
     # runs and the Python face
     "runs": {"recipe", "graph", "cache", "files", "media", "quality", "plugins", "version", "wording", "errors"},

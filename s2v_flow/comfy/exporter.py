@@ -16,6 +16,7 @@ from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.params import whole_reference
 from s2v_flow.recipe.tree import plain
+from s2v_flow.sampling.catalog import SAMPLERS
 
 Format = Literal["api", "editor"]
 _ALL_FRAMES = 4096  # ImageFromBatch takes no more
@@ -111,7 +112,10 @@ class _Exporter:
                 self._mistake(name, "text", "ComfyUI has no voice from text", "save the voice, and load it instead")
             if getattr(node, "init_first_frame", False):
                 self._mistake(name, "init_first_frame", "ComfyUI has no init_first_frame", "set it to false")
-            if getattr(node, "sampler", None) in AUTHORS_SAMPLERS:
+            sampler = getattr(node, "sampler", None)
+            if sampler is not None and sampler not in SAMPLERS:
+                self._mistake(name, "sampler", f"ComfyUI has no {sampler}: it is another package's", "try uni_pc")
+            elif sampler in AUTHORS_SAMPLERS:
                 self._mistake(name, "sampler", "ComfyUI does not have the authors' samplers", "try uni_pc, shift 8")
             if getattr(node, "chunks", None) == "auto" and not self._chunks[name] and self._lacks_voice():
                 fix = "put the voice's file where it is looked for (--input-dir), or give chunks a number"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pages import ROOT, blocks, text_of
-from recipes_for_tests import tiny
+from recipes_for_tests import tiny, write_recipe
 from runs_for_tests import place
 
 MIRRORED = tiny(
@@ -102,12 +102,18 @@ def test_a_package_is_listed_checked_run_recorded_and_locked(mirror: Path, tiny_
 def test_the_schema_and_near_names_know_a_package(mirror: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "wrong.yaml"
     recipe.write_text("s2vflow: 1\nnodes: {a: {kind: frames_miror}, b: {kind: frames_mirror, also_vertica: true}}\n")
-    schema, check = child(["schema"], ["check", recipe], site=mirror, folder=tmp_path)
+    theirs = write_recipe(tmp_path, MIRRORED)
+    schema, check, export = child(
+        ["schema"], ["check", recipe], ["export", theirs, "-o", "w.json"], site=mirror, folder=tmp_path
+    )
     definitions = json.loads(schema[1])["definitions"]
     assert definitions["frames_mirror"]["properties"].keys() == {"kind", "frames", "also_vertical"}
     assert "midpoint" in json.dumps(definitions["sample"]["properties"]["sampler"])
     assert (check[0], "did you mean frames_mirror?" in check[2]) == (3, True)
     assert "did you mean also_vertical?" in check[2]
+    assert export[0] == 3, export
+    for name in ("frames_mirror", "midpoint"):
+        assert f"ComfyUI has no {name}: it is another package's" in export[2]
 
 
 def test_a_package_that_cannot_be_imported_breaks_only_what_uses_it(tiny_models: Path, tmp_path: Path) -> None:
