@@ -48,7 +48,7 @@ class EncodeText(Node):
     prompt_syntax: Literal["plain", "comfyui"] = Field(
         "plain",
         description="plain: the text as it is. comfyui: `(words:1.3)` weighs words, `(words)` by 1.1, nested, and "
-        "`\\(` is a bracket, as in ComfyUI's prompts. A timeline's prompts are plain.",
+        "`\\(` is a bracket, as in ComfyUI's prompts. It counts for the prompts of a timeline too.",
     )
 
     @field_validator("prompt_syntax")
@@ -69,11 +69,12 @@ class EncodeText(Node):
         return [(self.text, 1.0)] if self.prompt_syntax == "plain" else weighted_parts(self.text)
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
-        """Pass on the encoder: a timeline's prompts need it."""
+        """Pass on the encoder and the syntax: a timeline's prompts need them."""
         encoder = planner.value(self.text_encoder)
         if encoder is not None:
             remark_on_prompt(planner, name, encoder, [text for text, _ in self.parts()], node=name)
-        return planner.add_simple(name, self, {"text_encoder": encoder} if encoder else {})
+        facts = {"text_encoder": encoder, "prompt_syntax": self.prompt_syntax}
+        return planner.add_simple(name, self, facts if encoder else {})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Encode the prompt: {"conditioning": {context: [1, S, D], the prompt's own tokens}}."""

@@ -36,6 +36,7 @@ PLANNING_CODES: Mapping[str, str] = MappingProxyType(
         "R103": "chunks: auto without a voice",
         "R104": "a reference has another size than the video",
         "R105": "two videos cannot be joined, because their sizes differ",
+        "R106": "a prompt of a timeline has weights that cannot be computed",
         "R110": "picture and sound cannot be kept in time with this prefix and warm-up",
         "R111": "no frame is left to show",
         "R120": "an input is missing and cannot be inherited",

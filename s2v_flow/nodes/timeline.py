@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -26,7 +26,11 @@ class TimelineEntry(BaseModel):
         description="When, on the voice's clock: seconds, or text like 12.5s. It takes effect where two chunks meet, "
         "at the nearest such place."
     )
-    prompt: str | None = Field(None, description="The prompt from here on.", max_length=20_000)
+    prompt: str | None = Field(
+        None,
+        description="The prompt from here on, in the prompt_syntax of the video's positive prompt.",
+        max_length=20_000,
+    )
     negative_prompt: str | None = Field(None, description="The negative prompt from here on.", max_length=20_000)
     seed: Seed | None = Field(None, description="The seed of the first chunk from here on; one more for each further.")
     steps: Steps | None = Field(None, description="Denoising steps from here on.")
@@ -92,7 +96,7 @@ class Timeline:
         inputs = dict(settings.inputs)
         for key, text in (("positive", entry.prompt), ("negative", entry.negative_prompt)):
             if text is not None:
-                inputs[key] = self._encode(f"{self._name}.{key}[{number}]", text, settings)
+                inputs[key] = self._encode(f"{self._name}.{key}[{number}]", text, settings.inputs)
         own = own_settings(entry)
         settings = Settings(inputs, settings.fields.model_copy(update=own))
         given = own.keys() if entry.negative_prompt is None else {*own, "negative"}
@@ -100,9 +104,16 @@ class Timeline:
         seed = self._cue.seed if entry.seed is None else entry.seed
         return Cue(settings, seed, entry.at)
 
-    def _encode(self, name: str, text: str, settings: Settings) -> Value:
-        encoder: Value = settings.inputs["positive"].facts["text_encoder"]
-        remark_on_prompt(self._builder, self._name, encoder, text, node=name)
-        node = EncodeText.model_construct(text_encoder=None, text=text)
+    def _encode(self, name: str, text: str, inputs: Mapping[str, Value]) -> Value:
+        """Plan a prompt: by the encoder, and in the syntax, of the video's own."""
+        facts = inputs["positive"].facts
+        node = EncodeText.model_construct(text_encoder=None, text=text, prompt_syntax=facts["prompt_syntax"])
+        try:
+            parts = [words for words, _ in node.parts()]
+        except ValueError as error:
+            self._builder.problem(self._name, "timeline", "R106", f"{name}: {error}")
+            parts = []
+        encoder: Value = facts["text_encoder"]
+        remark_on_prompt(self._builder, self._name, encoder, parts, node=name)
         (value,) = self._builder.add(name, node, {"text_encoder": encoder}, recipe_node=self._name).values()
-        return replace(value, facts={"text_encoder": encoder})
+        return replace(value, facts=facts)

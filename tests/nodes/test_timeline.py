@@ -55,3 +55,23 @@ def test_a_wrong_timeline_is_refused(tmp_path: Path, timeline: str, message: str
     with pytest.raises(RecipeError) as error:
         planned(tmp_path, timeline)
     assert any(message in item.message for item in error.value.diagnostics)
+
+
+def test_prompts_have_the_syntax_of_the_videos_own(tmp_path: Path) -> None:
+    """Plain ones keep the identity that they have in caches; weights that cannot be computed are told with a place."""
+    write_voice(tmp_path / "voice.wav", 14.0)
+
+    def made(prompt: str, **positive: str) -> api.Planned:
+        first = {**tiny()["first"], "length": 77}
+        changes = tiny(first=first, talk={"timeline": [{"at": "8s", "prompt": prompt}]}, positive=positive)
+        return api.plan(write_recipe(tmp_path, changes), options(tmp_path, tmp_path / "models"))
+
+    text = "She (waves:1.3)."
+    weighed = made(text, prompt_syntax="comfyui").plan.node("talk.positive[1]").node
+    assert weighed.parts() == [("She ", 1.0), ("waves", 1.3), (".", 1.0)]
+    plain = made(text).plan.node("talk.positive[1]").node
+    assert plain.identity({}, lambda kind, asked: asked) == {"text": text}
+    with pytest.raises(RecipeError) as error:
+        made("She (waves:1e999).", prompt_syntax="comfyui")
+    (found,) = error.value.diagnostics
+    assert (found.code, "weight 1e999 in a prompt is not finite" in found.message) == ("R106", True)
