@@ -94,6 +94,11 @@ VHS_LoadVideo|Load Video (Upload)||video:S force_rate:F=0.0 custom_width:I=0 cus
 skip_first_frames:I=0 select_every_nth:I=1|IMAGE frame_count:INT audio:AUDIO video_info:VHS_VIDEOINFO
 VHS_LoadVideoPath|Load Video (Path)||video:S force_rate:F=0.0 custom_width:I=0 custom_height:I=0 frame_load_cap:I=0 \
 skip_first_frames:I=0 select_every_nth:I=1|IMAGE frame_count:INT audio:AUDIO video_info:VHS_VIDEOINFO
+VHS_LoadVideoFFmpeg|Load Video FFmpeg (Upload)||video:S force_rate:F=0.0 custom_width:I=0 custom_height:I=0 \
+frame_load_cap:I=0 start_time:F=0.0|IMAGE mask:MASK audio:AUDIO video_info:VHS_VIDEOINFO
+VHS_LoadVideoFFmpegPath|Load Video FFmpeg (Path)||video:S force_rate:F=0.0 custom_width:I=0 custom_height:I=0 \
+frame_load_cap:I=0 start_time:F=0.0|IMAGE mask:MASK audio:AUDIO video_info:VHS_VIDEOINFO
+VHS_LoadImagePath|Load Image (Path)||image:S custom_width:I=0 custom_height:I=0|IMAGE mask:MASK
 LoadLatent|LoadLatent||latent:S|LATENT
 GetVideoComponents|Get Video Components|video:VIDEO||images:IMAGE audio:AUDIO fps:FLOAT
 TrimAudioDuration|Trim Audio Duration|audio:AUDIO|start_index:F=0.0 duration:F=60.0|AUDIO

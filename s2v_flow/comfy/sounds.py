@@ -75,10 +75,11 @@ def _changed(context: Context, node: ComfyNode, ref: NodeRef, field: str, number
 
 
 def _vhs_video(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    """VHS_LoadVideo and VHS_LoadVideoPath: frames, their number, the sound."""
+    """VHS_LoadVideo and its kin: frames, their number or a mask, the sound."""
+    widgets = {item.name for item in classes()[node.type].widgets}
 
     def given(name: str) -> Value:
-        return context.value(node, name)
+        return context.value(node, name) if name in widgets else Value(0)
 
     if given("select_every_nth").value > 1:
         raise context.refuse(node, "select_every_nth: recipes leave no frames out", "set it to 1, and force_rate to 16")
@@ -86,19 +87,33 @@ def _vhs_video(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     if given("force_rate").value != 16:
         context.mistakes.note(f"{node.described()}: load_video gives 16 frames a second, whatever force_rate says")
     ref = context.draft.add("load_video", "clip", {"file": file}, node)
-    first, count = given("skip_first_frames"), given("frame_load_cap")
+    first, count, begin = given("skip_first_frames"), given("frame_load_cap"), given("start_time").value
+    first = Value(round(16 * begin)) if begin else first
     if first.value or count.value:
         part = {"frames": ref, "start": first, "length": count if count.value else None}
         ref = context.draft.add("frames_slice", "part", part, node, titled=False)
-    sides = {side: given(f"custom_{side}") for side in ("width", "height") if given(f"custom_{side}").value}
-    if sides:
-        scale = {"frames": ref, "method": "lanczos", **sides, "crop": "center" if len(sides) == 2 else "disabled"}
-        ref = context.draft.add("frames_scale", "scaled", scale, node, titled=False)
+    ref = _vhs_scaled(context, node, ref, "frames")
     sound: dict[str, Any] = {"file": file}
-    sound |= {"start": Value(first.value / 16)} if first.value else {}
+    sound |= {"start": Value(begin or first.value / 16)} if first.value or begin else {}
     sound |= {"max_duration": Value(count.value / 16)} if count.value else {}
     audio = context.draft.add("load_audio", "clip_sound", sound, node, titled=False)
     return FramesMade(ref), None, Made(audio, "audio"), None
+
+
+def _vhs_image(context: Context, node: ComfyNode) -> tuple[Any, ...]:
+    fields = {"file": file_name(context, node, "image"), "background": "ignore"}
+    ref = _vhs_scaled(context, node, context.draft.add("load_image", "portrait", fields, node), "image")
+    return Made(ref, "image"), None
+
+
+def _vhs_scaled(context: Context, node: ComfyNode, ref: NodeRef, port: str) -> NodeRef:
+    """Scale what a loader gives to its custom_width and custom_height; 0 keeps the shape."""
+    sides = {side: context.value(node, f"custom_{side}") for side in ("width", "height")}
+    sides = {side: number for side, number in sides.items() if number.value}
+    if not sides:
+        return ref
+    scale = {port: ref, "method": "lanczos", **sides, "crop": "center" if len(sides) == 2 else "disabled"}
+    return context.draft.add(f"{port}_scale", "scaled", scale, node, titled=False)
 
 
 SOUNDS: Mapping[str, Translator] = MappingProxyType(
@@ -108,6 +123,7 @@ SOUNDS: Mapping[str, Translator] = MappingProxyType(
         "EmptyAudio": _silence,
         "AudioConcat": _concat,
         "AudioAdjustVolume": _volume,
-        **dict.fromkeys(("VHS_LoadVideo", "VHS_LoadVideoPath"), _vhs_video),
+        **dict.fromkeys((f"VHS_LoadVideo{which}" for which in ("", "Path", "FFmpeg", "FFmpegPath")), _vhs_video),
+        "VHS_LoadImagePath": _vhs_image,
     }
 )

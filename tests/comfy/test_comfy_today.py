@@ -108,6 +108,31 @@ def test_a_vhs_video_is_a_pose_video_and_a_sound(tmp_path: Path) -> None:
     assert "node 700 (VHS_LoadVideo): select_every_nth" in mistake(workflow, tmp_path)
 
 
+@pytest.mark.parametrize("loader", ["VHS_LoadVideoFFmpeg", "VHS_LoadVideoFFmpegPath"])
+def test_a_vhs_video_by_ffmpeg_begins_at_a_time(loader: str, tmp_path: Path) -> None:
+    """Its second output is a mask, the sound the third, as with its sisters."""
+    workflow = golden()
+    values = {"force_rate": 16, "custom_width": 0, "custom_height": 0, "frame_load_cap": 40, "start_time": 0.5}
+    add(workflow, "700", loader, video="pose.mp4", **values)
+    workflow["93"]["inputs"]["control_video"] = ["700", 0]
+    workflow["82"]["inputs"]["audio"] = ["700", 2]
+    recipe = recipe_of(workflow, tmp_path)
+    part, sound = (recipe.nodes[name].node.model_dump() for name in ("part", "clip_sound"))
+    assert (part["start"], part["length"]) == (8, 40)
+    assert (sound["start"], sound["max_duration"]) == (0.5, 2.5)
+    assert "scaled" not in recipe.nodes
+
+
+def test_a_vhs_picture_is_scaled_to_its_size(tmp_path: Path) -> None:
+    """Zero keeps the shape."""
+    workflow = golden()
+    workflow["52"] = {"class_type": "VHS_LoadImagePath", "inputs": {"image": "input/astronaut.png", "custom_width": 64}}
+    recipe = recipe_of(workflow, tmp_path)
+    assert recipe.params["image"] == "astronaut.png"
+    scaled = recipe.nodes["scaled"].node.model_dump()
+    assert (scaled["width"], scaled["height"], scaled["crop"]) == (64, None, "disabled")
+
+
 def test_pingpong_is_refused_by_name(tmp_path: Path) -> None:
     """Half of the video would be missing."""
     workflow = golden()
