@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
-from reference import relative_error
+from reference import load_keys, relative_error
 from safetensors.torch import load, load_file, save_file
 
 import s2v_flow
@@ -61,20 +66,23 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Path:
     return root
 
 
+RECIPE: dict[str, Any] = {
+    "s2vflow": 1,
+    "nodes": {
+        "dit": {"kind": "load_diffusion_model"},
+        "umt5": {"kind": "load_text_encoder", "checkpoint": "tiny_umt5.safetensors"},
+        "prompt": {"kind": "encode_text", "text_encoder": "$umt5", "text": "She speaks."},
+        "first": {"kind": "sample", "model": "$dit", "positive": "$prompt", "cfg": 1.0, "steps": 2, "seed": 3}
+        | {"width": 64, "height": 64, "length": 9},
+        "kept": {"kind": "save_latent", "latent": "$first", "file": "a.latent"},
+    },
+}
+
+
 def latent(models: Path, folder: Path, checkpoint: str, **fields: Any) -> torch.Tensor:
     """Return the first chunk's latent of a small recipe."""
-    dit = {"kind": "load_diffusion_model", "checkpoint": checkpoint, **fields}
-    recipe = {
-        "s2vflow": 1,
-        "nodes": {
-            "dit": dit,
-            "umt5": {"kind": "load_text_encoder", "checkpoint": "tiny_umt5.safetensors"},
-            "prompt": {"kind": "encode_text", "text_encoder": "$umt5", "text": "She speaks."},
-            "first": {"kind": "sample", "model": "$dit", "positive": "$prompt", "cfg": 1.0, "steps": 2, "seed": 3}
-            | {"width": 64, "height": 64, "length": 9},
-            "kept": {"kind": "save_latent", "latent": "$first", "file": "a.latent"},
-        },
-    }
+    dit = {**RECIPE["nodes"]["dit"], "checkpoint": checkpoint, **fields}
+    recipe = {**RECIPE, "nodes": {**RECIPE["nodes"], "dit": dit}}
     folder.mkdir(exist_ok=True)
     (folder / "r.yaml").write_text(json.dumps(recipe))
     result = s2v_flow.run(folder / "r.yaml", models_dirs=[models], cache_dir=folder / "cache")
@@ -105,6 +113,43 @@ def test_a_plan_counts_a_packed_model_with_its_size_in_the_file(models: Path, tm
     ]
     saved = peaks["tiny_q4_0_twin.safetensors"] - peaks["tiny_q4_0.gguf"]
     assert saved == pytest.approx(sizes[1] - sizes[0], rel=0.1)
+
+
+def test_a_full_size_model_is_planned_from_its_header_alone(tmp_path: Path) -> None:
+    """Files of full size, all hole behind their headers: the weights count with the bytes that they have there."""
+    tensors, recipe = load_keys("s2v_14b"), json.loads(json.dumps(RECIPE))
+    recipe["nodes"]["dit"]["checkpoint"], recipe["nodes"]["umt5"]["checkpoint"] = "full.gguf", "full.safetensors"
+    (tmp_path / "m" / "unet").mkdir(parents=True)
+    (tmp_path / "m" / "text_encoders").mkdir()
+    writer = gguf.GGUFWriter(tmp_path / "m" / "unet" / "full.gguf", "wan")
+    for key, shape in tensors.items():
+        kind = KINDS.Q4_K if len(shape) == 2 and shape[1] % 256 == 0 and key.endswith("weight") else KINDS.F32
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        rows = (*shape[:-1], shape[-1] // block * size) if block > 1 else shape
+        item = np.dtype(np.uint8 if block > 1 else np.float32)
+        writer.add_tensor_info(key, rows, item, math.prod(shape) // block * size, kind if block > 1 else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    weights = sum(writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values())
+    writer.close()
+    os.truncate(tmp_path / "m/unet/full.gguf", (tmp_path / "m/unet/full.gguf").stat().st_size + weights + 64)
+    header, end = {}, 0
+    for key, shape in (load_keys("umt5_xxl") | {"spiece_model": (1,)}).items():
+        start, end = end, end + math.prod(shape)
+        header[key] = {
+            "dtype": "U8" if key == "spiece_model" else "F8_E4M3",
+            "shape": shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header).encode()
+    (tmp_path / "m/text_encoders/full.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(tmp_path / "m/text_encoders/full.safetensors", 8 + len(text) + end)
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    planned = s2v_flow.plan(tmp_path / "r.yaml", models_dirs=[tmp_path / "m"], cache_dir=tmp_path / "c", device="cpu")
+    peak = planned.estimate.memory["first"].peak_bytes or 0
+    assert 9.5e9 < weights < peak < 1.2 * weights
+    assert sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("full.*")) < 1e6
 
 
 @pytest.mark.parametrize("has_tokenizer", [False, True])
@@ -154,3 +199,43 @@ def test_both_names_of_the_rounding_are_one() -> None:
     assert old == new
     identity = new.identity({("checkpoint",): "sha256:0"}, lambda kind, asked: "fp32")
     assert identity["fp8_rounding"] == "comfyui"
+
+
+PEFT = {"lora_down": "lora_A", "lora_up": "lora_B"}
+DIFFUSERS = {"self_attn": "attn1", "cross_attn": "attn2", ".ffn.0": ".ffn.net.0.proj", ".ffn.2": ".ffn.net.2"}
+
+
+def respelled(key: str, style: str) -> str:
+    """Spell a key of the tiny LoRA, `diffusion_model.LAYER.lora_down.weight`, as other trainers do."""
+    layer, role = re.fullmatch(
+        r"diffusion_model\.(.*?)\.(lora_down\.weight|lora_up\.weight|alpha|diff|diff_b)", key
+    ).groups()
+    joined = layer.replace(".", "_")
+    peft = functools.reduce(lambda text, pair: text.replace(*pair), PEFT.items(), role)
+    theirs = functools.reduce(lambda text, pair: text.replace(*pair), DIFFUSERS.items(), layer)
+    theirs = re.sub(r"(attn[12])\.([qkv])$", r"\1.to_\2", re.sub(r"(attn[12])\.o$", r"\1.to_out.0", theirs))
+    return {
+        "bare": f"{layer}.{role}",
+        "kohya": f"lora_unet_{joined}.{role}",
+        "two underscores": f"lora_unet__{joined}.{role}",
+        "lycoris": f"lycoris_{joined}.{role}",
+        "mixed": f"{layer.replace('_', '.', 1)}.{role}",
+        "pipe": f"pipe.dit.{layer}.{peft.replace('.weight', '.default.weight')}",
+        "peft": f"base_model.model.{layer}.{peft.replace('.weight', '.default.weight')}",
+        "diffusers": f"transformer.{theirs}.{peft}",
+    }[style]
+
+
+@pytest.mark.slow
+def test_all_spellings_of_one_lora_give_the_same_latent(tiny_models: Path, tmp_path: Path) -> None:
+    """Bit for bit, with the same number of tensors that have a home."""
+    shutil.copytree(tiny_models, tmp_path / "models")
+    folder = tmp_path / "models" / "loras"
+    tensors = load_file(folder / "tiny_lightning_lora.safetensors")
+    found = {}
+    for style in (None, "bare", "kohya", "two underscores", "lycoris", "mixed", "pipe", "peft", "diffusers"):
+        spelled = {respelled(key, style) if style else key: value for key, value in tensors.items()}
+        save_file(spelled, folder / "spelled.safetensors")
+        loras = [{"id": "l", "file": "spelled.safetensors", "allow_partial": True}]
+        found[style] = latent(tmp_path / "models", tmp_path / str(style), "tiny_s2v.safetensors", loras=loras)
+    assert [style for style, one in found.items() if not torch.equal(one, found[None])] == []
