@@ -11,6 +11,7 @@ from typing import Any
 
 from s2v_flow.cache.budget import parse_size
 from s2v_flow.demo.catalog import demo_paths
+from s2v_flow.graph.context import Watch
 from s2v_flow.graph.interrupt import ShouldStop, never
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.selection import Selection
@@ -25,7 +26,7 @@ class Options:
     Paths may be text, and a single one may stand where several are taken; the same for `profiles`, `sets` and `axes`.
 
     `should_stop` is asked at the end of every denoising step and before every node; once it says yes, the run leaves a
-    checkpoint and ends with `StoppedError`.
+    checkpoint and ends with `StoppedError`. `watch` looks on as chunks are sampled; see `s2v_flow.views.previews`.
     """
 
     profiles: Sequence[str] = ()
@@ -49,6 +50,7 @@ class Options:
     record_host: bool = False
     share_gpu: bool = False
     should_stop: ShouldStop = never
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         """Take paths as text too, and one where several may be given."""

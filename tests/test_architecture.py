@@ -68,13 +68,18 @@ ALLOWED: dict[str, set[str]] = {
             "errors",
         ),
     },
-    # the terminal
+    # what people look at, and the terminal
+    "views": {
+        *("", "api", "batch", "history", "runs", "options", "nodes", "recipe", "graph", "cache", "models", "media"),
+        *("quality", "files", "machine", "version", "wording", "errors"),
+    },
     "cli": {
         *(
             "",
             "api",
             "batch",
             "history",
+            "views",
             "runs",
             "start",
             "comfy",

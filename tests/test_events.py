@@ -24,6 +24,7 @@ EXAMPLES: tuple[events.Event, ...] = (
     events.NodeStarted("first", "sample"),
     events.StageStarted("dit", "loading demo_s2v.safetensors"),
     events.StepDone("first", 1, 2, "step"),
+    events.Preview("first", 1, 2, "runs/20261122-161502-7f3a/first-01.jpg"),
     events.NodeFinished("first", 1.5, 2**40, 2**37),
     events.NodeCached("talk[1]"),
     events.Noted("first", "odd \x1b[31m\n中", is_warning=True),
@@ -70,7 +71,7 @@ def test_each_event_is_one_line_that_the_schema_knows() -> None:
     lines = checked(stream.getvalue())
     assert lines[0].keys() == {"type", "time", "run", "events", "s2vflow"}
     assert (lines[0]["type"], lines[0]["events"]) == ("version", 1)
-    assert lines[7]["text"] == "odd \x1b[31m\n中"
+    assert lines[8]["text"] == "odd \x1b[31m\n中"
     assert stream.getvalue().isascii()
 
 

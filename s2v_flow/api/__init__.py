@@ -263,6 +263,7 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
         about_nodes={name: computed.facts() for name, computed in planned.needs.items()},
         cache_limit=options.size_limit,
         overwrites=options.overwrite,
+        watch=options.watch,
     )
     recorder.entries, recorder.not_kept = execution.entries, execution.not_kept
     waits = planned.has_work and not options.share_gpu

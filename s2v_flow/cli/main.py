@@ -30,6 +30,7 @@ from s2v_flow.cli.options import (
     record_options,
     selection_options,
     start_options,
+    view_options,
 )
 from s2v_flow.cli.running import execute, run_recipe
 from s2v_flow.cli.runs import diff, lock, quality, reproduce, runs, show
@@ -83,14 +84,15 @@ def cli() -> None:
 @output_options
 @selection_options
 @record_options
+@view_options
 @level_options
 @folder_options
-def run(recipe: Path, as_json: bool, events: str | None, level: Level, **given: Any) -> None:
+def run(recipe: Path, as_json: bool, events: str | None, previews: bool, level: Level, **given: Any) -> None:
     """Run a recipe: compute what is not stored yet, and write the results."""
     if events == "-" and as_json:
         raise click.UsageError("--events - and --json both write to stdout: give --events a file")
     again = shlex.join(["s2vflow", *sys.argv[1:]])
-    run_recipe(recipe, make_options(**given), level, again, as_json=as_json, events=events)
+    run_recipe(recipe, make_options(**given), level, again, as_json=as_json, events=events, previews=previews)
 
 
 @cli.command("try")

@@ -162,6 +162,14 @@ record_options = all_of(  # what is kept of a run, and what it is held to
         "  [env: S2VFLOW_CACHE_LIMIT]",
     ),
 )
+view_options = all_of(  # what is shown of a run beside its results
+    click.option(
+        "--previews/--no-previews",
+        default=True,
+        show_default=True,
+        help="Pictures of what is sampled, in the run's folder; a terminal shows one a chunk.",
+    ),
+)
 level_options = all_of(  # how much is told, as `level`
     click.option(
         "-v", "--verbose", "level", flag_value="verbose", help="Tell also what is stored already, every file, details."

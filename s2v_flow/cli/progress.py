@@ -6,7 +6,9 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from s2v_flow.cli.colour import for_people, is_terminal
@@ -128,6 +130,7 @@ class Progress:
         self._to_run: tuple[str, ...] = ()
         self._forecast = _Forecast(planned)
         self._told: set[str] = set()
+        self._pictured: set[str] = set()  # plan nodes
         self._live: Live | None = None
         self._ticker: threading.Thread | None = None
         self._closed = threading.Event()
@@ -174,6 +177,8 @@ class Progress:
             self._stage(event.stage)
         elif isinstance(event, events.StepDone):
             self._step(event)
+        elif isinstance(event, events.Preview):
+            self._show(event)
         elif isinstance(event, events.NodeFinished):
             row, peak = self._rows[event.node], event.peak_device_bytes or event.peak_bytes
             row.seconds, row.memory = event.seconds, size_text(peak, is_memory=True) if peak else ""
@@ -198,6 +203,15 @@ class Progress:
         if self._level != "quiet" and text not in self._told:
             self._told.add(text)
             self._say(noted(text), is_detail=is_detail, is_note=True)
+
+    def _show(self, event: events.Preview) -> None:
+        """Show a picture of each chunk above the table, once half of its steps are done."""
+        if self._live is not None and 2 * event.step >= event.total and event.node not in self._pictured:
+            from s2v_flow.cli.picture import show_picture
+
+            self._pictured.add(event.node)
+            with suppress(OSError, UnicodeError):  # it is gone, or the terminal lacks the character
+                show_picture(Path(event.path), self._live.console)
 
     def _say(self, text: str, *, is_in_table: bool = False, is_detail: bool = False, is_note: bool = False) -> None:
         """Write a line; in a terminal unless the table shows the same, details only where they are asked for.

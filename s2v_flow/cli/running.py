@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,11 @@ if TYPE_CHECKING:
     from s2v_flow.graph.run import RunResult
 
 
-def run_recipe(
-    recipe: Path, options: Options, level: Level, again: str, *, as_json: bool, events: str | None = None
-) -> None:
+def run_recipe(recipe: Path, options: Options, level: Level, again: str, *, as_json: bool, **given: Any) -> None:
     """Plan a recipe, run it and report; see `execute`."""
     from s2v_flow import api
 
-    execute(api.plan(recipe, options), options, level, again, as_json=as_json, events=events)
+    execute(api.plan(recipe, options), options, level, again, as_json=as_json, **given)
 
 
 def execute(
@@ -31,14 +30,16 @@ def execute(
     *,
     as_json: bool,
     events: str | None = None,
+    previews: bool = True,
     also: Callable[[], dict[str, Any]] = dict,
 ) -> None:
     """Run a plan and report; `also` gives what the JSON object has beside the run's own, once that is done."""
     from s2v_flow import api
     from s2v_flow.cli import report
     from s2v_flow.cli.progress import Progress
-    from s2v_flow.runs.record import new_run_id
+    from s2v_flow.runs.record import new_run_id, runs_root
     from s2v_flow.runs.stream import open_events, to_all
+    from s2v_flow.views.previews import Previews
 
     if planned.plan.missing and events != "-":
         report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
@@ -49,7 +50,11 @@ def execute(
     run_id = new_run_id()
     try:
         with open_events(events, progress, run_id) as stream:
-            result = api.run_planned(planned, options, to_all(progress, *stream), run_id)
+            listen = to_all(progress, *stream)
+            if previews:
+                pictures = Previews(planned.plan, options.cache_root, runs_root(options.cache_root) / run_id, listen)
+                options, listen = replace(options, watch=pictures.watch), to_all(listen, pictures)
+            result = api.run_planned(planned, options, listen, run_id)
     finally:
         progress.close()
     if as_json:

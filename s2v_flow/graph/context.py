@@ -51,6 +51,10 @@ class Closable(Protocol):
         """Release it."""
 
 
+# told, as a plan node samples: its name, its inputs, and the latent that the model expects the video to become
+Watch = Callable[[str, Mapping[str, Any], Any], None]
+
+
 class CopyTo(Protocol):
     """Puts a stored output's bytes, and a trailer behind them, at a path; tells whether the file had to change."""
 
@@ -74,7 +78,8 @@ class RunContext:
     `device` is torch's name ("cpu", "cuda:0"); `models` gives the model registry, made on the first call (graph knows
     no tensors, so it is untyped here); `files` and `digests` are the node's files by field path; `input_digests` are
     its inputs' digests; `make_scratch` makes the folder that `scratch` gives; `resume_point` keeps half-done work
-    (stored nodes only); `keep` keeps what a live value gives out (of kinds that are kept).
+    (stored nodes only); `keep` keeps what a live value gives out (of kinds that are kept); `watch` looks on as it
+    samples.
     """
 
     name: str
@@ -91,6 +96,7 @@ class RunContext:
     facts: dict[str, Any] = field(default_factory=dict)
     resume_point: ResumePoint | None = None
     keep: Keep | None = None
+    watch: Watch | None = None
 
     @property
     def scratch(self) -> Path:

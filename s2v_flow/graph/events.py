@@ -44,6 +44,16 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """A small picture of what a plan node is sampling, as it looks after `step` of `total`, stands at `path` (JPEG)."""
+
+    node: str
+    step: int
+    total: int
+    path: str
+
+
+@dataclass(frozen=True)
 class NodeFinished:
     """A plan node is done, after `seconds` of wall time.
 
@@ -95,7 +105,18 @@ class RunFinished:
     error: str | None = None
 
 
-Event = RunStarted | NodeStarted | StageStarted | StepDone | NodeFinished | NodeCached | Noted | Delivered | RunFinished
+Event = (
+    RunStarted
+    | NodeStarted
+    | StageStarted
+    | StepDone
+    | Preview
+    | NodeFinished
+    | NodeCached
+    | Noted
+    | Delivered
+    | RunFinished
+)
 Listener = Callable[[Event], None]
 
 

@@ -14,7 +14,7 @@ from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.files.atomic import TakenError
-from s2v_flow.graph.context import Artifact, Closable, Keep, Numerics, ResumePoint, RunContext
+from s2v_flow.graph.context import Artifact, Closable, Keep, Numerics, ResumePoint, RunContext, Watch
 from s2v_flow.graph.events import (
     Delivered,
     Listener,
@@ -103,6 +103,7 @@ class Run:
     keeps_going: bool = False  # a node that fails takes only what depends on it along
     cache_limit: int | None = NO_LIMIT
     overwrites: bool = False
+    watch: Watch | None = None
     _failures: dict[str, str] = field(default_factory=dict)  # as text: tracebacks hold what a node had in memory
     entries: dict[str, Entry] = field(default_factory=dict)
     _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -275,8 +276,21 @@ class Run:
         read = {path for path, mark, _ in node.node.files() if mark.role != "output"}
         files = {path: f"sha256:{self.file_digest(file)}" for path, file in node.files.items() if path in read}
         context = RunContext(
-            *(node.name, node.kind, node.facts, self.device, self.numerics, self.models, node.files),
-            *(files, digests, scratch, self.emit, facts, resume_point, keep),
+            node.name,
+            node.kind,
+            node.facts,
+            self.device,
+            self.numerics,
+            self.models,
+            node.files,
+            files,
+            digests,
+            scratch,
+            self.emit,
+            facts,
+            resume_point,
+            keep,
+            self.watch,
         )
         with failures_of(node, scratch):
             return node.node.run(context, values)

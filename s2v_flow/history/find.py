@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
         if not is_dry:
             with suppress(OSError):  # it cannot be removed, or another process was first
                 path.unlink()
-                path.parent.rmdir()
+                shutil.rmtree(path.parent)  # with its previews
         if is_dry or not path.exists():
             gone.append(path.parent.name)
     return gone

@@ -56,7 +56,10 @@ class Denoiser(Fallbacks):
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             timestep = torch.full((1,), sampler.timestep(sigma), device=x.device)  # filled there: nothing is copied
-            return denoised_from_velocity(x, self.velocity(x, timestep), sigma)
+            denoised = denoised_from_velocity(x, self.velocity(x, timestep), sigma)
+            if self._context.watch is not None:
+                self._context.watch(self._context.name, self._inputs, denoised)
+            return denoised
 
         def noise() -> Tensor:
             return initial_noise(self._prepared.latent_shape, of.seed)
