@@ -33,7 +33,7 @@ from s2v_flow.cli.options import (
     view_options,
 )
 from s2v_flow.cli.running import execute, run_recipe
-from s2v_flow.cli.runs import diff, lock, quality, reproduce, runs, show
+from s2v_flow.cli.runs import diff, lock, quality, report_, reproduce, runs, show
 from s2v_flow.cli.start import completion, doctor, explain, help_, init, version
 from s2v_flow.cli.streams import Streams
 from s2v_flow.errors import ExitCode, S2VFlowError
@@ -68,7 +68,7 @@ EXIT_CODES = "\n".join(
 @click.group(
     cls=MainGroup,
     commands=[
-        *(batch, runs, show, quality, diff, reproduce, lock, cache, init, models, doctor, completion, explain),
+        *(batch, runs, show, quality, report_, diff, reproduce, lock, cache, init, models, doctor, completion, explain),
         *(help_, version),
     ],
     epilog=f"\b\nExit codes:\n{EXIT_CODES}",
@@ -87,12 +87,13 @@ def cli() -> None:
 @view_options
 @level_options
 @folder_options
-def run(recipe: Path, as_json: bool, events: str | None, previews: bool, level: Level, **given: Any) -> None:
+def run(recipe: Path, as_json: bool, events: str | None, level: Level, **given: Any) -> None:
     """Run a recipe: compute what is not stored yet, and write the results."""
     if events == "-" and as_json:
         raise click.UsageError("--events - and --json both write to stdout: give --events a file")
     again = shlex.join(["s2vflow", *sys.argv[1:]])
-    run_recipe(recipe, make_options(**given), level, again, as_json=as_json, events=events, previews=previews)
+    view = {name: given.pop(name) for name in ("previews", "first_look", "has_report")}
+    run_recipe(recipe, make_options(**given), level, again, as_json=as_json, events=events, **view)
 
 
 @cli.command("try")

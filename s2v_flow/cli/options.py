@@ -163,6 +163,8 @@ record_options = all_of(  # what is kept of a run, and what it is held to
     ),
 )
 view_options = all_of(  # what is shown of a run beside its results
+    click.option("--report", "has_report", is_flag=True, help="Write NAME.html too, a page about the run."),
+    click.option("--first-look", is_flag=True, help="Write NAME.first.mp4 as soon as the first chunk is sampled."),
     click.option(
         "--previews/--no-previews",
         default=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,42 @@ if TYPE_CHECKING:
 
 
 def run_recipe(recipe: Path, options: Options, level: Level, again: str, *, as_json: bool, **given: Any) -> None:
-    """Plan a recipe, run it and report; see `execute`."""
+    """Plan a recipe, run it and report; with `first_look` its first chunk comes before the rest. See `execute`."""
     from s2v_flow import api
 
-    execute(api.plan(recipe, options), options, level, again, as_json=as_json, **given)
+    planned = api.plan(recipe, options)
+    if given.get("has_report"):
+        from s2v_flow.views.report import require_jinja
+
+        require_jinja()
+    if given.pop("first_look", False) and not planned.plan.missing:
+        look(planned, options, level, as_json=as_json)
+        planned = api.plan(recipe, options)
+    execute(planned, options, level, again, as_json=as_json, **given)
+
+
+def look(planned: Planned, options: Options, level: Level, *, as_json: bool) -> None:
+    """Write NAME.first.mp4: the first chunk as the whole will have it, which is stored; the look leaves no run behind.
+
+    Raises:
+        S2VFlowError: There is no first chunk, or no video that shows it.
+    """
+    from s2v_flow import api
+    from s2v_flow.cli import report
+    from s2v_flow.cli.progress import Progress
+    from s2v_flow.cli.trial import trial
+    from s2v_flow.runs.record import runs_root
+
+    output = None if options.output is None else options.output.with_suffix(".first.mp4")
+    first, given = trial(planned, replace(options, output=output), is_smaller=False)
+    progress = Progress(planned.recipe.path.stem, first, level)
+    try:
+        result = api.run_planned(first, given, progress)
+    finally:
+        progress.close()
+    shutil.rmtree(runs_root(options.cache_root) / result.run_id, ignore_errors=True)
+    for path in (path for paths in result.outputs.values() for path in paths):
+        report.print_message(f"a first look: {path}") if as_json else report.print_result(f"{path}")
 
 
 def execute(
@@ -31,6 +64,7 @@ def execute(
     as_json: bool,
     events: str | None = None,
     previews: bool = True,
+    has_report: bool = False,
     also: Callable[[], dict[str, Any]] = dict,
 ) -> None:
     """Run a plan and report; `also` gives what the JSON object has beside the run's own, once that is done."""
@@ -63,7 +97,8 @@ def execute(
         for paths in result.outputs.values():
             for path in paths[:1] if len(paths) > 3 else paths:
                 report.print_result(f"{path}" + (f" and {len(paths) - 1} more" if len(paths) > 3 else ""))
-    for path in _summary(planned, result):
+    pages = _summary(planned, result)
+    for path in (*pages, *(_page(result, options, pages) if has_report else ())):
         if not as_json and events != "-":
             report.print_result(f"{path}")
     if not result.failures:
@@ -75,6 +110,23 @@ def execute(
         what = "; ".join(f"{name}: {why}" for name, why in result.unmet.items())
         fix = "look at it, and change the recipe or what it requires"
         raise S2VFlowError(f"require: {what}", fix, "the video, which is written", exit_code=ExitCode.UNMET)
+
+
+def _page(result: RunResult, options: Options, pages: list[Path]) -> list[Path]:
+    """Write a page about a run beside its video, or a matrix's sheet; that it fails is no failure of the run."""
+    from s2v_flow.cli import report
+    from s2v_flow.views.report import write_report
+
+    videos = {name: paths[0] for name, paths in result.outputs.items() if paths and paths[0].suffix == ".mp4"}
+    if not videos:
+        report.print_message("warning: there is no video to report on")
+        return []
+    target = (*pages, *videos.values())[0].with_suffix(".html")
+    try:
+        return [write_report(result.run_id, target, options, videos=videos)]
+    except (S2VFlowError, OSError, ValueError) as error:
+        report.print_message(f"warning: the report cannot be written: {error}")
+        return []
 
 
 def _summary(planned: Planned, result: RunResult) -> list[Path]:

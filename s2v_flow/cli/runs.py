@@ -99,6 +99,25 @@ def quality(video: str, mouth: tuple[int, int, int, int] | None, as_json: bool, 
     report.print_json(found) if as_json else report.print_result(figures_text(found))
 
 
+@click.command("report")
+@click.argument("subject", metavar="VIDEO|RUN", shell_complete=complete_run)
+@click.option("-o", "--output", type=FILE, default="report.html", help="The page to write.", show_default=True)
+@click.option("--embed", is_flag=True, help="Put small copies of the videos inside, as far as they fit.")
+@json_option
+@_CACHE
+def report_(subject: str, output: Path, embed: bool, as_json: bool, cache_dir: Path | None) -> None:
+    """Write a page about a run (its id, or `last`) or a video: one HTML file that needs no network.
+
+    It shows the video with its film strip, wave, chunks and prompts, lips against voice, drift and seams; of a run also
+    time, memory, the graph and what differs from the run before; a matrix as a grid.
+    """
+    from s2v_flow.cli import report
+    from s2v_flow.views.report import write_report
+
+    page = write_report(subject, output, make_options(cache_dir=cache_dir, device=None), embed=embed)
+    report.print_json({"report": str(page)}) if as_json else report.print_result(str(page))
+
+
 def _width() -> int | None:
     """Return the terminal's width; None where stdout is none."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -108,14 +127,22 @@ def _width() -> int | None:
 @click.argument("a", shell_complete=complete_run)
 @click.argument("b", shell_complete=complete_run)
 @click.option("--exit-code", is_flag=True, help="Leave with 1 if anything but times differs.")
+@click.option(
+    "--report", "page", type=FILE, metavar="FILE", help="Write a page too that shows both and the difference."
+)
 @json_option
 @_CACHE
-def diff(a: str, b: str, exit_code: bool, as_json: bool, cache_dir: Path | None) -> None:
+def diff(a: str, b: str, exit_code: bool, page: Path | None, as_json: bool, cache_dir: Path | None) -> None:
     """Compare two runs, mp4s or recipes: values, models, inputs, environment, times, results."""
     from s2v_flow.cli import report
     from s2v_flow.history.compare import compare
 
-    found = compare(a, b, make_options(cache_dir=cache_dir, device=None))
+    options = make_options(cache_dir=cache_dir, device=None)
+    if page is not None:
+        from s2v_flow.views.report import write_report
+
+        report.print_message(f"the report is {write_report(a, page, options, against=b)}")
+    found = compare(a, b, options)
     report.print_json(found.to_json()) if as_json else report.print_table(found.to_text())
     if exit_code and not found.is_same:
         sys.exit(ExitCode.FAILED)

@@ -20,8 +20,10 @@ STEPS = 4
 _MULTIPLE, _LEAST = 16, 64  # of a side, in pixels; below, the motion's coarsest bucket is empty
 
 
-def trial(whole: Planned, options: Options) -> tuple[Planned, Options]:
+def trial(whole: Planned, options: Options, *, is_smaller: bool = True) -> tuple[Planned, Options]:
     """Plan a trial of a planned recipe.
+
+    `is_smaller`: at half the size in few steps, as NAME.try.mp4; else as the whole has it, as NAME.first.mp4.
 
     Returns:
         The trial's plan, and its options. Where the recipe cannot take fewer steps or half the size (another film of
@@ -42,8 +44,10 @@ def trial(whole: Planned, options: Options) -> tuple[Planned, Options]:
         raise S2VFlowError(text, fix=f"add one, or run it as it is: s2vflow run {of.path}", exit_code=ExitCode.RECIPE)
     sizes = {(node.node.width, node.node.height) for node in firsts if isinstance(node.node, Chunk)}
     failure: RecipeError | None = None
-    for halved, steps in ((sizes, STEPS), (sizes, None), (set(), STEPS), (set(), None)):
-        changes = [*_changes(of, halved, steps), *(_file(of, name, options.output_dir) for name in videos)]
+    smaller: list[tuple[Set[tuple[int, int]], int | None]] = [(sizes, STEPS), (sizes, None), (set(), STEPS)]
+    for halved, steps in (*(smaller if is_smaller else []), (set(), None)):
+        suffix = ".try.mp4" if is_smaller else ".first.mp4"
+        changes = [*_changes(of, halved, steps), *(_file(of, name, options.output_dir, suffix) for name in videos)]
         changes = [item for item in changes if item.text.partition("=")[0] not in of.matrix.axes]
         overrides = (*options.overrides, *changes)
         given = replace(options, overrides=overrides, selection=Selection(until=tuple(videos)))
@@ -73,11 +77,11 @@ def _changes(recipe: Recipe, halved: Set[tuple[int, int]], steps: int | None) ->
                 yield Override("set", f"nodes.{name}.{side}={min(half, pixels or half)}")
 
 
-def _file(recipe: Recipe, name: str, output_dir: Path | None) -> Override:
+def _file(recipe: Recipe, name: str, output_dir: Path | None, suffix: str) -> Override:
     """Name a trial's video, beside that of the whole: with the parameters that its name is written with."""
     spec, nodes = recipe.nodes[name], recipe.document.get("nodes")
     fields = nodes.get(name) if isinstance(nodes, MapValue) else None
     written = str(plain(fields).get("file")) if isinstance(fields, MapValue) else ""
     file = written if written.endswith(".mp4") else str(getattr(spec.node, "file", ""))
     path = (output_dir or spec.base_dir("file")).absolute() / os.path.expanduser(file)
-    return Override("set", f"nodes.{name}.file={path.with_suffix('.try.mp4')}")
+    return Override("set", f"nodes.{name}.file={path.with_suffix(suffix)}")

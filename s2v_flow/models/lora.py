@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class LoraReport:
 
     `misshapen` are those among `unmatched` whose target exists in another shape, each with both shapes.
     `is_causal`: it is LiveAvatar's, by the file's name or what its metadata says, or by layers, rank and lack of alpha.
+    `blocks`: how many weights it changes in each block of the model ("0", "1", ...), and in "others".
     """
 
     path: Path
@@ -68,6 +70,7 @@ class LoraReport:
     unmatched: tuple[str, ...]
     misshapen: tuple[str, ...] = ()
     is_causal: bool = False
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def coverage(self) -> float:
@@ -223,7 +226,9 @@ def _match(spec: LoraSpec, checkpoint: Checkpoint, shapes: Shapes, stack: LoraSt
     total = len(checkpoint.entries)
     matched, is_causal = total - len(unmatched), _is_causal(checkpoint, updates)
     lost, unfit = tuple(sorted(unmatched)), tuple(sorted(misshapen))
-    stack.reports.append(LoraReport(spec.path, spec.strength, matched, total, lost, unfit, is_causal))
+    found = (re.match(r"blocks\.(\d+)\.", name) for name in updates)
+    blocks = dict(Counter("others" if block is None else block[1] for block in found))
+    stack.reports.append(LoraReport(spec.path, spec.strength, matched, total, lost, unfit, is_causal, blocks))
 
 
 def _is_causal(checkpoint: Checkpoint, updates: Mapping[str, LoraUpdate]) -> bool:

@@ -133,8 +133,8 @@ class LoadDiffusionModel(Node):
                 context.note(coverage_text(lora, report))
                 if report.unmatched:
                     context.note(f"LoRA {lora.id}: {unmatched_text(report)}", is_detail=True)
-                coverage = {"id": lora.id, "matched": report.matched, "total": report.total}
-                facts.setdefault("loras", []).append(coverage)
+                counts = {name: getattr(report, name) for name in ("matched", "total", "blocks")}
+                facts.setdefault("loras", []).append({"id": lora.id, **counts})
             return loaded.module
 
         def should_stream(num_tokens: int, num_branches: int, is_live: bool) -> bool:

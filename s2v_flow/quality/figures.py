@@ -34,11 +34,12 @@ class Measure:
         voice: loudness of each frame, float64 [T], as `sync.loudness` gives it; None where there is no sound.
         fps: frames a second.
         mouth: where the mouth is: x, y, width and height in pixels; None: wherever the picture moves with the voice.
+        keeps: keep what `movement` needs: a kilobyte a frame.
     """
 
-    def __init__(self, voice: Array | None, fps: float, mouth: Box | None = None) -> None:
+    def __init__(self, voice: Array | None, fps: float, mouth: Box | None = None, *, keeps: bool = False) -> None:
         self._fps, self._mouth = float(fps), mouth
-        self._sync = None if voice is None else Sync(voice, self._fps, _CELLS**2)
+        self._sync = None if voice is None else Sync(voice, self._fps, _CELLS**2, keeps=keeps)
         self._voice = voice
         self._means: dict[tuple[int, int], NDArray[np.float32]] = {}
         self._first: Array | None = None
@@ -89,6 +90,10 @@ class Measure:
                 "audio_longer_seconds": None if audio_seconds is None else round(audio_seconds - seconds, 3),
             },
         }
+
+    def movement(self) -> Array:
+        """Return how the mouth moves, float64 [T], -1 to 1; nothing where there is no sound. After `figures`."""
+        return np.zeros(0) if self._sync is None else self._sync.movement()
 
     def _guards(self, rows: Array) -> dict[str, bool]:
         moves = rows[1:, 7] >= _STILL_LEVELS

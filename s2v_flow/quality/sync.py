@@ -52,9 +52,12 @@ class Sync:
         voice: loudness of each frame, float64 [T], as `loudness` gives it.
         fps: frames a second.
         num_cells: cells of the picture, C.
+        keeps: keep every frame's cells, in 16 bits, for `movement`.
     """
 
-    def __init__(self, voice: Array, fps: float, num_cells: int) -> None:
+    def __init__(self, voice: Array, fps: float, num_cells: int, *, keeps: bool = False) -> None:
+        self._kept: list[NDArray[np.float16]] | None = [] if keeps else None
+        self._mouth = np.zeros(num_cells)
         self._fps, self._rate = fps, 1 - exp(-1 / (fps * _FORGET_SECONDS))
         fast = self._fast(np.pad(voice**0.6, MAX_LAG))  # as loud as it is heard (Stevens)
         spoken = np.pad(is_spoken(voice), MAX_LAG)
@@ -76,6 +79,8 @@ class Sync:
             self._slow = frame.copy() if self._slow is None else self._slow + self._rate * (frame - self._slow)
             fast[index] = frame - self._slow
             halves[index] = int((self._num_frames + index) / (self._fps * _HALF_SECONDS)) % 2
+        if self._kept is not None:
+            self._kept.append(fast.astype(np.float16))
         before = cells[:1] if self._before is None else self._before
         moved = np.abs(np.diff(cells, axis=0, prepend=before))
         self._before = cells[-1:]
@@ -104,7 +109,8 @@ class Sync:
             return dict(NO_SYNC)
         spread = max(float(chances.std()), 1 / sqrt(self._num_frames))
         above = (float(np.arctanh(min(lags[best], 0.999))) - float(chances.mean())) / spread
-        mouth = np.abs(self._halves[0].weights(best) + self._halves[1].weights(best))
+        self._mouth = self._halves[0].weights(best) + self._halves[1].weights(best)
+        mouth = np.abs(self._mouth)
         counts = self._counts[:, best]
         spoken, silent = mouth @ self._moved[:, :, best].T / np.maximum(counts, 1)
         is_told = counts.min() > 0 and spoken > 0
@@ -114,6 +120,12 @@ class Sync:
             "confidence": round(1 / (1 + exp(min(_LIKELY - above, 50.0))), 3),
             "silence_activity": round(float(silent / spoken), 3) if is_told else None,
         }
+
+    def movement(self) -> Array:
+        """Return how the mouth moves, float64 [T], with the voice where positive; 1 is its largest. After `figures`."""
+        moved = np.concatenate(self._kept or [np.zeros((0, len(self._mouth)), np.float16)]) @ self._mouth
+        found: Array = moved / max(float(np.abs(moved).max(initial=0.0)), 1e-9)
+        return found
 
     def _held_out(self, train: int, test: int) -> Array:
         """Return the correlation in one half at each lag, of the cells that moved with the voice in the other."""

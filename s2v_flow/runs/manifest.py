@@ -78,6 +78,9 @@ class LoraRecord(Part):
     id: str
     matched: int = Field(description="How many of its keys have a home in the model.")
     total: int
+    blocks: dict[str, int] = Field(
+        {}, description="How many weights it changes in each of the model's blocks, and in `others`."
+    )
 
 
 class NodeRecord(Part):

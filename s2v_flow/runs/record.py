@@ -194,7 +194,7 @@ class Recorder:
 
     def _loras(self) -> list[LoraRecord]:
         return [
-            LoraRecord(node=name, id=lora["id"], matched=lora["matched"], total=lora["total"])
+            LoraRecord(node=name, **lora)
             for name, entry in self.entries.items()
             for lora in entry.facts.get("loras", [])
         ]

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from recipes_for_tests import options
 from runs_for_tests import Place, place
-from s2v_flow.models.vae import denormalise
 
 from s2v_flow import api
 from s2v_flow.cli.picture import iterm2, kitty, protocol_of
 from s2v_flow.graph.context import Artifact
 from s2v_flow.graph.events import Noted, Preview
+from s2v_flow.models.vae import denormalise
 from s2v_flow.nodes.tensors import pack
 from s2v_flow.runs.stream import to_all
 from s2v_flow.views.previews import Previews, fitted_colours
