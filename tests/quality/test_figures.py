@@ -13,7 +13,7 @@ from recipes_for_tests import call
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.media.audio import Audio
 from s2v_flow.media.writer import VideoWriter
-from s2v_flow.quality.figures import Box, measure_frames
+from s2v_flow.quality.figures import Box, Measure, measure_frames
 from s2v_flow.quality.gates import GATES, unmet
 from s2v_flow.quality.sync import loudness
 
@@ -71,6 +71,15 @@ def voice() -> Audio:
 @pytest.fixture(scope="module")
 def talking(voice: Audio) -> Frames:
     return face(opening(voice))
+
+
+def test_the_mouth_is_seen_to_move_with_the_voice(voice: Audio, talking: Frames) -> None:
+    measure = Measure(loudness(voice, FPS, NUM_FRAMES), FPS, keeps=True)
+    measure.add(talking)
+    measure.figures()
+    moved, opens = measure.movement(), opening(voice)
+    assert (moved.shape, np.abs(moved).max()) == ((NUM_FRAMES,), 1)
+    assert np.corrcoef(moved, opens)[0, 1] > 0.8
 
 
 @pytest.mark.parametrize("lag", [-8, -5, -1, 0, 2, 8])

@@ -64,7 +64,7 @@ def test_the_stored_schema_is_the_generated_one() -> None:
 
 
 def test_a_run_is_named_by_its_time_and_kept_alone_in_its_folder(done: Place, manifest: dict[str, Any]) -> None:
-    (path,) = done.cache.glob("runs/*/*")
+    (path,) = done.cache.glob("runs/*/*.json")
     assert path.name == "manifest.json"
     assert manifest["id"] == path.parent.name
     assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{4}", manifest["id"])
@@ -119,6 +119,8 @@ def test_seeds_are_those_of_every_chunk(manifest: dict[str, Any]) -> None:
 def test_the_loras_coverage_is_kept_for_every_chunk(manifest: dict[str, Any]) -> None:
     assert [item["node"] for item in manifest["loras"]] == ["first", "talk[1]", "talk[2]"]
     assert all(item["id"] == "light" and 0 < item["matched"] < item["total"] for item in manifest["loras"])
+    assert {block.isdigit() for block in manifest["loras"][0]["blocks"]} >= {True}
+    assert 0 < sum(manifest["loras"][0]["blocks"].values()) <= manifest["loras"][0]["matched"]
 
 
 def test_a_lora_is_shown_once_with_its_share(done: Place, manifest: dict[str, Any]) -> None:
