@@ -31,6 +31,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "runs": "--keep-last 20",
         "show": "last",
         "quality": "talk.mp4",
+        "report": "last -o report.html",
         "diff": "talk.mp4 other.mp4",
         "reproduce": "talk.mp4",
         "lock": "talk.yaml",

@@ -33,7 +33,7 @@ class Previews:
     Args:
         plan: What is run.
         cache_root: The cache folder; colours are remembered there by the VAE's sha256.
-        folder: Where the pictures go, as `<node>-<step>.jpg`: the run's own folder.
+        folder: Where the pictures go, as `<node>-<step>.jpg`: the run's own folder, once it is there.
         emit: Told of each picture, as `Preview`; and, once, that none can be written.
     """
 
@@ -71,11 +71,11 @@ class Previews:
 
     def _write(self, of: StepDone, latent: torch.Tensor) -> None:
         colours = self._colours[self._of[of.node]]
+        self._is_over = self._is_over or not self._folder.is_dir()  # where nothing can be written, that has been told
         if self._is_over or colours is None:
             return
         path = self._folder / f"{re.sub(r'[^A-Za-z0-9=,._-]', '_', of.node)}-{of.step:02}.jpg"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             _picture(latent, colours).save(path, quality=88)
         except OSError as error:
             self._is_over = True

@@ -59,15 +59,15 @@ def test_without_previews_a_run_gives_the_same_bytes(made: Place) -> None:
     assert len(list(made.cache.glob("runs/*/*.jpg"))) == 6
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(made: Place, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
+def test_a_picture_that_cannot_be_written_costs_a_warning(made: Place, tmp_path: Path) -> None:
+    (tmp_path / "shown" / "first-01.jpg").mkdir(parents=True)
     given, told = options(tmp_path, Path(made.where[1])), []
     planned = api.plan(made.recipe, given)
-    looking = Previews(planned.plan, given.cache_root, tmp_path / "file", told.append)
+    looking = Previews(planned.plan, given.cache_root, tmp_path / "shown", told.append)
     api.run(made.recipe, given, to_all(told.append, looking), watch=looking.watch)
     assert not any(isinstance(event, Preview) for event in told)
     (text,) = [event.text for event in told if isinstance(event, Noted) and event.is_warning]
-    assert "file/first-01.jpg: previews cannot be written: " in text
+    assert "shown/first-01.jpg: previews cannot be written: " in text
     assert made.video.is_file()
 
 
