@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from s2v_flow.history.compare import Difference, inputs_that_differ
 from s2v_flow.history.side import of_run
@@ -20,57 +19,45 @@ _REFERENCE = re.compile(r"\$(\w[\w-]*)$")
 _SHORT = 12  # digits of a digest that people are shown
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What nodes of one kind took: `share` of all nodes' time, `memory` as a share of the largest peak."""
-
-    kind: str
-    count: int
-    time: str
-    share: float
-    peak: str
-    memory: float
-
-
-def stages_of(run: Manifest) -> list[Stage]:
-    """Return the kinds that were computed in a run, in order."""
+def stages_of(run: Manifest) -> list[dict[str, Any]]:
+    """Return what each kind took in a run: its time, and its largest peak of memory; as text and as shares."""
     kinds: dict[str, list[NodeRecord]] = defaultdict(list)
     for node in run.nodes:
         if node.seconds is not None:
             kinds[node.kind].append(node)
-    total = sum(node.seconds or 0.0 for nodes in kinds.values() for node in nodes)
-    peaks = {
-        kind: max(node.peak_device_bytes or node.peak_bytes or 0 for node in nodes) for kind, nodes in kinds.items()
-    }
-    largest = max(peaks.values(), default=0)
-    found = []
-    for kind, nodes in kinds.items():
-        seconds = sum(node.seconds or 0.0 for node in nodes)
-        peak = size_text(peaks[kind], is_memory=True) if peaks[kind] else "unknown"
-        share, memory = seconds / total if total else 0.0, peaks[kind] / largest if largest else 0.0
-        found.append(Stage(kind, len(nodes), duration_text(seconds), share, peak, memory))
-    return found
+    took = {kind: sum(node.seconds or 0.0 for node in nodes) for kind, nodes in kinds.items()}
+    peaks = {kind: max(node.peak_device_bytes or node.peak_bytes or 0 for node in kinds[kind]) for kind in kinds}
+    total, largest = sum(took.values()) or 1.0, max(peaks.values(), default=0) or 1
+    return [
+        {
+            "kind": kind,
+            "count": len(nodes),
+            "time": duration_text(took[kind]),
+            "share": took[kind] / total,
+            "peak": size_text(peaks[kind], is_memory=True) if peaks[kind] else "unknown",
+            "memory": peaks[kind] / largest,
+        }
+        for kind, nodes in kinds.items()
+    ]
 
 
-@dataclass(frozen=True)
-class Box:
-    """A recipe's node in the picture of its graph; `count` plan nodes were made of it."""
+class Box(NamedTuple):
+    """A recipe's node in the picture of its graph; `num_nodes` plan nodes were made of it."""
 
     name: str
     kind: str
     state: str
-    count: int
+    num_nodes: int
     time: str
     x: int
     y: int
 
 
-@dataclass(frozen=True)
-class Graph:
+class Graph(NamedTuple):
     """A recipe's graph, from left to right; edges are paths."""
 
-    boxes: tuple[Box, ...]
-    edges: tuple[str, ...]
+    boxes: list[Box]
+    edges: list[str]
     width: int
     height: int
 
@@ -109,13 +96,8 @@ def graph_of(values: Mapping[str, Any], nodes: Sequence[NodeRecord] = ()) -> Gra
         for index, name in enumerate(sorted(columns[column], key=lambda name: heights[name])):
             rows[name] = index - (len(columns[column]) - 1) / 2
     tallest = max(map(len, columns.values()), default=1)
-    places = {
-        name: (
-            ranks[name] * (BOX_WIDTH + _GAP_ACROSS) + 1,
-            round((rows[name] + (tallest - 1) / 2) * (BOX_HEIGHT + _GAP_DOWN)) + 1,
-        )
-        for name in kinds
-    }
+    across, down, top = BOX_WIDTH + _GAP_ACROSS, BOX_HEIGHT + _GAP_DOWN, (tallest - 1) / 2
+    places = {name: (ranks[name] * across + 1, round((rows[name] + top) * down) + 1) for name in kinds}
     made: dict[str, list[NodeRecord]] = defaultdict(list)
     for node in nodes:
         made[re.split(r"[.\[]", node.name.rpartition("/")[2])[0]].append(node)
@@ -123,12 +105,10 @@ def graph_of(values: Mapping[str, Any], nodes: Sequence[NodeRecord] = ()) -> Gra
     for name, kind in kinds.items():
         own = [node for node in made[name] if node.kind == kind] or made[name]
         seconds = [node.seconds for node in own if node.seconds is not None]
-        states = [node.status for node in own]
-        state = next((state for state in _STATES if state in states), "")
+        state = next((state for state in _STATES if any(node.status == state for node in own)), "")
         boxes.append(Box(name, kind, state, len(own), duration_text(sum(seconds)) if seconds else "", *places[name]))
     edges = [_edge(places[source], places[name]) for name in kinds for source in sources[name]]
-    width = (max(columns, default=0) + 1) * (BOX_WIDTH + _GAP_ACROSS) - _GAP_ACROSS + 2
-    return Graph(tuple(boxes), tuple(edges), width, tallest * (BOX_HEIGHT + _GAP_DOWN) - _GAP_DOWN + 2)
+    return Graph(boxes, edges, (max(columns, default=0) + 1) * across - _GAP_ACROSS + 2, tallest * down - _GAP_DOWN + 2)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -140,23 +120,14 @@ def _edge(source: tuple[int, int], target: tuple[int, int]) -> str:
     return f"M{x1} {y1}C{x1 + _GAP_ACROSS // 2} {y1} {x2 - _GAP_ACROSS // 2} {y2} {x2} {y2}"
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """How much of a LoRA has a home: weights changed by block, `blocks` as (block, weights, share of the most)."""
-
-    id: str
-    text: str
-    blocks: tuple[tuple[str, int, float], ...]
-
-
-def loras_of(run: Manifest) -> list[Coverage]:
-    """Return each LoRA of a run once."""
+def loras_of(run: Manifest) -> list[tuple[str, str, list[tuple[str, int, float]]]]:
+    """Return each LoRA of a run once: its id, how much has a home, and by block (name, weights, share of the most)."""
     found = {}
     for lora in run.loras:
         most = max(lora.blocks.values(), default=0)
         blocks = sorted(lora.blocks.items(), key=lambda item: (not item[0].isdigit(), item[0].zfill(4)))
         text = f"{lora.matched} of {lora.total} tensors have a home in the model"
-        found[lora.id] = Coverage(lora.id, text, tuple((name, count, count / most) for name, count in blocks))
+        found[lora.id] = lora.id, text, [(name, count, count / most) for name, count in blocks]
     return list(found.values())
 
 

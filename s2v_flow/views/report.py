@@ -19,7 +19,7 @@ from s2v_flow.api import Options
 from s2v_flow.cache.store import Store, StoredObject
 from s2v_flow.errors import ExitCode, MissingError, RecipeError, S2VFlowError
 from s2v_flow.files.atomic import finish, temporary, writing
-from s2v_flow.history.compare import Comparison, compare
+from s2v_flow.history.compare import compare
 from s2v_flow.history.find import find, list_runs
 from s2v_flow.history.side import side
 from s2v_flow.runs.essence import essence_in
@@ -81,10 +81,9 @@ def write_report(
     require_jinja()
     options = options or Options()
     _refuse_other(target)
-    page = _Page(options, target, dict(videos or {}))
-    content = page.comparison(subject, against) if against is not None else page.subject(subject)
-    films = _sourced(content["films"], target, embed=embed)
-    text = _rendered({**content, "films": films})
+    sources = _Sources(options, target, dict(videos or {}))
+    content = sources.subject(subject) if against is None else sources.comparison(subject, against)
+    text = _rendered({**content, "films": list(_sourced(content["films"], target, embed=embed))})
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary(target.parent, ".html") as (file, name):
@@ -102,7 +101,7 @@ def _refuse_other(target: Path) -> None:
 
 
 @dataclass
-class _Page:
+class _Sources:
     """Finds what a report shows."""
 
     options: Options
@@ -111,66 +110,49 @@ class _Page:
 
     def subject(self, text: str) -> dict[str, Any]:
         """Return the page of a run or a video."""
-        found = self._find(text)
+        found, paths = self._find(text)
         if not isinstance(found, Manifest):
-            shown = film_of(Path(text), Path(text).name)
+            shown = film_of(paths[""], paths[""].name)
             values: dict[str, Any] = {}
             with suppress(RecipeError):  # of another version, or with kinds that are not installed here
                 values = dict(side(text, self.options).values) if found is not None else {}
-            page = self._of([shown], values, found)
-            return page | {"title": shown.label, "facts": _video_facts(found, shown)}
-        outputs = [item for item in found.outputs if item.name.endswith(".mp4")]
-        if not outputs:
-            raise MissingError(f"run {found.id}: it wrote no mp4", "give a run that wrote one, or a video's file")
-        paths = {item.node: self._file(found, item) for item in outputs}
+            return _page([shown], values, found, title=shown.label, facts=_video_facts(found, shown))
         quality: dict[str, Any] = dict(found.quality or {})
-        measured = quality.get("videos") or dict.fromkeys(paths, quality or None)
-        if len(paths) <= _MAX_TIMELINES and not found.cells:
-            films = [film_of(path, path.name, measured.get(name)) for name, path in paths.items()]
-        else:
-            films = [
-                replace(poster_of(path, path.name, measured.get(name)), cell=cell_of(name))
-                for name, path in paths.items()
-            ]
-        title = Path(found.recipe.path).stem if found.cells or len(films) > 1 else films[0].label
+        known = quality.get("videos") or dict.fromkeys(paths, quality or None)
+        make = poster_of if found.cells or len(paths) > _MAX_TIMELINES else film_of
+        films = [replace(make(path, path.name, known.get(name)), cell=cell_of(name)) for name, path in paths.items()]
+        title = Path(found.recipe.path).stem if len(films) > 1 else films[0].label
         changes = figures.changes_of(found, list_runs(runs_root(self.options.cache_root)).runs)
-        page = {"title": title, "facts": _run_facts(found, films), "changes": changes, "axes": _axes(films)}
-        return self._of(films, found.recipe.values, found) | page
+        more = {"title": title, "facts": _run_facts(found, films), "changes": changes, "axes": _axes(films)}
+        return _page(films, found.recipe.values, found, **more)
 
     def comparison(self, one: str, other: str) -> dict[str, Any]:
         """Return the page of two."""
-        compared: Comparison = compare(one, other, self.options)
-        films = []
-        for letter, text in (("A", one), ("B", other)):
-            found = self._find(text)
-            outputs = (
-                [item for item in found.outputs if item.name.endswith(".mp4")] if isinstance(found, Manifest) else []
-            )
-            if isinstance(found, Manifest) and not outputs:
-                raise MissingError(f"run {found.id}: it wrote no mp4", "compare runs that wrote one, or two videos")
-            path = self._file(found, outputs[0]) if isinstance(found, Manifest) else Path(text)
-            films.append(film_of(path, f"{letter}: {path.name}"))
+        compared = compare(one, other, self.options)
+        paths = [next(iter(self._find(text)[1].values())) for text in (one, other)]
+        films = [film_of(path, f"{letter}: {path.name}") for letter, path in zip("AB", paths, strict=True)]
         rows = list(figures.rows_of(compared.differences))
         times = [(item.name, duration_text(item.a), duration_text(item.b)) for item in compared.times]
-        measures = [
-            line.strip() for line in compared.to_text().splitlines() if "identical" in line or "differs" in line
-        ]
+        measures = [line for line in compared.to_text().splitlines() if line.startswith(("latent: ", "video: "))]
         same = "Nothing differs." if compared.is_same else f"{len(rows)} values, models or inputs differ."
         facts = [("A", compared.a), ("B", compared.b), ("Result", same)]
-        return self._of(films, {}) | {
-            "title": "A and B",
-            "facts": facts,
-            "compared": {"rows": rows, "times": times, "measures": measures},
-            "is_pair": films[0].size == films[1].size,
-        }
+        found = {"rows": rows, "times": times, "measures": measures}
+        is_pair = films[0].size == films[1].size
+        return _page(films, {}, None, title="A and B", facts=facts, compared=found, is_pair=is_pair)
 
-    def _find(self, text: str) -> Manifest | Essence | None:
+    def _find(self, text: str) -> tuple[Manifest | Essence | None, dict[str, Path]]:
+        """Return a run or what a video says of itself, and the videos by plan node."""
         path = Path(text)
+        if path.is_file() and path.suffix != ".json":
+            return essence_in(path), {"": path}
         if path.suffix.lower() in VIDEOS:
-            if not path.is_file():
-                raise MissingError(f"{text}: there is no such file", "give a video, a run's id, or last")
-            return essence_in(path)
-        return find(runs_root(self.options.cache_root), text)
+            raise MissingError(f"{text}: there is no such file", "give a video, a run's id, or last")
+        run = find(runs_root(self.options.cache_root), text)
+        assert isinstance(run, Manifest)
+        found = {item.node: self._file(run, item) for item in run.outputs if item.name.endswith(".mp4")}
+        if not found:
+            raise MissingError(f"run {run.id}: it wrote no mp4", "give a run that wrote one, or a video's file")
+        return run, found
 
     def _file(self, run: Manifest, output: OutputRecord) -> Path:
         """Return a run's video: as it was delivered, else a copy of what the cache holds."""
@@ -193,23 +175,22 @@ class _Page:
                 shutil.copyfile(stored, copy)
         return copy
 
-    @staticmethod
-    def _of(
-        films: Sequence[Film], values: Mapping[str, Any], found: Manifest | Essence | None = None
-    ) -> dict[str, Any]:
-        """Return what every page has; what is not known is empty."""
-        run = found if isinstance(found, Manifest) else None
-        text = run.recipe.text if run else found.recipe if isinstance(found, Essence) else ""
-        return {
-            "films": films,
-            "cues": figures.cues_of(values),
-            "stages": figures.stages_of(run) if run else [],
-            "graph": figures.graph_of(values, run.nodes if run else ()) if values else None,
-            "loras": figures.loras_of(run) if run else [],
-            "files": found.files if found else [],
-            "recipe": text,
-            "run": run,
-        }
+
+def _page(
+    films: Sequence[Film], values: Mapping[str, Any], found: Manifest | Essence | None, **more: Any
+) -> dict[str, Any]:
+    """Return what the template is filled with; what is not known is empty."""
+    run = found if isinstance(found, Manifest) else None
+    return {
+        "films": films,
+        "cues": figures.cues_of(values),
+        "stages": figures.stages_of(run) if run else [],
+        "graph": figures.graph_of(values, run.nodes if run else ()) if values else None,
+        "loras": figures.loras_of(run) if run else [],
+        "files": found.files if found else [],
+        "recipe": run.recipe.text if run else found.recipe if isinstance(found, Essence) else "",
+        "run": run,
+    } | {"changes": None, "axes": None, "compared": None, "is_pair": False, **more}
 
 
 def cell_of(name: str) -> tuple[str, ...]:
@@ -228,26 +209,20 @@ def _axes(films: Sequence[Film]) -> dict[str, list[str]] | None:
 
 
 def _run_facts(run: Manifest, films: Sequence[Film]) -> list[tuple[str, str]]:
-    environment = run.environment
-    seeds = list(dict.fromkeys(run.seeds.values()))
+    on, git, seeds = run.environment, run.git, list(dict.fromkeys(run.seeds.values()))
+    commit = "" if git is None or git.commit is None else git.commit[:_SHORT] + (" and changes" if git.is_dirty else "")
     facts = [
         ("Run", f"{run.id}, {run.status}"),
         ("Started", run.started[:16].replace("T", " ") + " UTC"),
-        ("Took", duration_text(run.seconds) if run.seconds is not None else "unknown"),
+        ("Took", duration_text(run.seconds) if run.seconds is not None else ""),
         ("Recipe", " ".join([run.recipe.path, *(f"-p {name}" for name in run.given.profiles), *run.given.overrides])),
         ("Picture", _picture(films[0])),
-        ("Seed", f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(*seeds)),
-        (
-            "Made with",
-            f"s2vflow {environment.s2vflow}, torch {environment.torch}, {environment.gpu or environment.device}",
-        ),
+        ("Seed", f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else "".join(map(str, seeds))),
+        ("Made with", f"s2vflow {on.s2vflow}, torch {on.torch}, {on.gpu or on.device}"),
+        ("Commit", commit),
+        ("Error", run.error or ""),
     ]
-    facts += (
-        [("Commit", f"{run.git.commit[:_SHORT]}{' and changes' if run.git.is_dirty else ''}")]
-        if run.git and run.git.commit
-        else []
-    )
-    return [fact for fact in facts if fact[1]] + ([("Error", run.error)] if run.error else [])
+    return [fact for fact in facts if fact[1]]
 
 
 def _video_facts(found: Essence | None, shown: Film) -> list[tuple[str, str]]:
@@ -278,14 +253,6 @@ def _rendered(content: Mapping[str, Any]) -> str:
     source, style, script = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    nothing: dict[str, Any] = {"changes": None, "axes": None, "compared": None, "is_pair": False}
-    about = {
-        "style": style,
-        "script": script,
-        "digests": digests,
-        "version": __version__,
-        "film": film,
-        "drawn": figures,
-    }
-    page = {**nothing, **content, "films": list(content["films"])}
-    return environment.from_string(source).render(page | about, duration=duration_text, size=size_text)
+    about: dict[str, Any] = {"style": style, "script": script, "digests": digests, "version": __version__}
+    about |= {"film": film, "drawn": figures, "duration": duration_text, "size": size_text}
+    return environment.from_string(source).render({**content, **about})

@@ -203,7 +203,7 @@ def test_chunks_and_cells_are_one_box() -> None:
     cells = [record(f"seed={seed}/talk[{index}]", "extend", seconds=1.5) for seed in (1, 2) for index in (1, 2)]
     graph = graph_of(values, [*cells, record("talk.positive[1]", "encode_text", seconds=9.0)])
     (box,) = [box for box in graph.boxes if box.name == "talk"]
-    assert (box.count, box.time, len(graph.edges)) == (4, "6.0 s", 2)
+    assert (box.num_nodes, box.time, len(graph.edges)) == (4, "6.0 s", 2)
     assert [box.x for box in graph.boxes] == sorted(box.x for box in graph.boxes)
 
 
