@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from s2v_flow.cli.colour import for_people
 from s2v_flow.errors import RecipeError, S2VFlowError
-from s2v_flow.library.needs import near_files
+from s2v_flow.library.needs import help_lines
 from s2v_flow.wording import WARNING, duration_text, mistakes_text, size_text, visible
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def print_plan(planned: Planned) -> None:
     lines += [visible(noted(note)) for note in planned.notes]
     for item in planned.plan.missing:
         lines.append(f"missing: {visible(item.file)} ({item.kind}), looked for in {', '.join(item.looked_in)}")
-        lines += [f"  near: {visible(str(near))}" for near in near_files(item.file, item.kind, item.looked_in)]
-        lines += [f"  can be had at {home}" for home in item.homes]
+        texts = help_lines(item.file, item.kind, item.homes, item.looked_in)
+        lines += [f"  {visible(text)}" for text in texts]
     print_table("\n".join(lines))
 
 

@@ -25,7 +25,9 @@ from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import Entry, MapValue, Scalar, absolute_dir
+from s2v_flow.weights.family import BELONGS, FAMILIES, detect_family
 from s2v_flow.weights.header import convert_command
+from s2v_flow.weights.reader import Checkpoint
 from s2v_flow.wording import did_you_mean, size_text
 
 _WAN22 = "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
@@ -46,6 +48,9 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
+
+_MODEL_SUFFIXES = (".safetensors", ".gguf")
+_SHORT = 5
 _DEEPEST, _MANY = 3, 5000  # how far down, and among how many files, a name like a missing one is looked for
 Progress = Callable[[str, int, int], None]  # file name, bytes that are there, bytes in all
 
@@ -130,17 +135,24 @@ def _conversion(text: str, folder: str, locations: Locations) -> str | None:
 
 @dataclass(frozen=True)
 class NearFile:
-    """A file whose name is like that of a missing one, in a folder where that was looked for, or in one beside."""
+    """A file that a missing one may be: of that name or one like it, or merely there (`is_like` false).
+
+    `place` says where a model belongs that is of another kind than the missing one.
+    """
 
     path: Path
     size: int
+    place: str = ""
+    is_like: bool = True
 
     def __str__(self) -> str:
-        return f"{self.path.name} ({size_text(self.size)}) in {self.path.parent}"
+        return f"{self.path.name} ({size_text(self.size)}) in {self.path.parent}{self.place}"
 
 
 def near_files(file: str, kind: str, looked_in: Sequence[str]) -> list[NearFile]:
-    """Return up to three files that a missing one may be: of the same name in another folder, or of one like it.
+    """Return up to three files that a missing one may be, or else up to five of those that its folders hold.
+
+    Those of its very name may lie in folders for other kinds of models too.
 
     Args:
         file: What the recipe names.
@@ -149,13 +161,45 @@ def near_files(file: str, kind: str, looked_in: Sequence[str]) -> list[NearFile]
     """
     folders = [Path(folder) for folder in looked_in]
     roots = [folder.parent for folder in folders if folder.name == kind]  # all kinds of models: it may lie among others
-    name = PurePosixPath(file.replace("\\", "/")).name.lower()
+    wanted = PurePosixPath(file.replace("\\", "/").lower())
     there: dict[str, Path] = {}
     for path in itertools.islice(_walk(roots or folders, _DEEPEST if roots else 0), _MANY):
-        if path.suffix.lower() == PurePosixPath(name).suffix or path.stem.lower() == PurePosixPath(name).stem:
+        if path.suffix.lower() in (wanted.suffix, *_MODEL_SUFFIXES * bool(roots)) or path.stem.lower() == wanted.stem:
             there.setdefault(path.name.lower(), path)
-    near = [name] if name in there else difflib.get_close_matches(name, there, n=3)
-    return [NearFile(there[one], there[one].stat().st_size) for one in near if there[one].is_file()]
+    own = {name: path for name, path in there.items() if any(path.is_relative_to(folder) for folder in folders)}
+    stems = {PurePosixPath(name).stem: name for name in own}
+    like = [stems[stem] for stem in difflib.get_close_matches(wanted.stem, stems, n=3)]
+    near = [wanted.name] if wanted.name in there else like
+    chosen = [there[name] for name in near or sorted(own)[:_SHORT]]
+    return [
+        NearFile(path, path.stat().st_size, _other_place(path, kind) if roots else "", bool(near))
+        for path in chosen
+        if path.is_file()
+    ]
+
+
+def _other_place(path: Path, kind: str) -> str:
+    """Say where a model belongs that is not of the kind that was looked for."""
+    try:
+        family = detect_family(Checkpoint.open(path).shapes)
+    except S2VFlowError:
+        return ""
+    if family not in BELONGS or family == FAMILIES.get(kind):
+        return ""
+    return f": it is a {family} file and belongs in {BELONGS[family]}"
+
+
+def misnamed(homes: Sequence[str], kind: str) -> str | None:
+    """Say where a missing model belongs whose name is that of a well-known file of another kind."""
+    others = {FAMILIES.get(PurePosixPath(home).parent.name, "") for home in homes} - {"", FAMILIES.get(kind)}
+    return next((f"this is the name of a {one} file, which belongs in {BELONGS[one]}" for one in others), None)
+
+
+def help_lines(file: str, kind: str, homes: Sequence[str], looked_in: Sequence[str]) -> list[str]:
+    """Return what there is to say of a missing file: which ones may be it, and where it can be had or belongs."""
+    near = [f"{'near' if one.is_like else 'there'}: {one}" for one in near_files(file, kind, looked_in)]
+    other = misnamed(homes, kind)
+    return [*near, *([other] if other else [f"can be had at {home}" for home in homes])]
 
 
 def _walk(roots: Iterable[Path], depth: int) -> Iterator[Path]:
@@ -201,9 +245,8 @@ def needs_text(needs: Sequence[ModelNeed]) -> str:
         lines.append(row.rstrip())
         if need.status == "missing":
             lines.append(f"         looked for in {', '.join(need.looked_in)}")
-            near = near_files(need.file, need.folder, need.looked_in)
-            lines += [f"         near: {', '.join(map(str, near))}"] if near else []
-            lines += [f"         can be had at {home}" for home in need.homes]
+            texts = help_lines(need.file, need.folder, need.homes, need.looked_in)
+            lines += [f"         {text}" for text in texts]
             how = " in bfloat16, to be named in the recipe instead," if "_fp8" in need.file else ""
             lines += [f"         can be made{how} by {need.convert}"] if need.convert else []
     count = sum(need.status == "missing" for need in needs)
@@ -241,7 +284,7 @@ def download(needs: Sequence[ModelNeed], models_dir: Path, on_progress: Progress
         S2VFlowError: The network or the disk failed; what came is kept.
     """
     missing = [need for need in needs if need.status == "missing"]
-    homeless = [need.file for need in missing if not need.homes]
+    homeless = [need.file for need in missing if not need.homes or misnamed(need.homes, need.folder)]
     if homeless:
         raise MissingError(
             f"nothing was downloaded: no home is known of {', '.join(homeless)}",

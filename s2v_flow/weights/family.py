@@ -69,7 +69,7 @@ _LACKS: Mapping[str, str] = MappingProxyType(
         "lora": "lora_down, lora_up, lora_A or lora_B",
     }
 )
-_BELONGS: Mapping[str, str] = MappingProxyType(
+BELONGS: Mapping[str, str] = MappingProxyType(
     {
         "wan s2v": "the checkpoint of a load_diffusion_model node",
         "wan vae": "a load_vae node",
@@ -78,6 +78,16 @@ _BELONGS: Mapping[str, str] = MappingProxyType(
         "lora": "the loras of a load_diffusion_model node",
     }
 )
+FAMILIES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("diffusion_models", "unet"), "wan s2v"),
+        **dict.fromkeys(("text_encoders", "clip"), "umt5 encoder"),
+        "audio_encoders": "wav2vec2",
+        "vae": "wan vae",
+        "loras": "lora",
+    }
+)
+"""What the folders of ComfyUI hold."""
 _EXAMPLES: Mapping[str, str] = MappingProxyType(
     {
         "wan s2v": "wan2.2_s2v_14B_fp8_scaled.safetensors",
@@ -169,7 +179,7 @@ def advice(path: Path, wanted: str, shapes: Shapes, node: str) -> str:
         target = path.with_name(f"{path.stem}-{kind}.safetensors")
         return f"take its {kind} out: {convert_command(path, target, '--kind', kind)}"
     example = f", such as {_EXAMPLES[wanted]}" if wanted in _EXAMPLES else ""
-    where = f"; this one belongs in {_BELONGS[found]}" if found in _BELONGS else ""
+    where = f"; this one belongs in {BELONGS[found]}" if found in BELONGS else ""
     return f"name another file in node {node}{example}{where}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -222,6 +223,32 @@ def test_a_missing_model_shows_names_like_it_with_their_sizes(tmp_path: Path) ->
         assert (exact in err) == (command == "run")
     (models / "loras/WAN_2.1_VAE.SAFETENSORS").unlink()
     assert f"near: wan2.1_vae.safetensors (3.0 MB) in {models / 'vae/old'}" in call("plan", recipe, *where(tmp_path))[1]
+
+
+def test_a_missing_lora_of_an_unlike_name_shows_what_its_folder_holds(tmp_path: Path) -> None:
+    """A few files with their sizes, and none of other folders."""
+    models = tmp_path / "models"
+    for place in (*(f"loras/style_{number}.safetensors" for number in range(9)), "vae/detail.safetensors"):
+        (models / place).parent.mkdir(parents=True, exist_ok=True)
+        (models / place).write_bytes(bytes(2_000_000))
+    recipe = write_recipe(tmp_path, {"dit": {"loras": [{"id": "a", "file": "zoom.safetensors"}]}})
+    lines = [line for line in call("plan", recipe, *where(tmp_path))[1].splitlines() if line.startswith("  there: ")]
+    shown = [f"  there: style_{number}.safetensors (2.0 MB) in {models / 'loras'}" for number in range(5)]
+    assert [line for line in lines if "loras" in line] == shown
+
+
+def test_the_name_of_another_kind_s_file_is_called_so(tmp_path: Path, tiny_models: Path) -> None:
+    """By the file's content where it lies in its own folder, by its home where it is nowhere; it is not downloaded."""
+    (tmp_path / "m" / "vae").mkdir(parents=True)
+    shutil.copy(tiny_models / "vae" / "tiny_vae.safetensors", tmp_path / "m" / "vae" / "own.safetensors")
+    recipe = write_recipe(tmp_path, {"dit": {"checkpoint": "own.safetensors"}})
+    out = call("plan", recipe, "--models-dir", tmp_path / "m", "--cache-dir", tmp_path / "cache")[1]
+    assert f"in {tmp_path / 'm/vae'}: it is a wan vae file and belongs in a load_vae node" in out
+    recipe = write_recipe(tmp_path, {"dit": {"checkpoint": VAE}})
+    said = "this is the name of a wan vae file, which belongs in a load_vae node"
+    code, out, err = call("run", recipe, *where(tmp_path))
+    assert (code, said in out, said in err, "can be had" in out, "--download" in err) == (4, True, True, False, False)
+    assert "no home is known of" in call("models", recipe, *where(tmp_path), "--download", "--only", VAE)[2]
 
 
 def test_comfyui_s_own_folder_is_taken_for_its_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
