@@ -11,16 +11,17 @@ import re
 import stat
 import sys
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
 from s2v_flow.errors import Place
 from s2v_flow.recipe.problems import Problems, StopReadingError
-from s2v_flow.recipe.species import file_species, place_species
+from s2v_flow.recipe.species import file_species, place_species, similar_file
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir, read_scalar
-from s2v_flow.wording import nearest, shortened
+from s2v_flow.wording import shortened
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -50,10 +51,7 @@ _ADVICE = (
     ("block sequence", "put text that begins with - in quotes; begin a list's items on lines of their own"),
     ("mapping keys", "put text that begins with ? in quotes"),
     ("node content", "put text that begins with a comma or a bracket in quotes"),
-    (
-        "expected key",
-        "check the quotes and the indentation: text in quotes ends with the quotes, and in '...' a ' is written ''",
-    ),
+    ("expected key", "check the indentation, and that quotes end where the text does; in '...' a ' is written ''"),
     ("'-' indicator", "check the indentation"),
     ("block end", "check the indentation"),
 )
@@ -126,12 +124,20 @@ def read_text(path: Path, name: str, problems: Problems, named_at: Origin, max_b
 
 def _read_bytes(path: Path, count: int, source: Source, problems: Problems, where: Origin) -> bytes:
     try:
-        with sys.stdin.buffer if source.file == "-" else open(path, "rb", opener=_open_regular) as file:
+        if source.file == "-":
+            return _all_of(sys.stdin.buffer, count)
+        with open(path, "rb", opener=_open_regular) as file:
             return file.read(count)
     except (OSError, ValueError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         message = f"cannot read {shortened(source.file, 200)}: {reason}"
-        raise problems.stop("R002", message, where, fix=_similar_file(path)) from error
+        raise problems.stop("R002", message, where, fix=similar_file(path)) from error
+
+
+@lru_cache(maxsize=1)
+def _all_of(stream: BinaryIO, count: int) -> bytes:
+    with stream:  # read once, for `try` plans a recipe more than once
+        return stream.read(count)
 
 
 def read_yaml(data: bytes, source: Source, problems: Problems) -> Tree:
@@ -161,15 +167,6 @@ def _open_regular(path: str, flags: int) -> int:
         os.close(descriptor)
         raise ValueError("it is not a regular file")
     return descriptor
-
-
-def _similar_file(path: Path) -> str | None:
-    try:
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml", path.suffix)]
-    except (OSError, ValueError):
-        return None
-    match = nearest(path.name, siblings)
-    return None if match is None or match == path.name else f"did you mean {path.parent / match}?"
 
 
 def _decode(data: bytes, source: Source, problems: Problems) -> str:

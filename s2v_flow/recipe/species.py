@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from s2v_flow.wording import nearest
+
 _FTYP = b"ftyp"
 _WORKFLOW_KEYS = (b'"class_type"', b'"last_node_id"', b'"last_link_id"')
 _TEXT_CHUNK = re.compile(rb"[tiz][TE]Xt(?:workflow|prompt)\0", re.IGNORECASE)
@@ -56,6 +58,16 @@ def file_species(path: Path, name: str, data: bytes) -> Species | None:
             file.seek(-len(data), os.SEEK_END)
             tail = file.read(len(data))
     return next(_species(shlex.quote(name), data, data + tail), None)
+
+
+def similar_file(path: Path) -> str | None:
+    """Return the question whether a file beside a missing one is meant, None where no name is like its own."""
+    try:
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml", path.suffix)]
+    except (OSError, ValueError):
+        return None
+    match = nearest(path.name, siblings)
+    return None if match is None or match == path.name else f"did you mean {path.parent / match}?"
 
 
 def _species(name: str, head: bytes, all_of_it: bytes) -> Iterator[Species]:

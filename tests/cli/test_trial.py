@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,9 @@ def outputs(planned: api.Planned) -> list[Path]:
     return [node.files["file",] for node in planned.plan.nodes if node.node.is_sink]
 
 
-def test_a_trial_is_run_and_the_whole_is_estimated_by_it(tmp_path: Path, tiny_models: Path) -> None:
+def test_a_trial_is_run_and_the_whole_is_estimated_by_it(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The path first, then the estimate; nothing of it is computed again, and the whole's own video is not there."""
     write_voice(tmp_path / "voice.wav", 1.2)
     changes = tiny(first={"steps": 6}, reference={"width": 128, "height": 128}, video={"preset": "ultrafast"})
@@ -46,6 +49,12 @@ def test_a_trial_is_run_and_the_whole_is_estimated_by_it(tmp_path: Path, tiny_mo
     assert whole.startswith("the whole: 3 chunks, 20 frames, 1.25 s")
     assert "; about " in whole
     assert "(scaled from 64x64" in whole
+    piped = io.TextIOWrapper(io.BytesIO(recipe.read_bytes()))
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr("sys.stdin", piped)
+        code, out, err = call("try", "-", *where, "--json")
+    assert (code, json.loads(out)["outputs"]) == (0, {"video": [path]}), err
     code, out, _ = call("try", recipe, *where, "--json")
     told = json.loads(out)
     assert (code, told["computed"], told["outputs"]) == (0, [], {"video": [path]})
