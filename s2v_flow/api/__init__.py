@@ -191,11 +191,7 @@ def run(recipe: RecipeLike, options: Options | None = None, on_event: Listener =
 
 
 def run_planned(
-    planned: Planned,
-    options: Options,
-    on_event: Listener = ignore,
-    run_id: str = "",
-    models: Any = None,
+    planned: Planned, options: Options, on_event: Listener = ignore, run_id: str = "", models: Any = None
 ) -> Result:
     """Run a plan; see `run`.
 
@@ -312,10 +308,7 @@ def _workflows(recipe: Recipe, plan: Plan) -> dict[str, str]:
 
 def _given(options: Options) -> Given:
     changes = options.changes
-    overrides = (
-        *(f"-m {text}" for text in options.axes),
-        *map(str, changes.overrides),
-    )
+    overrides = (*(f"-m {text}" for text in options.axes), *map(str, changes.overrides))
     return Given(tuple(changes.profiles), tuple(changes.files), overrides, options.output)
 
 

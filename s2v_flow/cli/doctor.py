@@ -53,14 +53,7 @@ class Finding:
 
 def examine(options: Options) -> list[Finding]:
     """Look at Python, torch, the codecs, the cache folder, the models and the dependencies. Imports torch."""
-    return [
-        _python(),
-        *_torch(),
-        *_codecs(),
-        _cache(options.cache_root),
-        *_models(options),
-        _dependencies(),
-    ]
+    return [_python(), *_torch(), *_codecs(), _cache(options.cache_root), *_models(options), _dependencies()]
 
 
 def findings_json(findings: list[Finding]) -> dict[str, Any]:

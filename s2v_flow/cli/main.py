@@ -321,14 +321,7 @@ def make(
     """Make a video without a recipe; one is left beside it, to change and to run again."""
     from s2v_flow import api
     from s2v_flow.cli import report
-    from s2v_flow.start.project import (
-        DEFAULT_PROMPT,
-        Start,
-        is_as_written,
-        recipe_path,
-        recipe_text,
-        write_recipe,
-    )
+    from s2v_flow.start.project import DEFAULT_PROMPT, Start, is_as_written, recipe_path, recipe_text, write_recipe
     from s2v_flow.start.recipes import RECIPES
 
     recipe = recipe_path(output)

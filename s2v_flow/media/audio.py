@@ -13,12 +13,7 @@ from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError, RefusedError
 from s2v_flow.media.audio_blocks import HALF_POWER, Block, decode_blocks
-from s2v_flow.media.source import (
-    MAX_AUDIO_SECONDS,
-    MAX_AUDIO_VALUES,
-    MAX_SAMPLE_RATE_HZ,
-    MIN_SAMPLE_RATE_HZ,
-)
+from s2v_flow.media.source import MAX_AUDIO_SECONDS, MAX_AUDIO_VALUES, MAX_SAMPLE_RATE_HZ, MIN_SAMPLE_RATE_HZ
 
 _BLOCK_SAMPLES = 65_536
 

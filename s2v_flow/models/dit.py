@@ -315,11 +315,7 @@ class WanS2V(nn.Module):
         return tokens + offset
 
     def _still_tokens(
-        self,
-        reference_latent: Tensor | None,
-        motion_latent: Tensor | None,
-        batch_size: int,
-        device: torch.device | str,
+        self, reference_latent: Tensor | None, motion_latent: Tensor | None, batch_size: int, device: torch.device | str
     ) -> Tensor:
         """Embed reference and motion, in this order: [B, L still, D]."""
         mask = self.trainable_cond_mask.weight.float()

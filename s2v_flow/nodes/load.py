@@ -151,14 +151,7 @@ class LoadDiffusionModel(Node):
         size = sum(path.stat().st_size for path in paths)
         kind = f"dit, {self.fp8_rounding} fp8"
         handle = open_handle(
-            context,
-            kind,
-            self.precision,
-            load,
-            loras=loras,
-            lora_bytes=size,
-            facts=facts,
-            should_stream=should_stream,
+            context, kind, self.precision, load, loras=loras, lora_bytes=size, facts=facts, should_stream=should_stream
         )
         return {"model": handle}
 

@@ -156,12 +156,7 @@ class Sampler:
 
 
 def make_sampler(
-    name: SamplerName,
-    scheduler: SchedulerName,
-    steps: int,
-    shift: float,
-    seed: int,
-    device: torch.device | str = "cpu",
+    name: SamplerName, scheduler: SchedulerName, steps: int, shift: float, seed: int, device: torch.device | str = "cpu"
 ) -> Sampler:
     """Make a sampler.
 
