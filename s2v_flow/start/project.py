@@ -97,7 +97,7 @@ def recipe_text(start: Start, folder: Path) -> str:
     if start.voice is not None:
         from s2v_flow.media.audio import probe_audio
 
-        about["audio"] = f"{probe_audio(start.voice).duration_seconds:.2f} s"
+        about["audio"] = f"{float(probe_audio(start.voice).duration_seconds):.2f} s"
         voice = _relative(start.voice, folder)
     like = RECIPES[start.like]
     size = like.size or fitting_size(width, height, like.max_area)
