@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from runs_for_tests import Place, ran
 
 # The same examples every time: whether a commit is green is no matter of luck. New ones: HYPOTHESIS_PROFILE=default.
-settings.register_profile("same", derandomize=True)
+settings.register_profile("same", derandomize=True, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 

@@ -95,14 +95,6 @@ class ListValue:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A value of a map, with the place of its key."""
-
-    key_origin: Origin
-    value: Tree
-
-
-@dataclass(frozen=True)
 class MapValue:
     """A YAML mapping with text keys, in the order of the file."""
 
@@ -121,6 +113,14 @@ class MapValue:
     def without(self, key: str) -> MapValue:
         """Return this map with one entry left out."""
         return replace(self, entries={name: entry for name, entry in self.entries.items() if name != key})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value of a map, with the place of its key."""
+
+    key_origin: Origin
+    value: Tree
 
 
 Tree = Scalar | ListValue | MapValue
