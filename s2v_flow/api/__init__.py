@@ -191,7 +191,13 @@ def run(recipe: RecipeLike, options: Options | None = None, on_event: Listener =
 
 
 def run_planned(
-    planned: Planned, options: Options, on_event: Listener = ignore, run_id: str = "", models: Any = None
+    planned: Planned,
+    options: Options,
+    on_event: Listener = ignore,
+    run_id: str = "",
+    models: Any = None,
+    *,
+    goes_on: bool = False,
 ) -> Result:
     """Run a plan; see `run`.
 
@@ -199,6 +205,7 @@ def run_planned(
         on_event: Called with every event, in the calling thread.
         run_id: Under which the run is recorded; "": one is made.
         models: A `lazy_registry` that runs share; without, none stays live that no node needs.
+        goes_on: The run has begun under this id, with a first look; its manifest is written anew.
     """
     require_files(planned)
     options.selection.check(planned.plan, planned.statuses)
@@ -217,6 +224,7 @@ def run_planned(
         emit=on_event,
         has_host=options.record_host,
         id=run_id,
+        goes_on=goes_on,
     )
     needed = [status.fingerprint for status in planned.statuses.values() if status.fingerprint is not None]
     with live_run(options.cache_root, needed, recorder.id), recorder:

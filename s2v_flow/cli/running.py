@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.graph.events import RunFinished
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options, Planned
     from s2v_flow.cli.progress import Level
+    from s2v_flow.graph.events import Listener
     from s2v_flow.graph.run import RunResult
 
 
 def run_recipe(recipe: Path, options: Options, level: Level, again: str, *, as_json: bool, **given: Any) -> None:
-    """Plan a recipe, run it and report; with `first_look` its first chunk comes before the rest. See `execute`."""
+    """Plan a recipe, run it and report; see `execute`."""
     from s2v_flow import api
 
-    planned = api.plan(recipe, options)
-    if given.get("has_report"):
-        from s2v_flow.views.report import require_jinja
-
-        require_jinja()
-    if given.pop("first_look", False) and not planned.plan.missing:
-        look(planned, options, level, as_json=as_json)
-        planned = api.plan(recipe, options)
-    execute(planned, options, level, again, as_json=as_json, **given)
-
-
-def look(planned: Planned, options: Options, level: Level, *, as_json: bool) -> None:
-    """Write NAME.first.mp4: the first chunk as the whole will have it, which is stored; the look leaves no run behind.
-
-    Raises:
-        S2VFlowError: There is no first chunk, or no video that shows it.
-    """
-    from s2v_flow import api
-    from s2v_flow.cli import report
-    from s2v_flow.cli.progress import Progress
-    from s2v_flow.cli.trial import trial
-    from s2v_flow.runs.record import runs_root
-
-    output = None if options.output is None else options.output.with_suffix(".first.mp4")
-    first, given = trial(planned, replace(options, output=output), is_smaller=False)
-    progress = Progress(planned.recipe.path.stem, first, level)
-    try:
-        result = api.run_planned(first, given, progress)
-    finally:
-        progress.close()
-    shutil.rmtree(runs_root(options.cache_root) / result.run_id, ignore_errors=True)
-    for path in (path for paths in result.outputs.values() for path in paths):
-        report.print_message(f"a first look: {path}") if as_json else report.print_result(f"{path}")
+    execute(api.plan(recipe, options), options, level, again, as_json=as_json, **given)
 
 
 def execute(
@@ -64,33 +33,59 @@ def execute(
     as_json: bool,
     events: str | None = None,
     previews: bool = True,
+    first_look: bool = False,
     has_report: bool = False,
     also: Callable[[], dict[str, Any]] = dict,
 ) -> None:
-    """Run a plan and report; `also` gives what the JSON object has beside the run's own, once that is done."""
+    """Run a plan and report.
+
+    Args:
+        planned: The plan.
+        options: What it was planned with.
+        level: How much is told.
+        again: The command, to be repeated.
+        as_json: Print one JSON object.
+        events: Where events go.
+        previews: Make pictures of what is sampled.
+        first_look: Write the first chunk alone before the rest.
+        has_report: Write a page about the run.
+        also: Gives what the JSON object has beside the run's own, once that is done.
+    """
     from s2v_flow import api
     from s2v_flow.cli import report
     from s2v_flow.cli.progress import Progress
-    from s2v_flow.runs.record import new_run_id, runs_root
+    from s2v_flow.cli.trial import trial
+    from s2v_flow.runs.record import new_run_id
     from s2v_flow.runs.stream import open_events, to_all
-    from s2v_flow.views.previews import Previews
 
+    if has_report:
+        from s2v_flow.views.report import require_jinja
+
+        require_jinja()
     if planned.plan.missing and events != "-":
         report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
     api.require_files(planned)
+    first: tuple[Planned, Options] | None = None
+    if first_look:
+        output = None if options.output is None else options.output.with_suffix(".first.mp4")
+        first = trial(planned, replace(options, output=output), is_smaller=False)
     progress = Progress(planned.recipe.path.stem, planned, level)
     for note in planned.notes:
         progress.note(note)
-    run_id = new_run_id()
+    run_id, seen = new_run_id(), []
     try:
         with open_events(events, progress, run_id) as stream:
-            listen = to_all(progress, *stream)
-            if previews:
-                pictures = Previews(planned.plan, options.cache_root, runs_root(options.cache_root) / run_id, listen)
-                options, listen = replace(options, watch=pictures.watch), to_all(listen, pictures)
-            result = api.run_planned(planned, options, listen, run_id)
+            told = to_all(progress, *stream)
+            if first is not None:
+                look = _run(*first, _without_end(told), run_id, previews=previews)
+                seen = [path for paths in look.outputs.values() for path in paths]
+                progress.note(f"a first look: {', '.join(map(str, seen))}")
+                planned = api.plan(planned.recipe.path, options)
+            result = _run(planned, options, told, run_id, previews=previews, goes_on=first_look)
     finally:
         progress.close()
+    for path in seen if not as_json and events != "-" else ():
+        report.print_result(f"{path}")
     if as_json:
         report.print_json(result.to_json() | also())
     elif events != "-":
@@ -110,6 +105,25 @@ def execute(
         what = "; ".join(f"{name}: {why}" for name, why in result.unmet.items())
         fix = "look at it, and change the recipe or what it requires"
         raise S2VFlowError(f"require: {what}", fix, "the video, which is written", exit_code=ExitCode.UNMET)
+
+
+def _run(
+    planned: Planned, options: Options, told: Listener, run_id: str, *, previews: bool, goes_on: bool = False
+) -> RunResult:
+    """Run a plan, with or without pictures of what is sampled."""
+    from s2v_flow import api
+    from s2v_flow.runs.record import runs_root
+    from s2v_flow.runs.stream import to_all
+    from s2v_flow.views.previews import Previews
+
+    if previews:
+        pictures = Previews(planned.plan, options.cache_root, runs_root(options.cache_root) / run_id, told)
+        options, told = replace(options, watch=pictures.watch), to_all(told, pictures)
+    return api.run_planned(planned, options, told, run_id, goes_on=goes_on)
+
+
+def _without_end(told: Listener) -> Listener:
+    return lambda event: None if isinstance(event, RunFinished) else told(event)
 
 
 def _page(result: RunResult, options: Options, pages: list[Path]) -> list[Path]:

@@ -72,7 +72,7 @@ class Recorder:
 
     `digest` tells the sha256 of a file if that takes no time, else None; `entries` are to be set to the run's results,
     which grow as it goes on, `not_kept` to those that could not be stored, and `failures` to what failed where others
-    went on.
+    went on; `goes_on`: its folder is there already.
     """
 
     recipe: Recipe
@@ -89,6 +89,7 @@ class Recorder:
     failures: Mapping[str, str] = field(default_factory=dict)
     not_kept: Container[str] = ()
     id: str = ""
+    goes_on: bool = False
     _started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     _clock: float = field(default_factory=time.monotonic)
     _unfinished: set[str] = field(default_factory=set)
@@ -102,7 +103,7 @@ class Recorder:
             for _ in range(3):
                 self.id = self.id or new_run_id()
                 try:
-                    (self.folder / self.id).mkdir(parents=True)
+                    (self.folder / self.id).mkdir(parents=True, exist_ok=self.goes_on)
                     break
                 except FileExistsError:  # another run of the same second and digits
                     self.id = ""

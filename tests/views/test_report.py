@@ -175,15 +175,19 @@ def test_without_jinja2_nothing_is_begun(tmp_path: Path, tiny_models: Path, monk
 
 
 def test_a_run_gives_a_first_look_and_a_report(tmp_path: Path, tiny_models: Path) -> None:
-    """The look's chunk is the whole's, which finds it stored; it leaves no run, and both its files stand beside it."""
+    """The look's chunk is the whole's, which finds it stored; they are one run, with pictures of all chunks."""
     made = place(tmp_path, tiny_models)
-    code, out, err = made.run("--first-look", "--report", "--no-previews")
+    code, out, err = made.run("--first-look", "--report", "--events", tmp_path / "events.jsonl")
     assert code == 0, err
     names = ["talk.first.mp4", "talk.mp4", "talk.html"]
     assert out.splitlines() == [str(made.video.with_name(name)) for name in names]
     (manifest,) = made.manifests()
     states = {node["name"]: node["status"] for node in json.loads(manifest.read_text())["nodes"]}
     assert (states["first"], states["talk[1]"]) == ("stored", "computed")
+    assert len(list(manifest.parent.glob("*.jpg"))) == 6
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert {line["run"] for line in lines} == {manifest.parent.name}
+    assert [line["type"] for line in lines].count("run_finished") == 1
     assert Page(made.video.with_suffix(".html")).videos == [made.video.resolve()]
 
 
