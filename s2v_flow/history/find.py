@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,9 @@ def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
         if not is_dry:
             with suppress(OSError):  # it cannot be removed, or another process was first
                 path.unlink()
-                shutil.rmtree(path.parent)  # with its previews
+                for picture in path.parent.glob("*.jpg"):  # its previews
+                    picture.unlink()
+                path.parent.rmdir()
         if is_dry or not path.exists():
             gone.append(path.parent.name)
     return gone

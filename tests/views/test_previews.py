@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from runs_for_tests import Place, place
 
 from s2v_flow import api
 from s2v_flow.cli.picture import iterm2, kitty, protocol_of
+from s2v_flow.files.facts import file_digest, remembered
 from s2v_flow.graph.context import Artifact
-from s2v_flow.graph.events import Noted, Preview
+from s2v_flow.graph.events import Noted, Preview, StepDone
 from s2v_flow.models.vae import denormalise
 from s2v_flow.nodes.tensors import pack
 from s2v_flow.runs.stream import to_all
@@ -31,7 +33,7 @@ def made(tmp_path: Path, tiny_models: Path) -> Place:
 
 
 def test_a_run_shows_every_chunk_as_it_is_sampled(made: Place, tmp_path: Path) -> None:
-    """A picture a step, for there are two; in the run's folder, eight times the latent's size; and the colours stay."""
+    """A picture a step, for there are two; in the run's folder, eight times the latent's size."""
     code, out, err = made.run("--events", tmp_path / "events.jsonl")
     assert (code, len(out.splitlines())) == (0, 1)
     assert "\x1b" not in err
@@ -44,10 +46,32 @@ def test_a_run_shows_every_chunk_as_it_is_sampled(made: Place, tmp_path: Path) -
         assert Path(line["path"]).parent == made.cache / "runs" / line["run"]
         with Image.open(line["path"]) as picture:
             assert (picture.format, picture.size) == ("JPEG", (64, 64))
-    known = json.loads((made.cache / "facts.json").read_text())
-    assert [np.shape(known[key]["colours"]) for key in known if key.startswith("preview-colours:")] == [(17, 3)]
     assert made.call("runs", "--keep-last", "0")[0] == 0
     assert list((made.cache / "runs").iterdir()) == []
+
+
+def test_colours_are_remembered_for_a_run_without_a_portrait(made: Place, tmp_path: Path) -> None:
+    """By the VAE's sha256."""
+    given, told = options(tmp_path, Path(made.where[1])), []
+    plan = api.plan(made.recipe, given).plan
+    vae = plan.node("vae").files["checkpoint",]
+    digest = file_digest(vae, given.cache_root / "digests.json", clock_ns=lambda: time.time_ns() + 10**10)  # at rest
+    colours = np.zeros((17, 3)).tolist()
+    remembered(given.cache_root / "facts.json", f"preview-colours:{digest}", lambda: {"colours": colours})
+    looking = Previews(plan, given.cache_root, tmp_path, told.append)
+    looking.watch("first", {}, torch.zeros(1, 16, 2, 8, 8))
+    looking(StepDone("first", 1, 4, "step"))
+    (event,) = told
+    assert np.asarray(Image.open(event.path)).mean() == pytest.approx(127.5, abs=1)
+
+
+def test_a_fitted_map_is_remembered(tmp_path: Path, tiny_models: Path) -> None:
+    made = place(tmp_path, tiny_models)
+    vae = api.plan(made.recipe, options(tmp_path, tiny_models)).plan.node("vae").files["checkpoint",]
+    digest = file_digest(vae, made.cache / "digests.json", clock_ns=lambda: time.time_ns() + 10**10)
+    assert made.run("--until", "first")[0] == 0
+    known = json.loads((made.cache / "facts.json").read_text())[f"preview-colours:{digest}"]
+    assert np.shape(known["colours"]) == (17, 3)
 
 
 def test_without_previews_a_run_gives_the_same_bytes(made: Place) -> None:
