@@ -26,6 +26,8 @@ from s2v_flow.files.atomic import finish, flush_folder, make_root, put_new, temp
 _BLOCK = 8 << 20
 _SCHEMA = 1
 _MAX_ENTRY_BYTES = 4 << 20
+_BOXES = (b"udta", b"uuid")
+"""What may stand behind a film: its note."""
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.ESTALE})
 """What says nothing about a file: it may be read another time."""
 
@@ -392,6 +394,11 @@ def holds(path: Path, item: StoredObject, trailer: bytes | None = None) -> bool:
         if size < item.size or (trailer is not None and size != item.size + len(trailer)):
             return False
         with path.open("rb") as file:
+            if trailer is None and item.suffix == ".mp4" and size > item.size:  # told apart without reading it all
+                file.seek(item.size + 4)
+                if file.read(4) not in _BOXES:
+                    return False
+                file.seek(0)
             return _digest(file, item.size) == item.sha256 and trailer in (None, file.read())
     except OSError:
         return False  # what cannot be read is to be replaced

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from s2v_flow.cache.store import DamagedObjectError, Store, StoredObject
+from s2v_flow.cache.store import DamagedObjectError, Store, StoredObject, holds
 
 
 @pytest.fixture
@@ -48,3 +49,19 @@ def test_a_damaged_object_leaves_the_file_as_it_was(stored: tuple[Store, StoredO
     with pytest.raises(DamagedObjectError):
         store.copy_to(item, tmp_path / "out.bin", b"note")
     assert (tmp_path / "out.bin").read_bytes() == b"before"
+
+
+def test_another_film_of_any_size_is_told_apart_without_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a film there are boxes of a note, or nothing; what stands at that place in a longer one is neither."""
+    store = Store(tmp_path / "cache")
+    (tmp_path / "a.mp4").write_bytes(b"film" * 1000)
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    item = store.publish("ab" * 32, {"kind": "toy"}, {"video": tmp_path / "b.mp4"}, {}).outputs["video"]
+    (tmp_path / "ours.mp4").write_bytes(b"film" * 1000 + bytes(4) + b"uuidnote")
+    (tmp_path / "other.mp4").write_bytes(b"FILM" * 1100)
+    read = []
+    monkeypatch.setattr("s2v_flow.cache.store._digest", lambda file, size: read.append(file.name) or item.sha256)
+    assert [holds(tmp_path / name, item) for name in ("a.mp4", "ours.mp4", "other.mp4")] == [True, True, False]
+    assert [Path(name).name for name in read] == ["a.mp4", "ours.mp4"]
