@@ -2,7 +2,8 @@
 
 A `uuid` box holds it byte for byte. In a `udta` box it stands as the comment tag too, which FFmpeg reads and a remux
 keeps. ComfyUI's tags (workflow, prompt) stand in one of their own: ComfyUI looks for named keys in the first `udta` of
-a file; FFmpeg takes no named keys once the film's own header has had some, but iTunes' tags.
+a file. FFmpeg reads them too, where the film's own header has no named keys; a remux keeps them in Matroska, and in mp4
+with `-movflags use_metadata_tags`.
 """
 
 from __future__ import annotations

@@ -94,11 +94,12 @@ class VideoWriter:
         with ExitStack() as stack:
             temporary = stack.enter_context(replacing(self.path))
             with _explained(self.path):
+                named = "+use_metadata_tags" * bool(self._metadata)  # FFmpeg reads one table of names: a note's, else
                 self._container = av.open(
                     os.path.abspath(temporary),  # with a root in front no name looks like an address to FFmpeg
                     mode="w",
                     format="mp4",
-                    container_options={"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"},
+                    container_options={"movflags": f"+faststart{named}", "fflags": "+bitexact"},
                 )
                 stack.callback(self._abandon)
                 self._container.metadata.update(self._metadata)

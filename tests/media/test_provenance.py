@@ -45,11 +45,12 @@ def test_a_film_with_a_note_plays_as_without(tmp_path: Path, film: bytes) -> Non
 
 
 def test_ffmpeg_reads_the_note_as_a_comment_and_a_remux_keeps_it(tmp_path: Path, film: bytes) -> None:
-    """Whatever the length; into mp4 with either sort of tags, and into Matroska."""
+    """Whatever the length; into mp4 with either sort of tags, and into Matroska. The workflow needs named tags."""
     note = b'{"essence":1,"text":"' + b"x" * 100_000 + b'"}'
     source = written(tmp_path, film + tags_box({"workflow": b'{"nodes":[]}'}) + note_box(note))
     with av.open(str(source)) as container:
         assert container.metadata["comment"].encode() == note
+        assert container.metadata["workflow"] == '{"nodes":[]}'
     for name, movflags in (("a.mp4", ""), ("b.mp4", "use_metadata_tags"), ("c.mkv", "")):
         target = tmp_path / name
         given = {"movflags": movflags} if movflags else {}
@@ -62,6 +63,9 @@ def test_ffmpeg_reads_the_note_as_a_comment_and_a_remux_keeps_it(tmp_path: Path,
                     new.mux(packet)
         assert b"s2vflow-prov-001" not in target.read_bytes()
         assert read_note(target) == note
+        with av.open(str(target)) as container:
+            tags = {key.lower() for key in container.metadata}
+        assert ("workflow" in tags) == (name != "a.mp4")
 
 
 def test_a_comment_that_is_no_note_is_none(tmp_path: Path, film: bytes) -> None:
