@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from s2v_flow.graph.events import Listener
     from s2v_flow.graph.run import RunResult
 
+_LONG_ON_CPU, _LONG_ON_GPU = 1e13, 1e16  # FLOP: about a minute on two cores, half of one on a large card
+
 
 def run_recipe(recipe: Path, options: Options, level: Level, again: str, *, as_json: bool, **given: Any) -> None:
     """Plan a recipe, run it and report; see `execute`."""
@@ -69,9 +71,13 @@ def execute(
     if first_look:
         output = None if options.output is None else options.output.with_suffix(".first.mp4")
         first = trial(planned, replace(options, output=output), is_smaller=False)
+    is_measured = _is_unknown_and_long(planned)
+    planned = api.calibrated(planned, options) if is_measured else planned
     progress = Progress(planned.recipe.path.stem, planned, level)
     for note in planned.notes:
         progress.note(note)
+    if is_measured:
+        progress.note(f"nothing like this ran here yet: {report.duration(planned.estimate)}")
     run_id, seen = new_run_id(), []
     try:
         with open_events(events, progress, run_id) as stream:
@@ -141,6 +147,12 @@ def _page(result: RunResult, options: Options, pages: list[Path]) -> list[Path]:
     except (S2VFlowError, OSError, ValueError) as error:
         report.print_message(f"warning: the report cannot be written: {error}")
         return []
+
+
+def _is_unknown_and_long(planned: Planned) -> bool:
+    """Tell whether two seconds of measuring are little beside a run of which no time is known."""
+    flops = sum(sum(needs.flops) for needs in planned.needs.values() if needs.flops)
+    return planned.estimate.seconds is None and flops > (_LONG_ON_CPU if planned.device == "cpu" else _LONG_ON_GPU)
 
 
 def _summary(planned: Planned, result: RunResult) -> list[Path]:

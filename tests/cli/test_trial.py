@@ -156,3 +156,18 @@ def test_a_recipe_with_nothing_to_try_is_refused(changes: dict[str, Any], lacks:
     with pytest.raises(S2VFlowError, match=lacks) as caught:
         trial(api.plan(recipe, given), given)
     assert caught.value.exit_code == ExitCode.RECIPE == 3
+
+
+def test_a_long_run_without_a_past_is_estimated_by_a_measurement(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short one begins at once; what counts as long is so little here that this one is."""
+    recipe = write_recipe(tmp_path, tiny())
+    command = ["run", recipe, "--until", "reference", "--models-dir", tiny_models, "--device", "cpu", "--cache-dir"]
+    write_voice(tmp_path / "voice.wav", 0.3)
+    assert "calibration" not in call(*command, tmp_path / "one")[2]
+    monkeypatch.setattr("s2v_flow.cli.running._LONG_ON_CPU", 1)
+    code, _, err = call(*command, tmp_path / "two")
+    assert code == 0, err
+    assert "note: nothing like this ran here yet: about " in err
+    assert "(from a calibration of this machine, not measured)" in err
