@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     # what people look at, and the terminal
     "views": {
         *("", "api", "batch", "history", "runs", "options", "nodes", "recipe", "graph", "cache", "models", "media"),
-        *("quality", "files", "machine", "version", "wording", "errors"),
+        *("quality", "start", "files", "machine", "version", "wording", "errors"),
     },
     "cli": {
         *(

@@ -15,6 +15,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "plan": "talk.yaml -m seed=1..8",
         "try": "talk.yaml",
         "batch": "talk.yaml --jobs jobs.csv",
+        "ui": "",
         "import": "workflow.json -o talk.yaml",
     },
     "Write a recipe": {

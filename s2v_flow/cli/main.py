@@ -36,6 +36,7 @@ from s2v_flow.cli.running import execute, run_recipe
 from s2v_flow.cli.runs import diff, lock, quality, report_, reproduce, runs, show
 from s2v_flow.cli.start import completion, doctor, explain, help_, init, version
 from s2v_flow.cli.streams import Streams
+from s2v_flow.cli.ui import ui
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, StopRequest
 
@@ -69,7 +70,7 @@ EXIT_CODES = "\n".join(
     cls=MainGroup,
     commands=[
         *(batch, runs, show, quality, report_, diff, reproduce, lock, cache, init, models, doctor, completion, explain),
-        *(help_, version),
+        *(ui, help_, version),
     ],
     epilog=f"\b\nExit codes:\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},

@@ -28,8 +28,8 @@ from s2v_flow.recipe.problems import CODES
 from s2v_flow.runs.lockfile import LOCK_CODES
 
 COMMANDS = list(commands())
-NEEDS_MORE = ("s2vflow make", "models convert", "'recipes/*.yaml'", "--device cuda", "--devices cuda")
-"""Commands with these words need full size, the authors' release, or a GPU."""
+NEEDS_MORE = ("s2vflow make", "models convert", "'recipes/*.yaml'", "--device cuda", "--devices cuda", "s2vflow ui")
+"""Commands with these words need full size, the authors' release, or a GPU, or end only when they are told to."""
 
 
 def test_links_lead_somewhere() -> None:

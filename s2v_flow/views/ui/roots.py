@@ -1,0 +1,97 @@
+"""The files that the page may name: below a few folders, of a few kinds; and what is uploaded."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import re
+from collections.abc import AsyncIterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.files.atomic import TakenError, finish, free_name, put_new, temporary, writing
+
+RECIPES = (".yaml", ".yml")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SOUNDS = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".opus")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm")
+SHOWN = (*PICTURES, *SOUNDS, *VIDEOS, ".html")
+
+
+class TooLargeError(RefusedError):
+    """More bytes than may be sent."""
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Folders by name: the only ones from which files are given out."""
+
+    folders: Mapping[str, Path]
+
+    def file(self, root: str, text: str, suffixes: tuple[str, ...]) -> Path:
+        """Return the real path of a file below a root.
+
+        Args:
+            root: The folder's name.
+            text: The path below it.
+            suffixes: What its name may end in.
+
+        Raises:
+            RefusedError: It lies outside, also by way of `..` or a link, is hidden, or of another kind.
+            MissingError: There is no such file.
+        """
+        base = Path(os.path.realpath(self.folders.get(root, os.devnull)))
+        try:
+            real = Path(os.path.realpath(base / text))
+            inside = real.relative_to(base).parts
+        except ValueError:  # elsewhere, or no path at all
+            inside = ()
+        if not inside or any(part.startswith(".") for part in inside) or real.suffix.lower() not in suffixes:
+            raise RefusedError(f"{text}: the page gives out {', '.join(suffixes)} below {root} only")
+        if not real.is_file():
+            raise MissingError(f"{text}: no such file below {root}")
+        return real
+
+
+async def save_upload(parts: AsyncIterable[bytes], name: str, folder: Path, limit: int, *, made_here: Path) -> Path:
+    """Write what is sent to a new file, whole or not at all.
+
+    Args:
+        parts: The bytes, piece by piece.
+        name: What the sender calls it; of that, letters, digits, `-`, `_`, `.` and the suffix stay.
+        folder: Where to write.
+        limit: How many bytes it may have.
+        made_here: Another folder, in which it may lie already.
+
+    Returns:
+        The file: the one that is there already, byte for byte; else a new one, numbered where the name is taken.
+
+    Raises:
+        S2VFlowError: It is no picture, sound or video by its name.
+        TooLargeError: It has more bytes than that.
+        CannotWriteError: It cannot be written.
+    """
+    suffix, size = Path(name).suffix.lower(), 0
+    if suffix not in (*PICTURES, *SOUNDS, *VIDEOS):
+        kinds = ", ".join((*PICTURES, *SOUNDS, *VIDEOS))
+        raise S2VFlowError(f"{name}: no portrait, voice or video", f"use one of {kinds}", exit_code=ExitCode.USAGE)
+    stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:80].strip("_.") or "file"
+    with writing(folder), temporary(folder, suffix) as (file, made):
+        async for part in parts:
+            size += len(part)
+            if size > limit:
+                raise TooLargeError(f"{name}: more than {limit >> 20} MiB")
+            file.write(part)
+        finish(file)
+        path = made_here / f"{stem}{suffix}"
+        while not _is_same(path, made):
+            path = free_name(folder / path.name, lambda path: not os.path.lexists(path) or _is_same(path, made))
+            with suppress(TakenError):  # just now: another name then
+                put_new(made, path)
+        return path
+
+
+def _is_same(path: Path, made: str) -> bool:
+    return path.is_file() and filecmp.cmp(path, made, shallow=False)
