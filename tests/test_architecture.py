@@ -28,8 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "plugins": {"errors"},
     # what knows no recipe
     "cache": {"files", "wording", "errors"},
-    "weights": {"wording", "errors"},
-    "models": {"weights", "machine", "errors"},
+    "weights": {"files", "wording", "errors"},
+    "models": {"files", "weights", "machine", "errors"},
     "sampling": {"plugins", "errors"},
     "media": {"files", "errors"},
     "quality": {"media", "errors"},
@@ -38,7 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     # graph and recipe
     "graph": {"cache", "files", "machine", "wording", "errors"},
     "recipe": {"graph", "quality", "wording", "errors"},
-    "nodes": {"graph", "models", "weights", "sampling", "media", "quality", "machine", "plugins", "wording", "errors"},
+    "nodes": {
+        *("graph", "models", "weights", "sampling", "media", "quality", "files", "machine", "plugins", "wording"),
+        "errors",
+    },
     "library": {"convert", "files", "models", "weights", "recipe", "graph", "wording", "errors"},
     "comfy": {"nodes", "recipe", "graph", "sampling", "wording", "errors"},
     "start": {"files", "recipe", "graph", "media", "errors"},

@@ -15,8 +15,9 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from s2v_flow.errors import MissingError
 from s2v_flow.files.atomic import make_root, temporary
@@ -25,6 +26,29 @@ BLOCK_BYTES = 16 * 2**20
 REST_NS = 2 * 10**9
 _SCHEMA = 1
 _MAX_ENTRIES = 2000
+_MAX_LIVE = 32
+FoundT = TypeVar("FoundT")
+
+
+def per_file(compute: Callable[..., FoundT]) -> Callable[..., FoundT]:
+    """Let a function of a file and hashable arguments remember, in this process, what it found until the file changes.
+
+    What it returns must not be changed; errors, and what is found of files that were written just now, are not kept.
+    """
+
+    @lru_cache(_MAX_LIVE)
+    def known(identity: tuple[int, ...], path: Path, *arguments: Any, **named: Any) -> FoundT:
+        return compute(path, *arguments, **named)
+
+    @wraps(compute)
+    def found(path: Path, *arguments: Any, **named: Any) -> FoundT:
+        with suppress(OSError):
+            identity = _identity(os.stat(path))
+            if _is_at_rest(identity, time.time_ns()):
+                return known(tuple(identity.values()), path, *arguments, **named)
+        return compute(path, *arguments, **named)
+
+    return found
 
 
 def remembered(memory_path: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -76,8 +100,7 @@ def file_digest(path: Path, memory_path: Path | None = None, *, clock_ns: Callab
     if before != after:
         raise MissingError(f"{path}: changed while it was read", fix="wait until it is completely written")
     digest = sha256.hexdigest()
-    is_at_rest = max(after["mtime_ns"], after["ctime_ns"]) <= clock_ns() - REST_NS
-    if memory_path is not None and is_at_rest:
+    if memory_path is not None and _is_at_rest(after, clock_ns()):
         files = _newest(_digests(memory_path), os.path.realpath(path), {**after, "sha256": digest})
         _write_table(memory_path, {"schema": _SCHEMA, "files": files})
     return digest
@@ -112,6 +135,10 @@ def _identity(status: os.stat_result) -> dict[str, int]:
     }
 
 
+def _is_at_rest(identity: dict[str, int], now_ns: int) -> bool:
+    return max(identity["mtime_ns"], identity["ctime_ns"]) <= now_ns - REST_NS
+
+
 def _digests(memory_path: Path) -> dict[str, Any]:
     table = _read_table(memory_path)
     files = table.get("files") if table.get("schema") == _SCHEMA else None
@@ -124,6 +151,7 @@ def _newest(entries: dict[str, Any], key: str, entry: dict[str, Any]) -> dict[st
     return {**dict(others[1 - _MAX_ENTRIES :]), key: entry}
 
 
+@per_file
 def _read_table(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_bytes())

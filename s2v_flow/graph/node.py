@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -45,6 +45,7 @@ class Node(BaseModel):
     has_numerics: ClassVar[bool] = False  # computes with tensors: the numerics policy is part of its identity
 
     @classmethod
+    @cache
     def input_ports(cls) -> dict[str, tuple[Port, bool]]:
         """Return the input fields: name -> (port, whether it is required)."""
         return {
@@ -52,11 +53,13 @@ class Node(BaseModel):
         }
 
     @classmethod
+    @cache
     def file_fields(cls) -> dict[str, FileField]:
         """Return the top-level fields that name files: name -> mark."""
         return {name: mark for name, info in cls.model_fields.items() for mark in marks(info, FileField)}
 
     @classmethod
+    @cache
     def neutral_fields(cls) -> frozenset[str]:
         """Return the names of the fields that stay out of the fingerprint."""
         return frozenset(name for name, info in cls.model_fields.items() for _ in marks(info, Neutral))
@@ -118,12 +121,20 @@ class Node(BaseModel):
 Precision = Callable[[str, str], str]  # (kind of loader, what the recipe says) -> fp32, bf16 or fp16
 
 
+@cache
+def _roles(record: type[BaseModel]) -> dict[str, tuple[FileField | None, bool]]:
+    """Return a record's fields: name -> (what file it names, whether it stays out of the identity)."""
+    return {
+        name: (next(marks(info, FileField), None), any(marks(info, Neutral)) or any(marks(info, Port)))
+        for name, info in record.model_fields.items()
+    }
+
+
 def _files(record: BaseModel, path: FieldPath) -> Iterator[tuple[FieldPath, FileField, str]]:
-    for name, info in type(record).model_fields.items():
+    for name, (mark, _) in _roles(type(record)).items():
         value = getattr(record, name)
-        for mark in marks(info, FileField):
-            if value is not None:
-                yield (*path, name), mark, value
+        if mark is not None and value is not None:
+            yield (*path, name), mark, value
         if isinstance(value, list):
             for index, item in enumerate(value):
                 if isinstance(item, BaseModel):
@@ -132,12 +143,12 @@ def _files(record: BaseModel, path: FieldPath) -> Iterator[tuple[FieldPath, File
 
 def _identity(record: BaseModel, path: FieldPath, digests: Mapping[FieldPath, str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    for name, info in type(record).model_fields.items():
+    for name, (mark, is_neutral) in _roles(type(record)).items():
         value = getattr(record, name)
         here = (*path, name)
-        if any(marks(info, Neutral)) or any(marks(info, Port)):
+        if is_neutral:
             continue
-        if any(marks(info, FileField)):
+        if mark is not None:
             fields |= {} if value is None else {name: digests[here]}  # a file that is not given is as no field
         elif isinstance(value, list):
             fields[name] = [

@@ -9,8 +9,10 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
+from s2v_flow.files.facts import per_file
 from s2v_flow.models.tokenizer import MAX_TOKENS
 from s2v_flow.weights.layout import own_keys
 from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, read_quantization
@@ -24,9 +26,9 @@ _PARTS = ("blocks.", "audio_injector.injector.", "audio_injector.injector_adain_
 _STREAMED = re.compile(r"(?:blocks|audio_injector\.injector(?:_adain_layers)?)\.[0-9]+\.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weights:
-    """A loader's model as its header tells: shapes by key, what the weights take once loaded, c."""
+    """A loader's model as its header tells: shapes by key, what the weights take once loaded, c. Not to be changed."""
 
     shapes: Mapping[str, tuple[int, ...]]
     num_bytes: int
@@ -34,7 +36,13 @@ class Weights:
     is_packed: bool
     on_cpu: bool
 
+    @cached_property
+    def num_blocks(self) -> int:
+        """A transformer's depth."""
+        return len({key.split(".")[1] for key in self.shapes if key.startswith("blocks.")})
 
+
+@per_file
 def read_weights(path: Path, kind: str, precision: str, *, on_cpu: bool, is_streamed: bool = False) -> Weights:
     """Count a model's weights as its loader will have them, from the file's header.
 
@@ -132,7 +140,7 @@ def chunk_bytes(dit: Weights, width: int, height: int, num_latent_frames: int, i
     """
     dim, c = dit.shapes["head.modulation"][2], dit.item_bytes
     ffn = dit.shapes["blocks.0.ffn.0.weight"][0]
-    layers = len({key.split(".")[1] for key in dit.shapes if key.startswith("blocks.")})
+    layers = dit.num_blocks
     branches = 2 if "negative" in inputs else 1
     video, tokens = num_tokens(width, height, num_latent_frames, inputs)
     step = step_bytes(dit, tokens, branches)
@@ -179,7 +187,7 @@ def chunk_flops(
     At 640x640 and 20 latent frames, with motion, they are 1,973 TFLOP at 14B.
     """
     dim, ffn = dit.shapes["head.modulation"][2], dit.shapes["blocks.0.ffn.0.weight"][0]
-    layers = len({key.split(".")[1] for key in dit.shapes if key.startswith("blocks.")})
+    layers = dit.num_blocks
     video, tokens = num_tokens(width, height, num_latent_frames, inputs)
     injected = sum(block < layers for block in INJECTED_BLOCKS) if "speech" in inputs else 0
     matrices = layers * tokens * (12 * dim**2 + 4 * dim * ffn) + injected * video * 4 * dim**2
@@ -187,6 +195,7 @@ def chunk_flops(
     return branches * matrices, branches * layers * 4 * dim * tokens * (tokens + MAX_TOKENS), 0
 
 
+@lru_cache(16)
 def encoder_flops(encoder: Weights, num_positions: int) -> tuple[float, float, float]:
     """Count what a text or audio encoder's matrices compute for so many positions; the rest is small beside it."""
     names = ("shared.", "embed_tokens.", "relative_attention_bias.")
@@ -194,6 +203,7 @@ def encoder_flops(encoder: Weights, num_positions: int) -> tuple[float, float, f
     return 2.0 * num_positions * sum(sizes), 0, 0
 
 
+@lru_cache(16)
 def vae_flops(vae: Weights, part: str, width: int, height: int, num_frames: int) -> tuple[float, float, float]:
     """Count the convolutions of the VAE's "encoder" or "decoder" for so many pixel frames.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from s2v_flow.errors import BadNumbersError, CheckpointError
+from s2v_flow.files.facts import per_file
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.node import Precision as Resolve
 from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Value
@@ -293,8 +294,12 @@ def check_header(planner: Planner, name: str, family: str, *field_path: str | in
         CheckpointError, RefusedError: It is damaged, a pickle, of another family, or lacks a tensor.
     """
     path = planner.file(name, *(field_path or ("checkpoint",)))
-    if path is None or not path.is_file():
-        return
+    if path is not None and path.is_file():
+        _check_header(path, name, family, has_tokenizer)
+
+
+@per_file
+def _check_header(path: Path, name: str, family: str, has_tokenizer: bool) -> None:
     from s2v_flow.weights.family import advice, describe_mismatch
     from s2v_flow.weights.layout import check_layout
     from s2v_flow.weights.quantization import read_quantization

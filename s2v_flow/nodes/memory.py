@@ -8,6 +8,7 @@ stands in docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from s2v_flow.graph.context import Numerics
@@ -241,6 +242,7 @@ def _audio_work(node: PlanNode, model: Model) -> int | None:
     return max(convolutions, states * (2 * wide + 6 * width) * encoder.item_bytes + 2 * rows) + waveform
 
 
+@lru_cache(16)
 def _audio_sizes(encoder: Weights) -> tuple[int, int]:
     """Return the width of the audio encoder and its number of layers."""
     width = encoder.shapes["encoder.layers.0.feed_forward.intermediate_dense.weight"][1]

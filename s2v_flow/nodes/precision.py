@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from s2v_flow.errors import CheckpointError, ExitCode, S2VFlowError
+from s2v_flow.files.facts import per_file
 from s2v_flow.graph.context import Numerics
-from s2v_flow.graph.node import Plan, PlanNode
+from s2v_flow.graph.node import Plan
 from s2v_flow.graph.ports import Source
 from s2v_flow.machine import compute_capability, cpu_bf16_units, device_class
 from s2v_flow.nodes.chunk import Chunk
@@ -137,14 +138,6 @@ def check_fit(plan: Plan) -> None:
     Raises:
         CheckpointError: They are of different depth or width.
     """
-    opened: dict[Path, Shapes] = {}
-
-    def shapes(node: PlanNode) -> Shapes:
-        path = node.files["checkpoint",]
-        if path not in opened:
-            opened[path] = Checkpoint.open(path).shapes
-        return opened[path]
-
     pairs = {}
     for chunk in plan.nodes:
         model = chunk.inputs.get("model")
@@ -156,10 +149,18 @@ def check_fit(plan: Plan) -> None:
         dit = plan.node(name)
         if not all(node.files.get(("checkpoint",), Path()).is_file() for node in (dit, encoder)):
             continue
-        for words, size, wanted in _FITS[encoder.kind]:
-            found, needed = size(shapes(encoder)), wanted(shapes(dit))
+        files = encoder.files["checkpoint",], dit.files["checkpoint",]
+        for index, (words, _, _) in enumerate(_FITS[encoder.kind]):
+            found, needed = (_size(file, encoder.kind, index, side) for side, file in enumerate(files))
             if found != needed:
                 raise CheckpointError(
                     f"{encoder.files['checkpoint',]}: has {words.format(found)}, the model needs {needed}",
                     fix=f"name another file in node {encoder.name}, or another model in node {name}",
                 )
+
+
+@per_file
+def _size(path: Path, kind: str, index: int, side: int) -> int:
+    """Return what a row of `_FITS` says of its encoder's file (side 0) or of the diffusion model's (1)."""
+    _, of_encoder, of_model = _FITS[kind][index]
+    return (of_model if side else of_encoder)(Checkpoint.open(path).shapes)

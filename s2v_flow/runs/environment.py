@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from s2v_flow.files.facts import file_digest, known_digest
@@ -24,6 +25,7 @@ from s2v_flow.wording import size_text
 _GIT_SECONDS = 3.0
 
 
+@cache
 def torch_version() -> str | None:
     """Return the installed version of torch, without importing it."""
     try:

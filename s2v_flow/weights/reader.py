@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2v_flow.errors import CheckpointError
+from s2v_flow.files.facts import per_file
 from s2v_flow.weights.gguf import BLOCK_SIZES, Value, is_gguf, read_gguf
 from s2v_flow.weights.header import Header, TensorEntry, convert_command, opened, read_header
 from s2v_flow.weights.names import new_names
@@ -49,17 +50,7 @@ class Checkpoint:
             RefusedError: The file is a pickle.
             CheckpointError: The file is damaged, truncated or of another format.
         """
-        path = Path(path)
-        _refuse_shard(path)
-        gguf = read_gguf(path) if path.is_file() and is_gguf(path) else None
-        header = read_header(path) if gguf is None else Header(gguf.entries, {})
-        try:
-            file_keys = {key: stored for stored, key in new_names(header.entries).items()}
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        entries = {key: header.entries[stored] for key, stored in file_keys.items()}
-        known = None if gguf is None else gguf.metadata
-        return cls(path, header.metadata, entries, file_keys, header.data_begin, known)
+        return cls(Path(path), *_described(Path(path)))
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -131,6 +122,22 @@ class Checkpoint:
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry.dtype]
         aligned = stored if entry.begin % size == 0 else stored.clone()
         return aligned.view(dtype).view(entry.shape)
+
+
+@per_file
+def _described(
+    path: Path,
+) -> tuple[Mapping[str, str], Mapping[str, TensorEntry], Mapping[str, str], int, Mapping[str, Value] | None]:
+    """Return a checkpoint's metadata, entries, keys as stored, where its data begins, and GGUF's metadata."""
+    _refuse_shard(path)
+    gguf = read_gguf(path) if path.is_file() and is_gguf(path) else None
+    header = read_header(path) if gguf is None else Header(gguf.entries, {})
+    try:
+        file_keys = {key: stored for stored, key in new_names(header.entries).items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    entries = {key: header.entries[stored] for key, stored in file_keys.items()}
+    return header.metadata, entries, file_keys, header.data_begin, None if gguf is None else gguf.metadata
 
 
 def _refuse_shard(path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from s2v_flow.files.facts import remembered
+from s2v_flow.files import facts
+from s2v_flow.files.facts import per_file, remembered
 
 
 def test_a_fact_is_computed_once(tmp_path: Path) -> None:
@@ -26,3 +27,21 @@ def test_a_damaged_or_unwritable_table_costs_only_time(tmp_path: Path) -> None:
     table.write_text("[1, 2")
     assert remembered(table, "k", lambda: {"x": 1}) == {"x": 1}
     assert remembered(table / "under-a-file.json", "k", lambda: {"x": 2}) == {"x": 2}
+
+
+def test_what_is_found_in_a_file_at_rest_is_kept_in_memory(tmp_path: Path) -> None:
+    """One that was written a moment ago is read again: a change within the clock's granularity would go unseen."""
+    asked: list[str] = []
+
+    @per_file
+    def length(path: Path, unit: str) -> int:
+        asked.append(unit)
+        return len(path.read_bytes())
+
+    resting = Path(facts.__file__)
+    assert length(resting, "bytes") == length(resting, "bytes") == length(resting, "other") > 0
+    assert asked == ["bytes", "other"]
+    (tmp_path / "new").write_text("abc")
+    assert length(tmp_path / "new", "bytes") == 3
+    (tmp_path / "new").write_text("abd!")
+    assert length(tmp_path / "new", "bytes") == 4
