@@ -8,11 +8,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from s2v_flow.api import Options, Planned, plan
 from s2v_flow.batch.job import Job
-from s2v_flow.batch.rows import MAX_JOBS, Row, read_rows
+from s2v_flow.batch.rows import MAX_JOBS, Row
 from s2v_flow.errors import Diagnostic, ExitCode, MissingError, RecipeError, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, exit_code_of
 from s2v_flow.graph.status import other_files
@@ -37,13 +36,13 @@ def find_recipes(patterns: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def plan_jobs(recipes: Sequence[str], options: Options, table: Path | None = None) -> tuple[list[Job], Missing]:
+def plan_jobs(recipes: Sequence[str], options: Options, rows: Sequence[Row] | None = None) -> tuple[list[Job], Missing]:
     """Plan every recipe with every row of a table; each cell of a matrix is a job, a matrix with `include` one job.
 
     Args:
         recipes: Their files.
         options: What all jobs have in common.
-        table: A CSV or JSONL file; see `read_rows`.
+        rows: A table's; see `read_rows`.
 
     Returns:
         The jobs, in the order in which they should run: by model and LoRA files, then the longest first. Their numbers
@@ -53,7 +52,7 @@ def plan_jobs(recipes: Sequence[str], options: Options, table: Path | None = Non
         RecipeError: With the mistakes of all jobs, or two jobs have one output; exit code 3.
         S2VFlowError: A file that is there cannot be used.
     """
-    rows: list[Row] = [("", ())] if table is None else read_rows(table)
+    rows = [("", ())] if rows is None else rows
     jobs: list[Job] = []
     mistakes: dict[Diagnostic | str, list[Job]] = {}
     missing: dict[str, list[Job]] = {}

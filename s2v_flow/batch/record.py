@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import signal
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from s2v_flow.batch.job import Job
-from s2v_flow.errors import MissingError
+from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.files.atomic import free_name, temporary, writing
+from s2v_flow.files.lock import held, is_held
 from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Override
 from s2v_flow.version import __version__
 
 NAME = "batch.json"
+_RUNNING = "running.json"
 _PATHS = ("override_files", "models_dirs", "extra_model_paths", "input_dirs")
 _PATH = ("output_dir", "cache_dir")
 _PLAIN = ("profiles", "axes", "cache_limit", "device", "overwrite")
@@ -44,6 +48,39 @@ class Batch:
     def log(self, job: Job) -> Path:
         """Return a job's log."""
         return self.logs / f"job-{job.number:05}.log"
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Note this process as the one that runs the batch, for `cancel`, inside this block."""
+        path = self.logs / _RUNNING
+        with suppress(OSError):
+            path.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}), encoding="utf-8")
+        try:
+            with held(path):
+                yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+    def cancel(self) -> int | None:
+        """Ask the process that runs the batch to stop at the end of a step; return its number, None: there is none.
+
+        Raises:
+            S2VFlowError: It runs on another machine, or is another user's.
+        """
+        path = self.logs / _RUNNING
+        try:
+            found = json.loads(path.read_bytes())
+            if found["host"] != platform.node():
+                raise S2VFlowError(f"the batch runs on {found['host']}", fix="cancel it there")
+            if is_held(path) is False:
+                return None
+            os.kill(found["pid"], signal.SIGTERM)
+            return int(found["pid"])
+        except PermissionError as error:
+            raise S2VFlowError("the batch is another user's", fix="cancel it as that user") from error
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def note(self, job: Job, state: str, **facts: Any) -> None:
         """Append what became of a job: `state` is running, done, failed or stopped."""

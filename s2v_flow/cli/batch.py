@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from s2v_flow.batch.job import Job
     from s2v_flow.batch.local import Told
     from s2v_flow.batch.record import Batch
+    from s2v_flow.batch.rows import Row
+    from s2v_flow.batch.spec import BatchFile
     from s2v_flow.cli.options import CommandT
     from s2v_flow.graph.events import Event
 
 _LOG_LINES = 5  # of a failed job that are shown
+_POLICY = ("notify", "fail_fast", "timeout", "retries", "devices", "workers")
 
 
 class BatchGroup(OrderedGroup):
@@ -49,7 +52,7 @@ def _job_options(command: CommandT) -> CommandT:
         ),
         folder_options,
         change_options,
-        click.argument("recipes", nargs=-1, required=True, metavar="RECIPE..."),
+        click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...|batch.yaml"),
     ):
         command = decorate(command)
     return command
@@ -57,9 +60,10 @@ def _job_options(command: CommandT) -> CommandT:
 
 def _policy_options(command: CommandT) -> CommandT:
     for decorate in (
-        click.option("--fail-fast", "fails_fast", is_flag=True, help="One job that fails stops the others."),
+        click.option("--notify", metavar="CMD", help="Run it at the end, with a line of text as its last argument."),
+        click.option("--fail-fast", is_flag=True, help="One job that fails stops the others."),
         click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Of a job."),
-        click.option("--retries", type=click.IntRange(min=0), default=1, show_default=True, help="After a failure."),
+        click.option("--retries", type=click.IntRange(min=0), help="After a failure; 1 unless given."),
         click.option("--devices", metavar="NAMES", help="One process each: cuda:0,cuda:1."),
         click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Processes; 1 unless given."),
     ):
@@ -76,14 +80,19 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
 
     The same command goes on after any end. Leaves with 1 if a job failed.
     """
-    from s2v_flow.batch.plan import find_recipes, plan_jobs, require_files
+    from s2v_flow.batch.plan import plan_jobs, require_files
     from s2v_flow.batch.record import write_batch
     from s2v_flow.cli import report
 
-    policy = {name: given.pop(name) for name in ("fails_fast", "timeout", "retries", "devices", "workers")}
-    options = make_options(**given)
+    policy = {name: given.pop(name) for name in _POLICY}
+    found, options, rows, file = _asked(recipes, make_options(**given), table)
+    if file is not None:
+        is_said = {name for name in _POLICY if policy[name] not in (None, False)}
+        is_said |= {"devices", "workers"} if {"devices", "workers"} & is_said else set()
+        named = None if file.devices is None else ",".join(file.devices)
+        policy = {**file.model_dump(include=set(_POLICY)), "devices": named, **{name: policy[name] for name in is_said}}
     devices = _devices(options, policy.pop("devices"), policy.pop("workers"))
-    jobs, missing = plan_jobs(find_recipes(recipes), options, table)
+    jobs, missing = plan_jobs(found, options, rows)
     require_files(missing)
     made = write_batch(jobs, options)
     done = sum(job.is_done for job in jobs)
@@ -94,6 +103,17 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
         report.print_json(_summary(made)) if as_json else report.print_result(str(made.path))
         return
     _run(made, devices, as_json=as_json, **policy)
+
+
+@batch.command()
+@click.argument("path", type=FILE)
+def cancel(path: Path) -> None:
+    """Stop a running batch at the end of a step, as Ctrl-C does: a batch.json, or the one in a folder."""
+    from s2v_flow.batch.record import read_batch
+    from s2v_flow.cli import report
+
+    pid = read_batch(path).cancel()
+    report.print_message("nothing runs this batch" if pid is None else f"process {pid} stops at the end of a step")
 
 
 @batch.command()
@@ -156,12 +176,12 @@ def export(
 ) -> None:
     """Print the jobs, checked, as a shell script, a Slurm array or a Kubernetes Job; each is one `s2vflow run`."""
     from s2v_flow.batch.export import FORMATS, export_jobs
-    from s2v_flow.batch.plan import find_recipes, plan_jobs
+    from s2v_flow.batch.plan import plan_jobs
     from s2v_flow.cli import report
     from s2v_flow.start.project import write_recipe
 
-    options = make_options(**given)
-    jobs, missing = plan_jobs(find_recipes(recipes), options, table)
+    found, options, rows, _ = _asked(recipes, make_options(**given), table)
+    jobs, missing = plan_jobs(found, options, rows)
     for file, needing in missing.items():
         report.print_message(visible(f"warning: {file} is missing here: {_counted(len(needing))} need it"))
     text = export_jobs(jobs, options, form, image)
@@ -172,6 +192,31 @@ def export(
         report.print_json(facts if folder else {**facts, "text": text})
     else:
         report.print_result(str(facts["file"]) if folder else text.rstrip("\n"))
+
+
+def _asked(
+    given: Sequence[str], options: Options, table: Path | None
+) -> tuple[list[str], Options, list[Row] | None, BatchFile | None]:
+    """Return recipes, options and rows, and the batch.yaml that stands for the recipes; the command line says more.
+
+    Raises:
+        RecipeError: A table or the batch.yaml is wrong.
+    """
+    from s2v_flow.batch.plan import find_recipes
+    from s2v_flow.batch.rows import read_rows
+    from s2v_flow.batch.spec import is_batch_file, read_batch_file
+
+    file = read_batch_file(Path(given[0])) if len(given) == 1 and is_batch_file(Path(given[0])) else None
+    rows = None if table is None else read_rows(table)
+    if file is None:
+        return find_recipes(given), options, rows, None
+    options = replace(
+        options,
+        profiles=(*file.profiles, *options.profiles),
+        overrides=(*file.overrides(), *options.overrides),
+        axes=(*file.axis_texts(), *options.axes),
+    )
+    return find_recipes(file.patterns()), options, file.rows() if rows is None else rows, file
 
 
 def _devices(options: Options, devices: str | None, workers: int | None) -> list[str]:
@@ -197,19 +242,37 @@ def _devices(options: Options, devices: str | None, workers: int | None) -> list
 
 
 def _run(
-    made: Batch, devices: Sequence[str], *, as_json: bool, retries: int, timeout: float | None, fails_fast: bool
+    made: Batch,
+    devices: Sequence[str],
+    *,
+    as_json: bool,
+    retries: int | None,
+    timeout: float | None,
+    fail_fast: bool,
+    notify: str | None,
 ) -> None:
     from s2v_flow.batch.local import LocalRun, Policy
+    from s2v_flow.batch.notify import notify_end
     from s2v_flow.cli import report
 
     began = time.monotonic()
-    states = LocalRun(made, devices, JobReport, Policy(retries, timeout, fails_fast), _board(made)).run()
+    policy = Policy(1 if retries is None else retries, timeout, fail_fast)
+    states: Mapping[int, str] = {}
+    try:
+        with made.running():
+            states = LocalRun(made, devices, JobReport, policy, _board(made)).run()
+    finally:
+        states = states or {number: found["state"] for number, found in made.states().items()}
+        failed = [job.name for job in made.jobs if states[job.number] == "failed"]
+        done = sum(state == "done" for state in states.values())
+        took = duration_text(time.monotonic() - began)
+        text = f"{done} of {_counted(len(states))} done, {len(failed)} failed, in {took}; logs: {made.logs}"
+        report.print_message(text)
+        warning = notify_end(notify, text) if notify else ""
+        if warning:
+            report.print_message(f"warning: {warning}")
     if as_json:
         report.print_json(_summary(made))
-    failed = [job.name for job in made.jobs if states[job.number] == "failed"]
-    done = sum(state == "done" for state in states.values())
-    took = duration_text(time.monotonic() - began)
-    report.print_message(f"{done} of {_counted(len(states))} done, {len(failed)} failed, in {took}; logs: {made.logs}")
     if done < len(states):
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
         raise S2VFlowError(

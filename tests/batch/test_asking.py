@@ -1,0 +1,143 @@
+"""What a batch is asked by: batch.yaml, --notify, cancel, and options that stop it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from recipes_for_tests import call
+from runs_for_tests import Place
+from test_batch import batch, program, running, seeded, until, written
+
+FILE = """batch: 1
+recipes: [rec*.yaml]
+set: {nodes.first.cfg: 1.0}
+axes: {seed: 1..2}
+retries: 0
+"""
+
+
+def asked(made: Place, text: str, *arguments: object) -> tuple[int, str, str]:
+    (made.folder / "batch.yaml").write_text(text, encoding="utf-8")
+    return call("batch", made.folder / "batch.yaml", *made.where, *arguments)
+
+
+def test_a_batch_file_says_what_the_options_say(tiny_models: Path, tmp_path: Path) -> None:
+    """Recipes beside the file, axes and changes; the command line's are laid over them."""
+    made = seeded(tmp_path, tiny_models)
+    code, _, err = asked(made, FILE, "--dry-run", "--set", "nodes.first.steps=3")
+    assert code == 0, err
+    assert [Path(job["outputs"][0]).name for job in written(made)["jobs"]] == ["talk_1.seed=1.mp4", "talk_2.seed=2.mp4"]
+    assert written(made)["options"]["overrides"] == [
+        ["set-json", "nodes.first.cfg=1.0"],
+        ["set", "nodes.first.steps=3"],
+    ]
+
+
+@pytest.mark.parametrize("jobs", ["jobs.csv", '[{seed: 1}, {seed: 2, nodes.positive.text: "Hm, \\"so\\"."}]'])
+def test_a_batch_file_names_its_table_or_holds_its_jobs(tiny_models: Path, tmp_path: Path, jobs: str) -> None:
+    """A row a job; `--jobs` would take its place."""
+    made = seeded(tmp_path, tiny_models)
+    code, _, err = asked(made, f"batch: 1\nrecipes:\n- recipe.yaml\njobs: {jobs}\n", "--dry-run")
+    assert code == 0, err
+    assert [Path(job["outputs"][0]).name for job in written(made)["jobs"]] == ["talk_1.mp4", "talk_2.mp4"]
+    assert written(made)["jobs"][0]["origin"].startswith(str(tmp_path))
+
+
+def test_mistakes_of_a_batch_file_are_told_together_with_their_lines(tiny_models: Path, tmp_path: Path) -> None:
+    """Exit code 3; unknown keys, wrong types, and what no such file may say."""
+    text = "batch: 1\nrecipes: talk.yaml\nworker: 2\nretries: -1\nfolder: x\n_folder: x\njobs:\n- seed\n"
+    code, out, err = asked(seeded(tmp_path, tiny_models), text, "--dry-run")
+    assert (code, out) == (3, "")
+    for line in ("batch.yaml:2:", "batch.yaml:3:", "batch.yaml:4:", "batch.yaml:5:", "batch.yaml:6:", "batch.yaml:8:"):
+        assert line in err, err
+    assert "the keys are batch, recipes" in err
+
+
+@pytest.fixture
+def stored(quick_run: Place, tmp_path: Path) -> Place:
+    """Return a batch of which all is there: it ends without a worker."""
+    from runs_for_tests import copied
+
+    made = copied(quick_run, tmp_path)
+    (tmp_path / "jobs.csv").write_text("nodes.first.cfg\n1.0\n", encoding="utf-8")
+    return made
+
+
+def test_the_end_is_told_to_a_command_without_a_shell(stored: Place) -> None:
+    """Its last argument is the line that is printed; nothing of it is expanded."""
+    target = stored.folder / "told.json"
+    show = "import json, sys; json.dump(sys.argv[1:], open(sys.argv[1], 'w'))"
+    command = shlex.join([sys.executable, "-c", show, str(target), "$HOME; touch pwned"])
+    code, _, err = batch(stored, "--notify", command)
+    assert code == 0, err
+    told = json.loads(target.read_text(encoding="utf-8"))
+    assert told[1] == "$HOME; touch pwned"
+    assert told[2].startswith("1 of 1 job done, 0 failed, in ")
+    assert told[2] in err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("false", "exit code 1"), ("no-such-program", "No such file"), ("'", "No closing quotation")]
+)
+def test_a_notice_that_fails_is_a_warning(stored: Place, command: str, said: str) -> None:
+    """The batch has done what it was asked for."""
+    code, _, err = batch(stored, "--notify", command)
+    assert (code, f"warning: --notify {command}: " in err, said in err) == (0, True, True), err
+
+
+def test_what_does_not_run_cannot_be_cancelled(stored: Place) -> None:
+    """Neither a batch that ended, nor one whose process was killed, whatever has its number now."""
+    assert batch(stored)[0] == 0
+    assert "nothing runs this batch" in call("batch", "cancel", stored.video.parent)[2]
+    left = stored.video.parent / "batch" / "running.json"
+    left.write_text(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}), encoding="utf-8")
+    assert "nothing runs this batch" in call("batch", "cancel", stored.video.parent)[2]
+    left.write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}), encoding="utf-8")
+    code, _, err = call("batch", "cancel", stored.video.parent)
+    assert (code, "the batch runs on elsewhere" in err) == (1, True)
+
+
+@pytest.mark.slow
+def test_a_running_batch_is_cancelled_at_the_end_of_a_step(tiny_models: Path, tmp_path: Path) -> None:
+    """Exit code 143, no worker left; `retry` finishes it."""
+    made = seeded(tmp_path, tiny_models)
+    process = program(made)
+    (pid,) = until(lambda: {e["pid"] for e in running(made)}, process)
+    code, _, err = call("batch", "cancel", tmp_path / "out")
+    assert (code, f"process {process.pid} stops" in err) == (0, True), err
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, Path(f"/proc/{pid}").exists()) == (143, False), err
+    code, _, err = call("batch", "retry", tmp_path / "out")
+    assert code == 0, err
+
+
+@pytest.mark.slow
+def test_a_job_that_takes_too_long_is_stopped_and_the_first_failure_ends_the_batch(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    """--timeout counts as a failure, --fail-fast leaves the second job undone."""
+    made = seeded(tmp_path, tiny_models)
+    code, out, err = batch(made, "--timeout", 0.5, "--retries", 0, "--fail-fast", "--json")
+    states = [(job["state"], job.get("message", "")) for job in json.loads(out)["jobs"]]
+    assert code == 1, err
+    assert states[0] == ("failed", "took longer than 0.5 s (--timeout)")
+    assert states[1][0] in ("waiting", "stopped")
+
+
+@pytest.mark.slow
+def test_a_worker_asked_to_leave_a_resume_point_costs_no_retry(tiny_models: Path, tmp_path: Path) -> None:
+    """SIGUSR1: the worker goes with 75, another one goes on with the job."""
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n")
+    process = program(made, "--retries", 0)
+    (pid,) = until(lambda: {e["pid"] for e in running(made)}, process)
+    until(lambda: list(made.cache.glob("entries/??/*.json")), process)
+    os.kill(pid, signal.SIGUSR1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert len({e["pid"] for e in running(made)}) == 2
