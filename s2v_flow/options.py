@@ -41,6 +41,7 @@ class Options:
     output: Path | None = None  # the recipe's only output, wherever the user wants it
     overwrite: bool = False  # take the place of what stands under an output's name
     cache_dir: Path | None = None
+    cache_remote: str | None = None  # the URL of a store that machines share, behind the cache
     cache_limit: int | None = None  # in bytes; `cache.budget.NO_LIMIT`: nothing is ever evicted
     device: str = "auto"
     selection: Selection = field(default_factory=Selection)

@@ -212,7 +212,7 @@ def test_only_the_report_prints() -> None:
 
 
 def test_everything_is_caught_in_one_place_only() -> None:
-    """`except Exception` stands in cli/main.py, and where another package is imported; a bare except nowhere."""
+    """`except Exception` stands in cli/main.py, and where other packages may raise anything; a bare except nowhere."""
     broad = []
     for module, tree in modules().items():
         for node in ast.walk(tree):
@@ -222,7 +222,7 @@ def test_everything_is_caught_in_one_place_only() -> None:
                     broad.append((module, caught))
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
                 assert "Exception" not in [ast.unparse(each) for each in node.args], module
-    assert broad == [("cli.main", "Exception"), ("plugins", "Exception")]
+    assert broad == [("cache.remote", "Exception"), ("cli.main", "Exception"), ("plugins", "Exception")]
 
 
 def test_files_can_be_read_in_one_go() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from s2v_flow.api.planned import Planned as Planned
 from s2v_flow.api.result import Result
 from s2v_flow.cache.housekeeping import live_run
+from s2v_flow.cache.remote import RemoteStore
 from s2v_flow.cache.store import Store
 from s2v_flow.demo.catalog import demo_root
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
@@ -250,10 +251,12 @@ def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> N
 
 def _execute(planned: Planned, options: Options, recorder: Recorder, digests: FileDigests, models: Any) -> RunResult:
     numerics = recorder.numerics
+    url, warn = options.cache_remote, lambda text: recorder(Noted("", text))
+    store = RemoteStore(options.cache_root, url, warn) if url else Store(options.cache_root)
     execution = Run(
         plan=planned.plan,
         statuses=planned.statuses,
-        store=Store(options.cache_root),
+        store=store,
         numerics=numerics,
         device=planned.device,
         models=models,
@@ -281,6 +284,8 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
                 recorder.failures = {**result.failures, **result.unmet}
         finally:
             execution.close()
+            if isinstance(store, RemoteStore):
+                store.close()
     return result
 
 

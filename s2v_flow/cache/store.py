@@ -85,7 +85,7 @@ class Store:
                 text = file.read(_MAX_ENTRY_BYTES + 1)
         except OSError:
             return None
-        entry = _parse_entry(text, fingerprint)
+        entry = parse_entry(text, fingerprint)
         if entry is None:
             self._quarantine(path)
             return None
@@ -163,14 +163,7 @@ class Store:
             stored = {port: described(payload) for port, payload in outputs.items()} if items is None else dict(items)
             for port, item in stored.items():
                 self._put(outputs[port], item)
-            body = {
-                "schema": _SCHEMA,
-                "fingerprint": fingerprint,
-                "preimage": preimage,
-                "outputs": {port: vars(item) for port, item in stored.items()},
-                "facts": facts,
-            }
-            text = _entry_text(body)
+            text = entry_text(Entry(fingerprint, preimage, stored, facts))
             path = self._entry_path(fingerprint)
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary(self.root / "tmp", ".json") as (file, name):
@@ -312,12 +305,13 @@ class Store:
 def read_entry(path: Path) -> Entry | None:
     """Read an entry's file; None where it is not sound. Its objects may be gone."""
     try:
-        return _parse_entry(path.read_bytes(), path.stem)
+        return parse_entry(path.read_bytes(), path.stem)
     except OSError:
         return None
 
 
-def _parse_entry(text: bytes, fingerprint: str) -> Entry | None:
+def parse_entry(text: bytes, fingerprint: str) -> Entry | None:
+    """Return the entry of a file's text; None where it is not sound, or another's."""
     try:
         record = json.loads(text)
         body = record["entry"]
@@ -330,7 +324,11 @@ def _parse_entry(text: bytes, fingerprint: str) -> Entry | None:
     return Entry(fingerprint, body["preimage"], outputs, body["facts"])
 
 
-def _entry_text(body: Mapping[str, Any]) -> bytes:
+def entry_text(entry: Entry) -> bytes:
+    """Return an entry's file."""
+    outputs = {port: vars(item) for port, item in entry.outputs.items()}
+    body = {"schema": _SCHEMA, "fingerprint": entry.fingerprint, "preimage": entry.preimage}
+    body |= {"outputs": outputs, "facts": entry.facts}
     canonical = _canonical(body)
     return b'{"sha256": "' + hashlib.sha256(canonical).hexdigest().encode() + b'",\n "entry": ' + canonical + b"}\n"
 

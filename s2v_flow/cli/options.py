@@ -150,6 +150,12 @@ output_options = all_of(  # what becomes of outputs
     click.option("--overwrite", is_flag=True, help="Replace other files instead of numbering the new ones."),
     click.option("-o", "--output", type=FILE, metavar="FILE", help="Where the only output goes."),
 )
+remote_option = click.option(
+    "--cache-remote",
+    metavar="URL",
+    envvar="S2VFLOW_CACHE_REMOTE",
+    help="A store that machines share, behind the cache: file:, s3:, gs:, http:.  [env: S2VFLOW_CACHE_REMOTE]",
+)
 record_options = all_of(  # what is kept of a run, and what it is held to
     click.option("--share-gpu", is_flag=True, help="Do not wait for another run that uses the same GPU."),
     click.option("--record-host", is_flag=True, help="Name the host and the user in the run's manifest."),
@@ -161,6 +167,7 @@ record_options = all_of(  # what is kept of a run, and what it is held to
         help="How large the cache may become, such as 20G; unless given, 50G or a fifth of the disk."
         "  [env: S2VFLOW_CACHE_LIMIT]",
     ),
+    remote_option,
 )
 view_options = all_of(  # what is shown of a run beside its results
     click.option("--report", "has_report", is_flag=True, help="Write NAME.html too, a page about the run."),

@@ -1,0 +1,133 @@
+"""A store that others share, behind the local one: read through, written behind, by fsspec (file, s3, gs, http).
+
+It has the same two folders. A record goes there after its objects, so that one without them, or cut off, is a miss;
+whatever comes from there is checked against its digest before it enters the local store. It never decides whether a run
+succeeds: the first failure is told, and the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from s2v_flow.cache.store import Entry, Store, StoredObject, entry_text, file_sha256, parse_entry
+from s2v_flow.errors import ExitCode, S2VFlowError
+
+ResultT = TypeVar("ResultT")
+
+
+class RemoteStore(Store):
+    """A local store with a remote one behind it; `close` waits for what is still to be written there.
+
+    Args:
+        root: The local store's folder.
+        url: Of the remote one: file:///mnt/cache, s3://bucket/cache, https://host/cache (which is only read).
+        warn: Told, at most once for reading and once for writing, that the remote store does not work.
+
+    Raises:
+        S2VFlowError: fsspec, or what it needs for such a URL, is not installed; or the URL is none.
+    """
+
+    def __init__(self, root: Path, url: str, warn: Callable[[str], None]) -> None:
+        super().__init__(root)
+        try:
+            import fsspec
+
+            self._files, self._folder = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            fix = "pip install 's2vflow[remote]', and name a folder by its URL: file:///mnt/cache, s3://bucket/cache"
+            raise S2VFlowError(f"--cache-remote {url}: {error}", fix, exit_code=ExitCode.USAGE) from error
+        self._url, self._warn = url, warn
+        self._absent: set[str] = set()
+        self._can_read = True
+        self._failure = ""
+        self._waiting: queue.Queue[Entry | None] = queue.Queue()
+        self._writer: threading.Thread | None = None
+
+    def lookup(self, fingerprint: str) -> Entry | None:
+        """Return an entry that is here, or is fetched now; see `Store.lookup`."""
+        found = super().lookup(fingerprint)
+        if found is None and self._can_read and fingerprint not in self._absent:
+            self._absent.add(fingerprint)
+            found, failure = _attempt(lambda: self._fetch(fingerprint))
+            if failure:
+                self._can_read = False
+                self._warn(f"warning: {self._url} cannot be read, the run goes on without it: {failure}")
+        return found
+
+    def publish(
+        self,
+        fingerprint: str,
+        preimage: Mapping[str, Any],
+        outputs: Mapping[str, bytes | Path],
+        facts: Mapping[str, Any],
+        *,
+        replaces: bool = False,
+        items: Mapping[str, StoredObject] | None = None,
+    ) -> Entry:
+        """Store a node's outputs here, and write them behind; see `Store.publish`."""
+        made = super().publish(fingerprint, preimage, outputs, facts, replaces=replaces, items=items)
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write, daemon=True)
+            self._writer.start()
+        self._waiting.put(made)
+        return made
+
+    def close(self) -> None:
+        """Wait until all is written, or is known not to be."""
+        if self._writer is not None:
+            self._waiting.put(None)
+            self._writer.join()
+            self._writer = None
+        if self._failure:
+            self._warn(f"warning: {self._url} cannot be written, what was computed is here only: {self._failure}")
+
+    def _fetch(self, fingerprint: str) -> Entry | None:
+        try:
+            entry = parse_entry(self._files.cat_file(self._record(fingerprint)), fingerprint)
+            if entry is None:
+                return None
+            with self.scratch() as folder:
+                paths: dict[str, bytes | Path] = {}
+                for port, item in entry.outputs.items():
+                    paths[port] = folder / item.file_name
+                    if not self._has(item):
+                        self._files.get_file(self._object(item), str(paths[port]))
+                        if file_sha256(folder / item.file_name) != item.sha256:
+                            return None
+                return super().publish(fingerprint, entry.preimage, paths, entry.facts, items=entry.outputs)
+        except FileNotFoundError:
+            return None
+
+    def _write(self) -> None:
+        while (entry := self._waiting.get()) is not None:
+            if not self._failure:
+                self._failure = _attempt(partial(self._send, entry))[1]
+
+    def _send(self, entry: Entry) -> None:
+        for item in entry.outputs.values():
+            there = self._object(item)
+            if not self._files.exists(there) or self._files.size(there) != item.size:
+                self._files.makedirs(self._files._parent(there), exist_ok=True)
+                self._files.put_file(str(self.object_path(item)), there)
+        there = self._record(entry.fingerprint)
+        self._files.makedirs(self._files._parent(there), exist_ok=True)
+        self._files.pipe_file(there, entry_text(entry))
+
+    def _record(self, fingerprint: str) -> str:
+        return f"{self._folder}/entries/{fingerprint[:2]}/{fingerprint}.json"
+
+    def _object(self, item: StoredObject) -> str:
+        return f"{self._folder}/objects/{item.sha256[:2]}/{item.file_name}"
+
+
+def _attempt(action: Callable[[], ResultT]) -> tuple[ResultT | None, str]:
+    """Do something; return its result, and why it failed."""
+    try:
+        return action(), ""
+    except Exception as error:  # every file system of fsspec has errors of its own
+        return None, (str(error).strip() or type(error).__name__).partition("\n")[0]
