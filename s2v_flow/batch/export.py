@@ -32,6 +32,7 @@ def words(job: Job, options: Options) -> list[str]:
     found += [f"--input-dir={path}" for path in options.input_dirs]
     found += [f"--output-dir={options.output_dir}"] if options.output_dir else []
     found += [f"--cache-dir={options.cache_dir}"] if options.cache_dir else []
+    found += [f"--cache-remote={options.cache_remote}"] if options.cache_remote else []
     found += [f"--device={options.device}"] if options.device != "auto" else []
     return [*found, "--overwrite"] if options.overwrite else found
 

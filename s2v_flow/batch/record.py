@@ -25,7 +25,7 @@ NAME = "batch.json"
 _RUNNING = "running.json"
 _PATHS = ("override_files", "models_dirs", "extra_model_paths", "input_dirs")
 _PATH = ("output_dir", "cache_dir")
-_PLAIN = ("profiles", "axes", "cache_limit", "device", "overwrite")
+_PLAIN = ("profiles", "axes", "cache_remote", "cache_limit", "device", "overwrite")
 
 
 @dataclass(frozen=True)

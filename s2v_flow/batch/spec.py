@@ -18,7 +18,6 @@ from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import MAX_BYTES, read_file
 from s2v_flow.recipe.tree import Origin, Tree, origins_of, plain
 
-ENGINES = ("local", "ray", "slurm")
 _MARK = re.compile(rb"^batch:", re.MULTILINE)
 _CODES = {"extra_forbidden": "R010", "missing": "R015", "literal_error": "R014", "greater_than": "R013"}
 
@@ -36,6 +35,8 @@ class BatchFile(BaseModel):
     axes: dict[str, list[Any] | str | int | float] = {}
     jobs: str | list[dict[str, Any]] | None = None
     engine: Literal["local", "ray", "slurm"] = "local"
+    address: str | None = None
+    slurm: dict[str, Any] = {}
     workers: int | None = Field(None, gt=0)
     devices: list[str] | None = None
     retries: int = Field(1, ge=0)

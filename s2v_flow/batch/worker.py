@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -52,6 +54,16 @@ class Outcome:
     code: int
     message: str = ""
     outputs: tuple[str, ...] = ()
+
+
+def outcome_of(exitcode: int) -> Outcome:
+    """Return how a job ended whose worker left without an answer."""
+    if exitcode < 0:
+        with suppress(ValueError):
+            return Outcome(ExitCode.FAILED, f"its process was killed by {signal.Signals(-exitcode).name}")
+    if exitcode in (ExitCode.CHECKPOINTED, ExitCode.TERMINATED, ExitCode.INTERRUPTED):
+        return Outcome(exitcode, "stopped; a resume point is kept")
+    return Outcome(ExitCode.INTERNAL, f"its process left with exit code {exitcode}; the log says more")
 
 
 def work(pipe: Connection, setup: Setup) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from s2v_flow.cli.options import FILE, FOLDER, OrderedGroup, change_options, folder_options, make_options
+from s2v_flow.cli.options import FILE, FOLDER, OrderedGroup, change_options, folder_options, make_options, remote_option
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.wording import duration_text, visible
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from s2v_flow.api import Options
+    from s2v_flow.batch.dispatch import Told
     from s2v_flow.batch.job import Job
-    from s2v_flow.batch.local import Told
     from s2v_flow.batch.record import Batch
     from s2v_flow.batch.rows import Row
     from s2v_flow.batch.spec import BatchFile
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from s2v_flow.graph.events import Event
 
 _LOG_LINES = 5  # of a failed job that are shown
-_POLICY = ("notify", "fail_fast", "timeout", "retries", "devices", "workers")
+_POLICY = ("engine", "address", "slurm", "notify", "fail_fast", "timeout", "retries", "devices", "workers")
 
 
 class BatchGroup(OrderedGroup):
@@ -50,6 +50,7 @@ def _job_options(command: CommandT) -> CommandT:
         click.option(
             "--jobs", "table", type=FILE, metavar="FILE", help="A .csv (header: paths of --set) or .jsonl; a row a job."
         ),
+        remote_option,
         folder_options,
         change_options,
         click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...|batch.yaml"),
@@ -60,6 +61,13 @@ def _job_options(command: CommandT) -> CommandT:
 
 def _policy_options(command: CommandT) -> CommandT:
     for decorate in (
+        click.option(
+            "--slurm", multiple=True, metavar="KEY=VALUE", help="slurm: a parameter of submitit: slurm_partition=gpu."
+        ),
+        click.option("--address", metavar="ADDRESS", help="ray: the cluster's, else one is started here."),
+        click.option(
+            "--engine", type=click.Choice(["local", "ray", "slurm"]), help="Where workers run; local unless given."
+        ),
         click.option("--notify", metavar="CMD", help="Run it at the end, with a line of text as its last argument."),
         click.option("--fail-fast", is_flag=True, help="One job that fails stops the others."),
         click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Of a job."),
@@ -85,13 +93,16 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
     from s2v_flow.cli import report
 
     policy = {name: given.pop(name) for name in _POLICY}
+    policy["slurm"] = _parameters(policy["slurm"])
     found, options, rows, file = _asked(recipes, make_options(**given), table)
     if file is not None:
-        is_said = {name for name in _POLICY if policy[name] not in (None, False)}
+        is_said = {
+            name for name in _POLICY if policy[name] is not None and policy[name] is not False and policy[name] != {}
+        }
         is_said |= {"devices", "workers"} if {"devices", "workers"} & is_said else set()
         named = None if file.devices is None else ",".join(file.devices)
         policy = {**file.model_dump(include=set(_POLICY)), "devices": named, **{name: policy[name] for name in is_said}}
-    devices = _devices(options, policy.pop("devices"), policy.pop("workers"))
+    devices = _devices(options, policy.pop("devices"), policy.pop("workers"), policy["engine"])
     jobs, missing = plan_jobs(found, options, rows)
     require_files(missing)
     made = write_batch(jobs, options)
@@ -155,7 +166,9 @@ def retry(path: Path, as_json: bool, devices: str | None, workers: int | None, *
     stop = click.get_current_context().find_object(StopRequest)
     options = found.options if stop is None else replace(found.options, should_stop=stop)
     report.print_message(f"{sum(not job.is_done for job in jobs)} of {_counted(len(jobs))} to run")
-    _run(replace(found, jobs=jobs, options=options), _devices(options, devices, workers), as_json=as_json, **policy)
+    names = _devices(options, devices, workers, policy["engine"])
+    policy["slurm"] = _parameters(policy["slurm"])
+    _run(replace(found, jobs=jobs, options=options), names, as_json=as_json, **policy)
 
 
 @batch.command()
@@ -219,8 +232,8 @@ def _asked(
     return find_recipes(file.patterns()), options, file.rows() if rows is None else rows, file
 
 
-def _devices(options: Options, devices: str | None, workers: int | None) -> list[str]:
-    """Return a device for each process.
+def _devices(options: Options, devices: str | None, workers: int | None, engine: str | None) -> list[str]:
+    """Return a device for each process; other engines' workers find theirs where they run.
 
     Raises:
         UsageError: Both are given, or one GPU would have several processes.
@@ -228,6 +241,10 @@ def _devices(options: Options, devices: str | None, workers: int | None) -> list
     """
     from s2v_flow.machine import resolve_device
 
+    if engine in ("ray", "slurm"):
+        if devices is not None:
+            raise click.UsageError(f"--devices and --engine {engine}: say --workers N; each is given a GPU of its own")
+        return [options.device] * (workers or 1)
     if devices is None:
         device = resolve_device(options.device)
         if device != "cpu" and (workers or 1) > 1:
@@ -250,8 +267,12 @@ def _run(
     timeout: float | None,
     fail_fast: bool,
     notify: str | None,
+    engine: str | None,
+    address: str | None,
+    slurm: Mapping[str, Any],
 ) -> None:
-    from s2v_flow.batch.local import LocalRun, Policy
+    from s2v_flow.batch.dispatch import BatchRun, Policy, setups_of
+    from s2v_flow.batch.engines import open_engine
     from s2v_flow.batch.notify import notify_end
     from s2v_flow.cli import report
 
@@ -260,7 +281,8 @@ def _run(
     states: Mapping[int, str] = {}
     try:
         with made.running():
-            states = LocalRun(made, devices, JobReport, policy, _board(made)).run()
+            workers = open_engine(engine or "local", setups_of(made, devices, JobReport), made, address, slurm)
+            states = BatchRun(made, workers, policy, _board(made)).run()
     finally:
         states = states or {number: found["state"] for number, found in made.states().items()}
         failed = [job.name for job in made.jobs if states[job.number] == "failed"]
@@ -280,6 +302,21 @@ def _run(
             kept="every job that is done, and all that was finished in the others",
             fix=f"see {made.logs}, then: s2vflow batch retry {made.path}",
         )
+
+
+def _parameters(texts: Sequence[str]) -> dict[str, Any]:
+    """Return parameters that are written KEY=VALUE; numbers and true become what they are.
+
+    Raises:
+        UsageError: One has no =.
+    """
+    from s2v_flow.recipe.tree import read_scalar
+
+    pairs = [text.partition("=") for text in texts]
+    wrong = next((key for key, equals, value in pairs if not equals or not value), None)
+    if wrong is not None:
+        raise click.UsageError(f"--slurm {wrong}: expected KEY=VALUE, such as slurm_partition=gpu")
+    return {key: read_scalar(value) for key, _, value in pairs}
 
 
 def _board(made: Batch) -> Callable[[Told], None]:

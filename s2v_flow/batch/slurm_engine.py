@@ -1,0 +1,232 @@
+"""Workers as an array of Slurm (the extra `slurm`), submitted by submitit; jobs and answers go through files.
+
+Each task starts the same worker process as everywhere. What it is told lies in a folder of its own below the batch's
+logs, which all machines have to see: `job-N.json`, `answer-N.json`, `signal.json` and `close`, each written whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2v_flow.batch.job import Job
+from s2v_flow.batch.local import ProcessWorker
+from s2v_flow.batch.worker import Outcome, Setup
+from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.files.atomic import temporary
+
+CHECKPOINT_SECONDS = 100.0  # of the 120 between Slurm's signal and its end
+_POLL_SECONDS = 0.25
+_GOODBYE_SECONDS = 10.0
+
+
+@dataclass
+class Task:
+    """What a task of the array runs, called by submitit: takes jobs from a folder until it is told to close.
+
+    At SIGUSR1 (Slurm's time or place runs out) submitit calls `checkpoint`, and queues again what that returns.
+    """
+
+    setup: Setup
+    folder: Path
+    worker: ProcessWorker | None = None
+
+    def __call__(self) -> None:
+        """Run jobs."""
+        self.worker = ProcessWorker(self.setup)
+        _write(self.folder / "pid.json", self.worker.pid)
+        while not (self.folder / "close").exists():
+            number = self._next()
+            if number is None:
+                time.sleep(_POLL_SECONDS)
+                continue
+            entry = _read(self.folder / f"job-{number}.json")
+            self.worker.send(Job.from_json(entry["job"]), Path(entry["log"]))
+            answer = gone = None
+            while answer is None and gone is None:
+                self._pass_signal()
+                gone = self.worker.gone()
+                answer = self.worker.answer()
+                time.sleep(0.0 if answer or gone else _POLL_SECONDS)
+            outcome = answer or gone
+            assert outcome is not None
+            _write(self.folder / f"answer-{number}.json", {**vars(outcome), "is_gone": answer is None})
+            if answer is None:
+                return
+        self.worker.close()
+        self.worker.join()
+
+    def checkpoint(self) -> Any:
+        """Let the worker leave a resume point and go, say so, and return what goes on."""
+        from submitit.helpers import DelayedSubmission
+
+        assert self.worker is not None
+        self.worker.signal(signal.SIGUSR1)
+        end = time.monotonic() + CHECKPOINT_SECONDS
+        while self.worker.gone() is None and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        number = self._next()
+        if number is not None:
+            outcome = self.worker.answer() or self.worker.gone() or Outcome(ExitCode.CHECKPOINTED, "stopped")
+            _write(self.folder / f"answer-{number}.json", {**vars(outcome), "is_gone": False})
+        return DelayedSubmission(Task(self.setup, self.folder))
+
+    def _next(self) -> int | None:
+        """Return the first job without an answer."""
+        number = 1
+        while (self.folder / f"answer-{number}.json").exists():
+            number += 1
+        return number if (self.folder / f"job-{number}.json").exists() else None
+
+    def _pass_signal(self) -> None:
+        path = self.folder / "signal.json"
+        if path.exists() and self.worker is not None:
+            self.worker.signal(_read(path))
+            path.unlink()
+
+
+class SlurmWorker:
+    """The driver's end of a task."""
+
+    def __init__(self, task: Any, folder: Path) -> None:
+        self._task, self._folder = task, folder
+        self._number = 0
+        self._left: Outcome | None = None
+        self._looked = 0.0
+
+    @property
+    def pid(self) -> int:
+        """The process's number on its node, 0 until Slurm has started it."""
+        with suppress(OSError, ValueError):
+            return int(_read(self._folder / "pid.json"))
+        return 0
+
+    def send(self, job: Job, log: Path) -> None:
+        """Give it a job."""
+        self._number += 1
+        _write(self._folder / f"job-{self._number}.json", {"job": job.to_json(), "log": str(log)})
+
+    def answer(self) -> Outcome | None:
+        """Return how the job ended, if that is known by now."""
+        path = self._folder / f"answer-{self._number}.json"
+        if self._left is not None or not path.exists():
+            return None
+        found = _read(path)
+        is_gone = found.pop("is_gone")
+        outcome = Outcome(found["code"], found["message"], tuple(found["outputs"]))
+        if is_gone:
+            self._left = outcome
+            return None
+        return outcome
+
+    def gone(self) -> Outcome | None:
+        """Return how it left; None if it is there, or waits in Slurm's queue."""
+        if self._left is None and time.monotonic() - self._looked > 1.0:
+            is_done = self._task.done()
+            self._looked = time.monotonic()
+            if is_done and not (self._folder / f"answer-{self._number}.json").exists():
+                self._left = Outcome(ExitCode.FAILED, f"Slurm's task {self._task.job_id} ended: {self._task.state}")
+        return self._left
+
+    def signal(self, number: int) -> None:
+        """Ask it to stop at the end of a step."""
+        _write(self._folder / "signal.json", int(number))
+
+    def kill(self) -> None:
+        """End it now."""
+        self._task.cancel(check=False)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """Let it end once it is idle; or end it now, where it works or waits in the queue."""
+        _write(self._folder / "close", 1)
+        if at_once or not self.pid:
+            self.kill()
+
+    def join(self) -> None:
+        """See `SlurmEngine.close`."""
+
+
+class SlurmEngine:
+    """An array of tasks, one for each setup.
+
+    Args:
+        setups: See `Setup`.
+        logs: The batch's folder of logs, which all machines see.
+        parameters: Of submitit: {"slurm_partition": "gpu", "timeout_min": 600}; {"cluster": "local"} runs the tasks as
+            processes here.
+
+    Raises:
+        S2VFlowError: submitit is not installed, there is no Slurm here, or it does not know a parameter.
+    """
+
+    def __init__(self, setups: Sequence[Setup], logs: Path, parameters: Mapping[str, Any] | None = None) -> None:
+        os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+        try:
+            import submitit
+        except ImportError as error:
+            fix = "pip install 's2vflow[slurm]'"
+            raise S2VFlowError("--engine slurm: submitit is not installed", fix, exit_code=ExitCode.USAGE) from error
+        self.setups = setups
+        self._logs = logs.absolute()
+        self._count = 0
+        self._tasks: list[Any] = []
+        self._array: dict[int, SlurmWorker] = {}
+        on_gpus = {"gpus_per_node": 1} if setups[0].options.device.startswith("cuda") else {}
+        try:
+            given = {"cluster": "slurm", "name": "s2vflow", **on_gpus, **(parameters or {})}
+            self._executor: Any = submitit.AutoExecutor(self._logs / "slurm", cluster=given.pop("cluster"))
+            self._executor.update_parameters(**given)
+        except (RuntimeError, NameError, ValueError, TypeError) as error:
+            fix = "--engine slurm runs where sbatch and srun are; --slurm KEY=VALUE takes submitit's parameters"
+            raise S2VFlowError(f"Slurm cannot be used: {error}", fix, exit_code=ExitCode.USAGE) from error
+
+    def start(self, index: int) -> SlurmWorker:
+        """Submit the array at the first call; a task alone where one has been lost."""
+        if not self._count:
+            tasks = [self._task(setup) for setup in self.setups]
+            pairs = zip(self._submit(tasks), tasks, strict=True)
+            self._array = {place: SlurmWorker(job, task.folder) for place, (job, task) in enumerate(pairs)}
+        if index in self._array:
+            return self._array.pop(index)
+        task = self._task(self.setups[index])
+        return SlurmWorker(self._submit([task])[0], task.folder)
+
+    def wait(self, workers: Sequence[SlurmWorker], seconds: float) -> None:
+        """Wait a moment: files tell nobody."""
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        """Give the tasks a moment to end."""
+        end = time.monotonic() + _GOODBYE_SECONDS
+        while not all(task.done() for task in self._tasks) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+
+    def _task(self, setup: Setup) -> Task:
+        self._count += 1
+        folder = self._logs / "slurm" / f"worker-{os.getpid()}-{self._count}"
+        folder.mkdir(parents=True)
+        return Task(setup, folder)
+
+    def _submit(self, tasks: Sequence[Task]) -> list[Any]:
+        with self._executor.batch():
+            jobs = [self._executor.submit(task) for task in tasks]
+        self._tasks += jobs
+        return jobs
+
+
+def _write(path: Path, value: Any) -> None:
+    with temporary(path.parent, ".tmp") as (file, name):
+        file.write(json.dumps(value).encode())
+        file.flush()
+        os.replace(name, path)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_bytes())

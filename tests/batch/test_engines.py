@@ -1,0 +1,135 @@
+"""What a batch promises, on every engine: here, on a real Ray, and through submitit (whose local executor stands for
+Slurm; no Slurm has run it)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from recipes_for_tests import call
+from test_batch import batch, entries, program, running, seeded, until
+
+from s2v_flow.cache.housekeeping import verify
+
+LOCAL, RAY = ("--engine", "local"), ("--engine", "ray")
+SLURM = ("--engine", "slurm", "--slurm", "cluster=local", "--slurm", "timeout_min=20")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _as_nice_as_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's own 15 takes minutes beside other work
+
+
+@pytest.fixture(params=[LOCAL, RAY, SLURM], ids=["local", "ray", "slurm"])
+def engine(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Return the options of an engine that is installed."""
+    chosen: tuple[str, ...] = request.param
+    module = {"ray": "ray", "slurm": "submitit"}.get(chosen[1])
+    if module is not None:
+        pytest.importorskip(module, reason=f"the extra {chosen[1]} is not installed")
+    return chosen
+
+
+def worker_pids(batch_pid: int) -> list[int]:
+    """Return the worker processes below a batch's: spawned ones, whatever stands in between."""
+    parents, spawned = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if b"spawn_main" in (folder / "cmdline").read_bytes():
+                spawned.append(int(folder.name))
+
+    def is_below(pid: int) -> bool:
+        while pid in parents and pid != batch_pid:
+            pid = parents[pid]
+        return pid == batch_pid
+
+    return sorted(filter(is_below, spawned))
+
+
+def until_gone(pids: list[int], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_two_workers_deliver_every_job_and_survive_a_kill(
+    tiny_models: Path, tmp_path: Path, engine: tuple[str, ...]
+) -> None:
+    """kill -9 in the middle costs a retry; every video is there once, and nothing is damaged."""
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n2\n3\n")
+    process = program(made, "--workers", 2, *engine)
+    until(lambda: len(entries(made)) > 3, process, 300)
+    workers = worker_pids(process.pid)
+    os.kill(workers[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "failed, will be tried again" in err
+    assert all((tmp_path / "out" / f"talk_{seed}.mp4").is_file() for seed in (1, 2, 3))
+    assert verify(made.cache)["damaged"] == []
+    assert (tmp_path / "out" / "batch" / "job-00001.log").stat().st_size > 0
+
+
+def test_a_batch_that_is_cancelled_leaves_no_worker_and_goes_on(
+    tiny_models: Path, tmp_path: Path, engine: tuple[str, ...]
+) -> None:
+    """Exit code 143; the same engine finishes it."""
+    made = seeded(tmp_path, tiny_models)
+    process = program(made, *engine)
+    until(lambda: len(entries(made)) > 3, process, 300)
+    workers = worker_pids(process.pid)
+    assert call("batch", "cancel", tmp_path / "out")[0] == 0
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
+    until_gone(workers)
+    code, _, err = batch(made, *engine)
+    assert (code, "2 of 2 jobs done" in err) == (0, True), err
+
+
+def test_mistakes_are_told_before_an_engine_starts(tiny_models: Path, tmp_path: Path, engine: tuple[str, ...]) -> None:
+    """Exit code 3, whatever was to run it."""
+    made = seeded(tmp_path, tiny_models, rows="seed,nodes.first.steps\n1,-3\n")
+    assert batch(made, *engine)[0] == 3
+
+
+def test_a_task_that_slurm_takes_away_is_queued_again_and_goes_on(tiny_models: Path, tmp_path: Path) -> None:
+    """SIGUSR1, as Slurm sends it before its limit: the worker leaves with 75, the task comes back, no retry counts."""
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n")
+    process = program(made, "--retries", 0, *SLURM)
+    until(lambda: len(entries(made)) > 3, process, 300)
+    (worker,) = worker_pids(process.pid)
+    task = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(task, signal.SIGUSR1)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert [entry["attempt"] for entry in running(made)] == [1, 0, 1, 1]
+    assert [entry.get("code") for entry in running(made)] == [None, 75, None, 0]
+
+
+def test_jobs_of_a_node_that_is_lost_run_on_another(tiny_models: Path, tmp_path: Path) -> None:
+    """Two nodes of one processor each, one of which goes while both work."""
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        made = seeded(tmp_path, tiny_models, rows="seed\n1\n2\n")
+        process = program(made, "--workers", 2, "--engine", "ray", "--address", cluster.address)
+        until(lambda: len(entries(made)) > 3, process, 300)
+        cluster.remove_node(lost, allow_graceful=False)
+        _, err = process.communicate(timeout=600)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0, err
+    assert "Ray lost its worker" in err
+    assert all((tmp_path / "out" / f"talk_{seed}.mp4").is_file() for seed in (1, 2))
