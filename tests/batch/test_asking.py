@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from recipes_for_tests import call
 from runs_for_tests import Place
 from test_batch import batch, program, running, seeded, until, written
+
+from s2v_flow.batch.spec import BatchFile
 
 FILE = """batch: 1
 recipes: [rec*.yaml]
@@ -37,6 +41,14 @@ def test_a_batch_file_says_what_the_options_say(tiny_models: Path, tmp_path: Pat
         ["set-json", "nodes.first.cfg=1.0"],
         ["set", "nodes.first.steps=3"],
     ]
+
+
+def test_the_batch_file_of_the_docs_is_one() -> None:
+    """Every key of it, with a value of its type."""
+    text = (Path(__file__).parent.parent.parent / "docs" / "scale.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    found = BatchFile.model_validate(yaml.safe_load(block))
+    assert found.model_fields_set == set(BatchFile.model_fields) - {"set", "devices", "address", "slurm"}
 
 
 @pytest.mark.parametrize("jobs", ["jobs.csv", '[{seed: 1}, {seed: 2, nodes.positive.text: "Hm, \\"so\\"."}]'])

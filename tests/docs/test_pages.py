@@ -28,8 +28,18 @@ from s2v_flow.recipe.problems import CODES
 from s2v_flow.runs.lockfile import LOCK_CODES
 
 COMMANDS = list(commands())
-NEEDS_MORE = ("s2vflow make", "models convert", "'recipes/*.yaml'", "--device cuda", "--devices cuda", "s2vflow ui")
-"""Commands with these words need full size, the authors' release, or a GPU, or end only when they are told to."""
+NEEDS_MORE = (
+    "s2vflow make",
+    "models convert",
+    "'recipes/*.yaml'",
+    "--device cuda",
+    "--devices cuda",
+    "--engine ",
+    "s3://",
+    "s2vflow ui",
+)
+"""Commands with these words need full size, the authors' release, a GPU, a cluster or a bucket,
+or end only when they are told to."""
 
 
 def test_links_lead_somewhere() -> None:
@@ -226,6 +236,7 @@ def write_recipes(folder: Path) -> None:
     shutil.copyfile(folder / "talk.yaml", folder / "recipe.yaml")
     (folder / "night.yaml").write_text("params: {seed: 9}\n", encoding="utf-8")
     (folder / "prompt.txt").write_text("She laughs.", encoding="utf-8")
+    (folder / "batch.yaml").write_text("batch: 1\nrecipes: [talk.yaml]\njobs: jobs.csv\n", encoding="utf-8")
     (folder / "jobs.csv").write_text("seed,nodes.video.file\n1,out/one.mp4\n2,out/two.mp4\n", encoding="utf-8")
 
 
