@@ -137,7 +137,7 @@ def test_a_crash_between_object_and_entry_is_a_miss(store: Store, monkeypatch: p
     def cut(body: object) -> bytes:
         raise PowerCutError
 
-    monkeypatch.setattr("s2v_flow.cache.store._entry_text", cut)
+    monkeypatch.setattr("s2v_flow.cache.store.entry_text", cut)
     with pytest.raises(PowerCutError):
         publish(store)
     assert store.lookup(KEY) is None
