@@ -224,6 +224,7 @@ ONE_CHUNK = tiny(
 )
 
 
+@pytest.mark.slow
 def test_a_session_loads_a_model_once(tiny_models: Path, tmp_path: Path) -> None:
     """For another seed none; for another precision or file that one; with the bits of single runs."""
     models = tmp_path / "models"
@@ -259,6 +260,7 @@ def test_a_session_loads_a_model_once(tiny_models: Path, tmp_path: Path) -> None
     assert alone.entries["first"].outputs != second.entries["first"].outputs != first.entries["first"].outputs
 
 
+@pytest.mark.slow
 def test_a_session_frees_its_models_and_keeps_to_its_memory(tiny_models: Path, tmp_path: Path) -> None:
     here = place(tmp_path, tiny_models, ONE_CHUNK)
     others = {id(item) for item in gc.get_objects() if type(item).__name__ == "WanS2V"}  # which other tests have left

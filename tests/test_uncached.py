@@ -112,6 +112,7 @@ def test_the_manifest_says_which_results_are_not_kept(made: Place) -> None:
     assert {node.kept for node in read_manifest(made.manifests()[-1]).nodes} == {True}
 
 
+@pytest.mark.slow
 def test_events_that_cannot_be_written_any_more_cost_nobody_the_run(made: Place) -> None:
     """A full disk under the file of events."""
     code, out, err = made.run("--events", "/dev/full")

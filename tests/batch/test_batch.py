@@ -170,6 +170,7 @@ def test_json_lines_keep_their_types_and_an_empty_cell_changes_nothing(tiny_mode
     assert other["jobs"][0]["overrides"] == [["set", "seed=1"]]
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_succeed_is_not_tried_again(stored: Place) -> None:
     """A missing input after the plan: exit code 4 of the job, 1 of the batch; `retry` runs it once it is back."""
     assert batch(stored, "--dry-run")[0] == 0

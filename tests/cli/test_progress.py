@@ -27,6 +27,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, quick_run: Place) -> Place:
     return copied(quick_run, tmp_path_factory.mktemp("progress"))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_terminal_shows_a_bar_stages_and_a_closing_line(done: Place) -> None:
     """As the tiny run is drawn, 80 columns wide; the path is on stdout, which is no terminal, alone."""
     command = [sys.executable, "-m", "s2v_flow", "run", str(done.recipe), *done.where, "--set", "nodes.talk.seed=[1,9]"]

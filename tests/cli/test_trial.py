@@ -158,6 +158,7 @@ def test_a_recipe_with_nothing_to_try_is_refused(changes: dict[str, Any], lacks:
     assert caught.value.exit_code == ExitCode.RECIPE == 3
 
 
+@pytest.mark.slow
 def test_a_long_run_without_a_past_is_estimated_by_a_measurement(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def test_hard_texts_are_read_as_they_were(text: str) -> None:
     assert read_back(text, 1.0) == {"text": clean, "file": clean if text else "x", "number": 1.0}
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=60), st.floats(allow_nan=False, allow_infinity=False, width=32) | st.integers(0, 2**64 - 1))
 def test_any_text_and_any_number_are_read_as_they_were(text: str, number: float) -> None:

@@ -58,6 +58,7 @@ def test_a_plan_without_models_names_each_with_its_home(
     assert made["frames"] == 80 * len(seeds) + 1 - 3
 
 
+@pytest.mark.slow
 def test_the_command_line_imports_checks_and_exports(tmp_path: Path) -> None:
     """`import -o`, `check`, `export -o`, `import` again; an existing file is not overwritten unasked."""
 

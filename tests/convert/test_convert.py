@@ -280,6 +280,7 @@ def test_what_stands_beside_the_state_dict_is_left_out_and_said(tmp_path: Path, 
     assert made.notes == ("2 other entries beside the state dict were left out",)
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_no_target_and_nothing_to_repair(tmp_path: Path, tiny_models: Path) -> None:
     """kill -9 while the pickle is written out: its process goes too, and the next conversion clears up."""
     state = {"decoder.head.0.gamma": torch.zeros(96), "conv2.weight": torch.zeros(16, 16)}

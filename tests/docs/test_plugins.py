@@ -116,6 +116,7 @@ def test_the_schema_and_near_names_know_a_package(mirror: Path, tmp_path: Path) 
         assert f"ComfyUI has no {name}: it is another package's" in export[2]
 
 
+@pytest.mark.slow
 def test_a_package_that_cannot_be_imported_breaks_only_what_uses_it(tiny_models: Path, tmp_path: Path) -> None:
     """It is named with its error, before anything is computed."""
     entries = "[s2vflow.nodes]\nbroken = s2v_broken.nodes:Broken\nodd = s2v_broken:__name__\n"

@@ -138,6 +138,7 @@ def other_values(kind: type[Node], field: str, value: Any) -> list[Any]:
     return [*others, 3, 0.5, 0.25, 5]
 
 
+@pytest.mark.slow
 def test_every_field_that_matters_changes_a_fingerprint_and_no_other_does(quick_run: Place) -> None:
     """Each field of each node in turn; files and links are left out."""
     before, nodes, tried = fingerprints(quick_run, quick_run.recipe), nodes_of(quick_run), {True: 0, False: 0}

@@ -46,6 +46,7 @@ def contents(cache: Path) -> list[str]:
     return sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_the_same_frames_come_out_again(done: Place, tmp_path: Path) -> None:
     """All anew, without the recipe, the cache it was made with stays as it was; the new file is the old one."""
     before = contents(done.cache)

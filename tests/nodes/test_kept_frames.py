@@ -165,6 +165,7 @@ def test_frames_that_are_evicted_while_they_are_read_are_decoded_from_there(
     assert made.video.read_bytes() == film
 
 
+@pytest.mark.slow
 def test_frames_made_with_less_memory_serve_this_run_and_no_other(
     sampled: Place, tiny_models: Path, decoder: Decoder
 ) -> None:
@@ -182,6 +183,7 @@ def test_frames_made_with_less_memory_serve_this_run_and_no_other(
     assert decoder.calls > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_in_between_keeps_nothing(
     made: Place, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

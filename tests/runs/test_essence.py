@@ -123,6 +123,7 @@ def test_what_writes_other_files_is_left_out(done: Place, tmp_path: Path) -> Non
     assert other.video.read_bytes() == done.video.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_cell_of_a_matrix_says_the_same_as_the_recipe_alone(done: Place, tmp_path: Path) -> None:
     chosen = [*done.where, "--set", "nodes.video.crf=25"]
     code, out, err = call("run", done.recipe, *chosen, "-m", "nodes.first.seed=20,21", "--json")

@@ -65,6 +65,7 @@ def test_colours_are_remembered_for_a_run_without_a_portrait(made: Place, tmp_pa
     assert np.asarray(Image.open(event.path)).mean() == pytest.approx(127.5, abs=1)
 
 
+@pytest.mark.slow
 def test_a_fitted_map_is_remembered(tmp_path: Path, tiny_models: Path) -> None:
     made = place(tmp_path, tiny_models)
     vae = api.plan(made.recipe, options(tmp_path, tiny_models)).plan.node("vae").files["checkpoint",]
@@ -74,6 +75,7 @@ def test_a_fitted_map_is_remembered(tmp_path: Path, tiny_models: Path) -> None:
     assert np.shape(known["colours"]) == (17, 3)
 
 
+@pytest.mark.slow
 def test_without_previews_a_run_gives_the_same_bytes(made: Place) -> None:
     assert made.run("--no-previews")[0] == 0
     before = made.video.read_bytes()
@@ -83,6 +85,7 @@ def test_without_previews_a_run_gives_the_same_bytes(made: Place) -> None:
     assert len(list(made.cache.glob("runs/*/*.jpg"))) == 6
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_written_costs_a_warning(made: Place, tmp_path: Path) -> None:
     (tmp_path / "shown" / "first-01.jpg").mkdir(parents=True)
     given, told = options(tmp_path, Path(made.where[1])), []

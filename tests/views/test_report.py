@@ -174,6 +174,7 @@ def test_without_jinja2_nothing_is_begun(tmp_path: Path, tiny_models: Path, monk
     assert "fix: pip install 's2vflow[report]'" in err
 
 
+@pytest.mark.slow
 def test_a_run_gives_a_first_look_and_a_report(tmp_path: Path, tiny_models: Path) -> None:
     """The look's chunk is the whole's, which finds it stored; they are one run, with pictures of all chunks."""
     made = place(tmp_path, tiny_models)
