@@ -31,9 +31,8 @@ def ui(port: int, no_browser: bool, **given: Any) -> None:
             raise
         fix = f"{sys.executable} -m pip install 's2vflow[ui]'"
         raise S2VFlowError(f"ui needs {error.name}, which is not installed", fix, exit_code=ExitCode.USAGE) from error
-    context = click.get_current_context()
     words = []
-    for option in context.command.params:
+    for option in click.get_current_context().command.params:
         value = given.get(option.name or "")
         for each in value if isinstance(value, tuple) else [value] if value else []:
             words += [option.opts[0], str(each)]
@@ -44,5 +43,4 @@ def ui(port: int, no_browser: bool, **given: Any) -> None:
         if not no_browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
             webbrowser.open(address)
 
-    has_report = "report" in getattr(context.find_root().command, "commands", {})
-    serve(make_options(**given), words, port, has_report=has_report, is_ready=tell)
+    serve(make_options(**given), words, port, is_ready=tell)

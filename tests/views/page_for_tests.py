@@ -71,7 +71,7 @@ class Open:
 def served(options: Options, words: tuple[str, ...] = (), **more: Any) -> Iterator[Open]:
     """Serve the current folder from a thread."""
     found: queue.Queue[Any] = queue.Queue()
-    given = {"has_report": False, "is_ready": found.put, "on_server": found.put, **more}
+    given = {"is_ready": found.put, "on_server": found.put, **more}
     thread = threading.Thread(target=serve, args=(options, words, 0), kwargs=given)
     thread.start()
     server, address = found.get(timeout=30), found.get(timeout=30)

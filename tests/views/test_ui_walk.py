@@ -21,7 +21,6 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 from recipes_for_tests import RECIPES
 from runs_for_tests import Place, copied
 
-from s2v_flow.cli.main import cli
 from s2v_flow.graph import events
 
 CHROMIUM = shutil.which("chromium")
@@ -162,12 +161,11 @@ def test_a_walk_from_a_portrait_to_two_videos_compared(tmp_path: Path, tiny_mode
         shoot(page.locator("#videos"), "ui-videos")
         page.get_by_label("Search").fill("coarse")
         expect(page.locator("#gallery article")).to_have_count(1)
-        if "report" in cli.commands:
-            page.get_by_role("button", name="Report of coarse.mp4").click()
-            with page.expect_popup() as popup:
-                page.get_by_role("link", name="Open the report").click(timeout=LONG_MS)
-            expect(popup.value.locator("body")).to_contain_text("coarse")
-            becomes(popup.value, "document.querySelector('video').readyState > 0")
+        page.get_by_role("button", name="Report of coarse.mp4").click()
+        with page.expect_popup() as popup:
+            page.get_by_role("link", name="Open the report").click(timeout=LONG_MS)
+        expect(popup.value.locator("body")).to_contain_text("coarse")
+        becomes(popup.value, "document.querySelector('video').readyState > 0")
 
 
 def test_our_video_gives_its_recipe_and_the_keyboard_is_enough(quick_run: Place, tmp_path: Path) -> None:

@@ -51,9 +51,8 @@ _REPORT_POLICY = (
 class Page:
     """The calls of the current folder's page; see `serve` for the arguments."""
 
-    def __init__(self, options: api.Options, words: Sequence[str], *, has_report: bool, max_upload_bytes: int) -> None:
-        self._options, self._words, self._has_report = options, tuple(words), has_report
-        self._max_upload_bytes = max_upload_bytes
+    def __init__(self, options: api.Options, words: Sequence[str], max_upload_bytes: int) -> None:
+        self._options, self._words, self._max_upload_bytes = options, tuple(words), max_upload_bytes
         self._runs = runs_root(options.cache_root)
         self._files = roots.Roots({"work": Path.cwd(), "runs": self._runs})
         self._desk, self._gallery = Desk(options, self._files), Gallery(options.cache_root)
@@ -110,7 +109,7 @@ class Page:
         return JSONResponse({"path": path.as_posix(), "kind": "recipe" if is_ours else kind}, 201)
 
     def _recipes(self, request: Request) -> dict[str, Any]:
-        return {"folder": str(Path.cwd()), "report": self._has_report, "recipes": self._desk.recipes()}
+        return {"folder": str(Path.cwd()), "recipes": self._desk.recipes()}
 
     def _plan(self, wish: Wish) -> dict[str, Any]:
         planned, path, text = self._desk.plan(wish)
@@ -223,7 +222,6 @@ def serve(
     words: Sequence[str],
     port: int,
     *,
-    has_report: bool,
     is_ready: Callable[[str], None],
     max_upload_bytes: int = 1 << 30,
     on_server: Callable[[uvicorn.Server], None] = lambda server: None,
@@ -234,7 +232,6 @@ def serve(
         options: Where things are, as every command has it; recipes, inputs and results lie in the current folder.
         words: The same as options of the command line, for runs.
         port: Where to listen on 127.0.0.1; 0: any free port.
-        has_report: Whether the command `report` is there.
         is_ready: Called with the address, token included, once connections are taken.
         max_upload_bytes: How large a file may be that is dropped on the page.
         on_server: Called with the server before; its `should_exit` ends it.
@@ -249,7 +246,7 @@ def serve(
     if is_held(lock):
         fix = "use its address, or end it; or work in another folder"
         raise S2VFlowError("another s2vflow ui serves this folder", fix, exit_code=ExitCode.USAGE)
-    page = Page(options, words, has_report=has_report, max_upload_bytes=max_upload_bytes)
+    page = Page(options, words, max_upload_bytes)
     try:
         listening = socket.create_server(("127.0.0.1", port))
     except OSError as error:

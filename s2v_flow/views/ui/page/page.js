@@ -3,7 +3,7 @@ const $ = (id) => document.getElementById(id);
 const EXPLAINED = { RUN: "to run", RESUME: "goes on", HIT: "stored", LOAD: "loads", SKIP: "not needed", LIVE: "as used" };
 const wish = { source: "", profiles: [], values: {}, name: "" };
 const own = {}; // what was dropped: image and audio, kept when another recipe is chosen
-let fields = [], shown = [], chosen = [], hasReport = false, planned = 0, jobsText = "", timer = 0;
+let fields = [], shown = [], chosen = [], planned = 0, jobsText = "", timer = 0;
 
 function make(tag, given = {}, ...children) {
   const { data = {}, ...rest } = given;
@@ -219,7 +219,7 @@ function runOf(run) {
       ` · ${new Date(run.started).toLocaleString()}${run.seconds === null ? "" : ` · ${time(run.seconds)}`}`),
     make("p", { className: "quiet" }, run.error || changes || Object.entries(numbers).map(([key, value]) => `${key} ${value}`).join(", ")),
     make("div", { className: "row" }, make("label", { className: "grow" }, pick, "Compare"), again,
-      hasReport && run.videos.length ? report : null));
+      run.videos.length ? report : null));
 }
 
 async function reuse(run) {
@@ -274,8 +274,7 @@ addEventListener("dragover", (event) => { event.preventDefault(); document.body.
 addEventListener("dragleave", () => document.body.classList.remove("over"));
 addEventListener("drop", (event) => { event.preventDefault(); document.body.classList.remove("over"); trying(() => send([...event.dataTransfer.files])); });
 trying(async () => {
-  const { folder, report, recipes } = await call("/api/recipes");
-  hasReport = report;
+  const { folder, recipes } = await call("/api/recipes");
   Object.assign($("folder"), { textContent: folder.split("/").pop(), title: folder });
   const group = (label, found) => make("optgroup", { label }, ...found.map(({ source }) => make("option", { value: source }, source.replace("start:", ""))));
   const [starts, files] = [true, false].map((isStart) => recipes.filter(({ source }) => source.startsWith("start:") === isStart));
