@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from s2v_flow import api
+from training.clips import portrait
 from training.faces import SIZE, Character
 from training.measure import best_lag, correlation, mean_colors, mouth_bend, mouth_opening, sharpness
 from training.portrait import character
@@ -38,12 +39,14 @@ class Shown:
     loudness: Tensor
 
 
-def speech(path: Path, chunks: int) -> Path:
-    """Write a voice that fills so many chunks: the bundled sentence, cut or repeated."""
+def speech(path: Path, chunks: int, pause: int = 0) -> Path:
+    """Write a voice for so many chunks: the bundled sentence, cut or repeated, `pause` frames silent after 2 s."""
     sound, rate = soundfile.read(SPEECH, dtype="float32", always_2d=True)
     mono = soxr.resample(sound.mean(1), rate, SAMPLE_RATE_HZ)
     wanted = (chunks * CHUNK_FRAMES - WARMUP_FRAMES) * SAMPLES_PER_FRAME
-    soundfile.write(path, np.tile(mono, -(-wanted // len(mono)))[:wanted], SAMPLE_RATE_HZ)
+    voice = np.tile(mono, -(-wanted // len(mono)))
+    voice = np.insert(voice, [2 * SAMPLE_RATE_HZ] * (pause * SAMPLES_PER_FRAME), 0)
+    soundfile.write(path, voice[:wanted], SAMPLE_RATE_HZ)
     return path
 
 
@@ -60,8 +63,8 @@ def shown(folder: Path, voice: Path = SPEECH, **sets: object) -> Shown:
     given = {"params.audio": voice.resolve(), "nodes.video.file": video.resolve()}
     given |= {key.replace("__", "."): value for key, value in sets.items()}
     texts = [f"{key}={value}" for key, value in given.items()]
-    api.run(RECIPE, api.Options(sets=texts, cache_dir=folder / "cache", device="cpu"))
-    return Shown(read(video), heard(voice))
+    result = api.run(RECIPE, api.Options(sets=texts, cache_dir=folder / "cache", device="cpu"))
+    return Shown(read(result.videos["video"]), heard(voice))
 
 
 def read(video: Path) -> Tensor:
@@ -84,6 +87,7 @@ def figures(video: Shown, who: Character) -> dict[str, float]:
     colors = mean_colors(frames, who)
     edges = sharpness(frames)
     part = min(CHUNK_FRAMES, count // 2)
+    around = F.max_pool1d(loud[None], 5, 1, 2)[0]  # a mouth opens before a sound, and closes after it
     drift = {
         f"drift of {name}": (color[-part:].mean(0) - color[:part].mean(0)).abs().max().item()
         for name, color in colors.items()
@@ -91,7 +95,8 @@ def figures(video: Shown, who: Character) -> dict[str, float]:
     return {
         "correlation": correlation(opening, loud),
         "lag": best_lag(opening, loud),
-        "opening in silence": opening[loud < SILENCE].mean().item() if (loud < SILENCE).any() else float("nan"),
+        "opening in silence": opening[around < SILENCE].mean().item(),
+        "opening at rest, as drawn": mouth_opening(portrait(who), who).item(),
         "opening when loud": opening[loud > loud.quantile(0.9)].mean().item(),
         "sharpness of the last chunk": (edges[-part:].mean() / edges[:part].mean()).item(),
         **drift,

@@ -27,13 +27,14 @@ from training.voices import SAMPLES_PER_FRAME, mouth, speak
 SEED = 31
 SECONDS = 12.0
 WARMUP_FRAMES = 3
+STRETCH = 1.25  # of what differs within a latent frame: the DiT and the decoder, being unsure, show less of it
 LEAD_IN, CUT = 9, 3  # the convolutions see 9 frames: so few copies in front give what the model's 73 give
 ENCODER = "casual_audio_encoder."
 INJECTOR = "audio_injector.injector.0.o"
 
 
 def main() -> None:
-    """Train; it takes minutes and starts anew with every call."""
+    """Train; it takes minutes, and begins with what stands in the state folder."""
     reader = loop.parser(__doc__, steps=1200)
     reader.add_argument("--voices", type=int, default=40)
     loop.start(reader, train)
@@ -52,6 +53,11 @@ class Hearing:
             if key.endswith("conv.weight"):
                 weights[key] = torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
         self.encoder.load_state_dict(weights)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take the learned weights of a model."""
+        for key, value in self.learned().items():
+            value.data.copy_(weights[key][plan.MOUTH] if key.startswith(INJECTOR) else weights[key])
 
     def learned(self) -> dict[str, Tensor]:
         """Return what is learned, by key; of the injector's layer the rows of the mouth channels."""
@@ -107,6 +113,9 @@ def train(options: argparse.Namespace) -> list[float]:
         voices.append((heard[:count], opening[:count], roundness[:count]))
     print(f"{len(voices)} voices in {time.monotonic() - start:.0f} s", flush=True)
     hearing = Hearing()
+    path = options.state / "hearing.safetensors"
+    if path.exists():
+        hearing.load(state.load_weights(path))
     learned = hearing.learned()
     optimizer = torch.optim.AdamW(learned.values(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, options.steps, pct_start=0.05)
@@ -131,8 +140,14 @@ def train(options: argparse.Namespace) -> list[float]:
             ]
             numbers = [round(torch.corrcoef(side)[0, 1].item(), 3) for side in sides]
             print(f"{step + 1} loss {losses[-1]:.4f} held out: correlation {numbers}", flush=True)
-            state.save_weights(hearing.weights(), options.state / "hearing.safetensors", torch.float32)
+            state.save_weights(hearing.weights(), path, torch.float32)
     return losses
+
+
+def stretched(code: Tensor) -> Tensor:
+    """Say what differs among the openings of each latent frame, the first four of [..., 8], `STRETCH` times as large."""
+    mean = code[..., :4].mean(-1, keepdim=True)
+    return torch.cat([mean + STRETCH * (code[..., :4] - mean), code[..., 4:]], -1)
 
 
 def _excerpts(voices: list[tuple[Tensor, Tensor, Tensor]], count: int, rng: random.Random) -> tuple[Tensor, Tensor]:
@@ -141,8 +156,13 @@ def _excerpts(voices: list[tuple[Tensor, Tensor, Tensor]], count: int, rng: rand
         heard, opening, roundness = voices[rng.randrange(len(voices))]
         first = 0 if rng.random() < 0.1 else rng.randrange(len(heard) - CHUNK_FRAMES + 1)
         part = slice(first, first + CHUNK_FRAMES)
-        features.append(heard[part])
-        wanted.append(mouth_code(opening[part], roundness[part]))
+        rows, *shape = heard[part].clone(), opening[part].clone(), roundness[part].clone()
+        if rng.random() < 0.2:  # the voice ends: the pipeline fills the chunk with zeros
+            end = rng.randrange(CHUNK_FRAMES)
+            for values in (rows, *shape):
+                values[end:] = 0
+        features.append(rows)
+        wanted.append(stretched(mouth_code(*shape)))
     return torch.stack(features), torch.stack(wanted)
 
 

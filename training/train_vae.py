@@ -1,6 +1,7 @@
 """Train the VAE on drawn characters: `python -m training.train_vae --state DIR --steps N`.
 
-`--part decoder` leaves the encoder, and so the latent space that the DiT knows, as it is.
+`--part decoder` leaves the encoder, and so the latent space that the DiT knows, as it is; `--part end`, after
+`train_decoder`, the decoder's first half too, which tells frames apart, and weighs squared errors more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from training.faces import SIZE, draw_character, mouth_box, render
 from training.motions import random_motion
 from training.vae import TrainableVAE, flat, forget_time, rescale_latents
 
+# of the decoder: up to where frames part for the second time
+FIRST_HALF = (
+    "decoder.conv1.",
+    "decoder.middle.",
+    *(f"decoder.upsamples.{index}." for index in range(7)),
+    "decoder.upsamples.7.time_conv.",
+)
 CROP = 64
 CLIP_FRAMES = 9
 SEED = 5
@@ -28,7 +36,7 @@ def main() -> None:
     """Train until `--steps` are done or `--minutes` are over; every call goes on where the last one stopped."""
     reader = loop.long_parser(__doc__, steps=6000, rate=6e-4, save_every=25)
     reader.add_argument("--start", type=Path, default=FOLDER / "vae.safetensors", help="weights to begin with")
-    reader.add_argument("--part", choices=("all", "decoder"), default="all")
+    reader.add_argument("--part", choices=("all", "decoder", "end"), default="all")
     loop.start(reader, train)
 
 
@@ -59,6 +67,8 @@ def train(options: argparse.Namespace) -> list[float]:
         noisy = latent + 0.06 * torch.randn(latent.shape, generator=generator)
         decoded = vae.decode(noisy)
         loss = _loss(decoded, pixels, weight)
+        if options.part == "end":
+            loss = loss + 20 * (decoded - pixels).square().mean()
         if options.part == "all":
             loss = loss + 0.01 * _spread(latent)
         run.learn(loss)
@@ -76,6 +86,8 @@ def _parameter(key: str, value: Tensor, part: str) -> torch.nn.Parameter:
     """Make a weight that is trained, or not: the encoder's first levels are good as they are, and dear."""
     is_early = key.startswith(("encoder.conv1.", *(f"encoder.downsamples.{index}." for index in range(5))))
     is_trained = key.startswith(("decoder.", "conv2.")) or (part == "all" and not is_early)
+    if part == "end":
+        is_trained = key.startswith("decoder.") and not key.startswith(FIRST_HALF)
     if value.ndim == 4:
         value = value.contiguous(memory_format=torch.channels_last)
     return torch.nn.Parameter(value.clone(), requires_grad=is_trained)

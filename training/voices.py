@@ -35,7 +35,7 @@ def speak(seconds: float, rng: random.Random) -> np.ndarray:
     """Make speech with pauses, float32 [seconds * 16000]."""
     parts: list[np.ndarray] = [np.zeros(int(SAMPLE_RATE_HZ * rng.uniform(0.05, 0.5)), np.float32)]
     voice, level = rng.choice(VOICES), rng.uniform(0.4, 1.0)
-    speed, pitch = str(rng.randint(110, 190)), str(rng.randint(20, 80))
+    speed, pitch = str(rng.randint(110, 280)), str(rng.randint(20, 80))
     wanted = int(seconds * SAMPLE_RATE_HZ)
     while sum(map(len, parts)) < wanted:
         text = " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 11)))

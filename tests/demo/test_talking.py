@@ -7,14 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from s2v_flow.demo import plan
 from s2v_flow.demo.trained import FOLDER, vae_with_time
+from s2v_flow.models.load import load_text_encoder
 from s2v_flow.models.vae import VAEConfig, WanVAE
-from training import state
+from training import state, train_text
 from training.clips import portrait, talk
+from training.dit import Student, measure_codes
 from training.faces import draw_character, render
 from training.measure import correlation, mouth_bend, mouth_opening
 from training.portrait import character
 from training.show import Shown, decibel, figures, shown, speech
+from training.train_dit import mouth_code
+from training.vae import TrainableVAE
 
 
 def held_out_clip(seed: int) -> torch.Tensor:
@@ -30,7 +35,7 @@ def test_the_vae_alone_keeps_held_out_characters() -> None:
     vae = WanVAE(VAEConfig(width=16))
     vae.load_state_dict(vae_with_time(state.load_weights(FOLDER / "vae.safetensors")))
     errors = []
-    for seed in range(3):
+    for seed in range(6):
         frames = held_out_clip(seed).transpose(0, 1)[None]
         decoded = vae.decode(vae.encode(frames * 2 - 1)).clamp(-1, 1) / 2 + 0.5
         errors.append((decoded - frames).square().mean())
@@ -58,7 +63,14 @@ def test_the_demo_talks(demo: Shown) -> None:
     found = figures(demo, character())
     assert found["correlation"] > CORRELATION
     assert found["lag"] == 0
-    assert found["opening in silence"] < found["opening when loud"] - 0.05
+    assert found["opening when loud"] > found["opening at rest, as drawn"] + 0.15
+
+
+@pytest.mark.slow
+def test_the_mouth_closes_in_a_pause(tmp_path: Path) -> None:
+    """To what the drawing at rest measures, by a hundredth of the picture's half height: two thirds of a pixel."""
+    found = figures(shown(tmp_path, speech(tmp_path / "pause.wav", 2, pause=24)), character())
+    assert abs(found["opening in silence"] - found["opening at rest, as drawn"]) < SILENT
 
 
 @pytest.mark.slow
@@ -77,6 +89,33 @@ def test_the_demo_smiles_when_the_timeline_says_so(demo: Shown) -> None:
 
 
 @pytest.mark.slow
+@torch.no_grad()
+def test_twenty_held_out_characters_smile_when_told_to(tiny_models: Path) -> None:
+    """Against a plain prompt, with the same noise and the same sound, the corners of the mouth stand higher."""
+    encoder = load_text_encoder(
+        tiny_models / "text_encoders" / "tiny_umt5.safetensors", quantized=False, dtype=torch.float32, device="cpu"
+    )
+    tokens, lengths, _ = train_text._encoded(encoder, {"The person speaks.": 0, "The person smiles.": 1})
+    said = train_text.read(state.load_weights(FOLDER / "text.safetensors"), tokens, lengths)
+    weights = plan.built_in() | state.load_weights(FOLDER / "dit.safetensors")
+    student = Student(weights, measure_codes(weights))
+    vae = TrainableVAE(state.load_weights(FOLDER / "vae.safetensors"))
+    mouth = mouth_code(torch.full((12,), 0.25), torch.zeros(12)).expand(2, -1, -1)
+    higher = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(9_000_000 + seed)
+        who = draw_character(generator)
+        reference = vae.encode(portrait(who)[:, :, None] * 2 - 1).expand(2, -1, -1, -1, -1)
+        noise = torch.randn(1, 16, 3, 16, 16, generator=generator).expand(2, -1, -1, -1, -1)
+        latent = student(noise, reference, reference, mouth, said, torch.zeros(2, dtype=torch.int64))
+        plain, smiling = (
+            mouth_bend(frames[-4:], who).mean() for frames in vae.decode(latent[:, :, 1:]).transpose(1, 2) / 2 + 0.5
+        )
+        higher.append((smiling - plain).item())
+    assert min(higher) > 0.01
+
+
+@pytest.mark.slow
 def test_lips_are_late_as_theory_says_where_comfyuis_timing_is_asked_for(tmp_path: Path) -> None:
     """By three frames; exact time, as in the demo, has none."""
     assert figures(shown(tmp_path, nodes__first__conditioning="comfyui"), character())["lag"] == 3
@@ -90,5 +129,6 @@ def test_ten_chunks_do_not_drift(tmp_path: Path) -> None:
     assert found["correlation"] > CORRELATION
 
 
-VAE_DECIBEL = 27.0
-CORRELATION = 0.78
+VAE_DECIBEL = 28.0
+CORRELATION = 0.8
+SILENT = 0.015
