@@ -37,8 +37,8 @@ class OrderedCommand(click.Command):
             return super().parse_args(ctx, args)
         except click.UsageError as error:
             if "unexpected extra argument" in error.message and any(item.name == "recipe" for item in self.params):
-                each = f'for recipe in *.yaml; do {ctx.command_path} "$recipe"; done'
-                text = f"{error.message}. One recipe at a time: {each}; -m seed=1..8 varies a value of one recipe"
+                many = f"`{ctx.find_root().command_path} batch 'recipes/*.yaml'` runs many, each after a check"
+                text = f"{error.message}. One recipe at a time: {many}; -m seed=1..8 varies a value of one"
                 raise click.UsageError(text, ctx) from error
             raise
 

@@ -49,6 +49,7 @@ file's start."""
 _ALLOWED_GAP_SECONDS = Fraction(1, 4)  # between the length that a header promises and the last packet
 _QUICKTIME_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _CONVERT = {"video": "convert it to H.264 by ffmpeg", "sound": "convert it to wav by ffmpeg"}
+_PICTURES = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF"}
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<?xml", b"<smil", b"http:", b"https:")
 
 
@@ -111,8 +112,11 @@ def sniff(file: FileIO, path: str | os.PathLike[str]) -> str:
         return "aac" if body[1] & 0xF6 == 0xF0 else "mp3"  # layer bits 00: ADTS
     if head.startswith(b"ID3"):
         return "mp3"
+    what = next(
+        (f"a {name} picture, not a recording" for magic, name in _PICTURES.items() if head.startswith(magic)), ""
+    )
     raise MediaError(
-        f"{path}: not a recording that can be read (its first bytes are {head[:8].hex(' ')})",
+        f"{path}: {what or 'not a recording that can be read'} (its first bytes are {head[:8].hex(' ')})",
         "use wav, flac, ogg, mp3, m4a, aac, mp4, mov, mkv or webm; ffmpeg converts anything else",
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath
@@ -17,6 +18,9 @@ from s2v_flow.recipe.params import param_takes
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, plain, tree_at
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 
 def apply_overrides(
@@ -102,16 +106,22 @@ class _Change:
         else:
             match = nearest(first.text, body.params.entries)
             known = listed(body.params.entries)
-            fix = f"{f'did you mean {match}? ' if match else ''}parameters: {known or 'none'}; fields: nodes.NODE.FIELD"
+            meant = [match] if match else [f"nodes.{name}.{first.text}" for name in self._having(body, first.text)]
+            question = f"did you mean {' or '.join(meant)}? " if meant else ""
+            fix = f"{question}parameters: {known or 'none'}; fields: nodes.NODE.FIELD"
         message = f"{self.path}: {'name a value in it' if is_section else 'there is no such parameter'}"
         raise self._faulty(message, first, fix)
 
     def _seeded(self, body: Body) -> list[str]:
         """Name the nodes whose kind always has a seed of its own."""
+        return [name for name, field in self._having(body, "seed").items() if field.default is not None]
+
+    def _having(self, body: Body, wanted: str) -> dict[str, FieldInfo]:
+        """Return a field of each node whose kind has it."""
         kinds = {name: plain(entry.value) for name, entry in body.nodes.entries.items()}
         models = {name: self.kinds.get(str(node.get("kind"))) for name, node in kinds.items() if isinstance(node, dict)}
-        fields = {name: model.model_fields.get("seed") for name, model in models.items() if model}
-        return [name for name, field in fields.items() if field is not None and field.default is not None]
+        fields = {name: model.model_fields.get(wanted) for name, model in models.items() if model}
+        return {name: field for name, field in fields.items() if field is not None}
 
     @property
     def path(self) -> str:

@@ -66,8 +66,9 @@ def similar_file(path: Path) -> str | None:
         siblings = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml", path.suffix)]
     except (OSError, ValueError):
         return None
-    match = nearest(path.name, siblings)
-    return None if match is None or match == path.name else f"did you mean {path.parent / match}?"
+    named = {Path(name).stem: name for name in siblings}  # not by the ending, which all of them share
+    match = nearest(path.stem, named)
+    return None if match is None or named[match] == path.name else f"did you mean {path.parent / named[match]}?"
 
 
 def _species(name: str, head: bytes, all_of_it: bytes) -> Iterator[Species]:

@@ -89,7 +89,7 @@ def test_several_recipes_at_once_are_told_how_to_run_each(tmp_path: Path) -> Non
     recipe = write_recipe(tmp_path)
     code, _, err = call("check", recipe, recipe)
     assert code == 2
-    assert 'One recipe at a time: for recipe in *.yaml; do s2vflow check "$recipe"; done' in err
+    assert "One recipe at a time: `s2vflow batch 'recipes/*.yaml'` runs many" in err
 
 
 def test_a_recipe_is_read_from_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,7 @@ def test_a_video_without_sound_is_refused(tmp_path: Path) -> None:
     [
         (b"", "empty"),
         (b"hello, this is no sound at all", "not a recording"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "a PNG picture, not a recording"),
         (b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", "playlist"),
         (b"ffconcat version 1.0\nfile /etc/passwd\n", "playlist"),
         (b"\xef\xbb\xbf#EXTM3U\nhttp://localhost/a.ts\n", "playlist"),
