@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from reference import relative_error
+from reference import load_golden, relative_error
 
 from s2v_flow.graph.ports import Ref
 from s2v_flow.models.load import load_text_encoder
@@ -54,6 +54,13 @@ def test_nesting_and_weights_are_bounded() -> None:
         with pytest.raises(ValidationError, match="in a prompt"):
             EncodeText(text_encoder=Ref("umt5"), text=text, prompt_syntax="comfyui")
         assert EncodeText(text_encoder=Ref("umt5"), text=text).parts() == [(text, 1.0)]
+
+
+def test_weighted_prompts_equal_the_reference(encoder: TextEncoder) -> None:
+    _, outputs, case = load_golden("components/umt5_weights")
+    for index, text in enumerate(case["prompts"]):
+        found = encoder.encode_parts(weighted_parts(text))
+        assert relative_error(found[0], outputs[str(index)]) <= 3e-6
 
 
 def test_weighted_rows_are_moved_away_from_those_of_an_empty_prompt(encoder: TextEncoder) -> None:
