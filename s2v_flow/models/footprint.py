@@ -163,11 +163,15 @@ def decoding_bytes(vae: Weights, width: int, height: int, frames_per_call: int) 
 
     The state from one call to the next is 24.7 of them, twice while it is replaced. At the widest moment, in the last
     stage (four frames for a latent frame), 20 more for each latent frame: the layer's input and its shortcut, the
-    convolution's window and its result, and upsampled ones of twice the channels; 16-bit norms add 7, in float32. What
-    convolutions need besides makes 55 and 21.5; on the CPU they turn 16 bits into float32, which makes 54.
+    convolution's window and its result, and upsampled ones of twice the channels; 16-bit norms add 7, in float32. On
+    the CPU convolutions read what they are given, and 49.5 and 16 are held; what they need besides makes 52 and 17, for
+    16 bits, which they turn into float32, 55 and 54, and elsewhere 55 and 21.5 (29 for 16 bits).
     """
-    per_call = 21.5 if vae.item_bytes == 4 else (54 if vae.on_cpu else 29)
-    return round(_frame_bytes(vae, width, height) * (55 + per_call * frames_per_call))
+    if vae.on_cpu:
+        state, per_call = (52.0, 17.0) if vae.item_bytes == 4 else (55.0, 54.0)
+    else:
+        state, per_call = 55.0, 21.5 if vae.item_bytes == 4 else 29.0
+    return round(_frame_bytes(vae, width, height) * (state + per_call * frames_per_call))
 
 
 def encoding_bytes(vae: Weights, width: int, height: int, num_frames: int) -> int:

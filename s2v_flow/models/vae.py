@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from s2v_flow.errors import CheckpointError
 from s2v_flow.models.footprint import LATENT_CHANNELS
 from s2v_flow.models.vae_layers import (
+    LAYOUT,
     Carry,
     Downsample,
     FrameAttention,
@@ -166,7 +167,7 @@ class WanVAE(nn.Module):
         _check_pixels(pixels, is_first=state is None)
         _check_stream(pixels, state)
         carry = Carry(state.frames if state else None)
-        x = self.encoder(pixels.to(self.conv1.weight.dtype), carry)  # [B, 32, F, H, W]
+        x = self.encoder(pixels.to(self.conv1.weight.dtype, memory_format=LAYOUT), carry)  # [B, 32, F, H, W]
         return self.conv1(x)[:, :LATENT_CHANNELS].contiguous(), EncoderState(carry.kept)
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ class WanVAE(nn.Module):
             raise ValueError(f"a latent is [B, {LATENT_CHANNELS}, F, H, W] with F >= 1, got {list(latent.shape)}")
         _check_stream(latent, state)
         carry = Carry(state.frames if state else None)
-        pixels: Tensor = self.decoder(self.conv2(latent.to(self.conv2.weight.dtype)), carry)
+        pixels: Tensor = self.decoder(self.conv2(latent.to(self.conv2.weight.dtype, memory_format=LAYOUT)), carry)
         return pixels, DecoderState(carry.kept)
 
 

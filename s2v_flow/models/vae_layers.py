@@ -4,6 +4,9 @@ Every causal convolution needs the last input frames of the call before it. A `C
 which the layers run and collects the next ones; it lives for one call. Layers are inference only: activations are
 written in place.
 
+Everything between a model's input and its output lies channels last (`LAYOUT`): convolutions then convert nothing, and
+norms read their channels in one piece. Other layouts give the same results, slower.
+
 Attribute names and the numbers in the module dictionaries equal the checkpoint's keys.
 """
 
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CAUSAL_FRAMES = 2  # a kernel of 3 frames looks two frames back
+LAYOUT = torch.channels_last_3d
 
 
 class Carry:
@@ -47,7 +51,7 @@ class Carry:
             The window [B, D, num_past + T, H, W], and a view of its last T frames, for the caller to fill.
         """
         B, D, T, H, W = x.shape
-        window = x.new_empty(B, D, num_past + T, H, W)
+        window = empty(x, B, D, num_past + T, H, W)
         if self.is_first:
             window[:, :, :num_past].zero_()
         else:
@@ -60,7 +64,12 @@ class Carry:
 
     def keep(self, frames: Tensor) -> None:
         """Remember `frames` for the running layer's next call, as a copy: a view would keep all activations alive."""
-        self._kept.append(frames.clone(memory_format=torch.contiguous_format))
+        self._kept.append(frames.clone(memory_format=LAYOUT))
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """Allocate [B, D, T, H, W], channels last, of another tensor's dtype and device."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=LAYOUT)
 
 
 class RMSNorm(nn.Module):
@@ -191,9 +200,9 @@ class FrameAttention(nn.Module):
         """Map x [B, D, T, H, W] to the same shape; frames do not see each other, so that nothing is carried."""
         B, D, T, H, W = x.shape
         qkv = self.to_qkv(self.norm(x))  # [B, 3D, T, H, W]
-        q, k, v = qkv.reshape(B, 3, D, T, H * W).permute(1, 0, 3, 4, 2).unbind(0)  # 3 x [B, T, H*W, D]
+        q, k, v = qkv.permute(0, 2, 3, 4, 1).reshape(B, T, H * W, 3 * D).chunk(3, dim=-1)  # 3 x [B, T, H*W, D]
         attended = F.scaled_dot_product_attention(q, k, v)  # [B, T, H*W, D]
-        y: Tensor = self.proj(attended.permute(0, 3, 1, 2).reshape(B, D, T, H, W))  # [B, D, T, H, W]
+        y: Tensor = self.proj(attended.reshape(B, T, H, W, D).permute(0, 4, 1, 2, 3))  # [B, D, T, H, W]
         return y.add_(x)
 
 
@@ -229,6 +238,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double rows and columns, halving the channels, and, where `in_time`, the frames after the first.
 
+    The video's first frame is not convolved in time and stays single.
+
     Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py, Resample (upsample2d, upsample3d).
     """
 
@@ -242,23 +253,27 @@ class Upsample(nn.Module):
 
         T' = T, or where `in_time`: 1 + 2 (T - 1) at the video's start, 2T later.
         """
-        if self.time_conv is not None:
-            x = self._double_frames(self.time_conv, x, carry)
-        x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest-exact")  # [B, D, T', 2H, 2W]
-        y: Tensor = self.resample["1"](x)
+        B, D, T, H, W = x.shape
+        single = T if self.time_conv is None else int(carry.is_first)
+        pairs = None if self.time_conv is None else self._pairs(self.time_conv, x[:, :, single:], carry)
+        wide = empty(x, B, D, single + 2 * (T - single), 2 * H, 2 * W)
+        _double(x[:, :, :single], wide[:, :, :single])
+        if pairs is not None:
+            _double(pairs[:, :D], wide[:, :, single::2])  # the earlier frame of each pair
+            _double(pairs[:, D:], wide[:, :, single + 1 :: 2])
+        y: Tensor = self.resample["1"](wide)
         return y
 
-    def _double_frames(self, time_conv: nn.Module, x: Tensor, carry: Carry) -> Tensor:
-        """Map x [B, D, T, H, W] to twice its frames; the video's first frame is not convolved and stays single."""
-        B, D, T, H, W = x.shape
-        single = int(carry.is_first)
-        window, present = carry.window(x[:, :, single:])
-        present.copy_(x[:, :, single:])
+    def _pairs(self, time_conv: nn.Module, x: Tensor, carry: Carry) -> Tensor | None:
+        """Map x [B, D, T, H, W] to [B, 2D, T, H, W], the channels of two frames; None where T is 0."""
+        window, present = carry.window(x)
+        present.copy_(x)
         carry.keep(window[:, :, -CAUSAL_FRAMES:])
-        y = x.new_empty(B, D, single + 2 * (T - single), H, W)
-        y[:, :, :single].copy_(x[:, :, :single])
-        if single < T:
-            pairs = time_conv(window).reshape(B, 2, D, T - single, H, W)
-            y[:, :, single::2].copy_(pairs[:, 0])  # the earlier frame of each pair
-            y[:, :, single + 1 :: 2].copy_(pairs[:, 1])
-        return y
+        return time_conv(window) if x.shape[2] else None
+
+
+def _double(x: Tensor, out: Tensor) -> None:
+    """Write every pixel of x [B, D, T, H, W] to four of `out` [B, D, T, 2H, 2W], which lies channels last."""
+    B, D, T, H, W = x.shape
+    pixels = out.permute(0, 2, 3, 4, 1).view(B, T, H, 2, W, 2, D)
+    pixels.copy_(x.permute(0, 2, 3, 4, 1)[:, :, :, None, :, None])
