@@ -1,9 +1,11 @@
-"""Attention of the DiT: rotary position embeddings, the one call of the kernel, and the two layers around it."""
+"""Attention of the DiT: rotary position embeddings, its backends, and the two layers around it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +13,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.models.float32 import RMSNorm
 
 HEAD_WIDTH = 128
@@ -82,16 +86,100 @@ class KeysValues(NamedTuple):
     values: Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # of queries, keys and values, as `attention` takes them
+_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
     """Compute softmax(q k^T / sqrt(K)) v: the attended values with the heads joined, [B, L, N K], of q's dtype.
 
     Args:
         q: [B, N, L, K], floating point.
         k: [B, N, S, K], of q's dtype.
         v: [B, N, S, K], of q's dtype.
+        kernel: Computes it; unless given, torch does.
     """
-    attended = F.scaled_dot_product_attention(q, k, v)  # [B, N, L, K]
+    attended = (kernel or F.scaled_dot_product_attention)(q, k, v)  # [B, N, L, K]
     return attended.transpose(1, 2).flatten(2)  # [B, L, D]
+
+
+def kernel_of(backend: str) -> Kernel | None:
+    """Return what computes self-attention with a backend; None: torch does, see `preferring`."""
+    if backend != "sage":
+        return None
+    from sageattention import sageattn  # type: ignore[import-not-found]  # not among the requirements
+
+    return partial(sageattn, tensor_layout="HND", is_causal=False)
+
+
+def preferring(backend: str) -> AbstractContextManager[None]:
+    """Return a block in which torch takes a backend wherever it can compute a shape, else its next best."""
+    first = _BACKENDS.get(backend)
+    if first is None:
+        return nullcontext()
+    others = (each for each in (*_BACKENDS.values(), SDPBackend.MATH) if each != first)
+    return sdpa_kernel([first, *others], set_priority=True)
+
+
+def backends_for(capability: tuple[int, int] | None, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return what `attention: auto` tries, best first, by a GPU's compute capability (None: no NVIDIA GPU).
+
+    Source: measurements of others: huggingface/transformers, pull request 48163; sgl-project/sglang, 33655.
+    """
+    if capability is None or dtype == torch.float32:
+        return ("sdpa",)
+    if capability in ((9, 0), (10, 0)):
+        return "cudnn", "flash", "sdpa"
+    return ("flash", "sdpa") if capability[0] == 8 else ("sdpa",)
+
+
+def try_backend(backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Compute a small tensor with a backend alone; return why it cannot be used on a device, None if it can."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, HEAD_WIDTH, generator=generator).to(device, dtype) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v)
+    try:
+        with sdpa_kernel(_BACKENDS[backend]) if backend in _BACKENDS else nullcontext():
+            found = attention(q, k, v, kernel_of(backend))
+        is_right = torch.allclose(found, expected.transpose(1, 2).flatten(2), rtol=0.05, atol=0.05)
+    except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0] or 'no text'}"
+    return None if is_right else "it gives wrong numbers"
+
+
+def usable_backend(asked: str, candidates: Sequence[str], device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """Return the backend to compute with, and a warning's text if it is not the first choice, else "".
+
+    Args:
+        asked: "auto", or the one backend that will do.
+        candidates: What auto tries, in order; the last needs no trial.
+        device: torch's name of it.
+        dtype: What attention computes in.
+
+    Raises:
+        S2VFlowError: The one that is asked for cannot be used.
+    """
+    if asked != "auto":
+        failure = None if asked == "sdpa" else try_backend(asked, device, dtype)
+        if failure is not None:
+            text = f"attention: {asked} does not work on {device}: {failure}"
+            raise S2VFlowError(text, fix="use attention: auto, or another backend", exit_code=ExitCode.USAGE)
+        return asked, ""
+    failures: list[str] = []
+    for backend in candidates[:-1]:
+        failure = try_backend(backend, device, dtype)
+        if failure is None:
+            return backend, _told(failures, backend)
+        failures.append(f"{backend} does not work on {device} ({failure})")
+    return candidates[-1], _told(failures, candidates[-1])
+
+
+def _told(failures: Sequence[str], backend: str) -> str:
+    return f"attention: {'; '.join(failures)}: {backend} is used" if failures else ""
 
 
 def split_heads(x: Tensor) -> Tensor:
@@ -115,18 +203,19 @@ class Projections(nn.Module):
 class SelfAttention(Projections):
     """Attention of all tokens to all tokens, with rotary positions."""
 
-    def forward(self, x: Tensor, rotations: Tensor, num_queries: int) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor, num_queries: int, kernel: Kernel | None = None) -> Tensor:
         """Let the first `num_queries` tokens attend to all: [B, num_queries, D], of x's dtype.
 
         Args:
             x: Tokens [B, L, D], in the dtype to compute in.
             rotations: complex64 [L, 1, K / 2].
             num_queries: How many tokens are asked for, 1 to L.
+            kernel: What computes attention; unless given, torch does.
         """
         q = rotate_(split_heads(self.norm_q(self.q(x[:, :num_queries]))), rotations[:num_queries]).to(x.dtype)
         k = rotate_(split_heads(self.norm_k(self.k(x))), rotations).to(x.dtype)
         v = split_heads(self.v(x))
-        out: Tensor = self.o(attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
+        out: Tensor = self.o(attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), kernel))
         return out
 
 

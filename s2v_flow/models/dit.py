@@ -17,7 +17,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from s2v_flow.models.attention import HEAD_WIDTH, CrossAttention, Grid, rotation_table
+from s2v_flow.models.attention import HEAD_WIDTH, CrossAttention, Grid, kernel_of, preferring, rotation_table
 from s2v_flow.models.audio_injection import (
     AUDIO_FRAMES_PER_LATENT,
     AUDIO_LAYERS,
@@ -98,12 +98,16 @@ class WanS2V(nn.Module):
 
     `compute_dtype`: what matrices and attention compute in: float32, bfloat16 or float16. Linear layers must take and
     give this dtype; every other parameter may be stored in any floating dtype.
+
+    Attributes:
+        attention: The backend of attention: "sdpa" (torch's choice), "cudnn", "flash", "efficient" or "sage".
     """
 
     def __init__(self, config: S2VConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.attention = "sdpa"
         dim = config.dim
         self.patch_embedding = PatchEmbedding(LATENT_CHANNELS, dim, PATCH)
         self.cond_encoder = PatchEmbedding(LATENT_CHANNELS, dim, PATCH)
@@ -279,10 +283,11 @@ class WanS2V(nn.Module):
         embedding = timestep_embedding(time_rows, chunk.conditioning).to(x.device, self.compute_dtype)
         time = self.time_embedding(embedding)  # [B+1, D]
         projected = self.time_projection(time).float().unflatten(1, (6, -1))  # [B+1, 6, D]
-        step = Step(projected, chunk.num_noisy_tokens, chunk.rotations, self.compute_dtype)
+        kernel = kernel_of(self.attention)
+        step = Step(projected, chunk.num_noisy_tokens, chunk.rotations, self.compute_dtype, kernel)
 
         hidden = [torch.cat([self.patch_embedding(x) + chunk.video_offset, chunk.still_tokens], dim=1)]  # [B, L, D]
-        with self._passing("step", self.config.num_layers) as indices:
+        with preferring(self.attention), self._passing("step", self.config.num_layers) as indices:
             for index in indices:
                 hidden = self._run_block(index, hidden, chunk, branches, step)
         patches = (self.head(stream, time.float(), chunk.num_noisy_tokens, self.compute_dtype) for stream in hidden)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2v_flow.models.attention import CrossAttention, KeysValues, SelfAttention
+from s2v_flow.models.attention import CrossAttention, Kernel, KeysValues, SelfAttention
 from s2v_flow.models.conditioning import Conditioning
 from s2v_flow.models.float32 import LayerNorm
 
@@ -76,12 +76,14 @@ class Step:
     num_noisy: how many tokens, from the first, see the timestep.
     rotations: complex64 [L, 1, K / 2].
     dtype: what matrices and attention compute in.
+    kernel: what computes self-attention; None: torch.
     """
 
     time: Tensor
     num_noisy: int
     rotations: Tensor
     dtype: torch.dtype
+    kernel: Kernel | None = None
 
 
 class Block(nn.Module):
@@ -116,7 +118,7 @@ class Block(nn.Module):
         for x in hidden:
             tokens = _modulated(x, shift1, scale1, step.dtype)
             kept = x[:, :num_kept]
-            streams.append(add_gated_(kept, self.self_attn(tokens, step.rotations, num_kept), gate1))
+            streams.append(add_gated_(kept, self.self_attn(tokens, step.rotations, num_kept, step.kernel), gate1))
             del tokens  # else held to the block's end
         if len(streams) < len(texts):
             streams += [streams[0].clone() for _ in texts[1:]]

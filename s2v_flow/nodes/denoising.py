@@ -64,7 +64,8 @@ class Denoiser(Fallbacks):
         def noise() -> Tensor:
             return initial_noise(self._prepared.latent_shape, of.seed)
 
-        sampling = ResumableSampling(self._context, sampler, self._handle.precision, self)
+        attention = self._handle.facts.get("attention", "sdpa")
+        sampling = ResumableSampling(self._context, sampler, self._handle.precision, attention, self)
         try:
             with self._context.stepwise():
                 return denormalise(sampling.sample(denoise, noise)).cpu()

@@ -22,6 +22,7 @@ ReferenceInput = Annotated[Ref, Port("reference")]
 LatentInput = Annotated[Ref, Port("latent")]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Attention = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "sage"]
 Conditioning = Literal["official", "comfyui"]
 Motion = Literal["latent", "pixels"]
 Steps = Annotated[int, Field(ge=1, le=500)]  # more would repeat levels of the 1000 that there are

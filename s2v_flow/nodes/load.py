@@ -15,8 +15,9 @@ from s2v_flow.files.facts import per_file
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.node import Precision as Resolve
 from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Value
+from s2v_flow.machine import compute_capability
 from s2v_flow.nodes.chunk_plan import Chain, Part
-from s2v_flow.nodes.fields import Precision, model_file
+from s2v_flow.nodes.fields import Attention, Precision, model_file
 from s2v_flow.nodes.handle import lacks_room, open_handle
 from s2v_flow.nodes.remarks import ModelFacts, is_distilled, remark_on_lora
 from s2v_flow.nodes.settings import Settings
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from s2v_flow.models.lora import LoraReport
 
 LATENT_KEY = "latent_tensor"
+_YOUNGER = {"attention": "auto"}  # fields that came later, with the defaults that give the bytes of before
 _MADE_FOR_THE_DEMO = "the demo's model: it knows the demo's drawn faces only, and makes no good picture of a photograph"
 _MADE_FOR_TESTS = "a model for tests: it is untrained, so the picture is abstract"
 
@@ -80,6 +82,12 @@ class LoadDiffusionModel(Node):
         "host memory, each on the device only while it and the one before it compute; the same bits, for a fraction of "
         "the device's memory. auto: streamed where weights and activations would not fit into what is free on a GPU.",
     )
+    attention: Attention = Field(
+        "auto",
+        description="What computes attention. auto: on a GPU cuDNN where its compute capability is 9.0 or 10.0, flash "
+        "at 8.x, else sdpa: torch's own choice; one that fails on a small tensor is passed over with a warning. Any "
+        "other value is an error where it cannot be had. sage (approximate) needs the package sageattention.",
+    )
 
     @field_validator("loras")
     @classmethod
@@ -92,8 +100,9 @@ class LoadDiffusionModel(Node):
         return loras
 
     def identity(self, digests: Mapping[FieldPath, str], precision: Resolve) -> dict[str, Any]:
-        """Name the rounding as caches know it."""
+        """Name the rounding as caches know it; leave out what is younger than they are, at its default."""
         fields = super().identity(digests, precision)
+        fields = {name: value for name, value in fields.items() if value != _YOUNGER.get(name)}
         return {**fields, "fp8_rounding": fields["fp8_rounding"].removesuffix("_2025")}
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
@@ -125,9 +134,15 @@ class LoadDiffusionModel(Node):
         facts: dict[str, Any] = {}
 
         def load(path: Path, **options: Any) -> Any:
+            from s2v_flow.models.attention import backends_for, usable_backend
             from s2v_flow.models.load import load_dit
             from s2v_flow.models.lora import LoraSpec
 
+            device, dtype = context.device, options["dtype"]
+            candidates = backends_for(compute_capability(device), dtype)
+            facts["attention"], told = usable_backend(self.attention, candidates, device, dtype)
+            if told:
+                context.note(told, is_warning=True)
             specs = [LoraSpec(file, strength) for file, strength in zip(paths, strengths, strict=True)]
             loaded = load_dit(path, loras=specs, rounds_linears=self.fp8_rounding == "comfyui_2025", **options)
             for lora, report in zip(self.loras, loaded.report.loras, strict=True):
@@ -136,6 +151,7 @@ class LoadDiffusionModel(Node):
                     context.note(f"LoRA {lora.id}: {unmatched_text(report)}", is_detail=True)
                 counts = {name: getattr(report, name) for name in ("matched", "total", "blocks")}
                 facts.setdefault("loras", []).append({"id": lora.id, **counts})
+            loaded.module.attention = facts["attention"]
             return loaded.module
 
         def should_stream(num_tokens: int, num_branches: int, is_live: bool) -> bool:
@@ -150,7 +166,7 @@ class LoadDiffusionModel(Node):
 
         loras = tuple(zip(digests, strengths, strict=True))
         size = sum(path.stat().st_size for path in paths)
-        kind = f"dit, {self.fp8_rounding} fp8"
+        kind = f"dit, {self.fp8_rounding} fp8, attention {self.attention}"
         handle = open_handle(
             context, kind, self.precision, load, loras=loras, lora_bytes=size, facts=facts, should_stream=should_stream
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,28 @@ def kind_of_device(device: str) -> str:
     return "cuda, below 8.0" if capability is not None and capability < (8, 0) else "cuda, 8.0 and up"
 
 
+def attention_refusal(asked: str, device: str, precision: str) -> tuple[str, str] | None:
+    """Return why a backend of attention cannot be had on a device, and the fix; None: it may work, or is auto or sdpa.
+
+    `precision`: "fp32", "bf16" or "fp16". Whether a kernel runs on a GPU is tried when the model is loaded.
+    """
+    fix = "set attention: auto"
+    if asked in ("auto", "sdpa"):
+        return None
+    if device_class(device) == "cpu":
+        return None if asked == "flash" else (f"{asked} needs a GPU, and the device is the CPU", fix)
+    capability = compute_capability(device)
+    if asked == "cudnn" and capability is None:
+        return f"cudnn needs an NVIDIA GPU, and {device} is none", fix
+    if asked != "efficient" and capability is not None and capability < (8, 0):
+        return f"{asked} needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}", fix
+    if asked != "efficient" and precision == "fp32":
+        return f"{asked} computes in 16 bits only, and the precision is fp32", "set precision: bf16 or attention: sdpa"
+    if asked == "sage" and importlib.util.find_spec("sageattention") is None:
+        return "the package sageattention is not installed", "pip install sageattention, or set attention: auto"
+    return None
+
+
 def precision_notes(plan: Plan, device: str) -> Iterator[str]:
     """Compare what the plan's models are computed in with the device.
 
@@ -90,6 +113,10 @@ def precision_notes(plan: Plan, device: str) -> Iterator[str]:
             fix = f"set precision: fp32 or fp16 in node {node.name}, or use another device"
             text = f"{node.name} is to compute in {precision} on {device}, which is refused: {row.why}"
             raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
+        refusal = attention_refusal(getattr(node.node, "attention", "auto"), device, precision)
+        if refusal is not None:
+            text = f"{node.name}: attention: {node.node.attention} is refused: {refusal[0]}"  # type: ignore[attr-defined]
+            raise S2VFlowError(text, fix=f"{refusal[1]} in node {node.name}", exit_code=ExitCode.USAGE)
         is_large = path.is_file() and path.stat().st_size > _LARGE_BYTES
         if row.verdict == "slow" and is_large:
             yield f"precision: {node.name} computes in {precision}, which is slow here: {row.why}"

@@ -74,12 +74,14 @@ class ResumableSampling:
         context: The node's context.
         sampler: The sampler.
         precision: What the model computes in, for messages.
+        attention: What computes its attention, for messages.
         retry: What is given up where memory runs out.
     """
 
     context: RunContext
     sampler: Sampler
     precision: str
+    attention: str
     retry: Fallbacks
     _saved_at: float = 0.0
     _stepped_at: float = 0.0
@@ -179,7 +181,7 @@ class ResumableSampling:
             raise BadNumbersError(
                 f"{self.context.name}: NaN or infinity in the latent after step {bad_step} of "
                 f"{self.sampler.num_steps} (sampler {self.sampler.name}, precision {self.precision}, attention "
-                f"{self.context.numerics.attention}, device {self.context.device})",
+                f"{self.attention}, device {self.context.device})",
                 fix="try precision: fp32 in the model's node, or another sampler; check the checkpoint and the LoRAs",
                 kept="everything that was stored before; nothing of this node",
             )
