@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def compute_capability(device: str) -> tuple[int, int] | None:
     return found[0], found[1]
 
 
+@cache
 def cpu_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     """Return the CPU's units for bfloat16, as Linux calls them: of amx_bf16, avx512_bf16."""
     try:
@@ -164,6 +166,7 @@ def _amd_gpus(topology: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> int
     return count
 
 
+@cache
 def hardware(device: str, root: Path = Path("/proc")) -> str:
     """Name what computes, not whose it is: the GPUs as their driver calls them, or the CPU and how many of it."""
     files = root.glob("driver/nvidia/gpus/*/information") if device_class(device) != "cpu" else [root / "cpuinfo"]

@@ -6,6 +6,7 @@ The number of the folder changes whenever a file in it does.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 DEMO_VERSION = 2
@@ -29,6 +30,7 @@ def demo_root(cache_dir: Path) -> Path:
     return cache_dir / "demo-models" / str(DEMO_VERSION)
 
 
+@lru_cache(maxsize=4)
 def demo_paths(cache_dir: Path) -> Mapping[str, Path]:
     """Return where each of the demo's files stands, or will stand, by file name."""
     return {Path(file).name: demo_root(cache_dir) / file for file in DEMO_FILES}

@@ -112,17 +112,30 @@ def known_digest(path: Path, memory_path: Path | None) -> str | None:
     Raises:
         MissingError: The file is missing.
     """
+    with suppress(LookupError):
+        return _noted_digest(path, memory_path)
+    return None
+
+
+@per_file
+def _noted_digest(path: Path, memory_path: Path | None) -> str:
+    """Return a file's remembered sha256.
+
+    Raises:
+        LookupError: It is not known, or the file has changed since.
+        MissingError: The file is missing.
+    """
     try:
         identity = _identity(os.stat(path))
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
-    if memory_path is None:
-        return None
-    entry = _digests(memory_path).get(os.path.realpath(path))
+    entry = _digests(memory_path).get(os.path.realpath(path)) if memory_path is not None else None
     if not isinstance(entry, dict) or any(entry.get(name) != value for name, value in identity.items()):
-        return None
+        raise LookupError
     digest = entry.get("sha256")
-    return digest if isinstance(digest, str) and len(digest) == 64 else None
+    if not isinstance(digest, str) or len(digest) != 64:
+        raise LookupError
+    return digest
 
 
 def _identity(status: os.stat_result) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import networkx as nx
 
 from s2v_flow.errors import Diagnostic, RecipeError
+from s2v_flow.graph.link import sort
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.node import Plan, Planner, PlanNode, Remember, Spec
 from s2v_flow.wording import worded
@@ -40,7 +41,7 @@ def build_plan(
     targets = [node.name for node in planner.nodes.values() if node.node.is_sink]
     targets = targets or [name for name in planner.nodes if graph.out_degree(name) == 0]
     needed = set(targets).union(*(nx.ancestors(graph, name) for name in targets))
-    nodes = tuple(planner.nodes[name] for name in _sorted(graph.subgraph(needed)))
+    nodes = tuple(planner.nodes[name] for name in _sorted(graph) if name in needed)
     missing = dict.fromkeys(item for node in nodes for item in planner.missing.get(node.name, []))
     notes = dict.fromkeys(note for node in nodes for note in planner.notes.get(node.recipe_node, []))
     return Plan(nodes, tuple(missing), tuple(notes))
@@ -69,7 +70,7 @@ def _graph(nodes: Iterable[PlanNode]) -> nx.DiGraph[str]:
 
 def _sorted(graph: nx.DiGraph[str]) -> Iterator[str]:
     """Yield the names in an order in which they can run: by stage where the graph leaves a choice, else as given."""
-    yield from nx.lexicographical_topological_sort(graph, key=lambda name: graph.nodes[name]["order"])
+    return sort(graph, {name: data["order"] for name, data in graph.nodes.items()})
 
 
 def merge_plans(plans: Sequence[tuple[str, Plan]], *, by_stage: bool = False) -> tuple[Plan, dict[str, str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING, Any
 
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import Port, Ref
@@ -58,12 +59,22 @@ def link(nodes: Mapping[str, Node], unchecked: Collection[str] = ()) -> tuple[nx
     return graph, problems
 
 
-def sort(graph: nx.DiGraph[str]) -> Iterator[str]:
-    """Yield the nodes of a graph without cycles, each after those that it uses, else in the graph's order."""
-    import networkx as nx
+def sort(graph: nx.DiGraph[str], orders: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """Yield the nodes of a graph without cycles, each after those that it uses.
 
-    position = {name: index for index, name in enumerate(graph)}
-    return nx.lexicographical_topological_sort(graph, key=position.__getitem__)
+    `orders`: which goes first where there is a choice, different for each; else as in the graph.
+    """
+    orders = orders or {name: index for index, name in enumerate(graph)}
+    waits_for = dict(graph.in_degree())
+    ready = [(orders[name], name) for name, count in waits_for.items() if not count]
+    heapify(ready)
+    while ready:
+        _, name = heappop(ready)
+        yield name
+        for user in graph[name]:
+            waits_for[user] -= 1
+            if not waits_for[user]:
+                heappush(ready, (orders[user], user))
 
 
 class _Linker:

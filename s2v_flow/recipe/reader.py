@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -102,7 +103,18 @@ def read_file(
     species = file_species(path, name, data) if is_recipe else None
     if species is not None:
         raise problems.stop("R070", f"this is {species.what}", where, fix=species.fix)
+    with suppress(StopReadingError):
+        return _faultless(data, source)
     return read_yaml(data, source, problems)
+
+
+@lru_cache(maxsize=16)
+def _faultless(data: bytes, source: Source) -> Tree:
+    """Return the tree of a text in which nothing is wrong, read once for all jobs of a batch; else StopReadingError."""
+    tree = read_yaml(data, source, problems := Problems())
+    if problems:
+        raise StopReadingError
+    return tree
 
 
 def read_text(path: Path, name: str, problems: Problems, named_at: Origin, max_bytes: int) -> str:

@@ -168,6 +168,8 @@ class _NodeCheck:
             return None
         if field in self.inputs:
             return self._read_input(field, entry.value)
+        if isinstance(entry.value, Scalar) and "$" not in str(entry.value.value):
+            return entry.value
         return self.params.substitute(entry.value, self._inside((field,)))
 
     def _read_input(self, field: str, value: Tree) -> Tree | None:
