@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from s2v_flow.batch.claims import Claims
 from s2v_flow.batch.job import NEVER_AGAIN, Job
 from s2v_flow.batch.record import Batch
 from s2v_flow.batch.worker import Outcome, Report, Setup
@@ -32,7 +33,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class Told:
-    """What the board is told: state is begins, done, failed, again, or stopped. `worker` counts from 1."""
+    """What the board is told: state is begins, done, failed, again, or stopped.
+
+    `worker` counts from 1; 0: the job has ended on another machine, whose name is `device`.
+    """
 
     job: Job
     state: str
@@ -127,6 +131,7 @@ class BatchRun:
         self._should_stop = batch.options.should_stop
         self._slots: dict[int, _Slot] = {}
         self._stop_signal = 0
+        self._claims = Claims(batch.logs)
 
     def run(self) -> dict[int, str]:
         """Run, note what becomes of each job, and return it by number: done, failed, or (`fails_fast`) stopped.
@@ -144,6 +149,7 @@ class BatchRun:
                     if not self._stop_signal:
                         self._give_out()
                     self._listen()
+                    self._hear()
                     self._watch_time()
         finally:
             self._close()
@@ -159,20 +165,35 @@ class BatchRun:
                 self._slots.pop(index).worker.close()  # its place is free for another one's
             if not self._queue or (slot is not None and slot.job is not None):
                 continue
-            slot = slot or self._start(index)
             job = self._choose(slot)
+            if job is None:
+                continue
+            slot = slot or self._start(index)
             slot.job, slot.group, slot.began = job, job.group, time.monotonic()
             self._queue.remove(job)
             self._attempts[job.number] = self._attempts.get(job.number, 0) + 1
             self._say(slot, "begins")
             slot.worker.send(job, self._batch.log(job).absolute())
 
-    def _choose(self, slot: _Slot) -> Job:
-        """Return a job with the worker's models, else one whose models nobody else has, else the first."""
+    def _choose(self, slot: _Slot | None) -> Job | None:
+        """Return a job with the worker's models, else one whose models nobody else has, else the first.
+
+        None: all that are left are with other machines.
+        """
         others = {other.group for other in self._slots.values() if other is not slot}
-        same = (job for job in self._queue if job.group == slot.group)
-        free = (job for job in self._queue if job.group not in others)
-        return next(same, None) or next(free, None) or self._queue[0]
+        taken = self._claims.elsewhere()
+        free = [job for job in self._queue if job.number not in taken]
+        free.sort(key=lambda job: (slot is None or job.group != slot.group, job.group in others))
+        return next((job for job in free if self._claims.take(job.number)), None)
+
+    def _hear(self) -> None:
+        """Take note of jobs that others have ended meanwhile."""
+        ended = {number: told for number, told in self._claims.elsewhere().items() if told[0] != "running"}
+        for job in [job for job in self._queue if job.number in ended]:
+            state, message, host = ended[job.number]
+            self._queue.remove(job)
+            self._states[job.number] = state
+            self._tell(Told(job, state, 0, 0, host, 0.0, Outcome(ExitCode.OK, message, job.outputs)))
 
     def _start(self, index: int) -> _Slot:
         device = self._engine.setups[index].options.device
@@ -210,6 +231,7 @@ class BatchRun:
         self._say(slot, state, outcome)
         slot.job, slot.kill_at, slot.is_late = None, None, False
         self._states[job.number] = "waiting" if state == "again" else state
+        self._claims.note(job.number, state if state in ("done", "failed") else "", outcome.message)
         if state == "again":
             self._queue.append(job)
         if state == "failed" and self._policy.fails_fast:
@@ -264,3 +286,4 @@ class BatchRun:
         for slot in self._slots.values():
             slot.worker.join()
         self._engine.close()
+        self._claims.close()

@@ -6,23 +6,24 @@ import json
 import os
 import platform
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from s2v_flow.batch.job import Job
 from s2v_flow.errors import MissingError, S2VFlowError
-from s2v_flow.files.atomic import free_name, temporary, writing
+from s2v_flow.files.atomic import free_name, machine_id, temporary, writing
 from s2v_flow.files.lock import held, is_held
 from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Override
 from s2v_flow.version import __version__
 
 NAME = "batch.json"
-_RUNNING = "running.json"
+_PROCESS = f"-{machine_id()}-{os.getpid()}"
 _PATHS = ("override_files", "models_dirs", "extra_model_paths", "input_dirs")
 _PATH = ("output_dir", "cache_dir")
 _PLAIN = ("profiles", "axes", "cache_remote", "cache_limit", "device", "overwrite")
@@ -42,7 +43,7 @@ class Batch:
 
     @property
     def logs(self) -> Path:
-        """The folder of logs, and of results.jsonl."""
+        """The folder of logs, and of what each process that runs the batch notes: results-*.jsonl."""
         return self.path.with_suffix("")
 
     def log(self, job: Job) -> Path:
@@ -52,7 +53,7 @@ class Batch:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Note this process as the one that runs the batch, for `cancel`, inside this block."""
-        path = self.logs / _RUNNING
+        path = self.logs / f"running{_PROCESS}.json"
         with suppress(OSError):
             path.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}), encoding="utf-8")
         try:
@@ -62,44 +63,45 @@ class Batch:
             with suppress(OSError):
                 path.unlink()
 
-    def cancel(self) -> int | None:
-        """Ask the process that runs the batch to stop at the end of a step; return its number, None: there is none.
+    def cancel(self) -> list[int]:
+        """Ask the processes of this machine that run the batch to stop at the end of a step; return their numbers.
 
         Raises:
-            S2VFlowError: It runs on another machine, or is another user's.
+            S2VFlowError: Only other machines run it, or it is another user's.
         """
-        path = self.logs / _RUNNING
-        try:
-            found = json.loads(path.read_bytes())
-            if found["host"] != platform.node():
-                raise S2VFlowError(f"the batch runs on {found['host']}", fix="cancel it there")
-            if is_held(path) is False:
-                return None
-            os.kill(found["pid"], signal.SIGTERM)
-            return int(found["pid"])
-        except PermissionError as error:
-            raise S2VFlowError("the batch is another user's", fix="cancel it as that user") from error
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        pids, elsewhere = [], []
+        for path in self.logs.glob("running*.json"):
+            with suppress(ProcessLookupError, FileNotFoundError, ValueError, KeyError, TypeError):
+                found = json.loads(path.read_bytes())
+                if found["host"] != platform.node():
+                    elsewhere.append(str(found["host"]))
+                elif is_held(path) is not False:
+                    try:
+                        os.kill(found["pid"], signal.SIGTERM)
+                    except PermissionError as error:
+                        raise S2VFlowError("the batch is another user's", fix="cancel it as that user") from error
+                    pids.append(int(found["pid"]))
+        if elsewhere and not pids:
+            raise S2VFlowError(f"the batch runs on {', '.join(elsewhere)}", fix="cancel it there")
+        return pids
 
     def note(self, job: Job, state: str, **facts: Any) -> None:
         """Append what became of a job: `state` is running, done, failed or stopped."""
-        line = json.dumps({"job": job.number, "state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
-        with writing(self.logs), (self.logs / "results.jsonl").open("a", encoding="utf-8") as file:
+        now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        line = json.dumps({"job": job.number, "state": state, "time": now, **facts})
+        with writing(self.logs), (self.logs / f"results{_PROCESS}.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def states(self) -> dict[int, dict[str, Any]]:
         """Return the last state of every job by number: waiting where nothing was noted, else as it was noted."""
         found: dict[int, dict[str, Any]] = {job.number: {"state": "waiting"} for job in self.jobs}
-        with (
-            suppress(FileNotFoundError),
-            (self.logs / "results.jsonl").open(encoding="utf-8", errors="replace") as file,
-        ):
-            for line in file:
+        entries = []
+        for path in self.logs.glob("results*.jsonl"):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, KeyError, TypeError):  # the last line of a process that was killed
                     entry = json.loads(line)
-                    if entry["job"] in found:
-                        found[entry["job"]] = entry
+                    entries.append((datetime.fromisoformat(entry["time"]), entry["job"], entry))
+        found |= {number: entry for _, number, entry in sorted(entries, key=itemgetter(0)) if number in found}
         return found | {job.number: {"state": "done"} for job in self.jobs if job.is_done}
 
 

@@ -123,8 +123,11 @@ def cancel(path: Path) -> None:
     from s2v_flow.batch.record import read_batch
     from s2v_flow.cli import report
 
-    pid = read_batch(path).cancel()
-    report.print_message("nothing runs this batch" if pid is None else f"process {pid} stops at the end of a step")
+    pids = read_batch(path).cancel()
+    for pid in pids:
+        report.print_message(f"process {pid} stops at the end of a step")
+    if not pids:
+        report.print_message("nothing runs this batch")
 
 
 @batch.command()
@@ -326,12 +329,12 @@ def _board(made: Batch) -> Callable[[Told], None]:
     words = {"done": "done", "failed": "failed", "again": "failed, will be tried again", "stopped": "stopped"}
 
     def tell(told: Told) -> None:
-        who = f"worker {told.worker} ({told.device}, process {told.pid})"
+        who = f"worker {told.worker} ({told.device}, process {told.pid})" if told.worker else f"machine {told.device}"
         text = f"{time.strftime('%H:%M:%S')} {who}: {told.job.name} "
         if told.state == "begins":
             report.print_message(visible(text + "begins"))
             return
-        text += f"{words[told.state]} after {duration_text(told.seconds)}"
+        text += words[told.state] + (f" after {duration_text(told.seconds)}" if told.worker else "")
         first = told.outcome.message.split("\n")[0]
         text += f": {first}" if first else "".join(f" {path}" for path in told.outcome.outputs[:3])
         report.print_message(visible(text))

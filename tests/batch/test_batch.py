@@ -214,9 +214,8 @@ def until(condition: Any, process: subprocess.Popen[str], seconds: float = 120.0
 
 
 def running(made: Place) -> list[dict[str, Any]]:
-    path = made.folder / "out" / "batch" / "results.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    paths = (made.folder / "out" / "batch").glob("results-*.jsonl")
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def entries(made: Place) -> set[str]:
