@@ -7,6 +7,9 @@ SETUP := pyproject.toml constraints.txt
 TORCH ?= auto
 CONSTRAINTS := $(if $(filter as-is,$(TORCH)),,-c constraints.txt)
 
+# tests start this program often: let Python keep what it has compiled, whatever the shell says
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint types tests parity soak schema docs clean
 
 demo: $(VENV)/installed
@@ -21,12 +24,13 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-# one thread a worker: two workers with two threads each wait for one another (measured: 60 s of CPU instead of 17)
+# one thread a worker: two workers with two threads each wait for one another (measured: 60 s of CPU instead of 17);
+# worksteal gives each a run of neighbouring files, whose fixtures are then made once
 tests: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 parity: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "parity or slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "parity or slow"
 
 soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s

@@ -35,7 +35,7 @@ def test_the_vae_alone_keeps_held_out_characters() -> None:
     vae = WanVAE(VAEConfig(width=16))
     vae.load_state_dict(vae_with_time(state.load_weights(FOLDER / "vae.safetensors")))
     errors = []
-    for seed in range(6):
+    for seed in range(3):
         frames = held_out_clip(seed).transpose(0, 1)[None]
         decoded = vae.decode(vae.encode(frames * 2 - 1)).clamp(-1, 1) / 2 + 0.5
         errors.append((decoded - frames).square().mean())
@@ -64,13 +64,6 @@ def test_the_demo_talks(demo: Shown) -> None:
     assert found["correlation"] > CORRELATION
     assert found["lag"] == 0
     assert found["opening when loud"] > found["opening at rest, as drawn"] + 0.15
-
-
-@pytest.mark.slow
-def test_the_mouth_closes_in_a_pause(tmp_path: Path) -> None:
-    """To what the drawing at rest measures, by a hundredth of the picture's half height: two thirds of a pixel."""
-    found = figures(shown(tmp_path, speech(tmp_path / "pause.wav", 2, pause=24)), character())
-    assert abs(found["opening in silence"] - found["opening at rest, as drawn"]) < SILENT
 
 
 @pytest.mark.slow
@@ -118,12 +111,15 @@ def test_twenty_held_out_characters_smile_when_told_to(tiny_models: Path) -> Non
 @pytest.mark.slow
 def test_lips_are_late_as_theory_says_where_comfyuis_timing_is_asked_for(tmp_path: Path) -> None:
     """By three frames; exact time, as in the demo, has none."""
-    assert figures(shown(tmp_path, nodes__first__conditioning="comfyui"), character())["lag"] == 3
+    voice = speech(tmp_path / "short.wav", 2)
+    assert figures(shown(tmp_path, voice, nodes__first__conditioning="comfyui"), character())["lag"] == 3
 
 
 @pytest.mark.slow
-def test_ten_chunks_do_not_drift(tmp_path: Path) -> None:
-    found = figures(shown(tmp_path, speech(tmp_path / "long.wav", 10)), character())
+def test_ten_chunks_do_not_drift_and_the_mouth_closes_in_a_pause(tmp_path: Path) -> None:
+    """To what the drawing at rest measures, by a hundredth of the picture's half height: two thirds of a pixel."""
+    found = figures(shown(tmp_path, speech(tmp_path / "long.wav", 10, pause=24)), character())
+    assert abs(found["opening in silence"] - found["opening at rest, as drawn"]) < SILENT
     assert max(value for name, value in found.items() if name.startswith("drift")) < 0.05
     assert found["sharpness of the last chunk"] > 0.8
     assert found["correlation"] > CORRELATION
