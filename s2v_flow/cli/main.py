@@ -34,9 +34,8 @@ from s2v_flow.cli.options import (
 )
 from s2v_flow.cli.running import execute, run_recipe
 from s2v_flow.cli.runs import diff, lock, quality, report_, reproduce, runs, show
-from s2v_flow.cli.start import completion, doctor, explain, help_, init, version
+from s2v_flow.cli.start import completion, doctor, explain, help_, init, ui, version
 from s2v_flow.cli.streams import Streams
-from s2v_flow.cli.ui import ui
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, StopRequest
 
@@ -163,7 +162,7 @@ def graph(recipe: Path, as_json: bool, form: str, **given: Any) -> None:
     """Draw the plan, with every node's status."""
     from s2v_flow import api
     from s2v_flow.cli import report
-    from s2v_flow.cli.draw import DRAWERS
+    from s2v_flow.cli.describe import DRAWERS
 
     planned = api.plan(recipe, make_options(**given))
     text = DRAWERS[form](planned.plan, planned.statuses)

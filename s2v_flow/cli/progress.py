@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from s2v_flow.cli.colour import for_people, is_terminal
-from s2v_flow.cli.report import LINE_EVERY_SECONDS, length_text, noted, print_message
+from s2v_flow.cli.report import LINE_EVERY_SECONDS, for_people, is_terminal, length_text, noted, print_message
 from s2v_flow.graph import events
 from s2v_flow.wording import duration_text, listed, size_text, visible
 

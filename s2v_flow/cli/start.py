@@ -1,10 +1,12 @@
-"""Commands for making a start and for asking: the first recipe, the machine, the shell, what a code means."""
+"""Commands for making a start and for asking: the first recipe, the page, the machine, the shell, a code's meaning."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,36 @@ def version() -> None:
     from s2v_flow.cli import report
 
     report.print_result(f"s2vflow, version {__version__}")
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(0, 65_535), default=0, help="On 127.0.0.1; any free one unless given.")
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+@folder_options
+def ui(port: int, no_browser: bool, **given: Any) -> None:
+    """Serve a page for this folder: drop a portrait and a voice, run, watch, compare. Ctrl-C ends it.
+
+    The address, with a secret token, is the one line on stdout. Only this machine can open it. (extra: ui)
+    """
+    from s2v_flow.cli import report
+
+    try:
+        from s2v_flow.views.ui.app import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        fix = f"{sys.executable} -m pip install 's2vflow[ui]'"
+        raise S2VFlowError(f"ui needs {error.name}, which is not installed", fix, exit_code=ExitCode.USAGE) from error
+    words = []
+    for option in click.get_current_context().command.params:
+        value = given.get(option.name or "")
+        for each in value if isinstance(value, tuple) else [value] if value else []:
+            words += [option.opts[0], str(each)]
+
+    def tell(address: str) -> None:
+        report.print_result(address)
+        report.print_message("the page is open until Ctrl-C; recipes, inputs and videos go to ./ui")
+        if not no_browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+            webbrowser.open(address)
+
+    serve(make_options(**given), words, port, is_ready=tell)

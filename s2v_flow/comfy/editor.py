@@ -60,26 +60,18 @@ def inactive_parts(document: Mapping[str, Any], savers: Collection[str]) -> list
 
     A part is what hangs together among the nodes that are switched off at the root.
     """
+    import networkx as nx
+
     off = {str(n["id"]): n for n in document["nodes"] if isinstance(n, Mapping) and "id" in n and _mode(n) != 0}
-    neighbours: dict[str, set[str]] = {name: set() for name in off}
+    joined: nx.Graph[str] = nx.Graph()
+    joined.add_nodes_from(off)
     for link in document.get("links") or []:
         ends = (link.get("origin_id"), link.get("target_id")) if isinstance(link, Mapping) else (link[1], link[3])
         one, two = str(ends[0]), str(ends[1])
         if one in off and two in off:
-            neighbours[one].add(two)
-            neighbours[two].add(one)
-    parts, seen = [], set[str]()
-    for name, node in off.items():
-        if str(node.get("type")) not in savers or name in seen:
-            continue
-        part, pending = {name}, [name]
-        while pending:
-            new = neighbours[pending.pop()] - part
-            part |= new
-            pending += new
-        seen |= part
-        parts.append(frozenset(part))
-    return parts
+            joined.add_edge(one, two)
+    parts = nx.connected_components(joined)
+    return [frozenset(part) for part in parts if any(str(off[name].get("type")) in savers for name in part)]
 
 
 def _mode(node: Mapping[str, Any]) -> int:

@@ -80,21 +80,13 @@ class _Exporter:
 
     def _needed(self) -> list[str]:
         """Return the recipe's nodes that the sinks need, each after those it refers to."""
-        order: list[str] = []
-        done: set[str] = set()
-        for sink in (name for name, spec in self._recipe.nodes.items() if spec.node.is_sink):
-            stack = [(sink, iter(self._recipe.nodes[sink].node.refs().values()))]
-            while stack:
-                name, refs = stack[-1]
-                following = next((ref.node for ref in refs if ref.node not in done), None)
-                if following is not None:
-                    stack.append((following, iter(self._recipe.nodes[following].node.refs().values())))
-                    continue
-                stack.pop()
-                if name not in done:
-                    done.add(name)
-                    order.append(name)
-        return order
+        import networkx as nx
+
+        nodes = {name: spec.node for name, spec in self._recipe.nodes.items()}
+        takes = nx.DiGraph([(name, ref.node) for name, node in nodes.items() for ref in node.refs().values()])
+        takes.add_nodes_from(nodes)
+        sinks = [name for name, node in nodes.items() if node.is_sink]
+        return list(dict.fromkeys(name for sink in sinks for name in nx.dfs_postorder_nodes(takes, sink)))
 
     def _refuse(self, needed: list[str]) -> None:
         """Collect what ComfyUI has nothing for.

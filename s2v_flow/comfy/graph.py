@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2v_flow.comfy.catalog import base_class, is_stock_title
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.wording import shortened
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 MAX_NODES = 20_000
 _MAX_DOTS = 8  # choices in choices
@@ -157,32 +161,35 @@ def needed_order(graph: Graph, targets: list[str], mistakes: Mistakes) -> list[s
     Raises:
         RecipeError: Links lead nowhere, or in a circle.
     """
-    order: list[str] = []
-    state: dict[str, bool] = {}  # False while the node's inputs are being looked at
-    for target in targets:
-        stack: list[tuple[str, Iterator[tuple[str, Link]]]] = []
-        if target not in state:
-            state[target] = False
-            stack.append((target, graph.nodes[target].links()))
-        while stack:
-            name, links = stack[-1]
-            following = next(links, None)
-            if following is None:
-                stack.pop()
-                state[name] = True
-                order.append(name)
-                continue
-            field_name, link = following
+    import networkx as nx
+
+    takes: nx.DiGraph[Any] = nx.DiGraph()
+    start = object()  # takes from all targets
+    takes.add_edges_from((start, target) for target in targets)
+    for name, node in graph.nodes.items():
+        takes.add_edges_from((name, link.node) for _, link in node.links())
+    order = [name for name in nx.dfs_postorder_nodes(takes, start) if name in graph.nodes]
+    for node in (graph.nodes[name] for name in order):
+        for key, link in node.links():
             if link.node not in graph.nodes:
-                node = graph.nodes[name]
-                mistakes.add("W002", f"{field_name} is linked to node {shortened(link.node)}, which is not there", node)
-            elif state.get(link.node) is False:
-                raise mistakes.stop("W005", f"{field_name} depends on its own result: a circle", graph.nodes[name])
-            elif link.node not in state:
-                state[link.node] = False
-                stack.append((link.node, graph.nodes[link.node].links()))
+                mistakes.add("W002", f"{key} is linked to node {shortened(link.node)}, which is not there", node)
+    circle = _circle(takes, start)
+    if circle is not None:
+        node = graph.nodes[circle[0]]
+        key = next(key for key, link in node.links() if link.node == circle[1])
+        raise mistakes.stop("W005", f"{key} depends on its own result: a circle", node)
     mistakes.raise_any()
     return order
+
+
+def _circle(takes: nx.DiGraph[Any], start: object) -> tuple[str, str] | None:
+    """Return the link that closes a circle among what a node takes from; None where there is none."""
+    import networkx as nx
+
+    with suppress(nx.NetworkXNoCycle):
+        taker, giver, *_ = nx.find_cycle(takes, start)[-1]
+        return taker, giver
+    return None
 
 
 def is_prompt(document: Any) -> bool:

@@ -30,7 +30,6 @@ from s2v_flow.comfy.graph import ComfyNode, Graph, Link, Mistakes, is_prompt, ne
 from s2v_flow.comfy.meaning import Context, Draft, SkipError
 from s2v_flow.comfy.sampling import SAMPLING
 from s2v_flow.comfy.scaling import SCALING
-from s2v_flow.comfy.sounds import SOUNDS
 from s2v_flow.comfy.source import bad_file, parse, read_workflow
 from s2v_flow.comfy.sources import SOURCES
 from s2v_flow.comfy.values import VALUES
@@ -46,7 +45,7 @@ from s2v_flow.wording import shortened
 _MAX_PROFILES = 8
 _MAX_WRAPPERS = 8
 _WRAPPERS = ("history", "queue_running", "queue_pending", "extra_data", "extra_pnginfo")  # of the server's answers
-_TRANSLATORS = {**SOURCES, **SOUNDS, **VALUES, **SCALING, **SAMPLING}
+_TRANSLATORS = {**SOURCES, **VALUES, **SCALING, **SAMPLING}
 _VALUES = {"INT", "FLOAT", "STRING", "BOOLEAN"}
 _LOADERS = {
     "MODEL": "UNETLoader or UnetLoaderGGUF",

@@ -8,7 +8,7 @@ from typing import Any
 
 from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
-from s2v_flow.comfy.sounds import WHOLE_SECONDS
+from s2v_flow.comfy.sources import WHOLE_SECONDS
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.recipe.document import NodeSpec

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from s2v_flow.api import Options, plan
-from s2v_flow.cli.draw import DRAWERS
+from s2v_flow.cli.describe import DRAWERS
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 

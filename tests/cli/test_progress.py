@@ -16,8 +16,8 @@ from terminal import run_in_terminal
 
 from s2v_flow import api
 from s2v_flow.cli import progress as shown
-from s2v_flow.cli.colour import for_people
 from s2v_flow.cli.main import cli
+from s2v_flow.cli.report import for_people
 from s2v_flow.graph import events
 from s2v_flow.runs.environment import FileDigests
 
