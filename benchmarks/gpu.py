@@ -27,8 +27,7 @@ from s2v_flow.models.footprint import Weights, chunk_bytes, decoding_bytes
 from s2v_flow.models.packed import PackedLinear, PackedWeight
 from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.vae import DecoderState, VAEConfig, WanVAE
-from s2v_flow.sampling.noise import initial_noise
-from s2v_flow.sampling.sampler import denoised_from_velocity, make_sampler
+from s2v_flow.sampling.sampler import denoised_from_velocity, initial_noise, make_sampler
 from s2v_flow.weights.quantization import Packing
 
 FP8_MAX = 448.0

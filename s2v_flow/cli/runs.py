@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,7 @@ def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | 
     listing = list_runs(root)
     for note in listing.notes:
         report.print_message(f"note: skipped: {note}")
-    report.print_json(listing_json(listing)) if as_json else report.print_table(runs_text(listing, _width()))
+    report.print_json(listing_json(listing)) if as_json else report.print_table(runs_text(listing))
 
 
 @click.command()
@@ -67,7 +66,7 @@ def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
     from s2v_flow.runs.record import runs_root
 
     found = find(runs_root(make_options(cache_dir=cache_dir, device=None).cache_root), run)
-    report.print_json(found.model_dump(mode="json")) if as_json else report.print_table(show_text(found, _width()))
+    report.print_json(found.model_dump(mode="json")) if as_json else report.print_table(show_text(found))
 
 
 class _Box(click.ParamType[tuple[int, int, int, int]]):
@@ -116,11 +115,6 @@ def report_(subject: str, output: Path, embed: bool, as_json: bool, cache_dir: P
 
     page = write_report(subject, output, make_options(cache_dir=cache_dir, device=None), embed=embed)
     report.print_json({"report": str(page)}) if as_json else report.print_result(str(page))
-
-
-def _width() -> int | None:
-    """Return the terminal's width; None where stdout is none."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @click.command()

@@ -23,9 +23,9 @@ from s2v_flow.machine import device_class
 from s2v_flow.recipe.argument import Override
 from s2v_flow.runs.environment import FileDigests
 from s2v_flow.runs.essence import changed_files, likely_folders, read_essence
-from s2v_flow.runs.files import files_of
 from s2v_flow.runs.lockfile import lock_path, lock_text, read_lock
 from s2v_flow.runs.manifest import Essence
+from s2v_flow.runs.values import files_of
 
 
 @dataclass(frozen=True)

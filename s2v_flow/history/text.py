@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,8 +30,8 @@ _MAX_CHANGES = 4  # of a run that the list shows
 _TOLD: tuple[NodeState, ...] = ("computed", "stored", "failed", "interrupted", "not_reached")
 
 
-def runs_text(listing: Listing, width: int | None = None) -> str:
-    """Return a line for every run, wrapped at `width` columns: id, status, start, length, recipe, output, changes."""
+def runs_text(listing: Listing) -> str:
+    """Return a line for every run: id, status, start, length, recipe, output, changes."""
     if not listing.runs:
         return "no runs"
     rows = []
@@ -41,7 +40,7 @@ def runs_text(listing: Listing, width: int | None = None) -> str:
         more = f" and {len(outputs) - 1} more" if len(outputs) > 1 else ""
         output = f"{outputs[0]}{more}" if outputs else "-"
         rows.append((run.id, run.status, _local(run.started), _took(run), run.recipe.path, output, _news(run, before)))
-    return "\n".join(_wrapped(line, width) for line in _table(rows))
+    return "\n".join(map(visible, _table(rows)))
 
 
 def listing_json(listing: Listing) -> dict[str, Any]:
@@ -56,12 +55,12 @@ def listing_json(listing: Listing) -> dict[str, Any]:
     return {"runs": runs, "skipped": list(listing.notes)}
 
 
-def show_text(found: Manifest | Essence, width: int | None = None) -> str:
-    """Return a run, or what a video says of itself, wrapped at `width` columns, what the recipe says at the end."""
+def show_text(found: Manifest | Essence) -> str:
+    """Return a run, or what a video says of itself, what the recipe says at the end."""
     lines = _run_lines(found) if isinstance(found, Manifest) else _video_lines(found)
     text = found.recipe.text if isinstance(found, Manifest) else found.recipe
     told = [item.name for item in found.files]
-    return "\n".join(_wrapped(line, width) for line in (*lines, *_recipe_lines(text, told)))
+    return "\n".join(visible(line) for line in (*lines, *_recipe_lines(text, told)))
 
 
 def _with_before(listing: Listing) -> list[tuple[Manifest, Manifest | None]]:
@@ -219,16 +218,6 @@ def _table(rows: Sequence[tuple[str, ...]], indent: str = "") -> Iterator[str]:
     for row in rows:
         cells = (f"{cell:<{length}}" for cell, length in zip(row, widths, strict=True))
         yield f"{indent}{'  '.join(cells).rstrip()}"
-
-
-def _wrapped(line: str, width: int | None) -> str:
-    """Return a line, broken between words where it is longer than `width`, the rest indented."""
-    line = visible(line)
-    if width is None or len(line) <= width:
-        return line
-    indent = " " * (len(line) - len(line.lstrip()) + 4)
-    wrapped = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(wrapped)
 
 
 def figures_of(text: str, cache_root: Path, mouth: tuple[int, int, int, int] | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.weights.family import describe_mismatch
-from s2v_flow.weights.lora_keys import Layers, other_method, read_key
+from s2v_flow.weights.names import Layers, other_method, read_key
 from s2v_flow.weights.reader import Checkpoint, Shapes
 
 if TYPE_CHECKING:  # planning matches files by their headers, without torch

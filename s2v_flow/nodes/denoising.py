@@ -18,8 +18,7 @@ from s2v_flow.models.vae import denormalise, normalise
 from s2v_flow.nodes.resuming import ResumableSampling
 from s2v_flow.nodes.shortage import Fallback, Fallbacks, no_memory
 from s2v_flow.nodes.tensors import unpack
-from s2v_flow.sampling.noise import initial_noise
-from s2v_flow.sampling.sampler import denoised_from_velocity, guide, make_sampler
+from s2v_flow.sampling.sampler import denoised_from_velocity, guide, initial_noise, make_sampler
 
 if TYPE_CHECKING:
     from s2v_flow.errors import S2VFlowError

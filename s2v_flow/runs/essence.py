@@ -15,9 +15,8 @@ from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.media.provenance import MAX_NOTE_BYTES, note_box, read_note, tags_box
 from s2v_flow.recipe.config import portable_text
 from s2v_flow.recipe.document import Recipe
-from s2v_flow.runs.files import alone, file_records, part_of
 from s2v_flow.runs.manifest import Essence, EssenceNode, FileRecord, to_note
-from s2v_flow.runs.values import home_hidden, without_nodes
+from s2v_flow.runs.values import alone, file_records, home_hidden, part_of, without_nodes
 from s2v_flow.wording import WARNING
 
 SOFTWARE = ("s2vflow", "torch")  # the facts of a stored result that say what computed it

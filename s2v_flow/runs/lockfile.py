@@ -16,8 +16,7 @@ from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import MapValue, Origin, Scalar, plain
 from s2v_flow.runs.environment import packages_of
-from s2v_flow.runs.files import NamedFile, files_of
-from s2v_flow.runs.values import without_home
+from s2v_flow.runs.values import NamedFile, files_of, without_home
 from s2v_flow.wording import shown, worded
 
 VERSION = 1

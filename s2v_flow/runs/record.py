@@ -35,7 +35,6 @@ from s2v_flow.graph.status import NodeStatus, preimage
 from s2v_flow.quality.gates import of_videos
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.environment import environment, git_state, packages_of
-from s2v_flow.runs.files import file_records
 from s2v_flow.runs.manifest import (
     GitRecord,
     GivenRecord,
@@ -48,7 +47,7 @@ from s2v_flow.runs.manifest import (
     RecipeRecord,
     to_text,
 )
-from s2v_flow.runs.values import home_hidden, values_of, without_home, written
+from s2v_flow.runs.values import file_records, home_hidden, values_of, without_home, written
 
 
 def runs_root(cache_root: Path) -> Path:

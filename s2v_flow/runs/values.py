@@ -1,18 +1,20 @@
-"""A recipe's values by path, and the recipe itself as text that can be run again."""
+"""A recipe's values and a plan's files by path, and the recipe itself as text that can be run again."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
-from s2v_flow.graph.node import PlanNode
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.config import config_json
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.tree import Entry, MapValue
+from s2v_flow.runs.manifest import FileRecord
 
 
 def leaves(value: Any, path: FieldPath = (), text: str = "") -> Iterator[tuple[FieldPath, str, Any]]:
@@ -81,3 +83,54 @@ def without_home(value: Any) -> Any:
 def home_hidden(text: str) -> str:
     """Return a text for people in which paths inside the home folder begin with ~."""
     return text.replace(os.path.expanduser("~") + os.sep, f"~{os.sep}")
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A file that a plan node reads: the field that names it, the name, and where it was found."""
+
+    node: PlanNode
+    path: FieldPath
+    role: Literal["model", "input"]
+    name: str
+    folder: str
+    file: Path
+
+    @property
+    def at(self) -> str:
+        """The field as a person writes it: nodes.dit.checkpoint."""
+        return field_text(self.node, self.path)
+
+
+def files_of(nodes: Iterable[PlanNode]) -> Iterator[NamedFile]:
+    """Yield every model and input of some plan nodes that was found."""
+    for node in nodes:
+        for path, mark, text in node.node.files():
+            if mark.role != "output" and path in node.files:
+                folder = mark.folders[0] if mark.role == "model" else ""
+                yield NamedFile(node, path, mark.role, text, folder, node.files[path])
+
+
+def file_records(nodes: Iterable[PlanNode], digest: Callable[[Path], str | None]) -> list[FileRecord]:
+    """Return a record of every model and input of some plan nodes, each field and file once.
+
+    `digest`: sha256 of a file, or None where it is not known.
+    """
+    found: dict[tuple[str, Path], FileRecord] = {}  # in a matrix a field may name several files
+    for item in files_of(nodes):
+        if (item.at, item.file) not in found:
+            size = item.file.stat().st_size if item.file.is_file() else None
+            name = without_home(item.name)
+            record = FileRecord(at=item.at, role=item.role, name=name, sha256=digest(item.file), size=size)
+            found[item.at, item.file] = record
+    return list(found.values())
+
+
+def alone(name: str) -> str:
+    """Return a plan node's name without the label of a matrix's cell: the cell run alone calls it so."""
+    return name.rpartition("/")[2]
+
+
+def part_of(plan: Plan, name: str) -> Plan:
+    """Return the plan of one sink, its nodes named as if its cell were run alone."""
+    return Plan(tuple(node.renamed(alone) for node in plan.made_of(name)), plan.missing, ())

@@ -1,4 +1,7 @@
-"""The one entry to sampling: a sampler by name, which starts, iterates, stops, resumes and ends; and guidance.
+"""The one entry to sampling: a sampler by name, which starts, iterates, stops, resumes and ends; noise; and guidance.
+
+The starting noise is drawn on the CPU whatever the sampling device, so that one seed gives one video everywhere, and
+the same noise as in ComfyUI.
 
 Example:
     sampler = make_sampler("uni_pc", "simple", steps=20, shift=8.0, seed=20)
@@ -9,7 +12,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -21,7 +24,6 @@ from s2v_flow.plugins import SAMPLERS, plugins
 from s2v_flow.sampling import flow, solver, unipc
 from s2v_flow.sampling.catalog import CALLS_PER_STEP, SamplerName, SchedulerName
 from s2v_flow.sampling.levels import NUM_TRAIN_LEVELS
-from s2v_flow.sampling.noise import check_seed, step_generator
 from s2v_flow.sampling.schedule import scheduled_sigmas
 from s2v_flow.sampling.state import Denoise, SolverState, Step
 
@@ -113,7 +115,7 @@ class Sampler:
     def start(self, noise: Tensor) -> SolverState:
         """Return the state before the first step, on the sampler's device.
 
-        `noise`: standard normal noise of the latent's shape, float32, on any device (`noise.initial_noise`).
+        `noise`: standard normal noise of the latent's shape, float32, on any device (`initial_noise`).
         """
         x = noise.to(self.device, torch.float32)
         return SolverState(step=0, x=x * self.sigmas[0] if self.solver.is_start_scaled else x)
@@ -221,3 +223,49 @@ def denoised_from_velocity(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
         sigma: The noise level of x.
     """
     return x.sub(velocity.to(x.dtype), alpha=sigma)
+
+
+NUM_SEEDS = 2**64
+
+
+def initial_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Draw the noise that a sample starts as.
+
+    Args:
+        shape: The latent's full shape, [B, 16, F, H, W].
+        seed: 0 to 2^64 - 1.
+
+    Returns:
+        Standard normal noise of `shape`, float32 on the CPU: what torch.manual_seed(seed) and torch.randn give, without
+        touching torch's global generator.
+
+    Raises:
+        ValueError: The seed is out of range.
+    """
+    return torch.randn(
+        tuple(shape), generator=torch.Generator("cpu").manual_seed(check_seed(seed)), dtype=torch.float32
+    )
+
+
+def step_generator(seed: int, device: torch.device) -> torch.Generator:
+    """Make the generator of the noise that ancestral samplers add after a step.
+
+    It lives on the sampling device, as ComfyUI's does. On the CPU its seed is one more than the run's, because the
+    run's own seed would repeat the starting noise.
+
+    Args:
+        seed: The run's seed, 0 to 2^64 - 1.
+        device: The device that the sample lives on.
+
+    Raises:
+        ValueError: The seed is out of range.
+    """
+    offset = 1 if device.type == "cpu" else 0
+    return torch.Generator(device).manual_seed((check_seed(seed) + offset) % NUM_SEEDS)
+
+
+def check_seed(seed: int) -> int:
+    """Return `seed`; raise ValueError unless 0 <= seed < 2^64."""
+    if not 0 <= seed < NUM_SEEDS:
+        raise ValueError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
+    return seed

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from s2v_flow.weights.header import convert_command
-from s2v_flow.weights.lora_keys import is_lora
+from s2v_flow.weights.names import is_lora
 from s2v_flow.weights.reader import Shapes
 
 _WAN = ("head.modulation", "blocks.0.self_attn.q.weight")

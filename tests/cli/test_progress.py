@@ -151,6 +151,10 @@ def test_lines_wrap_at_words_below_their_last_column_in_a_terminal_only(monkeypa
     assert for_people(text, Terminal()) == "  RUN  first  sample  steps differs: 4\n                      -> 20 now"
     excerpt = "   12 | " + "x" * 60
     assert for_people(excerpt, Terminal()) == excerpt
+    long = f"error: {'word ' * 20}{'x' * 60}"
+    lines = for_people(long, Terminal()).splitlines()
+    assert " ".join(lines).split() == long.split()
+    assert all(len(line) <= 40 or len(line.split()) == 1 for line in lines)
     assert for_people(text, io.StringIO()) == text
 
 

@@ -11,8 +11,7 @@ import torch
 from pages import blocks, text_of
 
 from s2v_flow.nodes.frames import Frames
-from s2v_flow.sampling.noise import initial_noise
-from s2v_flow.sampling.sampler import Sampler, Solver
+from s2v_flow.sampling.sampler import Sampler, Solver, initial_noise
 from s2v_flow.sampling.schedule import scheduled_sigmas
 
 NO_CONTEXT: Any = None

@@ -11,9 +11,6 @@ import pytest
 from recipes_for_tests import call
 from runs_for_tests import Place, copied
 
-from s2v_flow.history.find import read_manifest
-from s2v_flow.history.text import show_text
-
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, quick_run: Place) -> Place:
@@ -104,15 +101,6 @@ def test_a_run_is_shown_by_its_id_its_beginning_or_its_file(done: Place, ids: li
         assert done.call("show", name)[1] == text
     assert json.loads(done.call("show", ids[0], "--json")[1]) == json.loads(path.read_text())
     assert done.call("show", "last")[1].startswith("run 2")
-
-
-def test_a_run_is_wrapped_between_words(done: Place, ids: list[str]) -> None:
-    """With nothing lost; a word that is longer than the terminal is left whole."""
-    found = read_manifest(done.cache / "runs" / ids[0] / "manifest.json")
-    whole, narrow = show_text(found), show_text(found, 60)
-    assert whole.split() == narrow.split()
-    assert all(len(line) <= 60 or len(line.split()) == 1 for line in narrow.splitlines())
-    assert len(whole.splitlines()) < len(narrow.splitlines())
 
 
 def test_a_video_is_shown_with_what_it_was_made_of(done: Place) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s2v_flow.errors import CheckpointError, RefusedError
 from s2v_flow.models.lora import LoraSpec, LoraStack, open_loras
-from s2v_flow.weights.lora_keys import Layers
+from s2v_flow.weights.names import Layers
 
 SHAPES = {
     "blocks.0.self_attn.q.weight": (6, 4),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2v_flow.sampling.noise import initial_noise, step_generator
+from s2v_flow.sampling.sampler import initial_noise, step_generator
 
 CPU = torch.device("cpu")
 
