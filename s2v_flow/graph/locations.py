@@ -62,8 +62,8 @@ class Locations:
             candidates = [folder.path / name for folder in folders if folder.is_default]
             candidates += [root / folder / name for root in self.models_dirs for folder in mark.folders]
             candidates += [folder.path / name for folder in folders if not folder.is_default]
-            if text in self.made_models:
-                candidates.append(self.made_models[text])
+            made = self.made_models.get(text)
+            candidates += [made] if made is not None and made.parent.name in mark.folders else []
         else:
             candidates = [base_dir / name, *(root / name for root in self.input_dirs)]
         for candidate in dict.fromkeys(candidates):

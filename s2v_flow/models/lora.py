@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # planning matches files by their headers, without torch
     import torch
     from torch import Tensor
 
+_FIX = "download the file again, or use another"
 _LOW_RANK = {"down", "up", "alpha"}
 LIVE_AVATAR_RANK = 128
 _LIVE_AVATAR_NAME = re.compile(r"live[-_ ]?avatar", re.IGNORECASE)
@@ -107,11 +108,11 @@ class LoraUpdate:
     def add_to(self, weight: Tensor) -> Tensor:
         """Return the float32 `weight` with this update added; the argument is not changed."""
         device, changed = weight.device, weight
-        if "down" in self.keys and "magnitude" not in self.keys:
+        if "magnitude" in self.keys:
+            changed = changed + self.strength * (self._decomposed(weight) - weight)
+        elif "down" in self.keys:
             down, up = self.factors(device)
             changed = changed + (up @ down.flatten(1)).reshape(weight.shape)
-        elif "down" in self.keys:
-            changed = changed + self.strength * (self._decomposed(weight) - weight)
         elif "hada_w1_a" in self.keys:
             one, two = (self._read(f"hada_w{n}_a", device) @ self._read(f"hada_w{n}_b", device) for n in (1, 2))
             rank = self.checkpoint.shapes[self.keys["hada_w1_b"]][0]
@@ -131,11 +132,11 @@ class LoraUpdate:
         return float(self._read("alpha", device).reshape(())) / rank if "alpha" in self.keys else 1.0
 
     def _decomposed(self, weight: Tensor) -> Tensor:
-        """Return DoRA's weight: the direction of W + (alpha / r) up @ down, with a magnitude for each row or column."""
+        """Return DoRA's weight: the direction of W with the factors' change, and a magnitude for each row or column."""
         import torch
 
-        down, up = self._read("down", weight.device), self._read("up", weight.device).flatten(1)
-        moved = weight + (up @ down.flatten(1)).reshape(weight.shape) * self._scale(down.shape[0], weight.device)
+        keys = {role: key for role, key in self.keys.items() if role not in ("magnitude", "diff")}
+        moved = replace(self, strength=1.0, keys=keys).add_to(weight)
         magnitude = self._read("magnitude", weight.device)
         by_row = magnitude.shape[0] == weight.shape[0]
         axes = [axis for axis in range(weight.ndim) if axis != (0 if by_row else 1)]
@@ -248,14 +249,15 @@ def _targets(checkpoint: Checkpoint, shapes: Shapes, unmatched: list[str]) -> li
     for key in checkpoint.entries:
         method = other_method(key)
         if method is not None:
-            raise CheckpointError(f"{checkpoint.path}: is a {method} file ({key!r}), which is not supported")
+            what = f"{checkpoint.path}: is a {method} file ({key!r}), which is not supported"
+            raise CheckpointError(what, "use a LoRA, LoKr, LoHa or DoRA")
         found = read_key(key)
         parameter = None if found is None else layers.parameter(*found)
         if found is None or parameter is None:
             unmatched.append(key)
         elif groups.setdefault(parameter, {}).setdefault(found[1], key) != key:
             both = f"{groups[parameter][found[1]]!r} and {key!r}"
-            raise CheckpointError(f"{checkpoint.path}: damaged: {both} are the same part of {parameter!r}")
+            raise CheckpointError(f"{checkpoint.path}: damaged: {both} are the same part of {parameter!r}", _FIX)
     for parameter, keys in groups.items():
         _check_whole(checkpoint, parameter, keys)
     return [_Target(parameter, keys) for parameter, keys in groups.items()]
@@ -265,7 +267,13 @@ def _check_whole(checkpoint: Checkpoint, parameter: str, keys: Mapping[str, str]
     parts = set(keys) - {"alpha", "diff", "diff_b", "magnitude"}
     if parts and parts not in _WHOLE:
         found = ", ".join(repr(key) for key in sorted(keys.values()))
-        raise CheckpointError(f"{checkpoint.path}: damaged: {parameter!r} has {found}, but not both factors")
+        raise CheckpointError(f"{checkpoint.path}: damaged: {parameter!r} has {found}, but not both factors", _FIX)
+    unread = [key for role, key in keys.items() if role != "alpha" and checkpoint.dtypes[key][:1] not in "FB"]
+    if unread:
+        found = f"{unread[0]!r} is {checkpoint.dtypes[unread[0]]}"
+        raise CheckpointError(
+            f"{checkpoint.path}: {found}: factors are read in float only", "use a file in bf16 or fp16"
+        )
 
 
 def _shape_mismatch(target: _Target, shapes: Shapes, expected: tuple[int, ...]) -> str | None:
@@ -274,8 +282,8 @@ def _shape_mismatch(target: _Target, shapes: Shapes, expected: tuple[int, ...]) 
     flat = (*expected[:1], math.prod(expected[1:]))
     if "down" in sizes:
         down, up = sizes["down"], sizes["up"]
-        product = (*up[:1], *down[1:])
-        if not down or product != expected or up[1:2] != down[:1] or any(size != 1 for size in up[2:]):
+        product = (*up[:1], math.prod(down[1:]))
+        if len(down) < 2 or product != flat or up[1:2] != down[:1] or any(size != 1 for size in up[2:]):
             return f"up {list(up)} times down {list(down)} does not give {list(expected)}"
         if down[0] < 1:
             return "the factors have the rank 0"
@@ -290,7 +298,9 @@ def _shape_mismatch(target: _Target, shapes: Shapes, expected: tuple[int, ...]) 
             return f"the Kronecker product of {list(one or ())} and {list(two or ())} does not give {list(expected)}"
     if "alpha" in sizes and math.prod(sizes["alpha"]) != 1:
         return f"alpha has the shape {list(sizes['alpha'])}"
-    if "magnitude" in sizes and ("down" not in sizes or math.prod(sizes["magnitude"]) not in expected[:2]):
+    if "magnitude" in sizes and not sizes.keys() - {"magnitude", "alpha", "diff"}:
+        return "a magnitude stands without factors"
+    if "magnitude" in sizes and math.prod(sizes["magnitude"]) not in expected[:2]:
         return f"the magnitude has the shape {list(sizes['magnitude'])}, expected {expected[0]} rows"
     for role in ("diff", "diff_b"):
         if role in sizes and sizes[role] != expected:

@@ -140,7 +140,9 @@ def detect_family(shapes: Shapes) -> str:
     if found == "wav2vec2" and has_norm == [True, False]:
         is_base = "encoder.layers.12.final_layer_norm.weight" not in shapes
         return "wav2vec2 base" if is_base else "wav2vec2 with group norm"
-    return found or f"unknown ({len(shapes)} tensors, the first {min(shapes, default='')!r})"
+    if not shapes:
+        return "unknown and empty"
+    return found or f"unknown ({len(shapes)} tensors, the first {min(shapes)!r})"
 
 
 def describe_mismatch(wanted: str, shapes: Shapes) -> str | None:

@@ -28,7 +28,7 @@ _WORDS = (
 )
 _PREFIX = re.compile(rf"(?:(?:{'|'.join(_WORDS)})\.)*")
 _USUAL = ("model.diffusion_model.", "diffusion_model.", "wav2vec2.")  # for families that are not known here
-_INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 _TEXT_PARTS = ("block.", "final_layer_norm.", "embed_tokens.")
 _TEXT_KEYS = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
@@ -54,7 +54,7 @@ def new_names(keys: Collection[str]) -> dict[str, str]:
     """
     if is_lora(keys):
         return {key: key for key in keys}
-    names = {key: _INNER.sub("", key) for key in keys}
+    names = {key: WRAPPERS.sub("", key) for key in keys}
     prefix = _prefix(names.values())
     parts = prefix.split(".")
     # a head for another task stands outside some of the wrappers
@@ -97,16 +97,18 @@ def _text_name(name: str) -> str:
 # Role by what stands behind the layer's path. PEFT puts an adapter's name before `.weight`.
 _FACTORS = re.compile(
     r"(?P<path>.+?)[._](?P<role>lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down"
-    r"|lora_linear_layer\.up|lora_magnitude_vector)(?:\.(?!weight$)[\w-]+)?(?:\.weight)?"
+    r"|lora_linear_layer\.up|lora_magnitude_vector)(?:\.(?!(?:weight|bias)$)[\w-]+)?(?:\.weight)?"
 )
 _OTHERS = re.compile(
-    r"(?P<path>.+?)\.(?P<role>alpha|diff|diff_b|dora_scale|lokr_w1|lokr_w2|lokr_w1_a|lokr_w1_b|lokr_w2_a|lokr_w2_b"
+    r"(?P<path>.+?)\.(?P<role>alpha|diff|diff_b|w_norm|b_norm|dora_scale|lokr_w1|lokr_w2|lokr_w1_a|lokr_w1_b|lokr_w2_a|lokr_w2_b"
     r"|hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b)(?:\.weight)?"
 )
 _ROLES = {
     **dict.fromkeys(("lora_down", "lora_A", "lora.down", "lora_linear_layer.down"), "down"),
     **dict.fromkeys(("lora_up", "lora_B", "lora.up", "lora_linear_layer.up"), "up"),
     **dict.fromkeys(("dora_scale", "lora_magnitude_vector"), "magnitude"),
+    "w_norm": "diff",
+    "b_norm": "diff_b",
 }
 _METHODS = re.compile(
     r"\.(?:(?P<oft>oft_)|(?P<boft>boft_)|(?P<glora>[ab][12]\.weight$)|(?P<tucker>lokr_t[12]|hada_t[12]|lora_mid))"
@@ -114,8 +116,8 @@ _METHODS = re.compile(
 _METHOD_NAMES = {"oft": "OFT", "boft": "BOFT", "glora": "GLoRA", "tucker": "LoRA with a Tucker core"}
 
 _LORA_PREFIXES = re.compile(
-    r"(?:base_model[._]model[._]|model[._]diffusion_model[._]|diffusion_model[._]|transformer[._]|pipe[._]dit[._]|dit[._]"
-    r"|unet[._]|module[._]|_orig_mod[._]|model[._]|lora_unet_+|lora_transformer_+|lycoris_+)+"
+    r"(?:(?:base_model|model|diffusion_model|transformer|pipe|dit|unet|module|net|generator|state_dict)[._]"
+    r"|lora_unet_+|lora_transformer_+|lycoris_+)+"
 )
 # diffusers' names for Wan, collapsed, and Wan's
 _DIFFUSERS = (
@@ -167,6 +169,7 @@ class Layers:
 
     def parameter(self, path: str, role: str) -> str | None:
         """Return the parameter that a key changes, or None where the model has none of that name."""
+        path = WRAPPERS.sub("", path)
         name = _collapsed(path)
         bare = _collapsed(_LORA_PREFIXES.sub("", path, count=1) if _LORA_PREFIXES.match(path) else path)
         for found in dict.fromkeys((name, bare, _from_diffusers(bare))):

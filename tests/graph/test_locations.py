@@ -54,10 +54,11 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 
 
 def test_models_that_the_program_makes_are_there_before_they_are_made(tmp_path: Path) -> None:
-    """The user's own file of that name comes first."""
-    made = tmp_path / "cache/tiny.bin"
+    """The user's own file of that name comes first; a node for models of another kind does not get it."""
+    made = tmp_path / "cache/unet/tiny.bin"
     locations = Locations(models_dirs=[tmp_path / "models"], made_models={"tiny.bin": made})
     assert locations.find(MODEL, "tiny.bin", tmp_path) == made
+    assert isinstance(locations.find(FileField("model", "VAE", ("vae",)), "tiny.bin", tmp_path), Missing)
     own = put(tmp_path / "models/unet/tiny.bin")
     assert locations.find(MODEL, "tiny.bin", tmp_path) == own
 

@@ -52,6 +52,10 @@ def open_one(tmp_path: Path, tensors: dict[str, Tensor], strength: float = 1.0, 
         (f"transformer.{Q}", "lora_A.weight", "lora_B.weight"),
         (f"pipe.dit.{Q}", "lora_A.default.weight", "lora_B.default.weight"),
         (f"_orig_mod.module.{Q}", "lora_down.weight", "lora_up.weight"),
+        (f"_fsdp_wrapped_module.{Q}", "lora_A.weight", "lora_B.weight"),
+        ("net.blocks.0._fsdp_wrapped_module.self_attn.q", "lora_A.default.weight", "lora_B.default.weight"),
+        (f"state_dict.{Q}", "lora_down.weight", "lora_up.weight"),
+        (f"generator.{Q}", "lora_A.weight", "lora_B.weight"),
         ("lora_unet__blocks_0_self_attn_q", "lora_down.weight", "lora_up.weight"),
         ("lycoris_blocks_0_self_attn_q", "lora_down.weight", "lora_up.weight"),
         ("blocks.0_self_attn.q", "lora_down.weight", "lora_up.weight"),
@@ -85,10 +89,28 @@ def test_half_precision_factors_are_multiplied_in_float32(tmp_path: Path) -> Non
     assert relative_error(merged, UP.half().float() @ DOWN.half().float()) < 1e-6
 
 
+def test_whole_numbers_are_no_factors(tmp_path: Path) -> None:
+    """A quantised LoRA is refused, not read as if its codes were values; an alpha may be a whole number."""
+    down = {f"{Q}.lora_A.weight": DOWN, f"{Q}.alpha": torch.tensor(2)}
+    assert open_one(tmp_path, {**down, f"{Q}.lora_B.weight": UP}).reports[0].matched == 3
+    with pytest.raises(CheckpointError, match="is I8: factors are read in float only"):
+        open_one(tmp_path, {**down, f"{Q}.lora_B.weight": UP.to(torch.int8)})
+
+
+def test_factors_of_a_linear_layer_may_be_stored_as_those_of_a_convolution(tmp_path: Path) -> None:
+    tensors = {f"{Q}.lora_down.weight": DOWN[:, :, None, None], f"{Q}.lora_up.weight": UP[:, :, None, None]}
+    assert torch.equal(open_one(tmp_path, tensors).merge(KEY, torch.zeros(6, 4)), UP @ DOWN)
+
+
+def test_a_trained_bias_of_a_factor_is_reported_not_taken_for_the_factor(tmp_path: Path) -> None:
+    tensors = {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP, f"{Q}.lora_B.bias": draw(6)}
+    assert open_one(tmp_path, tensors).reports[0].unmatched == (f"{Q}.lora_B.bias",)
+
+
 def test_differences_go_to_weight_bias_and_parameters_of_their_own(tmp_path: Path) -> None:
     tensors = {
         f"diffusion_model.{Q}.diff_b": draw(6),
-        "diffusion_model.blocks.0.norm3.diff": draw(6, seed=1),
+        "lycoris_blocks_0_norm3.w_norm": draw(6, seed=1),
         "diffusion_model.blocks.0.modulation.diff": draw(1, 6, 4, seed=2),
         f"diffusion_model.{Q}.lora_down.weight": DOWN,
         f"diffusion_model.{Q}.lora_up.weight": UP,
@@ -256,6 +278,14 @@ def test_a_magnitude_for_each_row_decomposes_the_changed_weight(
     whole = magnitude * moved / moved.norm(dim=1, keepdim=True)
     assert relative_error(open_one(tmp_path, parts).merge(KEY, weight), whole) < 1e-6
     assert relative_error(open_one(tmp_path, parts, 0.25).merge(KEY, weight), 0.75 * weight + 0.25 * whole) < 1e-6
+
+
+def test_a_magnitude_decomposes_a_kronecker_product_too(tmp_path: Path) -> None:
+    weight, magnitude, one, two = draw(6, 4, seed=2), draw(6, 1, seed=3).abs(), draw(3, 2), draw(2, 2, seed=1)
+    parts = {f"{Q}.lokr_w1": one, f"{Q}.lokr_w2": two, f"{Q}.dora_scale": magnitude}
+    moved = weight + torch.kron(one, two)
+    whole = magnitude * moved / moved.norm(dim=1, keepdim=True)
+    assert relative_error(open_one(tmp_path, parts).merge(KEY, weight), whole) < 1e-6
 
 
 @pytest.mark.parametrize(
