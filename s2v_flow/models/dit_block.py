@@ -5,6 +5,7 @@ The residual stream is float32; what enters a matrix is cast to the dtype that t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from s2v_flow.models.float32 import LayerNorm
 
 FREQUENCY_WIDTH = 256
 EPS = 1e-6
+_GELU = 2 * (2 / math.pi) ** 0.5
 
 
 class Segments(NamedTuple):
@@ -54,18 +56,43 @@ def timestep_embedding(timestep: Tensor, conditioning: Conditioning) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
-def modulate_(x: Tensor, shift: Segments, scale: Segments) -> Tensor:
-    """Compute x * (1 + scale) + shift in place, segment by segment; x is float32 [B, L, D]."""
-    for (tokens, factor), (_, offset) in zip(scale.slices(x), shift.slices(x), strict=True):
-        tokens.mul_(1 + factor).add_(offset)
-    return x
+def modulated_norm(x: Tensor, shift: Segments, scale: Segments, dtype: torch.dtype) -> Tensor:
+    """Compute norm(x) * (1 + scale) + shift, segment by segment, in one pass: [B, L, D], of `dtype`.
+
+    `x`: float32 [B, L, D].
+    """
+    samples = []
+    for sample, factor, offset in zip(x, 1 + scale.noisy[:, 0], shift.noisy[:, 0], strict=True):
+        y = F.layer_norm(sample, factor.shape, factor, offset, EPS)  # [L, D]
+        if scale.num_noisy < len(sample):
+            still = sample[scale.num_noisy :]  # few: they are computed twice rather than all copied
+            y[scale.num_noisy :] = F.layer_norm(still, factor.shape, 1 + scale.still[0, 0], shift.still[0, 0], EPS)
+        samples.append(y.to(dtype))
+    return samples[0][None] if len(samples) == 1 else torch.stack(samples)
 
 
 def add_gated_(x: Tensor, update: Tensor, gate: Segments) -> Tensor:
     """Compute x + update * gate in place, segment by segment; x is float32 [B, L, D], update may have fewer bits."""
-    for (tokens, factor), (part, _) in zip(gate.slices(x), gate.slices(update), strict=True):
-        tokens.add_(part * factor)
+    for (tokens, factor), (part, _) in zip(gate.slices(x), gate.slices(update.float()), strict=True):
+        tokens.addcmul_(part, factor)
     return x
+
+
+class Gelu(nn.GELU):
+    """GELU by tanh, which overwrites its input on a CPU, as x sigmoid(2 z), some rows at a time: they stay in cache.
+
+    z = sqrt(2 / pi) (x + 0.044715 x^3), as tanh has it: (1 + tanh z) / 2 is sigmoid(2 z), whose exponential is cheaper.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the GELU of x [B, L, width], computed in float32, in its dtype."""
+        if x.device.type != "cpu":
+            return F.gelu(x, approximate="tanh")
+        for rows in torch.split(x.flatten(0, -2), 64):
+            values = rows.float()
+            gates = values.square().mul_(_GELU * 0.044715).add_(_GELU).mul_(values).sigmoid_()
+            torch.mul(values, gates, out=rows) if rows is values else rows.copy_(gates.mul_(values))
+        return x
 
 
 @dataclass(frozen=True)
@@ -97,7 +124,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dim)
         self.norm3 = LayerNorm(dim, eps=EPS)
         self.cross_attn = CrossAttention(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), Gelu(), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
     def forward(
@@ -116,7 +143,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = split_rows(rows, step.num_noisy)
         streams = []
         for x in hidden:
-            tokens = _modulated(x, shift1, scale1, step.dtype)
+            tokens = modulated_norm(x, shift1, scale1, step.dtype)
             kept = x[:, :num_kept]
             streams.append(add_gated_(kept, self.self_attn(tokens, step.rotations, num_kept, step.kernel), gate1))
             del tokens  # else held to the block's end
@@ -124,7 +151,7 @@ class Block(nn.Module):
             streams += [streams[0].clone() for _ in texts[1:]]
         for x, text in zip(streams, texts, strict=True):
             x += self.cross_attn(self.norm3(x).to(step.dtype), text)
-            add_gated_(x, self.ffn(_modulated(x, shift2, scale2, step.dtype)), gate2)
+            add_gated_(x, self.ffn(modulated_norm(x, shift2, scale2, step.dtype)), gate2)
         return streams
 
 
@@ -148,9 +175,5 @@ class Head(nn.Module):
             num_noisy: How many tokens, from the first, see the timestep.
         """
         shift, scale = split_rows(self.modulation.float() + time.unsqueeze(1), num_noisy)
-        patches: Tensor = self.head(_modulated(x, shift, scale, dtype))
+        patches: Tensor = self.head(modulated_norm(x, shift, scale, dtype))
         return patches.float()
-
-
-def _modulated(x: Tensor, shift: Segments, scale: Segments, dtype: torch.dtype) -> Tensor:
-    return modulate_(F.layer_norm(x, x.shape[-1:], eps=EPS), shift, scale).to(dtype)

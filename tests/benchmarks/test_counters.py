@@ -11,8 +11,8 @@ from benchmarks.__main__ import main
 
 BOUNDS = {
     "DiT block 640x640, 77 frames: TFLOP": 48.5,
-    "DiT block 640x640, 77 frames: operations": 69,
-    "DiT block 640x640, 77 frames: GB outside products": 45.6,
+    "DiT block 640x640, 77 frames: operations": 63,
+    "DiT block 640x640, 77 frames: GB outside products": 43.3,
     "DiT: weight GB in bf16": 32.6,
     "VAE: weight GB in float32": 0.508,
     "VAE decode, 4 frames of 640x640: TFLOP": 13.9,

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import fill_module, relative_error
 from torch import nn
 
@@ -15,7 +16,7 @@ from s2v_flow.models.attention import Grid, attention, rotate_, rotation_table
 from s2v_flow.models.audio_injection import INJECTION_BLOCKS, AudioInjector, CausalAudioEncoder
 from s2v_flow.models.conditioning import MotionPacker, motion_grids
 from s2v_flow.models.dit import comfyui_noisy_tokens, unpatchify
-from s2v_flow.models.dit_block import add_gated_, modulate_, split_rows, timestep_embedding
+from s2v_flow.models.dit_block import Gelu, add_gated_, modulated_norm, split_rows, timestep_embedding
 from s2v_flow.models.float32 import PatchEmbedding, RMSNorm, TimeConv
 
 Whose = Literal["official", "comfyui"]
@@ -131,17 +132,29 @@ def test_comfyui_sets_the_border_right_at_usual_sizes(num_latent_frames: int, he
 def test_modulation_gives_the_timestep_to_noisy_tokens_and_zero_to_the_others() -> None:
     shift, scale = split_rows(uniform(0, "rows", (3, 2, 8)), num_noisy=2)  # two samples and time 0
     x = uniform(0, "x", (2, 5, 8))
-    rows = uniform(0, "rows", (3, 2, 8))
+    rows, normed = uniform(0, "rows", (3, 2, 8)), F.layer_norm(x, (8,), eps=1e-6)
     expected = torch.stack(
         [
-            torch.stack([x[b, i] * (1 + rows[r, 1]) + rows[r, 0] for i, r in enumerate([b, b, 2, 2, 2])])
+            torch.stack([normed[b, i] * (1 + rows[r, 1]) + rows[r, 0] for i, r in enumerate([b, b, 2, 2, 2])])
             for b in range(2)
         ]
     )
-    assert torch.equal(modulate_(x.clone(), shift, scale), expected)
+    torch.testing.assert_close(modulated_norm(x, shift, scale, torch.float32), expected, rtol=1e-6, atol=1e-6)
+    assert modulated_norm(x, shift, scale, torch.bfloat16).dtype == torch.bfloat16
     gated = add_gated_(x.clone(), torch.ones_like(x), scale)
     assert torch.equal(gated[1, 1], x[1, 1] + rows[1, 1])
     assert torch.equal(gated[1, 2], x[1, 2] + rows[2, 1])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-7), (torch.bfloat16, 2e-3)])
+def test_gelu_overwrites_its_input_and_is_as_exact_as_torchs(dtype: torch.dtype, tolerance: float) -> None:
+    """In 16 bits the rounding of the result is all of the error; far from 0 it saturates."""
+    x = torch.cat([uniform(0, "x", (2, 70, 24)) * 4, torch.tensor([-100.0, 100.0]).expand(2, 70, 2)], dim=2).to(dtype)
+    expected = F.gelu(x.double(), approximate="tanh")
+    theirs = relative_error(F.gelu(x, approximate="tanh"), expected)
+    ours = Gelu()(x)
+    assert ours is x
+    assert relative_error(ours, expected) <= min(tolerance, 2 * theirs)
 
 
 @pytest.mark.parametrize(("conditioning", "tolerance"), [("official", 1e-7), ("comfyui", 2e-4)])
