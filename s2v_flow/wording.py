@@ -118,6 +118,11 @@ def size_text(count: int, *, is_memory: bool = False) -> str:
     return f"{count} B"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return "1 job", "2 jobs"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def duration_text(seconds: float) -> str:
     """Return a length of time for people: "8 s", "3 min 9 s", "2 h 5 min"; below ten seconds with a tenth."""
     if seconds < 9.95:

@@ -11,21 +11,18 @@ import click
 
 from s2v_flow.cli.options import FILE, FOLDER, OrderedGroup, change_options, folder_options, make_options, remote_option
 from s2v_flow.errors import S2VFlowError
-from s2v_flow.wording import duration_text, visible
+from s2v_flow.wording import counted, duration_text, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from s2v_flow.api import Options
-    from s2v_flow.batch.dispatch import Told
-    from s2v_flow.batch.job import Job
     from s2v_flow.batch.record import Batch
     from s2v_flow.batch.rows import Row
     from s2v_flow.batch.spec import BatchFile
     from s2v_flow.cli.options import CommandT
     from s2v_flow.graph.events import Event
 
-_LOG_LINES = 5  # of a failed job that are shown
 _POLICY = ("engine", "address", "slurm", "notify", "fail_fast", "timeout", "retries", "devices", "workers")
 
 
@@ -109,7 +106,7 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
     done = sum(job.is_done for job in jobs)
     known = [job.seconds for job in jobs if not job.is_done and job.seconds is not None]
     cost = f", about {duration_text(sum(known))} of work" if known and len(known) == len(jobs) - done else ""
-    report.print_message(f"{_counted(len(jobs))} in {made.path}: {done} done already{cost}")
+    report.print_message(f"{counted(len(jobs), 'job')} in {made.path}: {done} done already{cost}")
     if dry_run:
         report.print_json(_summary(made)) if as_json else report.print_result(str(made.path))
         return
@@ -137,20 +134,13 @@ def status(path: Path, as_json: bool) -> None:
     """Show what became of a batch's jobs: of a batch.json, or of the one in a folder."""
     from s2v_flow.batch.record import read_batch
     from s2v_flow.cli import report
+    from s2v_flow.cli.board import status_lines
 
     found = read_batch(path)
     if as_json:
         report.print_json(_summary(found))
         return
-    states = found.states()
-    counts: dict[str, int] = {}
-    for job in sorted(found.jobs, key=lambda job: job.number):
-        state = states[job.number]
-        counts[state["state"]] = counts.get(state["state"], 0) + 1
-        took = f"  {duration_text(state['seconds'])}" if "seconds" in state else ""
-        why = f"  {state['message']}" if state.get("message") else ""
-        report.print_table(visible(f"{state['state']:<8}  {job.name}{took}{why}"))
-    report.print_table(", ".join(f"{count} {state}" for state, count in counts.items()))
+    report.print_table("\n".join(status_lines(found)))
 
 
 @batch.command()
@@ -168,7 +158,7 @@ def retry(path: Path, as_json: bool, devices: str | None, workers: int | None, *
     jobs = tuple(replace(job, is_done=states[job.number]["state"] == "done") for job in found.jobs)
     stop = click.get_current_context().find_object(StopRequest)
     options = found.options if stop is None else replace(found.options, should_stop=stop)
-    report.print_message(f"{sum(not job.is_done for job in jobs)} of {_counted(len(jobs))} to run")
+    report.print_message(f"{sum(not job.is_done for job in jobs)} of {counted(len(jobs), 'job')} to run")
     names = _devices(options, devices, workers, policy["engine"])
     policy["slurm"] = _parameters(policy["slurm"])
     _run(replace(found, jobs=jobs, options=options), names, as_json=as_json, **policy)
@@ -199,7 +189,7 @@ def export(
     found, options, rows, _ = _asked(recipes, make_options(**given), table)
     jobs, missing = plan_jobs(found, options, rows)
     for file, needing in missing.items():
-        report.print_message(visible(f"warning: {file} is missing here: {_counted(len(needing))} need it"))
+        report.print_message(visible(f"warning: {file} is missing here: {counted(len(needing), 'job')} need it"))
     text = export_jobs(jobs, options, form, image)
     if folder is not None:
         write_recipe(folder / FORMATS[form][0], text, force=force)
@@ -278,20 +268,22 @@ def _run(
     from s2v_flow.batch.engines import open_engine
     from s2v_flow.batch.notify import notify_end
     from s2v_flow.cli import report
+    from s2v_flow.cli.board import Board
 
-    began = time.monotonic()
+    began, board = time.monotonic(), Board(made, len(devices))
     policy = Policy(1 if retries is None else retries, timeout, fail_fast)
     states: Mapping[int, str] = {}
     try:
         with made.running():
             workers = open_engine(engine or "local", setups_of(made, devices, JobReport), made, address, slurm)
-            states = BatchRun(made, workers, policy, _board(made)).run()
+            states = BatchRun(made, workers, policy, board).run()
     finally:
+        board.close()
         states = states or {number: found["state"] for number, found in made.states().items()}
         failed = [job.name for job in made.jobs if states[job.number] == "failed"]
         done = sum(state == "done" for state in states.values())
         took = duration_text(time.monotonic() - began)
-        text = f"{done} of {_counted(len(states))} done, {len(failed)} failed, in {took}; logs: {made.logs}"
+        text = f"{done} of {counted(len(states), 'job')} done, {len(failed)} failed, in {took}; logs: {made.logs}"
         report.print_message(text)
         warning = notify_end(notify, text) if notify else ""
         if warning:
@@ -322,48 +314,12 @@ def _parameters(texts: Sequence[str]) -> dict[str, Any]:
     return {key: read_scalar(value) for key, _, value in pairs}
 
 
-def _board(made: Batch) -> Callable[[Told], None]:
-    """Return what prints a line for each begin and end, with the time of day."""
-    from s2v_flow.cli import report
-
-    words = {"done": "done", "failed": "failed", "again": "failed, will be tried again", "stopped": "stopped"}
-
-    def tell(told: Told) -> None:
-        who = f"worker {told.worker} ({told.device}, process {told.pid})" if told.worker else f"machine {told.device}"
-        text = f"{time.strftime('%H:%M:%S')} {who}: {told.job.name} "
-        if told.state == "begins":
-            report.print_message(visible(text + "begins"))
-            return
-        text += words[told.state] + (f" after {duration_text(told.seconds)}" if told.worker else "")
-        first = told.outcome.message.split("\n")[0]
-        text += f": {first}" if first else "".join(f" {path}" for path in told.outcome.outputs[:3])
-        report.print_message(visible(text))
-        if told.state == "failed":
-            for line in _tail(made, told.job):
-                report.print_message(visible(f"    {line}"))
-
-    return tell
-
-
-def _tail(made: Batch, job: Job) -> list[str]:
-    try:
-        with made.log(job).open("rb") as file:
-            file.seek(max(0, made.log(job).stat().st_size - 4000))
-            return file.read().decode("utf-8", "replace").splitlines()[-_LOG_LINES:]
-    except OSError:
-        return []
-
-
 def _summary(made: Batch) -> Mapping[str, Any]:
     states = made.states()
     jobs = [
         {"name": job.name, "outputs": list(job.outputs), "job": job.number, **states[job.number]} for job in made.jobs
     ]
     return {"batch": str(made.path), "jobs": sorted(jobs, key=lambda entry: entry["job"])}
-
-
-def _counted(count: int) -> str:
-    return "1 job" if count == 1 else f"{count} jobs"
 
 
 class JobReport:

@@ -78,7 +78,7 @@ class _Row:
         pace, left, parts = self.pace(), self.left(), [f"{self.unit} {self.marks[-1][1]}/{self.total}"]
         if pace is not None and left is not None:
             parts.append(f"{pace:.2f} s/{self.unit}" if pace >= 0.1 else f"{1 / max(pace, 1e-9):.0f} {self.unit}s/s")
-            parts.append(_left_text(left).removeprefix("about "))
+            parts.append(left_text(left).removeprefix("about "))
         return ", ".join(parts)
 
 
@@ -239,7 +239,7 @@ class Progress:
             self._watch()
         left, length = self._left(), f"; {length_text(self._planned)}" if self._planned else ""
         text = f"begin: {len(event.nodes)} of {event.total} nodes to compute{length}"
-        self._say(f"{text}; {_left_text(left)}" if left else text, is_in_table=True)
+        self._say(f"{text}; {left_text(left)}" if left else text, is_in_table=True)
         for name, status in self._planned.statuses.items() if self._planned else ():
             if status.status == "HIT":
                 self._say(f"{name}: stored already", is_detail=True)
@@ -318,7 +318,7 @@ class Progress:
         )
         share = done / max(len(self._to_run), 1) if left is None else elapsed / max(elapsed + left, 1e-9)
         figures = f"{share:4.0%}  {duration_text(elapsed)}"
-        figures += f", {_left_text(left)}" if left is not None and (waiting or self._running()[1]) else ""
+        figures += f", {left_text(left)}" if left is not None and (waiting or self._running()[1]) else ""
         head = Table.grid(padding=(0, 2))
         width = max(10, min(40, console.width - len(figures) - len(self._name) - 6))
         head.add_row(Text(self._name), ProgressBar(total=1.0, completed=min(share, 1.0), width=width), Text(figures))
@@ -355,6 +355,6 @@ def _closing(planned: Planned, result: RunResult, seconds: float) -> str:
     return f"{visible(head)}  {' · '.join(parts)}"
 
 
-def _left_text(seconds: float) -> str:
+def left_text(seconds: float) -> str:
     """Return "about 20 s left", in whole seconds."""
     return f"about {duration_text(seconds) if seconds >= 9.5 else f'{max(round(seconds), 1)} s'} left"

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from recipes_for_tests import call
 from runs_for_tests import Place
+from terminal import run_in_terminal
 from test_batch import batch, program, running, seeded, until, written
 
+from s2v_flow.batch.dispatch import Told
+from s2v_flow.batch.record import read_batch
 from s2v_flow.batch.spec import BatchFile
+from s2v_flow.batch.worker import Outcome
+from s2v_flow.cli.board import Board, status_lines
 
 FILE = """batch: 1
 recipes: [rec*.yaml]
@@ -113,6 +120,50 @@ def test_what_does_not_run_cannot_be_cancelled(stored: Place) -> None:
     left.write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}), encoding="utf-8")
     code, _, err = call("batch", "cancel", stored.video.parent)
     assert (code, "the batch runs on elsewhere" in err) == (1, True)
+
+
+def test_the_board_tells_what_is_done_what_failed_and_what_is_left(stored: Place) -> None:
+    """Lines with a clock where it is no terminal; the rest is taken from what the jobs before took, by their length."""
+    assert batch(stored, "--dry-run")[0] == 0
+    one = read_batch(stored.video.parent)
+    jobs = tuple(replace(one.jobs[0], number=number, is_done=False, frames=20 * number) for number in (1, 2, 3))
+    made = replace(one, jobs=jobs)
+    made.logs.mkdir(exist_ok=True)
+    made.log(jobs[1]).write_text("\n".join(f"line {number}" for number in range(9)), encoding="utf-8")
+    stream = io.StringIO()
+    board = Board(made, 1, stream)
+    for job, state, outcome in (
+        (jobs[0], "begins", Outcome(0)),
+        (jobs[0], "done", Outcome(0, "", ("a.mp4",))),
+        (jobs[1], "failed", Outcome(1, "no")),
+    ):
+        board(Told(job, state, 1, 7, "cpu", 10.0 * job.number, outcome))
+        made.note(job, {"begins": "running"}.get(state, state), worker=1, seconds=10.0 * job.number, message="")
+    board(Told(jobs[2], "begins", 1, 7, "cpu"))
+    made.note(jobs[2], "running", worker=1)
+    board.close()
+    lines = stream.getvalue().splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d worker 1 \(cpu, process 7\): job 1 \(.*\) begins", lines[0])
+    assert lines[1].endswith("done after 10 s a.mp4; 1 of 3 jobs done, about 50 s left")
+    assert lines[2].endswith("failed after 20 s: no; 1 of 3 jobs done, 1 failed, about 30 s left")
+    assert lines[3:8] == [f"    line {number}" for number in range(4, 9)]
+    told = status_lines(made)
+    assert [line.split()[0] for line in told] == ["done", "failed", *["line"] * 5, "running", "1"]
+    assert told[-1] == "1 of 3 jobs done, 1 failed, 1 running, about 30 s left"
+
+
+@pytest.mark.slow
+def test_in_a_terminal_the_board_is_a_table_of_workers(tiny_models: Path, tmp_path: Path) -> None:
+    """While jobs run; their ends stand above it, begins do not."""
+    made = seeded(tmp_path, tiny_models)
+    command = ["batch", str(made.recipe), "--jobs", str(made.folder / "jobs.csv"), *made.where]
+    screen, _, code = run_in_terminal([sys.executable, "-m", "s2v_flow", *command], columns=240)
+    text = str(screen)
+    assert code == 0, text
+    assert re.search(r"^worker 1 \(cpu\)  job 1 \(.*\)  ", screen.ever.replace("\r", "\n"), re.MULTILINE), screen.ever
+    assert re.search(r"^1 of 2 jobs done, 1 running, about .* left; .* so far", screen.ever, re.MULTILINE), screen.ever
+    assert "begins" not in text
+    assert re.search(r"^2 of 2 jobs done; .* so far$", text, re.MULTILINE), text
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_a_worker_delivers_what_is_stored_and_the_next_batch_has_nothing_to_do(s
     assert "1 of 1 job done, 0 failed" in err
     assert call("batch", "status", stored.video.parent)[:2] == (
         0,
-        f"done      job 1 ({stored.recipe}, {stored.folder / 'jobs.csv'}:2)\n1 done\n",
+        f"done      job 1 ({stored.recipe}, {stored.folder / 'jobs.csv'}:2)\n1 of 1 job done\n",
     )
 
 
