@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
-from s2v_flow.cli.colour import for_people, is_terminal
 from s2v_flow.cli.progress import left_text
-from s2v_flow.cli.report import print_message
+from s2v_flow.cli.report import for_people, is_terminal, print_message
 from s2v_flow.wording import counted, duration_text, visible
 
 if TYPE_CHECKING:

@@ -100,8 +100,8 @@ _FACTORS = re.compile(
     r"|lora_linear_layer\.up|lora_magnitude_vector)(?:\.(?!(?:weight|bias)$)[\w-]+)?(?:\.weight)?"
 )
 _OTHERS = re.compile(
-    r"(?P<path>.+?)\.(?P<role>alpha|diff|diff_b|w_norm|b_norm|dora_scale|lokr_w1|lokr_w2|lokr_w1_a|lokr_w1_b|lokr_w2_a|lokr_w2_b"
-    r"|hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b)(?:\.weight)?"
+    r"(?P<path>.+?)\.(?P<role>alpha|diff|diff_b|w_norm|b_norm|dora_scale|lokr_w1|lokr_w2|lokr_w1_a|lokr_w1_b"
+    r"|lokr_w2_a|lokr_w2_b|hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b)(?:\.weight)?"
 )
 _ROLES = {
     **dict.fromkeys(("lora_down", "lora_A", "lora.down", "lora_linear_layer.down"), "down"),
