@@ -25,7 +25,7 @@ def test_other_wan_files_are_recognised() -> None:
     assert detect_family({"decoder.head.0.gamma": (1,), "conv2.weight": (48, 48, 1, 1, 1)}) == "wan 2.2 vae"
     assert detect_family({"a.lora_A.weight": (1, 1)}) == "lora"
     assert detect_family({"b": (1,), "a": (1,)}) == "unknown (2 tensors, the first 'a')"
-    assert detect_family({}) == "unknown (0 tensors, the first '')"
+    assert detect_family({}) == "unknown and empty"
 
 
 def test_t5_without_a_bias_in_every_layer_is_not_umt5() -> None:
