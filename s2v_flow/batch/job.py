@@ -28,6 +28,7 @@ class Job:
     group: str = ""
     seconds: float | None = None
     frames: int | None = None
+    disk_bytes: int = 0  # that the cache will hold of it, at least
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # of plan nodes, as far as they are known
     outputs: tuple[str, ...] = ()
     is_done: bool = False  # stored and delivered before the batch began

@@ -12,9 +12,12 @@ from dataclasses import replace
 from s2v_flow.api import Options, Planned, plan
 from s2v_flow.batch.job import Job
 from s2v_flow.batch.rows import MAX_JOBS, Row
+from s2v_flow.cache.budget import free_bytes
+from s2v_flow.cache.housekeeping import objects_size
 from s2v_flow.errors import Diagnostic, ExitCode, MissingError, RecipeError, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, exit_code_of
 from s2v_flow.graph.status import other_files
+from s2v_flow.wording import size_text
 
 _MAX_NAMED = 5  # jobs in a message
 Missing = Mapping[str, Sequence[Job]]  # a file, and the jobs that need it
@@ -91,6 +94,28 @@ def require_files(missing: Missing) -> None:
         raise MissingError(f"missing: {what}", fix=fix)
 
 
+def require_space(jobs: Sequence[Job], options: Options) -> str:
+    """Refuse to run where a job alone needs more space than the cache's disk can give.
+
+    Returns:
+        What a person should know where all of them need more than is free; else "".
+
+    Raises:
+        S2VFlowError: With what is needed and what is free; exit code 6.
+    """
+    root, todo = options.cache_root, [job for job in jobs if not job.is_done]
+    free, needed = free_bytes(root), sum(job.disk_bytes for job in todo)
+    largest = max(todo, key=lambda job: job.disk_bytes, default=None)
+    if largest is None or needed <= free:
+        return ""
+    if largest.disk_bytes > free + objects_size(root):
+        what = f"{largest.name} needs {size_text(largest.disk_bytes)} under {root}, {size_text(free)} are free"
+        fix = "free some space, or name another folder with --cache-dir"
+        raise S2VFlowError(f"{what}; nothing was run", fix=fix, exit_code=ExitCode.DISK_FULL)
+    what = f"the jobs need about {size_text(needed)} under {root}, {size_text(free)} are free"
+    return f"{what}: what was used longest ago is removed"
+
+
 def _planned(job: Job, options: Options) -> Iterator[tuple[Job, Planned]]:
     planned = plan(job.recipe, job.options(options))
     if not planned.variants or planned.recipe.matrix.include:
@@ -122,6 +147,7 @@ def _described(job: Job, planned: Planned) -> Job:
         group=group,
         seconds=seconds,
         frames=planned.num_frames,
+        disk_bytes=planned.estimate.known_disk_bytes,
         fingerprints=found,
         outputs=tuple(outputs),
         is_done=is_done and bool(outputs),

@@ -85,7 +85,7 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
 
     The same command goes on after any end. Leaves with 1 if a job failed.
     """
-    from s2v_flow.batch.plan import plan_jobs, require_files
+    from s2v_flow.batch.plan import plan_jobs, require_files, require_space
     from s2v_flow.batch.record import write_batch
     from s2v_flow.cli import report
 
@@ -102,6 +102,8 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
     devices = _devices(options, policy.pop("devices"), policy.pop("workers"), policy["engine"])
     jobs, missing = plan_jobs(found, options, rows)
     require_files(missing)
+    if warning := require_space(jobs, options):
+        report.print_message(f"warning: {warning}")
     made = write_batch(jobs, options)
     done = sum(job.is_done for job in jobs)
     known = [job.seconds for job in jobs if not job.is_done and job.seconds is not None]

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -150,6 +152,25 @@ def test_the_board_tells_what_is_done_what_failed_and_what_is_left(stored: Place
     told = status_lines(made)
     assert [line.split()[0] for line in told] == ["done", "failed", *["line"] * 5, "running", "1"]
     assert told[-1] == "1 of 3 jobs done, 1 failed, 1 running, about 30 s left"
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_runs(tiny_models: Path, tmp_path: Path) -> None:
+    """Exit code 6 where one job alone does not fit; a warning where they do not fit together."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        made = seeded(tmp_path, tiny_models)
+        made = replace(made, where=tuple(part.replace(str(made.cache), str(disk / "cache")) for part in made.where))
+        assert batch(made, "--dry-run")[0] == 6
+        assert not (tmp_path / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=300k", str(disk)], check=True)
+        code, _, err = batch(made, "--dry-run")
+        assert (code, "warning: the jobs need " in err) == (0, True), err
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.slow
