@@ -1,22 +1,24 @@
-"""What a batch promises, on every engine: here, on a real Ray, and through submitit (whose local executor stands for
-Slurm; no Slurm has run it)."""
+"""What a batch promises, on every engine: here, on a real Ray, on a real Slurm, and by submitit's local executor."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from recipes_for_tests import call
+from slurm_for_tests import slurm
 from test_batch import batch, entries, program, running, seeded, until
 
 from s2v_flow.cache.housekeeping import verify
 
 LOCAL, RAY = ("--engine", "local"), ("--engine", "ray")
-SLURM = ("--engine", "slurm", "--slurm", "cluster=local", "--slurm", "timeout_min=20")
+REAL_SLURM = ("--engine", "slurm", "--slurm", "timeout_min=20")
+SLURM = (*REAL_SLURM, "--slurm", "cluster=local")
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +28,19 @@ def _as_nice_as_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's own 15 takes minutes beside other work
 
 
-@pytest.fixture(params=[LOCAL, RAY, SLURM], ids=["local", "ray", "slurm"])
-def engine(request: pytest.FixtureRequest) -> tuple[str, ...]:
+@pytest.fixture(scope="session")
+def real_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Give the environment of a Slurm that runs on this machine for the tests."""
+    with slurm(tmp_path_factory.mktemp("slurm") / "here") as environment:
+        yield environment
+
+
+@pytest.fixture(params=[LOCAL, RAY, SLURM, REAL_SLURM], ids=["local", "ray", "submitit", "slurm"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """Return the options of an engine that is installed."""
+    if request.param == REAL_SLURM:
+        for name, value in request.getfixturevalue("real_slurm").items():
+            monkeypatch.setenv(name, value)
     chosen: tuple[str, ...] = request.param
     module = {"ray": "ray", "slurm": "submitit"}.get(chosen[1])
     if module is not None:
@@ -36,8 +48,8 @@ def engine(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return chosen
 
 
-def worker_pids(batch_pid: int) -> list[int]:
-    """Return the worker processes below a batch's: spawned ones, whatever stands in between."""
+def worker_pids(batch_pid: int, logs: Path | None = None) -> list[int]:
+    """Return the worker processes below a batch's: spawned ones, whatever stands in between; and those in Slurm's."""
     parents, spawned = {}, []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -50,7 +62,8 @@ def worker_pids(batch_pid: int) -> list[int]:
             pid = parents[pid]
         return pid == batch_pid
 
-    return sorted(filter(is_below, spawned))
+    in_slurm = logs.glob(f"slurm/worker-{batch_pid}-*/pid.json") if logs is not None else ()
+    return sorted({*filter(is_below, spawned), *(int(path.read_text(encoding="ascii")) for path in in_slurm)})
 
 
 def until_gone(pids: list[int], seconds: float = 60.0) -> None:
@@ -67,9 +80,10 @@ def test_a_batch_survives_a_kill_and_a_cancel_and_delivers_every_job(
     made = seeded(tmp_path, tiny_models, rows="seed\n1\n2\n3\n")
     process = program(made, "--workers", 2, *engine)
     until(lambda: len(entries(made)) > 3, process, 300)
-    os.kill(worker_pids(process.pid)[0], signal.SIGKILL)
+    logs = tmp_path / "out" / "batch"
+    os.kill(worker_pids(process.pid, logs)[0], signal.SIGKILL)
     until(lambda: any(entry["state"] == "waiting" for entry in running(made)), process, 300)
-    workers = worker_pids(process.pid)
+    workers = worker_pids(process.pid, logs)
     assert call("batch", "cancel", tmp_path / "out")[0] == 0
     _, err = process.communicate(timeout=300)
     assert process.returncode == 143, err
@@ -89,13 +103,15 @@ def test_mistakes_are_told_before_an_engine_starts(tiny_models: Path, tmp_path: 
     assert batch(made, *engine)[0] == 3
 
 
-def test_a_task_that_slurm_takes_away_is_queued_again_and_goes_on(tiny_models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [SLURM, REAL_SLURM], ids=["submitit", "slurm"], indirect=True)
+def test_a_task_that_slurm_takes_away_is_queued_again_and_goes_on(
+    tiny_models: Path, tmp_path: Path, engine: tuple[str, ...]
+) -> None:
     """SIGUSR1, as Slurm sends it before its limit: the worker leaves with 75, the task comes back, no retry counts."""
-    pytest.importorskip("submitit", reason="the extra slurm is not installed")
     made = seeded(tmp_path, tiny_models, rows="seed\n1\n")
-    process = program(made, "--retries", 0, *SLURM)
+    process = program(made, "--retries", 0, *engine)
     until(lambda: len(entries(made)) > 3, process, 300)
-    (worker,) = worker_pids(process.pid)
+    (worker,) = worker_pids(process.pid, tmp_path / "out" / "batch")
     task = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(task, signal.SIGUSR1)
     _, err = process.communicate(timeout=600)
