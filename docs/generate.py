@@ -15,7 +15,7 @@ from typing import Any
 from s2v_flow.cli.describe import describe_kinds
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.schema import recipe_schema
-from s2v_flow.sampling.catalog import OWN_SCHEDULE, SAMPLERS, SCHEDULERS, minimum_steps
+from s2v_flow.sampling.catalog import CALLS_PER_STEP, OWN_SCHEDULE, SAMPLERS, SCHEDULERS, minimum_steps
 from s2v_flow.sampling.sampler import SOLVERS
 from s2v_flow.sampling.schedule import scheduled_sigmas
 
@@ -142,7 +142,7 @@ def samplers_page() -> str:
         what, source = _docstring(solver.step)
         noise = "yes" if solver.draws_noise else ""
         schedule = "has its own levels" if name in OWN_SCHEDULE else "used"
-        lines.append(f"| `{name}` | {what} | {solver.calls_per_step} | {noise} | {schedule} | {source} |")
+        lines.append(f"| `{name}` | {what} | {CALLS_PER_STEP.get(name, 1)} | {noise} | {schedule} | {source} |")
     lines += [
         "",
         "## Schedulers\n",

@@ -61,7 +61,6 @@ class Diagnostic:
     width: int = 1
     inside: str | None = None
     fix: str | None = None
-    severity: str = "error"
 
     def sort_key(self) -> tuple[str, int, int, str]:
         """Order by file, line, column, code; what has no place comes last."""

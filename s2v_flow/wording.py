@@ -26,7 +26,7 @@ def format_diagnostic(diagnostic: Diagnostic) -> str:
     line with carets under the faulty part, then `in:` and `fix:`. Control characters, escape sequences and characters
     that change the direction of text come out escaped; a long source line is cut around the carets.
     """
-    head = f"{diagnostic.severity}[{diagnostic.code}]: {diagnostic.message}"
+    head = f"error[{diagnostic.code}]: {diagnostic.message}"
     place = diagnostic.place
     lines = []
     if place is None:

@@ -31,7 +31,7 @@ def test_a_diagnostic_has_the_form_of_the_design_page() -> None:
 
 def test_a_diagnostic_may_have_no_place_and_no_excerpt() -> None:
     """What is not known is left out."""
-    assert format_diagnostic(Diagnostic("R001", "wrong", severity="warning")) == "warning[R001]: wrong"
+    assert format_diagnostic(Diagnostic("R001", "wrong")) == "error[R001]: wrong"
     assert format_diagnostic(Diagnostic("R001", "wrong", Place("a.yaml"))) == "a.yaml:1:1: error[R001]: wrong"
 
 

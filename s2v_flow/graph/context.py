@@ -76,10 +76,9 @@ class RunContext:
     """What a node may use while it runs.
 
     `device` is torch's name ("cpu", "cuda:0"); `models` gives the model registry, made on the first call (graph knows
-    no tensors, so it is untyped here); `files` and `digests` are the node's files by field path; `input_digests` are
-    its inputs' digests; `make_scratch` makes the folder that `scratch` gives; `resume_point` keeps half-done work
-    (stored nodes only); `keep` keeps what a live value gives out (of kinds that are kept); `watch` looks on as it
-    samples.
+    no tensors, so it is untyped here); `files` and `digests` are the node's files by field path; `make_scratch` makes
+    the folder that `scratch` gives; `resume_point` keeps half-done work (stored nodes only); `keep` keeps what a live
+    value gives out (of kinds that are kept); `watch` looks on as it samples.
     """
 
     name: str
@@ -90,7 +89,6 @@ class RunContext:
     models: Callable[[], Any]
     files: Mapping[tuple[str | int, ...], Path]
     digests: Mapping[tuple[str | int, ...], str]
-    input_digests: Mapping[str, tuple[str, ...]]
     make_scratch: Callable[[], Path]
     emit: Listener
     facts: dict[str, Any] = field(default_factory=dict)

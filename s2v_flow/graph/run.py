@@ -267,12 +267,8 @@ class Run:
         keep: Keep | None = None,
     ) -> Mapping[str, Any]:
         values: dict[str, Any] = {}
-        digests: dict[str, tuple[str, ...]] = {}
         for name, given in node.inputs.items():
-            parts = (given,) if isinstance(given, Source) else given
-            items = [self._value(part) for part in parts]
-            values[name] = items[0] if isinstance(given, Source) else items
-            digests[name] = tuple(self._digests[part] for part in parts)
+            values[name] = self._value(given) if isinstance(given, Source) else [self._value(part) for part in given]
         read = {path for path, mark, _ in node.node.files() if mark.role != "output"}
         files = {path: f"sha256:{self.file_digest(file)}" for path, file in node.files.items() if path in read}
         context = RunContext(
@@ -284,7 +280,6 @@ class Run:
             self.models,
             node.files,
             files,
-            digests,
             scratch,
             self.emit,
             facts,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from s2v_flow.plugins import SAMPLERS, plugins
 from s2v_flow.sampling import flow, solver, unipc
-from s2v_flow.sampling.catalog import CALLS_PER_STEP, SamplerName, SchedulerName
+from s2v_flow.sampling.catalog import SamplerName, SchedulerName
 from s2v_flow.sampling.levels import NUM_TRAIN_LEVELS
 from s2v_flow.sampling.schedule import scheduled_sigmas
 from s2v_flow.sampling.state import Denoise, SolverState, Step
@@ -45,7 +45,6 @@ class Solver:
     Attributes:
         step: Takes one step.
         sigmas: Scheduler, steps and shift to noise levels.
-        calls_per_step: Model calls of a step; a step to sigma = 0 is always one.
         draws_noise: Whether steps add fresh noise.
         is_start_scaled: Whether x starts as sigma_0 times the noise, rather than the noise.
         timestep: Level to the time the model is told.
@@ -54,7 +53,6 @@ class Solver:
 
     step: Step
     sigmas: Callable[[SchedulerName, int, float], tuple[float, ...]] = scheduled_sigmas
-    calls_per_step: int = 1
     draws_noise: bool = False
     is_start_scaled: bool = True
     timestep: Callable[[float], float] = float32_timestep
@@ -67,7 +65,7 @@ SOLVERS: Mapping[SamplerName, Solver] = MappingProxyType(
         "uni_pc_bh2": Solver(unipc.uni_pc_bh2, sigmas=unipc.comfy_sigmas, result=unipc.comfy_result),
         "euler": Solver(solver.euler),
         "euler_ancestral": Solver(solver.euler_ancestral, draws_noise=True),
-        "heun": Solver(solver.heun, calls_per_step=CALLS_PER_STEP["heun"]),
+        "heun": Solver(solver.heun),
         "dpmpp_2m": Solver(solver.dpmpp_2m),
         "lcm": Solver(solver.lcm, draws_noise=True),
         "res_multistep": Solver(solver.res_multistep),

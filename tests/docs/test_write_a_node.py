@@ -50,7 +50,7 @@ def test_the_sampler_is_of_second_order(written: dict[str, Any]) -> None:
 
     def end(steps: int) -> torch.Tensor:
         levels = torch.linspace(1, 0.5, steps + 1, dtype=torch.float64).tolist()
-        sampler = Sampler("euler", tuple(levels), 0, torch.device("cpu"), Solver(written["midpoint"], calls_per_step=2))
+        sampler = Sampler("euler", tuple(levels), 0, torch.device("cpu"), Solver(written["midpoint"]))
         *_, last = sampler.iterate(denoise, sampler.start(torch.linspace(0.5, 2, 8, dtype=torch.float64)))
         return last.x
 
@@ -61,7 +61,7 @@ def test_the_sampler_is_of_second_order(written: dict[str, Any]) -> None:
 
 
 def test_the_sampler_runs_down_to_no_noise(written: dict[str, Any]) -> None:
-    solver = Solver(written["midpoint"], calls_per_step=2)
+    solver = Solver(written["midpoint"])
     sampler = Sampler("euler", scheduled_sigmas("simple", 4, 8.0), 0, torch.device("cpu"), solver)
     *_, last = sampler.iterate(lambda x, sigma: torch.zeros_like(x), sampler.start(initial_noise((2, 3), seed=1)))
     assert torch.equal(sampler.result(last), torch.zeros(2, 3))

@@ -95,7 +95,6 @@ class Bench:
                 lambda: registry,
                 {},
                 {},
-                {},
                 Path(),
                 self.events.append,
             ),

@@ -61,7 +61,7 @@ class Place:
         self.told: list[str] = []
         registry = ModelRegistry()
         self.context = RunContext(
-            *("frames", "decode", {}, "cpu", Numerics("cpu"), lambda: registry, {}, {}, {}, Path()),
+            *("frames", "decode", {}, "cpu", Numerics("cpu"), lambda: registry, {}, {}, Path()),
             lambda event: self.told.append(event.text),  # type: ignore[union-attr]
         )
 
