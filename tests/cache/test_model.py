@@ -236,10 +236,10 @@ def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_whatever_happens_to_a_store_nothing_wrong_is_read() -> None:
-    """40 histories of up to 25 events."""
+    """25 histories of up to 25 events."""
     run_state_machine_as_test(
         StoreMachine,
-        settings=settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=QUIET),
+        settings=settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=QUIET),
     )
 
 

@@ -1,7 +1,7 @@
 """Spoilt model files and latents: a module whose weights are the file's, or an error of ours.
 
 Most of a model's file is a hole: what is spoilt is its header, and the layout is made to fit again half of the time, so
-that loading goes on to the odd shapes and dtypes. The quick tier is part of the default tests. `make soak` runs more
+that loading goes on to the odd shapes and dtypes. Eight files are part of the slow tests. `make soak` runs more
 and prints figures: S2VFLOW_SOAK_CHECKPOINTS says how many.
 """
 
@@ -259,6 +259,7 @@ def fuzz(folder: Path, models: Path, count: int, seed: int) -> str:
     return ", ".join(f"{number} {what}" for what, number in found.outcomes.most_common())
 
 
+@pytest.mark.slow
 def test_spoilt_model_files_are_loaded_or_refused(tmp_path: Path, tiny_models: Path) -> None:
     """8 files; `make soak` has more."""
     fuzz(tmp_path, tiny_models, 8, seed=1)

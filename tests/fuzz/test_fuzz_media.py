@@ -1,7 +1,7 @@
 """Spoilt sounds, pictures, videos and what stands in them: arrays within the limits or an error of ours.
 
-Decoders run in a child process with limits; one that crashes does not take the tests along. The quick tier is part of
-the default tests. `make soak` runs more and prints figures: S2VFLOW_SOAK_MEDIA says how many. What once went wrong
+Decoders run in a child process with limits; one that crashes does not take the tests along. 200 files are part of
+the slow tests. `make soak` runs more and prints figures: S2VFLOW_SOAK_MEDIA says how many. What once went wrong
 stands in corpus/media.
 """
 
@@ -264,6 +264,7 @@ def test_the_seeds_are_sound(tmp_path: Path) -> None:
     assert outcomes["rgb.png"] == outcomes["lossy.webp"] == "picture+workflow"
 
 
+@pytest.mark.slow
 def test_spoilt_media_are_read_within_the_limits_or_refused(tmp_path: Path) -> None:
     """200 files."""
     fuzz(tmp_path, 200, seed=1)
