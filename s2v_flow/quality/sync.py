@@ -19,6 +19,7 @@ _HALF_SECONDS = 1.0  # frames go to two halves in turns of this length: one find
 _FORGET_SECONDS = 0.5  # slower changes are none of the mouth
 _VOICE_SHARE = 0.1  # of the loudness of the loudest frames: what is below is silence
 _NEAR = 2  # frames next to the voice in which a mouth may still close
+_AS_HIGH = 0.97
 _LIKELY = 4.25  # standard deviations above chance at which the confidence is a half
 
 NO_SYNC: Mapping[str, Any] = {"lag_frames": None, "correlation": 0.0, "confidence": 0.0, "silence_activity": None}
@@ -104,7 +105,7 @@ class Sync:
             sums.settle()
         curve = (self._held_out(0, 1) + self._held_out(1, 0)) / 2
         lags, chances = curve[:_NUM_LAGS], np.arctanh(np.clip(curve[_NUM_LAGS:], -0.999, 0.999))
-        best = int(np.argmax(lags))
+        best = _nearest_peak(lags)
         if lags[best] <= 0 or len(chances) < 2:
             return dict(NO_SYNC)
         spread = max(float(chances.std()), 1 / sqrt(self._num_frames))
@@ -192,6 +193,13 @@ class _Sums:
         spread = self.squares[np.ix_(chosen, chosen)] / n - np.outer(means, means)
         variance = float(weights[chosen] @ spread @ weights[chosen]) * power
         return float(weights[chosen] @ covariance[chosen]) / sqrt(variance) if variance > 1e-12 else 0.0
+
+
+def _nearest_peak(lags: Array) -> int:
+    """Return where correlation has its peak, [L]; of peaks as high, as a steady beat has them, the one nearest 0."""
+    beside = np.pad(lags, 1, constant_values=-np.inf)
+    is_peak = (lags >= beside[:-2]) & (lags >= beside[2:]) & (lags >= _AS_HIGH * lags.max())
+    return min((int(lag) for lag in np.flatnonzero(is_peak)), key=lambda lag: abs(lag - MAX_LAG), default=0)
 
 
 def _windows(padded: NDArray[Any]) -> NDArray[Any]:

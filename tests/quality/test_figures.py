@@ -90,6 +90,14 @@ def test_a_known_lag_is_found_exactly(lag: int, voice: Audio, talking: Frames) -
     assert sync["silence_activity"] < 0.3  # grain
 
 
+def test_a_steady_beat_is_nearest_to_its_time() -> None:
+    """Half a period away the picture fits as well, with the mouth moving the other way."""
+    time = np.arange(SECONDS * RATE_HZ) / RATE_HZ
+    tone = np.sin(2 * np.pi * 220 * time) * (1 + np.sin(2 * np.pi * time)) / 4
+    beat = Audio(tone[None].astype(np.float32), RATE_HZ)
+    assert measured(face(opening(beat)), beat)["sync"]["lag_frames"] == 0
+
+
 def test_a_face_that_turns_is_no_matter(voice: Audio) -> None:
     turn = 4 * np.sin(np.arange(NUM_FRAMES) / 10)
     sync = measured(face(opening(voice), turn), voice)["sync"]
