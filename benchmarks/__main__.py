@@ -1,7 +1,8 @@
-"""`python -m benchmarks [--json FILE]`: a table of this machine's figures, and a line of each in history.jsonl.
+"""`python -m benchmarks [--json FILE] [--against-comfyui DIR]`: figures in a table, each a line in history.jsonl.
 
 CPU seconds of interleaved rounds, medians; one thread. Figures of tiny models on a CPU are no prediction for the 14 B
-model on a GPU; what is counted is the same everywhere. `--quick` only counts.
+model on a GPU; what is counted is the same everywhere. `--quick` only counts. `--against-comfyui` times two jobs that
+run through a ComfyUI checkout and through us, and nothing else.
 """
 
 from __future__ import annotations
@@ -176,6 +177,21 @@ def measured() -> dict[str, list[float]]:
     return took
 
 
+def against(checkout: Path, python: str, jobs: list[str], rounds: int) -> dict[str, list[float]]:
+    """Return the CPU seconds of whole runs, theirs and ours, and the ratios of each round."""
+    from benchmarks.against import prepare, whole_runs
+
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        for job in jobs:
+            took = timed(whole_runs(checkout.absolute(), python, Path(folder), job), rounds)
+            found |= {f"{job} job: {side}, CPU s": seconds for side, seconds in took.items()}
+            for name, side in (("ours / ComfyUI", "ComfyUI"), ("ours / ours (A/A)", "ours, again")):
+                found[f"{job} job: {name}"] = [a / b for a, b in zip(took["ours"], took[side], strict=True)]
+    return found
+
+
 def origin() -> dict[str, object]:
     """Return what every line has: the commit, the machine, and the versions of what computes."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
@@ -200,13 +216,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too, as a list")
     parser.add_argument("--quick", action="store_true", help="only what is counted; nothing is timed")
     parser.add_argument("--history", type=Path, default=HISTORY, metavar="FILE", help=f"default: {HISTORY}")
+    parser.add_argument(
+        "--against-comfyui", type=Path, metavar="DIR", help="a ComfyUI checkout to time two jobs against"
+    )
+    parser.add_argument(
+        "--comfyui-python", default=sys.executable, metavar="FILE", help="the interpreter of its packages"
+    )
+    parser.add_argument("--job", action="append", choices=["tiny template", "middle-sized"], help="only this one")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"default: {ROUNDS}")
     given = parser.parse_args(arguments)
 
     from benchmarks.counters import figures
 
     common = origin()
     lines = [Figure(figure=name, value=value, **common) for name, value in figures().items()]  # type: ignore[arg-type]
-    for name, values in ({} if given.quick else measured()).items():
+    if given.against_comfyui is not None:
+        jobs = given.job or ["tiny template", "middle-sized"]
+        taken = against(given.against_comfyui, given.comfyui_python, jobs, given.rounds)
+    else:
+        taken = {} if given.quick else measured()
+    for name, values in taken.items():
         kept = [float(f"{value:.4g}") for value in (median(values), min(values), max(values))]
         lines.append(Figure(**common, figure=name, value=kept[0], low=kept[1], high=kept[2]))  # type: ignore[arg-type]
     for line in lines:
