@@ -28,11 +28,10 @@ class Numerics:
     attention: str = "sdpa"
 
     def precision(self, kind: str, asked: str) -> str:
-        """Resolve a loader's precision; `asked`: "auto", "fp32", "bf16" or "fp16".
+        """Resolve a loader's precision; `asked`: "auto", "fp32", "bf16", "fp16" or "fp8_fast".
 
         Returns:
-            "fp32", "bf16" or "fp16": what is asked for; for auto, fp32 on CPU and for the (small) audio encoder, else
-            bf16.
+            What is asked for; for auto, "fp32" on CPU and for the (small) audio encoder, else "bf16".
         """
         if asked != "auto":
             return asked

@@ -48,7 +48,7 @@ def read_weights(path: Path, kind: str, precision: str, *, on_cpu: bool, is_stre
 
     Args:
         kind: The loader's; only diffusion models and text encoders keep quantised weights packed.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "bf16", "fp16" or "fp8_fast", which has the blocks' matrices in one byte.
 
     Raises:
         MissingError, RefusedError, CheckpointError: The file is missing, a pickle or damaged.
@@ -67,6 +67,8 @@ def read_weights(path: Path, kind: str, precision: str, *, on_cpu: bool, is_stre
         is_matrix = is_linear and weight is entry
         if is_matrix and is_kept(quantization.packings.get(key)):
             return quantization.num_bytes(checkpoint, key)
+        if is_matrix and precision == "fp8_fast" and re.search(r"blocks\.(?!\d+\.cross_attn\.[kv]\.)", key):
+            return math.prod(quantization.shape(checkpoint, key))
         kept = max(item_bytes, _WIDE_BYTES.get(entry.dtype, 4)) if keeps_wide and not is_linear else item_bytes
         return math.prod(quantization.shape(checkpoint, key)) * kept
 

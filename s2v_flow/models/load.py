@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2
+from s2v_flow.models.fp8 import multiply_in_fp8
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
 from s2v_flow.models.packed import PackedEmbedding, PackedLinear, PackedWeight, read_packed
 from s2v_flow.models.text_encoder import TextEncoder, build_umt5, umt5_shapes
@@ -107,6 +108,7 @@ def load_dit(
     loras: Sequence[LoraSpec] = (),
     rounds_linears: bool = False,
     streamed: bool = False,
+    fp8_fast: bool = False,
 ) -> LoadedDit:
     """Load a Wan2.2-S2V diffusion model: the module, in eval mode, and a report.
 
@@ -121,6 +123,7 @@ def load_dit(
             bit to fp8 too, without a scale, as ComfyUI (October 2025) does when it loads such a file.
         streamed: Offload the weights of blocks and injectors to host memory; they are never all on the device. The
             same bits come out.
+        fp8_fast: Let the blocks' linear layers multiply in fp8; `dtype` is bfloat16. Approximate.
 
     Raises:
         MissingError, RefusedError, CheckpointError: A file is missing, a pickle, damaged, or not of this family.
@@ -139,6 +142,8 @@ def load_dit(
     rounded = frozenset(module.state_dict()) - wide if rounds_linears and is_fp8 else frozenset()
     target = _Target(dtype, torch.device(device), quantized, wide, rounded, STREAMED if streamed else ())
     num_packed = _fill("wan s2v", module, _shapes_of(module), source, target)
+    if fp8_fast:
+        multiply_in_fp8(module.blocks)
     if streamed:
         module.stream_weights(device)
     report = LoadReport(source.checkpoint.path, len(source.keys), num_packed, tuple(stack.reports))

@@ -22,6 +22,7 @@ ReferenceInput = Annotated[Ref, Port("reference")]
 LatentInput = Annotated[Ref, Port("latent")]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DitPrecision = Literal["auto", "fp32", "bf16", "fp16", "fp8_fast"]
 Attention = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "sage"]
 Conditioning = Literal["official", "comfyui"]
 Motion = Literal["latent", "pixels"]

@@ -17,7 +17,7 @@ from s2v_flow.graph.node import Precision as Resolve
 from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Value
 from s2v_flow.machine import compute_capability
 from s2v_flow.nodes.chunk_plan import Chain, Part
-from s2v_flow.nodes.fields import Attention, Precision, model_file
+from s2v_flow.nodes.fields import Attention, DitPrecision, Precision, model_file
 from s2v_flow.nodes.handle import lacks_room, open_handle
 from s2v_flow.nodes.remarks import ModelFacts, is_distilled, remark_on_lora
 from s2v_flow.nodes.settings import Settings
@@ -64,10 +64,12 @@ class LoadDiffusionModel(Node):
     checkpoint: Annotated[str, model_file("diffusion model", "diffusion_models", "unet")] = Field(
         description="File name under the models folder's diffusion_models/ (or unet/): safetensors or GGUF."
     )
-    precision: Precision = Field(
+    precision: DitPrecision = Field(
         "auto",
         description="What is computed in. auto: float32 on CPU, bfloat16 on a GPU. Quantised weights (fp8, int8, "
-        "nvfp4, mxfp8) stay packed on a GPU and are expanded at loading on a CPU; those of a GGUF file always stay.",
+        "nvfp4, mxfp8) stay packed on a GPU and are expanded at loading on a CPU; those of a GGUF file always stay. "
+        "fp8_fast (approximate): bf16, but the blocks' linear layers multiply in fp8, with a scale a row; from compute "
+        "capability 8.9 on.",
     )
     loras: list[Lora] = Field([], description="LoRAs, applied in this order.")
     fp8_rounding: Annotated[Literal["scaled", "comfyui_2025"], BeforeValidator(_rounding)] = Field(
@@ -144,7 +146,8 @@ class LoadDiffusionModel(Node):
             if told:
                 context.note(told, is_warning=True)
             specs = [LoraSpec(file, strength) for file, strength in zip(paths, strengths, strict=True)]
-            loaded = load_dit(path, loras=specs, rounds_linears=self.fp8_rounding == "comfyui_2025", **options)
+            options.update(rounds_linears=self.fp8_rounding == "comfyui_2025", fp8_fast=self.precision == "fp8_fast")
+            loaded = load_dit(path, loras=specs, **options)
             for lora, report in zip(self.loras, loaded.report.loras, strict=True):
                 context.note(coverage_text(lora, report))
                 if report.unmatched:
@@ -166,7 +169,7 @@ class LoadDiffusionModel(Node):
 
         loras = tuple(zip(digests, strengths, strict=True))
         size = sum(path.stat().st_size for path in paths)
-        kind = f"dit, {self.fp8_rounding} fp8, attention {self.attention}"
+        kind = f"dit, {self.fp8_rounding} fp8, {self.precision}, attention {self.attention}"
         handle = open_handle(
             context, kind, self.precision, load, loras=loras, lora_bytes=size, facts=facts, should_stream=should_stream
         )

@@ -108,7 +108,14 @@ def precision_notes(plan: Plan, device: str) -> Iterator[str]:
         if asked is None or path is None:
             continue
         precision = numerics.precision(node.kind, asked)
-        row = next(row for row in COMPUTED if (row.device, row.precision) == (kind, precision))
+        capability = compute_capability(device)
+        if precision == "fp8_fast" and (capability is None or capability < (8, 9)):
+            has = "no compute capability" if capability is None else f"{capability[0]}.{capability[1]}"
+            text = f"{node.name}: precision: fp8_fast is refused: it needs a GPU of compute capability 8.9, and "
+            fix = f"set precision: auto in node {node.name}"
+            raise S2VFlowError(f"{text}{device} has {has}", fix=fix, exit_code=ExitCode.USAGE)
+        computed = "bf16" if precision == "fp8_fast" else precision  # all but the blocks' products
+        row = next(row for row in COMPUTED if (row.device, row.precision) == (kind, computed))
         if row.verdict == "refused":
             fix = f"set precision: fp32 or fp16 in node {node.name}, or use another device"
             text = f"{node.name} is to compute in {precision} on {device}, which is refused: {row.why}"
