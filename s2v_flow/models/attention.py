@@ -49,13 +49,13 @@ def rotation_table(grids: Sequence[Grid], device: torch.device | str = "cpu") ->
     """Compute the rotations of a sequence of segments; `grids`: the segments, in the order of their tokens.
 
     Returns:
-        Unit complex numbers, complex64 [L, 1, K / 2], to be broadcast over heads.
+        Cosines and sines, float32 [L, 1, K / 2, 2], to be broadcast over heads.
 
     Source: J. Su et al., 2021, section 3.4; Wan2.2, wan/modules/model.py, rope_params.
     """
     angles = np.concatenate([_angles(grid) for grid in grids])  # [L, K/2]
-    rotations = (np.cos(angles) + 1j * np.sin(angles)).astype(np.complex64)
-    return torch.from_numpy(rotations).unsqueeze(1).to(device)  # [L, 1, K/2]
+    rotations = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+    return torch.from_numpy(rotations).unsqueeze(1).to(device)  # [L, 1, K/2, 2]
 
 
 def rotate_(x: Tensor, rotations: Tensor) -> Tensor:
@@ -63,9 +63,14 @@ def rotate_(x: Tensor, rotations: Tensor) -> Tensor:
 
     Args:
         x: Queries or keys, float32 [B, L, N, K], contiguous; overwritten.
-        rotations: complex64 [L, 1, K / 2], from `rotation_table`.
+        rotations: float32 [L, 1, K / 2, 2], from `rotation_table`.
     """
-    torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(rotations)
+    pairs = x.view(*x.shape[:-1], -1, 2)
+    if torch.compiler.is_compiling():  # complex numbers break what is compiled into pieces
+        cosines, sines = rotations.unbind(-1)
+        even, odd = pairs.unbind(-1)
+        return torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2)
+    torch.view_as_complex(pairs).mul_(torch.view_as_complex(rotations))
     return x
 
 
@@ -208,7 +213,7 @@ class SelfAttention(Projections):
 
         Args:
             x: Tokens [B, L, D], in the dtype to compute in.
-            rotations: complex64 [L, 1, K / 2].
+            rotations: float32 [L, 1, K / 2, 2].
             num_queries: How many tokens are asked for, 1 to L.
             kernel: What computes attention; unless given, torch does.
         """

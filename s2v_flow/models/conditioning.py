@@ -67,7 +67,7 @@ class PreparedChunk:
     num_noisy_tokens: how many tokens, from the first, see the timestep; the others see time 0.
     video_offset: what is added to the embedded video, float32 [B or 1, L video or 1, D]: control tokens and mask.
     still_tokens: embedded reference and motion, masks added, float32 [B, L still, D]; L still may be 0.
-    rotations: complex64 [L, 1, K / 2].
+    rotations: float32 [L, 1, K / 2, 2].
     """
 
     latent_shape: tuple[int, int, int, int, int]

@@ -86,7 +86,7 @@ class Gelu(nn.GELU):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the GELU of x [B, L, width], computed in float32, in its dtype."""
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.gelu(x, approximate="tanh")
         for rows in torch.split(x.flatten(0, -2), 64):
             values = rows.float()
@@ -101,7 +101,7 @@ class Step:
 
     time: projected timesteps, float32 [B + 1, 6, D]; the last row is time 0.
     num_noisy: how many tokens, from the first, see the timestep.
-    rotations: complex64 [L, 1, K / 2].
+    rotations: float32 [L, 1, K / 2, 2].
     dtype: what matrices and attention compute in.
     kernel: what computes self-attention; None: torch.
     """

@@ -43,7 +43,7 @@ def test_scores_depend_on_relative_positions_only() -> None:
 
 
 def test_tokens_run_over_columns_then_rows_then_time() -> None:
-    table = rotation_table([Grid.dense(2, 3, 5)])[:, 0]
+    table = torch.view_as_complex(rotation_table([Grid.dense(2, 3, 5)]))[:, 0]
     time, rows, columns = table[:, 0].angle(), table[:, 22].angle(), table[:, 43].angle()
     assert time.round().tolist() == [0] * 15 + [1] * 15
     assert rows.round().tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [0] * 5 + [1] * 5 + [2] * 5
