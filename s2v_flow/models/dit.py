@@ -156,6 +156,19 @@ class WanS2V(nn.Module):
             "step": WeightStream(steps, device, besides=besides, is_pinned=is_pinned),
         }
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the blocks are compiled, or will be by the next call."""
+        return self.blocks[0]._compiled_call_impl is not None
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile make each block's code, once for all, on the first call: seconds to minutes.
+
+        The weights have to stay on the device.
+        """
+        for block in self.blocks:
+            block.compile()
+
     def _passing(self, use: Use, count: int) -> AbstractContextManager[Iterable[int]]:
         """Return the numbers of `count` layers, in order, each with its weights where it computes."""
         stream = self._streams.get(use)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,9 +54,16 @@ class Denoiser(Fallbacks):
         device = self._context.device
         sampler = make_sampler(of.sampler, of.scheduler, of.steps, of.shift, of.seed, device=device)
 
+        stages = []
+        if self._model.is_compiled and "compile" not in self._handle.facts:
+            self._handle.facts["compile"] = "blocks"
+            stages = [self._context.stage("compiling the transformer's blocks")]
+
         def denoise(x: Tensor, sigma: float) -> Tensor:
             timestep = torch.full((1,), sampler.timestep(sigma), device=x.device)  # filled there: nothing is copied
-            denoised = denoised_from_velocity(x, self.velocity(x, timestep), sigma)
+            with stages.pop() if stages else nullcontext():
+                velocity = self.velocity(x, timestep)
+            denoised = denoised_from_velocity(x, velocity, sigma)
             if self._context.watch is not None:
                 self._context.watch(self._context.name, self._inputs, denoised)
             return denoised

@@ -61,7 +61,8 @@ class ModelHandle:
 
     def stream(self) -> bool:
         """Offload a diffusion model's weights to host memory from here on; tell whether that gives any memory back."""
-        if not self.is_on_device or self.facts.get("placement") == "streamed":
+        is_compiled = getattr(self._model, "is_compiled", False)
+        if not self.is_on_device or is_compiled or self.facts.get("placement") == "streamed":
             return False
         self._must_stream = True
         self.facts["placement"] = "streamed"

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from s2v_flow.models.lora import LoraReport
 
 LATENT_KEY = "latent_tensor"
-_YOUNGER = {"attention": "auto"}  # fields that came later, with the defaults that give the bytes of before
+_YOUNGER = {
+    "attention": "auto",
+    "compile": "off",
+}  # later fields, with the defaults that change no bytes
 _MADE_FOR_THE_DEMO = "the demo's model: it knows the demo's drawn faces only, and makes no good picture of a photograph"
 _MADE_FOR_TESTS = "a model for tests: it is untrained, so the picture is abstract"
 
@@ -89,6 +92,12 @@ class LoadDiffusionModel(Node):
         description="What computes attention. auto: on a GPU cuDNN where its compute capability is 9.0 or 10.0, flash "
         "at 8.x, else sdpa: torch's own choice; one that fails on a small tensor is passed over with a warning. Any "
         "other value is an error where it cannot be had. sage (approximate) needs the package sageattention.",
+    )
+
+    compile: Literal["off", "blocks"] = Field(
+        "off",
+        description="blocks: torch.compile of the transformer's blocks, whose weights stay on the device. The first "
+        "step of a process waits for the compiler; rounding differs in the last bits.",
     )
 
     @field_validator("loras")
@@ -155,10 +164,12 @@ class LoadDiffusionModel(Node):
                 counts = {name: getattr(report, name) for name in ("matched", "total", "blocks")}
                 facts.setdefault("loras", []).append({"id": lora.id, **counts})
             loaded.module.attention = facts["attention"]
+            if self.compile == "blocks":
+                loaded.module.compile_blocks()
             return loaded.module
 
         def should_stream(num_tokens: int, num_branches: int, is_live: bool) -> bool:
-            if self.placement != "auto" or is_live:
+            if self.placement != "auto" or is_live or self.compile == "blocks":
                 return self.placement == "streamed"
             streams = lacks_room(context, self.precision, size, num_tokens, num_branches)
             if streams:
@@ -169,7 +180,7 @@ class LoadDiffusionModel(Node):
 
         loras = tuple(zip(digests, strengths, strict=True))
         size = sum(path.stat().st_size for path in paths)
-        kind = f"dit, {self.fp8_rounding} fp8, {self.precision}, attention {self.attention}"
+        kind = f"dit, {self.fp8_rounding} fp8, {self.precision}, attention {self.attention}, compile {self.compile}"
         handle = open_handle(
             context, kind, self.precision, load, loras=loras, lora_bytes=size, facts=facts, should_stream=should_stream
         )

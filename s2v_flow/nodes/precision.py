@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Literal
 from s2v_flow.errors import CheckpointError, ExitCode, S2VFlowError
 from s2v_flow.files.facts import per_file
 from s2v_flow.graph.context import Numerics
-from s2v_flow.graph.node import Plan
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.machine import compute_capability, cpu_bf16_units, device_class
 from s2v_flow.nodes.chunk import Chunk
@@ -92,6 +94,26 @@ def attention_refusal(asked: str, device: str, precision: str) -> tuple[str, str
     return None
 
 
+def _require_compiler(node: PlanNode, device: str) -> None:
+    """Refuse compile: blocks beside streamed weights, and where torch's compiler lacks what it needs.
+
+    Raises:
+        S2VFlowError: With the fix.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if getattr(node.node, "placement", "auto") == "streamed":
+        reason, fix = "compiled blocks need their weights on the device", "leave out placement: streamed or compile"
+    elif shutil.which(compiler) is None:
+        reason = f"there is no C++ compiler {compiler} on this machine"
+        fix = "install one, name it in the environment variable CXX, or set compile: off"
+    elif device_class(device) != "cpu" and importlib.util.find_spec("triton") is None:
+        reason, fix = "the package triton is not installed", "install it (pip install triton), or set compile: off"
+    else:
+        return
+    text = f"{node.name}: compile: blocks is refused: {reason}"
+    raise S2VFlowError(text, fix=f"{fix} in node {node.name}", exit_code=ExitCode.USAGE)
+
+
 def precision_notes(plan: Plan, device: str) -> Iterator[str]:
     """Compare what the plan's models are computed in with the device.
 
@@ -124,6 +146,8 @@ def precision_notes(plan: Plan, device: str) -> Iterator[str]:
         if refusal is not None:
             text = f"{node.name}: attention: {node.node.attention} is refused: {refusal[0]}"  # type: ignore[attr-defined]
             raise S2VFlowError(text, fix=f"{refusal[1]} in node {node.name}", exit_code=ExitCode.USAGE)
+        if getattr(node.node, "compile", "off") == "blocks":
+            _require_compiler(node, device)
         is_large = path.is_file() and path.stat().st_size > _LARGE_BYTES
         if row.verdict == "slow" and is_large:
             yield f"precision: {node.name} computes in {precision}, which is slow here: {row.why}"
