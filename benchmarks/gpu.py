@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from benchmarks.__main__ import origin
 from benchmarks.models import FULL, TINY, Forward, Size, preparation, random_dit, random_weights
+from s2v_flow.models.attention import try_backend
 from s2v_flow.models.footprint import Weights, chunk_bytes, decoding_bytes
+from s2v_flow.models.fp8 import multiply_in_fp8
 from s2v_flow.models.packed import PackedLinear, PackedWeight
 from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.vae import DecoderState, VAEConfig, WanVAE
@@ -170,6 +172,54 @@ def forwards(scale: Scale) -> Iterator[Row]:
             del forward
 
 
+def backends(scale: Scale) -> Iterator[Row]:
+    """A forward by each backend of attention that this device has; the others with why not."""
+    model = random_dit(scale.config, torch.bfloat16, scale.device)
+    forward = preparation(model, scale.sizes[0], scale.device)()
+    for backend in ("sdpa", "cudnn", "flash", "efficient", "sage"):
+        failure = None if backend == "sdpa" else try_backend(backend, scale.device, torch.bfloat16)
+        if failure is not None:
+            yield {"case": backend, "status": "skipped", "error": failure}
+            continue
+        model.attention = backend
+        yield variant(scale, backend, forward)
+
+
+def variant(scale: Scale, case: str, forward: Forward, expected: Tensor | None = None) -> Row:
+    """Time a forward: the first call too, which may compile, and the error against another way of computing it."""
+    row: Row = {"case": case}
+    try:
+        begun = time.perf_counter()
+        (found,) = forward()
+        settle(scale)
+        row["first_seconds"] = round(time.perf_counter() - begun, 4)
+        with peak(scale, row):
+            row["seconds"] = seconds(scale, forward)
+    except Exception as error:
+        return {**row, "status": "failed", "error": f"{type(error).__name__}: {error}"}
+    if expected is not None:
+        row["relative_error"] = float((found.double() - expected.double()).norm() / expected.double().norm())
+    return row
+
+
+def compiled(scale: Scale) -> Iterator[Row]:
+    """A forward of compiled blocks, against the same one in eager mode."""
+    model = random_dit(scale.config, torch.bfloat16, scale.device)
+    forward = preparation(model, scale.sizes[0], scale.device)()
+    (expected,) = forward()
+    model.compile_blocks()
+    yield variant(scale, "blocks", forward, expected)
+
+
+def fp8_fast(scale: Scale) -> Iterator[Row]:
+    """A forward with fp8 products, against bf16."""
+    model = random_dit(scale.config, torch.bfloat16, scale.device)
+    forward = preparation(model, scale.sizes[0], scale.device)()
+    (expected,) = forward()
+    multiply_in_fp8(model.blocks)
+    yield variant(scale, "e4m3fn, a scale a row", forward, expected)
+
+
 def decoding(scale: Scale) -> Iterator[Row]:
     """Decode a stream of latent frames, one at a time."""
     for dtype in (torch.float32, torch.bfloat16) if scale.is_cuda else (torch.float32,):  # minutes without AMX
@@ -192,7 +242,7 @@ def decoding(scale: Scale) -> Iterator[Row]:
         yield row
 
 
-PARTS = (correctness, synchronisation, forwards, decoding)
+PARTS = (correctness, synchronisation, forwards, backends, fp8_fast, decoding, compiled)
 
 
 def rows_of(part: Callable[[Scale], Iterator[Row]], scale: Scale) -> Iterator[Row]:
@@ -225,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
             )  # what is there survives a crash
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
-    return int(any(row["status"] != "ok" for row in found["rows"]))
+    return int(any(row["status"] == "failed" for row in found["rows"]))
 
 
 if __name__ == "__main__":
