@@ -5,16 +5,16 @@ These are read-only: a forward pass never writes to them, so one prepared state 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2v_flow.models.attention import Grid, KeysValues, Positions
+from s2v_flow.models.attention import Grid, Kernel, KeysValues, Positions
 from s2v_flow.models.float32 import PatchEmbedding
 
 Conditioning = Literal["official", "comfyui"]
@@ -57,6 +57,22 @@ class Branch:
     audio: PreparedAudio | None = None
 
 
+class Shard(Protocol):
+    """A process's part of a chunk's tokens, where several processes share a forward pass: L' of L tokens."""
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """Take this process's tokens [B, L', D] out of all, [B, L, D]."""
+
+    def attend(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Let its queries [B, N, L', K] attend to every process's keys and values: [B, N, L', K]."""
+
+    def inject(self, injector: Callable[..., Tensor], video: Tensor, audio: InjectedAudio, *more: object) -> Tensor:
+        """Call `injector(video, audio, *more)` for those of its tokens that are the video's."""
+
+    def join(self, patches: Tensor) -> Tensor:
+        """Put every process's patches, here [B, L', 64], together: those of the video, [B, L video, 64]."""
+
+
 @dataclass(frozen=True)
 class PreparedChunk:
     """A chunk's geometry and tokens other than the noisy ones, once per chunk. Tokens run: video, reference, motion.
@@ -68,6 +84,7 @@ class PreparedChunk:
     video_offset: what is added to the embedded video, float32 [B or 1, L video or 1, D]: control tokens and mask.
     still_tokens: embedded reference and motion, masks added, float32 [B, L still, D]; L still may be 0.
     rotations: float32 [L, 1, K / 2, 2].
+    shard: None, or this process's part of the tokens: then the two numbers and the rotations are its own tokens'.
     """
 
     latent_shape: tuple[int, int, int, int, int]
@@ -77,6 +94,7 @@ class PreparedChunk:
     video_offset: Tensor
     still_tokens: Tensor
     rotations: Tensor
+    shard: Shard | None = None
 
 
 def require_conditioning(value: str) -> None:

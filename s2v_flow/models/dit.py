@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2v_flow.models.attention import HEAD_WIDTH, CrossAttention, Grid, kernel_of, preferring, rotation_table
@@ -296,28 +298,32 @@ class WanS2V(nn.Module):
         embedding = timestep_embedding(time_rows, chunk.conditioning).to(x.device, self.compute_dtype)
         time = self.time_embedding(embedding)  # [B+1, D]
         projected = self.time_projection(time).float().unflatten(1, (6, -1))  # [B+1, 6, D]
-        kernel = kernel_of(self.attention)
+        kernel, shard = kernel_of(self.attention), chunk.shard
+        if shard is not None:
+            kernel = partial(shard.attend, kernel or F.scaled_dot_product_attention)
         step = Step(projected, chunk.num_noisy_tokens, chunk.rotations, self.compute_dtype, kernel)
 
         hidden = [torch.cat([self.patch_embedding(x) + chunk.video_offset, chunk.still_tokens], dim=1)]  # [B, L, D]
+        hidden = hidden if shard is None else [shard.own(hidden[0])]
         with preferring(self.attention), self._passing("step", self.config.num_layers) as indices:
             for index in indices:
                 hidden = self._run_block(index, hidden, chunk, branches, step)
         patches = (self.head(stream, time.float(), chunk.num_noisy_tokens, self.compute_dtype) for stream in hidden)
-        return [unpatchify(stream, chunk.latent_shape) for stream in patches]
+        return [unpatchify(part if shard is None else shard.join(part), chunk.latent_shape) for part in patches]
 
     def _run_block(
         self, index: int, hidden: list[Tensor], chunk: PreparedChunk, branches: Sequence[Branch], step: Step
     ) -> list[Tensor]:
         """Run a block, and the audio's injector after it, for every branch: see `Block.forward`."""
-        is_last = index == self.config.num_layers - 1
+        is_last = index == self.config.num_layers - 1 and chunk.shard is None
+        inject = self.audio_injector if chunk.shard is None else partial(chunk.shard.inject, self.audio_injector)
         num_kept = chunk.num_video_tokens if is_last else hidden[0].shape[1]
         texts = [branch.text.blocks[index] for branch in branches]
         streams: list[Tensor] = self.blocks[index](hidden, texts, step, num_kept=num_kept)
         for stream, branch in zip(streams, branches, strict=True):
             if branch.audio is not None and index in branch.audio.blocks:
                 tokens = stream[:, : chunk.num_video_tokens]
-                tokens += self.audio_injector(tokens, branch.audio.blocks[index], index, self.compute_dtype)
+                tokens += inject(tokens, branch.audio.blocks[index], index, self.compute_dtype)
         return streams
 
     def _video_offset(self, control_latent: Tensor | None, shape: Sequence[int], device: torch.device | str) -> Tensor:

@@ -63,6 +63,7 @@ class ModelRegistry:
         self.memory_budget_bytes = memory_budget_bytes
         self.loads: Counter[ModelKey] = Counter()
         self.facts: dict[ModelKey, dict[str, Any]] = {}  # how a model was loaded, for those who find it live
+        self.load_dit: Callable[..., Any] | None = None  # loads a diffusion model that several processes share
         self._live: OrderedDict[ModelKey, _Live] = OrderedDict()  # the least recently used first
         self._lock = threading.RLock()
 
