@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from s2v_flow.errors import BadNumbersError, ExitCode, S2VFlowError
+from s2v_flow.errors import BadNumbersError, S2VFlowError
 from s2v_flow.nodes.shortage import Fallbacks, memory_failure
 from s2v_flow.nodes.tensors import pack
 from s2v_flow.sampling.state import Denoise, SolverState
@@ -116,6 +116,9 @@ class ResumableSampling:
             try:
                 for state in self.sampler.iterate(denoise, state):  # noqa: B020 (goes on from the last state)
                     yield state
+            except S2VFlowError as error:  # a process that shares the work is lost
+                self._keep(error, state)
+                raise
             except (MemoryError, RuntimeError) as error:
                 failure = memory_failure(error)
                 if failure is None:
@@ -127,13 +130,17 @@ class ResumableSampling:
         try:
             self.retry.fall_back(failure)
         except S2VFlowError as error:
-            resume_point = self.context.resume_point
-            if error.exit_code == ExitCode.OUT_OF_MEMORY and resume_point is not None and state.step > 0:
-                self._check(self._watch.first_bad(waits=True))
-                if resume_point.save(self._facts(state.step), pack(state.to_tensors())):
-                    steps = f"{state.step} of {self.sampler.num_steps} steps of this chunk"
-                    error.kept = f"{error.kept}, and {steps}: the same command goes on from there"
+            self._keep(error, state)
             raise
+
+    def _keep(self, error: S2VFlowError, state: SolverState) -> None:
+        """Write a resume point of the steps that are done before an error ends the node, and say so."""
+        resume_point = self.context.resume_point
+        if resume_point is not None and state.step > 0:
+            self._check(self._watch.first_bad(waits=True))
+            if resume_point.save(self._facts(state.step), pack(state.to_tensors())):
+                steps = f"{state.step} of {self.sampler.num_steps} steps of this chunk"
+                error.kept = f"{error.kept or 'what was stored before'}, and {steps}; the same command goes on"
 
     def _between_steps(self, resume_point: ResumePoint, state: SolverState) -> None:
         now, must_stop = time.monotonic(), resume_point.should_stop()
