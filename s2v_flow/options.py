@@ -44,6 +44,7 @@ class Options:
     cache_remote: str | None = None  # the URL of a store that machines share, behind the cache
     cache_limit: int | None = None  # in bytes; `cache.budget.NO_LIMIT`: nothing is ever evicted
     device: str = "auto"
+    gpus: int = 1  # how many share the diffusion model's work; with device "cpu" so many processes
     selection: Selection = field(default_factory=Selection)
     axes: Sequence[str] = ()
     fail_fast: bool = False

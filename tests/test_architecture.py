@@ -47,9 +47,11 @@ ALLOWED: dict[str, set[str]] = {
     "start": {"files", "recipe", "graph", "media", "errors"},
     # runs and the Python face
     "runs": {"recipe", "graph", "cache", "files", "media", "quality", "plugins", "version", "wording", "errors"},
+    "parallel": {"nodes", "models", "graph", "machine", "wording", "errors"},
     "options": {"recipe", "nodes", "graph", "cache", "demo", "library"},
     "api": {
         *("options", "recipe", "nodes", "graph", "cache", "files", "media", "models", "demo", "machine", "library"),
+        "parallel",
         *("runs", "quality", "comfy", "version", "wording", "errors"),
     },
     "": {"api", "version"},  # the package itself
@@ -100,7 +102,9 @@ ALLOWED: dict[str, set[str]] = {
 HEAVY = {"torch", "transformers", "safetensors", "numpy", "av", "imageio", "soundfile", "soxr", "PIL", "sentencepiece"}
 # the rest is light: heavy packages, and the modules that import them, are imported inside functions there
 HEAVY_LAYERS = {"models", "weights", "sampling", "media", "quality", "demo", "convert"}
-HEAVY_MODULES = {"nodes.tensors", "nodes.denoising", "nodes.hearing", "nodes.resuming"}
+HEAVY_MODULES = {"nodes.tensors", "nodes.denoising", "nodes.hearing", "nodes.resuming"} | {
+    f"parallel.{name}" for name in ("rank", "shard", "team")
+}
 MAX_LINES = 450
 
 

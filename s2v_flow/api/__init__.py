@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -34,6 +35,8 @@ from s2v_flow.nodes.memory import needs
 from s2v_flow.nodes.precision import check_fit, precision_notes
 from s2v_flow.nodes.table import KINDS as KINDS
 from s2v_flow.options import Options as Options
+from s2v_flow.parallel import shared_models
+from s2v_flow.parallel.layout import check_ranks, rank_device
 from s2v_flow.quality.gates import unmet
 from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.document import Recipe, only_output
@@ -140,6 +143,7 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
     statuses = assess(made, store, numerics, digests.known, forced)
     has_work = any(status.status in TO_COMPUTE for status in statuses.values())
     to_compute = {name for name, status in statuses.items() if status.status in TO_COMPUTE}
+    check_ranks(made, to_compute, options.gpus, device, options.device)
     to_store = {node.name for node in made.nodes if node.node.is_stored} & to_compute
     computed, free_bytes = needs(made, to_store, numerics), free_memory_bytes(device)
     if variants and free_bytes is not None and any((need.peak_bytes or 0) > free_bytes for need in computed.values()):
@@ -147,8 +151,14 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
         made = replace(made, notes=(*made.notes, "the cells' files are written after all sampling, for lack of memory"))
         computed = needs(made, to_store, numerics)
     earlier = store.recent(EARLIER) if has_work else []
-    expected = estimate(made, statuses, earlier, numerics, computed, hardware(device), _speeds(options, device))
+    named, speeds = _hardware(options, device), _speeds(options, device)
+    expected = estimate(made, statuses, earlier, numerics, computed, named, speeds)
     return Planned(recipe, made, statuses, device, expected, cells, variants, free_bytes, options.overwrite, computed)
+
+
+def _hardware(options: Options, device: str) -> str:
+    """Name what computes; so many ranks are other hardware than one."""
+    return hardware(device) + (f", {options.gpus} ranks" if options.gpus > 1 else "")
 
 
 def _speed_key(device: str, item_bytes: int) -> str:
@@ -208,6 +218,8 @@ def run_planned(
         models: A `lazy_registry` that runs share; without, none stays live that no node needs.
         goes_on: The run has begun under this id, with a first look; its manifest is written anew.
     """
+    if models is not None and options.gpus > 1:
+        raise S2VFlowError("a Session's runs are on one GPU", "s2v_flow.run(recipe, gpus=N)")
     require_files(planned)
     options.selection.check(planned.plan, planned.statuses)
     digests, made = FileDigests(_digest_memory(options), on_event), _demo_models(planned, options)
@@ -234,7 +246,8 @@ def run_planned(
             planned = _plan(planned.recipe, planned.variants, options)
             recorder.plan, recorder.statuses = planned.plan, planned.statuses
             _refuse_files(planned, options, digests)
-        result = _execute(planned, options, recorder, digests, models or lazy_registry())
+        with shared_models(models or lazy_registry(), options.gpus, planned.device, recorder) as shared:
+            result = _execute(planned, options, recorder, digests, shared)
     return Result(**vars(replace(result, run_id=recorder.id)), cache_root=options.cache_root)
 
 
@@ -266,7 +279,7 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
         keeps_going=bool(planned.labels) and not options.fail_fast,
         note=note_maker(planned.recipe_of, planned.plan, digests, numerics.device_class, _workflows),
         should_stop=options.should_stop,
-        about={"s2vflow": __version__, "torch": torch_version(), "hardware": hardware(planned.device)},
+        about={"s2vflow": __version__, "torch": torch_version(), "hardware": _hardware(options, planned.device)},
         about_nodes={name: computed.facts() for name, computed in planned.needs.items()},
         cache_limit=options.size_limit,
         overwrites=options.overwrite,
@@ -274,8 +287,9 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
     )
     recorder.entries, recorder.not_kept = execution.entries, execution.not_kept
     waits = planned.has_work and not options.share_gpu
-    on_gpu = gpu_turn(planned.device, recorder, options.should_stop, is_needed=waits)
-    with on_gpu:
+    with ExitStack() as on_gpu:
+        for device in dict.fromkeys(rank_device(planned.device, rank) for rank in range(options.gpus)):
+            on_gpu.enter_context(gpu_turn(device, recorder, options.should_stop, is_needed=waits))
         try:
             result = execution.execute()
             recorder.failures = result.failures

@@ -22,6 +22,7 @@ from s2v_flow.cli.models import models
 from s2v_flow.cli.options import (
     FILE,
     folder_options,
+    gpus_option,
     json_option,
     level_options,
     make_options,
@@ -86,6 +87,7 @@ def cli() -> None:
 @record_options
 @view_options
 @level_options
+@gpus_option
 @folder_options
 def run(recipe: Path, as_json: bool, events: str | None, level: Level, **given: Any) -> None:
     """Run a recipe: compute what is not stored yet, and write the results."""
@@ -135,6 +137,7 @@ def check(recipe: Path, as_json: bool, **given: Any) -> None:
 @recipe_options
 @output_options
 @selection_options
+@gpus_option
 @folder_options
 @click.option("--detailed-exitcode", is_flag=True, help="Leave with 10 if a run would compute something.")
 @click.option("--calibrate", is_flag=True, help="Measure this machine first, once, to estimate what never ran here.")

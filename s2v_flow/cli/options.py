@@ -128,6 +128,13 @@ folder_options = all_of(  # where things are
         help="A models folder in ComfyUI's layout; repeatable.  [env: S2VFLOW_MODELS_DIR]",
     ),
 )
+gpus_option = click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="How many GPUs share one video: --gpus 2. With --device cpu, N processes.",
+)
 selection_options = all_of(  # a part of the plan
     click.option("--fail-fast", is_flag=True, help="In a matrix: one cell that fails stops the others."),
     click.option("-m", "axes", multiple=True, metavar="PATH=VALUES", help="Vary a value: -m seed=1..8."),

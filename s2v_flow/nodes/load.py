@@ -156,7 +156,7 @@ class LoadDiffusionModel(Node):
                 context.note(told, is_warning=True)
             specs = [LoraSpec(file, strength) for file, strength in zip(paths, strengths, strict=True)]
             options.update(rounds_linears=self.fp8_rounding == "comfyui_2025", fp8_fast=self.precision == "fp8_fast")
-            loaded = load_dit(path, loras=specs, **options)
+            loaded = (context.models().load_dit or load_dit)(path, loras=specs, **options)
             for lora, report in zip(self.loras, loaded.report.loras, strict=True):
                 context.note(coverage_text(lora, report))
                 if report.unmatched:

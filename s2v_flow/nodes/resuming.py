@@ -140,7 +140,8 @@ class ResumableSampling:
             self._check(self._watch.first_bad(waits=True))
             if resume_point.save(self._facts(state.step), pack(state.to_tensors())):
                 steps = f"{state.step} of {self.sampler.num_steps} steps of this chunk"
-                error.kept = f"{error.kept or 'what was stored before'}, and {steps}; the same command goes on"
+                kept = error.kept or "what was stored before"
+                error.kept = f"{kept}, and {steps}: the same command goes on from there"
 
     def _between_steps(self, resume_point: ResumePoint, state: SolverState) -> None:
         now, must_stop = time.monotonic(), resume_point.should_stop()

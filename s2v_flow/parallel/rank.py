@@ -1,0 +1,160 @@
+"""What every rank does, the first one too: hold a model, prepare what it is told, take its part of forward passes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FileStore
+
+from s2v_flow.models.conditioning import Branch, PreparedChunk
+from s2v_flow.models.load import LoadedDit, load_dit
+from s2v_flow.parallel.layout import layout_of, rank_device
+from s2v_flow.parallel.shard import SequenceShard, Traffic
+
+_PATIENCE = timedelta(days=300)  # a rank that is lost is noticed otherwise
+_CPU = torch.device("cpu")
+
+
+class Held(NamedTuple):
+    """Stands in a message for what all ranks hold since the message of this number."""
+
+    number: int
+
+
+class Rank:
+    """One rank of `size`: on every rank the same methods are called with equal arguments, `meet` first.
+
+    `folder`: private to the ranks of one run.
+    """
+
+    def __init__(self, rank: int, size: int, device: str, folder: Path) -> None:
+        self.traffic = Traffic()
+        self._rank, self._size, self._folder = rank, size, folder
+        self._device = torch.device(rank_device(device, rank))
+        self._is_gpu = self._device.type == "cuda"
+        self._groups: dict[int, dist.ProcessGroup] = {}
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(max(self._threads // size, 1))
+        if self._is_gpu:
+            torch.cuda.set_device(self._device)
+
+    def meet(self) -> None:
+        """Wait for the other ranks, and make the groups of those that share a chunk's tokens."""
+        rank, size, store = self._rank, self._size, FileStore(str(self._folder / "meeting"), self._size)
+        with _on_loopback():
+            name, device = ("cpu:gloo,cuda:nccl", self._device) if self._is_gpu else ("gloo", None)
+            init = partial(dist.init_process_group, name, store=store, rank=rank, world_size=size)
+            init(timeout=_PATIENCE, device_id=device)
+            for length in sorted({layout_of(size, branches).sequence for branches in (1, 2)}):
+                for first in range(0, size, length):  # every rank makes every group, in one order
+                    group = dist.new_group(list(range(first, first + length)), timeout=_PATIENCE)
+                    if first <= rank < first + length:
+                        self._groups[length] = group
+
+    def tell(self, *message: Any) -> None:
+        """Tell all ranks, from the first: a number, the numbers to let go of, a method, its arguments and options."""
+        dist.broadcast_object_list([message], 0, device=_CPU)
+
+    def serve(self) -> NoReturn:
+        """Do what the first rank tells."""
+        held: dict[int, Any] = {}
+        while True:
+            message: list[Any] = [None]
+            dist.broadcast_object_list(message, 0, device=_CPU)
+            number, gone, method, given, options = message[0]
+            for each in gone:
+                held.pop(each, None)
+            given = [held[one.number] if isinstance(one, Held) else one for one in given]
+            value = getattr(self, method)(*given, **options)
+            held |= {} if method == "forward" else {number: value}
+
+    def load(self, path: Path, **options: Any) -> LoadedDit:
+        """Load a diffusion model onto this rank's device; see `load_dit`."""
+        return load_dit(path, **{**options, "device": self._device})
+
+    def use(self, loaded: LoadedDit, what: str, *given: Any, **options: Any) -> Any:
+        """Call a method of the model that computes nothing in common, with this rank's device."""
+        options |= {"device": self._device} if "device" in options else {}
+        here = [one.to(self._device) if isinstance(one, Tensor) else one for one in given]
+        return getattr(loaded.module, what)(*here, **options)
+
+    def forward(
+        self,
+        loaded: LoadedDit,
+        attention: str,
+        chunk: PreparedChunk,
+        *parts: Any,
+        x: Tensor | None = None,
+        time: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Take this rank's part of a forward pass.
+
+        Args:
+            attention: The model's backend.
+            parts: The branches of guidance, each as its text and its audio.
+            x: The latent, on rank 0; the others get it from there.
+            time: The timestep, on rank 0.
+
+        Returns:
+            The velocities of all branches, on rank 0; on others, those that it has taken part in.
+        """
+        x = torch.empty(chunk.latent_shape, device=self._device) if x is None else x.float().contiguous()
+        time = x.new_empty(chunk.latent_shape[0]) if time is None else time.to(x)
+        for given in (x, time):
+            self._broadcast(given, 0)
+        branches = [Branch(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+        guidance, sequence = layout_of(self._size, len(branches))
+        half, place = divmod(self._rank, sequence)
+        if sequence > 1:
+            chunk = SequenceShard(self._groups[sequence], place, sequence, chunk, self.traffic).part()
+        loaded.module.attention = attention
+        mine = branches if guidance == 1 else [branches[half]]
+        velocities: list[Tensor] = loaded.module(x, time, chunk, mine)
+        if guidance == 2:
+            other = velocities[0] if half else torch.empty_like(velocities[0])
+            self._broadcast(other, sequence)
+            velocities.append(other)
+        self.traffic.forwards += 1
+        if self._is_gpu:  # a rank that fails is to fail in this pass
+            torch.cuda.synchronize(self._device)
+        return velocities
+
+    def abandon(self) -> None:
+        """End what waits for a rank that is lost, from any thread; over gloo it notices by itself."""
+        if self._is_gpu and dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()
+
+    def leave(self) -> None:
+        """End the communication; the other ranks are gone."""
+        self.abandon()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        torch.set_num_threads(self._threads)
+
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
+        dist.broadcast(tensor, source)
+        self.traffic.sent += (self._size - 1) * tensor.nbytes if self._rank == source else 0
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let sockets that are opened inside be this machine's own alone."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, "lo" if sys.platform == "linux" else "lo0"))
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
+        os.environ.update(before)
