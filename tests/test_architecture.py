@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         *("runs", "quality", "comfy", "version", "wording", "errors"),
     },
     "": {"api", "version"},  # the package itself
-    "batch": {"api", "options", "recipe", "graph", "files", "machine", "version", "wording", "errors"},
+    "batch": {"api", "options", "recipe", "graph", "cache", "files", "machine", "version", "wording", "errors"},
     "history": {
         *(
             "",
