@@ -24,9 +24,6 @@ from test_batch import program, running, seeded
 from test_engines import worker_pids
 from test_two_machines import digests
 
-JOBS = 6
-ROWS = "seed\n" + "".join(f"{seed}\n" for seed in range(1, JOBS + 1))
-
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
@@ -61,21 +58,21 @@ def cut(made: Place, chance: random.Random) -> bool:
     return True
 
 
-def storm(folder: Path, models: Path, kills: int, seed: int) -> Counter[str]:
+def storm(folder: Path, models: Path, kills: int, jobs: int, seed: int) -> Counter[str]:
     """Run batches, each until it has ended well, until there were so many kills; count what happened."""
     chance, happened = random.Random(seed), Counter[str]()
-    can_fill = os.path.ismount(folder)
-    clean = seeded(folder.parent / "clean", models, rows=ROWS)
+    can_fill, rows = os.path.ismount(folder), "seed\n" + "".join(f"{number}\n" for number in range(1, jobs + 1))
+    clean = seeded(folder.parent / "clean", models, rows=rows)
     process = program(clean, "--workers", 2)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     expected = digests(clean.folder / "out")
-    assert len(expected) == JOBS
+    assert len(expected) == jobs
     while happened["worker killed"] + happened["batch killed"] < kills:
         happened["rounds"] += 1
         place = folder / f"round{happened['rounds']}"
         place.mkdir()
-        made = seeded(place, models, rows=ROWS)
+        made = seeded(place, models, rows=rows)
         code = 1
         while code:
             assert happened["begun"] < 10 * kills + 20, happened
@@ -127,8 +124,8 @@ def disturb(
 def test_kills_and_a_full_disk_change_nothing(tiny_models: Path, small_disk: Path) -> None:
     """Every job's video is there once, with the bytes of an undisturbed run."""
     (small_disk.parent / "clean").mkdir()
-    happened = storm(small_disk, tiny_models, 4, seed=1)
-    assert happened["worker killed"] + happened["batch killed"] >= 4
+    happened = storm(small_disk, tiny_models, kills=3, jobs=3, seed=1)
+    assert happened["worker killed"] + happened["batch killed"] >= 3
 
 
 @pytest.mark.soak
@@ -136,5 +133,5 @@ def test_soak_kills_and_a_full_disk(tiny_models: Path, small_disk: Path) -> None
     """The same, for longer."""
     (small_disk.parent / "clean").mkdir()
     kills = int(os.environ.get("S2VFLOW_SOAK_BATCH_KILLS", "100"))
-    happened = storm(small_disk, tiny_models, kills, seed=2)
+    happened = storm(small_disk, tiny_models, kills, jobs=6, seed=2)
     sys.stdout.write(f"\n{dict(happened)}\n")
