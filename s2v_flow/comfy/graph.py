@@ -105,6 +105,14 @@ class Graph:
     off: tuple[Box, ...] = ()
 
 
+_FIXES: Mapping[str, str] = {
+    "W002": "open the workflow in ComfyUI and save it again",
+    "W004": "change it in ComfyUI and save the workflow again",
+    "W005": "cut the circle in ComfyUI and save the workflow again",
+    "W006": "save only the part that makes the video as a workflow of its own",
+}
+
+
 @dataclass
 class Mistakes:
     """Collects everything that keeps a workflow from becoming a recipe, and what a person should know."""
@@ -118,7 +126,7 @@ class Mistakes:
         """Record a mistake, at a node if it has one."""
         where = node.described() if isinstance(node, ComfyNode) else node
         inside = self.file if where is None else f"{self.file}, {where}"
-        mistake = Diagnostic(code, message, inside=inside, fix=fix)
+        mistake = Diagnostic(code, message, inside=inside, fix=fix or _FIXES.get(code))
         if mistake not in self.found:
             self.found.append(mistake)
 

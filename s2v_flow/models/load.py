@@ -52,7 +52,7 @@ class LoadedDit:
 
 @dataclass(frozen=True)
 class _Target:
-    """Where weights go, in which dtype, and whether quantised ones stay packed (those of a GGUF file always do).
+    """Where weights go, in which dtype, and whether quantised ones stay packed (those of a GGUF file do where False).
 
     Parameters named in `wide` are never made narrower than the file has them: the module computes with them in float32.
     Those named in `rounded` lose what fp8 cannot hold, unless the file has them in fp8 with a scale. Those whose names
@@ -62,13 +62,15 @@ class _Target:
 
     dtype: torch.dtype
     device: torch.device
-    quantized: bool = False
+    quantized: bool | None = None
     wide: frozenset[str] = frozenset()
     rounded: frozenset[str] = frozenset()
     streamed: tuple[str, ...] = ()
 
     def keeps(self, packing: Packing | None) -> bool:
-        return packing is not None and (self.quantized or packing.format in GGUF_FORMATS)
+        if packing is None or self.quantized is None:
+            return False
+        return self.quantized or packing.format in GGUF_FORMATS
 
     def home_of(self, key: str) -> torch.device:
         return torch.device("cpu") if key.startswith(self.streamed) else self.device

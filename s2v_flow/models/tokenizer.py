@@ -31,7 +31,10 @@ def read_tokenizer(model: bytes, name: str) -> SentencePieceProcessor:
     try:
         processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
-        raise CheckpointError(f"{name}: its tokenizer ({TOKENIZER_KEY}) is damaged: {error}") from error
+        what = f"{name}: its tokenizer ({TOKENIZER_KEY}) is damaged, or is no SentencePiece model"
+        raise CheckpointError(
+            what, "name the spiece.model of google/umt5-xxl (tokenizer.json is another form)"
+        ) from error
     return processor
 
 

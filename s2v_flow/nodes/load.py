@@ -227,6 +227,14 @@ class LoadTextEncoder(_Loader):
         None, description="A SentencePiece model (spiece.model), for a file without one inside."
     )
 
+    def plan(self, planner: Planner, name: str) -> dict[str, Value]:
+        """Check the file's header, and a tokenizer that stands in a file of its own."""
+        values = super().plan(planner, name)
+        given = planner.file(name, "tokenizer") if self.tokenizer is not None else None
+        if given is not None and given.is_file():
+            _check_tokenizer(given)
+        return values
+
     def load(self, context: RunContext, path: Path, **options: Any) -> Any:
         """Load the encoder."""
         from s2v_flow.models.load import load_text_encoder
@@ -326,6 +334,14 @@ def check_header(planner: Planner, name: str, family: str, *field_path: str | in
     path = planner.file(name, *(field_path or ("checkpoint",)))
     if path is not None and path.is_file():
         _check_header(path, name, family, has_tokenizer)
+
+
+@per_file
+def _check_tokenizer(path: Path) -> None:
+    from s2v_flow.models.tokenizer import read_tokenizer
+    from s2v_flow.weights.tokenizer import tokenizer_file
+
+    read_tokenizer(tokenizer_file(path), str(path))
 
 
 @per_file

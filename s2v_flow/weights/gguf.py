@@ -96,6 +96,8 @@ def read_gguf(path: Path) -> GgufHeader:
     """
     with _mapped(path) as reader:
         version = reader.number("I")
+        if version in (2 << 24, 3 << 24):
+            raise CheckpointError(f"{path}: is a big-endian GGUF file", "use the little-endian file of that model")
         if version not in (2, 3):
             raise reader.damaged(f"its version is {version}, expected 2 or 3 in little-endian order")
         num_tensors, num_pairs = reader.number("Q"), reader.number("Q")
@@ -267,6 +269,6 @@ def _mapped(path: Path) -> Iterator[_Reader]:
     """Map a file for the time of a block."""
     with opened(path) as (file, num_bytes):
         if num_bytes < 24 or file.read(len(MAGIC)) != MAGIC:
-            raise CheckpointError(f"{path}: damaged GGUF file: it has {num_bytes} bytes")
+            raise CheckpointError(f"{path}: damaged GGUF file: it has {num_bytes} bytes", "download the file again")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield _Reader(path, data)

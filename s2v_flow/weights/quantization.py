@@ -122,10 +122,12 @@ def _packing(checkpoint: Checkpoint, layer: str, key: str, options: Mapping[str,
         raise _refused(checkpoint, f"{name} (layer {layer!r})")
     if f"{layer}.pre_quant_scale" in checkpoint.entries:
         raise _refused(checkpoint, f"{name} with a pre_quant_scale (layer {layer!r})")
-    if entry.dtype not in _WEIGHT_DTYPES[name] or len(entry.shape) != 2:
+    is_fp8 = name.startswith("float8")
+    if entry.dtype not in _WEIGHT_DTYPES[name] or (len(entry.shape) != 2 and not is_fp8):
         wanted = f"{_WEIGHT_DTYPES[name][0]} [out, in]"
-        raise CheckpointError(f"{checkpoint.path}: {key!r} is {entry.dtype} {list(entry.shape)}, {name} has {wanted}")
-    if name.startswith("float8"):
+        what = f"{checkpoint.path}: {key!r} is {entry.dtype} {list(entry.shape)}, {name} has {wanted}"
+        raise CheckpointError(what, "use a file whose quantised weights are linear layers'")
+    if is_fp8:
         return _fp8(checkpoint, layer, key, True)
     rows, columns = entry.shape
     scale = f"{layer}.weight_scale"

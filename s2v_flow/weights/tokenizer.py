@@ -17,6 +17,7 @@ from s2v_flow.weights.reader import Checkpoint
 
 _MAX_BYTES = 64_000_000
 _UNIGRAM = 1
+_FIX = "name the spiece.model of google/umt5-xxl"
 _IDS = {40: "unknown_token_id", 41: "bos_token_id", 42: "eos_token_id", 43: "padding_token_id"}  # TrainerSpec's fields
 _UNUSED, _BYTE = 5, 6
 
@@ -32,10 +33,7 @@ def find_tokenizer(checkpoint: Checkpoint, given: str | Path | None = None) -> b
         MissingError, CheckpointError: The file is missing; there is no tokenizer; it is damaged or too large.
     """
     if given is not None:
-        with opened(Path(given)) as (file, num_bytes):
-            if num_bytes > _MAX_BYTES:
-                raise CheckpointError(f"{given}: is no tokenizer: it has {num_bytes} bytes")
-            return file.read()
+        return tokenizer_file(Path(given))
     if checkpoint.gguf is not None:
         return sentencepiece_model(checkpoint.path, checkpoint.gguf)
     entry = checkpoint.entries.get(TOKENIZER_KEY)
@@ -47,9 +45,22 @@ def find_tokenizer(checkpoint: Checkpoint, given: str | Path | None = None) -> b
     return checkpoint.read_bytes(TOKENIZER_KEY)
 
 
+def tokenizer_file(path: Path) -> bytes:
+    """Read a tokenizer's own file.
+
+    Raises:
+        MissingError, CheckpointError: It is missing or too large.
+    """
+    with opened(path) as (file, num_bytes):
+        if num_bytes > _MAX_BYTES:
+            raise CheckpointError(f"{path}: is no tokenizer: it has {num_bytes} bytes", _FIX)
+        return file.read()
+
+
 def holds_tokenizer(checkpoint: Checkpoint) -> bool:
     """Tell whether a GGUF file holds a tokenizer."""
-    return checkpoint.gguf is not None and "tokenizer.ggml.tokens" in checkpoint.gguf
+    names = {f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type")}
+    return checkpoint.gguf is not None and names <= checkpoint.gguf.keys()
 
 
 def sentencepiece_model(path: Path, metadata: Mapping[str, Value]) -> bytes:

@@ -20,7 +20,7 @@ from safetensors.torch import load, load_file, save_file
 
 import s2v_flow
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.load import load_text_encoder
+from s2v_flow.models.load import load_audio_encoder, load_text_encoder
 from s2v_flow.nodes.load import LoadDiffusionModel
 from s2v_flow.weights.gguf import _T5_NAMES
 
@@ -174,6 +174,17 @@ def test_a_gguf_text_encoder_encodes_as_its_twin(tiny_models: Path, tmp_path: Pa
     assert (
         relative_error(packed, load_text_encoder(tmp_path / "t.safetensors", **options).encode("The man sings.")) < 1e-6
     )
+
+
+def test_a_gguf_audio_encoder_hears_as_its_twin(tiny_models: Path, tmp_path: Path) -> None:
+    tensors = load_file(tiny_models / "audio_encoders" / "tiny_wav2vec2.safetensors")
+    write_gguf(tmp_path / "a.gguf", tensors, "Q8_0", tmp_path / "twin.safetensors", arch="wav2vec2")
+    sound = torch.sin(torch.arange(4000) / 9)
+    heard = [
+        load_audio_encoder(tmp_path / name, dtype=torch.float32, device="cpu").encode(sound, "official")
+        for name in ("a.gguf", "twin.safetensors")
+    ]
+    assert torch.equal(*heard)
 
 
 def encoder_of(models: Path) -> Any:

@@ -257,6 +257,16 @@ def test_a_text_encoder_without_its_tokenizer_is_told_the_command(tmp_path: Path
     assert planned(tmp_path, tiny_models, "umt5", path) == (4, err)
 
 
+def test_a_tokenizer_s_own_file_is_read_by_the_plan(tmp_path: Path, tiny_models: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write_voice(tmp_path / "voice.wav", 1)
+    recipe = write_recipe(tmp_path, {"umt5": {"tokenizer": str(tmp_path / "tokenizer.json")}})
+    code, _, err = call("plan", recipe, "--models-dir", tiny_models, "--cache-dir", tmp_path / "cache")
+    assert code == 4
+    assert "is no SentencePiece model" in err
+    assert "fix: name the spiece.model of google/umt5-xxl" in err
+
+
 def layer(key: str) -> int:
     return int(key.split(".")[2]) if key.startswith("encoder.layers.") else 0
 

@@ -92,6 +92,13 @@ def test_fp8_of_both_kinds_has_one_scale_or_one_a_row(
     assert found.packings["x.weight"].format == str(dtype).removeprefix("torch.")
 
 
+def test_a_convolution_in_fp8_may_be_tagged_too(tmp_path: Path) -> None:
+    """As every weight of a VAE is."""
+    weight = torch.ones(4, 4, 1, 1, 1).to(torch.float8_e4m3fn)
+    tensors = {"x.weight": weight, "x.weight_scale": SCALE.clone(), "x.comfy_quant": tag("float8_e4m3fn")}
+    assert read(tmp_path, tensors)[1].packings["x.weight"].shape == (4, 4, 1, 1, 1)
+
+
 def test_options_may_stand_beside_the_format_or_under_params(tmp_path: Path) -> None:
     for options in ({"convrot": True}, {"params": {"convrot": True}}):
         tensors = {
