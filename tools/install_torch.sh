@@ -17,7 +17,7 @@ if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("
     exit 0
 fi
 case $want in
-    cpu) backend=cpu; echo "installing $torch for the CPU: with the rest 1.3 GB of disk, some minutes (TORCH=cuda for an NVIDIA GPU)" ;;
+    cpu) backend=cpu; echo "installing $torch for the CPU: 200 MB to download; with the rest 1.3 GB of disk, some minutes (TORCH=cuda for an NVIDIA GPU)" ;;
     cuda) backend=auto; echo "installing $torch for CUDA: several GB to download (TORCH=cpu for the CPU alone)" ;;
 esac
 export UV_HTTP_TIMEOUT=20 UV_HTTP_RETRIES=0
@@ -25,5 +25,5 @@ if "$python" -m pip install --quiet --disable-pip-version-check uv 2>/dev/null &
     "$python" -m uv pip install --quiet --python "$python" --torch-backend "$backend" "$torch" 2>/dev/null; then
     exit 0
 fi
-echo "torch's own index cannot be reached: pip decides which build it takes"
+echo "torch's own index cannot be reached: pip decides which build it takes; PyPI's for Linux is CUDA's, several GB to download"
 "$python" -m pip install --quiet --disable-pip-version-check "$torch"
