@@ -238,7 +238,8 @@ def figures_of(text: str, cache_root: Path, mouth: tuple[int, int, int, int] | N
     path = Path(text)
     if path.is_file() and path.suffix != ".json":
         essence = essence_in(path)
-        return measure_video(path, () if essence is None else essence.chunk_starts, mouth)
+        starts, count = ((), None) if essence is None else (essence.chunk_starts, essence.frames)
+        return measure_video(path, starts, mouth, starts_of=count)
     if path.suffix in (".mp4", ".mov", ".mkv", ".webm"):
         raise MissingError(f"{text}: there is no such file", "give a video, a run's id, or last")
     run = find(runs_root(cache_root), text)
@@ -261,6 +262,10 @@ def figures_text(figures: Mapping[str, Any]) -> str:
     return "\n".join(_lines(figures))
 
 
+def _apart_text(lag: int) -> str:
+    return f"the picture is {abs(lag)} {'frame' if abs(lag) == 1 else 'frames'} {'late' if lag > 0 else 'early'}"
+
+
 def _lines(figures: Mapping[str, Any]) -> Iterator[str]:
     for name, video in figures.get("videos", {}).items():
         yield f"{name}:"
@@ -268,7 +273,7 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[str]:
     if "sync" not in figures:
         return
     sync, lag = figures["sync"], figures["sync"]["lag_frames"]
-    late = "no lag can be told" if lag is None else f"the picture is {abs(lag)} frames {'late' if lag > 0 else 'early'}"
+    late = "no lag can be told" if lag is None else _apart_text(lag)
     late = "picture and sound in time" if lag == 0 else late
     silent = sync["silence_activity"]
     still = "" if silent is None else f", in silence the mouth moves {silent:.0%} as much".replace("%", " %")

@@ -149,9 +149,19 @@ def measure_frames(
 
 
 def measure_video(
-    path: str | os.PathLike[str], chunk_starts: Sequence[int] = (), mouth: Box | None = None
+    path: str | os.PathLike[str],
+    chunk_starts: Sequence[int] = (),
+    mouth: Box | None = None,
+    *,
+    starts_of: int | None = None,
 ) -> dict[str, Any]:
     """Measure a video file, frame by frame; see `Measure`.
+
+    Args:
+        path: the file.
+        chunk_starts: the first frame of each chunk but the first.
+        mouth: where the mouth is.
+        starts_of: how many frames the video had when its chunks were told: with others it was cut or has another rate.
 
     Raises:
         MissingError, MediaError, RefusedError: as `VideoReader`.
@@ -161,7 +171,8 @@ def measure_video(
     sound = open_audio(path) if info.has_audio else None
     with VideoReader(path, Fraction(info.fps)) as reader:
         groups = (frame[None] for frame in reader)
-        return measure_frames(groups, sound, float(info.fps), len(reader), chunk_starts, mouth)
+        starts = chunk_starts if starts_of in (None, len(reader)) else ()
+        return measure_frames(groups, sound, float(info.fps), len(reader), starts, mouth)
 
 
 def _lab(colour: Array) -> tuple[float, ...]:

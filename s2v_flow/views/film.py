@@ -89,10 +89,10 @@ def film_of(path: Path, label: str, figures: Mapping[str, Any] | None = None) ->
     from s2v_flow.quality.sync import loudness
 
     info, essence = probe_video(path), essence_in(path)
-    starts = [] if essence is None else essence.chunk_starts
     sound = open_audio(path) if info.has_audio else None
     with VideoReader(path, info.fps) as reader:
         count = len(reader)
+        starts = essence.chunk_starts if essence is not None and essence.frames in (None, count) else []
         voice = None if sound is None else loudness(sound, float(info.fps), count)
         measure = Measure(voice, float(info.fps), keeps=count <= _MAX_MOVEMENT_FRAMES)
         thumbs = max(1, round(WIDTH * info.height / info.width / STRIP_HEIGHT))

@@ -13,7 +13,7 @@ from recipes_for_tests import call
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.media.audio import Audio
 from s2v_flow.media.writer import VideoWriter
-from s2v_flow.quality.figures import Box, Measure, measure_frames
+from s2v_flow.quality.figures import Box, Measure, measure_frames, measure_video
 from s2v_flow.quality.gates import GATES, unmet
 from s2v_flow.quality.sync import loudness
 
@@ -185,3 +185,12 @@ def test_the_command_measures_a_file(tmp_path: Path, voice: Audio, talking: Fram
     assert "the picture is 3 frames late" in call("quality", video)[1]
     for words, wanted in (((video, "--mouth", "1,2"), 2), ((video, "--mouth", "0,0,99,9"), 2), (("none.mp4",), 4)):
         assert call("quality", *words)[0] == wanted
+
+
+def test_chunks_are_those_of_as_many_frames(tmp_path: Path, talking: Frames) -> None:
+    """A video that was cut, or given another rate, keeps its note, in which the borders are of other frames."""
+    video = tmp_path / "talk.mp4"
+    with VideoWriter(video, SIDE, SIDE, FPS) as writer:
+        writer.write(talking[:32])
+    found = [measure_video(video, (16,), starts_of=count)["seams"] for count in (32, None, 50)]
+    assert [len(seams) for seams in found] == [1, 1, 0]
