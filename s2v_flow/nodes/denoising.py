@@ -55,7 +55,7 @@ class Denoiser(Fallbacks):
         sampler = make_sampler(of.sampler, of.scheduler, of.steps, of.shift, of.seed, device=device)
 
         stages = []
-        if self._model.is_compiled and "compile" not in self._handle.facts:
+        if getattr(self._model, "is_compiled", False) and "compile" not in self._handle.facts:
             self._handle.facts["compile"] = "blocks"
             stages = [self._context.stage("compiling the transformer's blocks")]
 
