@@ -103,7 +103,7 @@ def test_mistakes_are_told_before_an_engine_starts(tiny_models: Path, tmp_path: 
     assert batch(made, *engine)[0] == 3
 
 
-@pytest.mark.parametrize("engine", [SLURM, REAL_SLURM], ids=["submitit", "slurm"], indirect=True)
+@pytest.mark.parametrize("engine", [SLURM], ids=["submitit"], indirect=True)
 def test_a_task_that_slurm_takes_away_is_queued_again_and_goes_on(
     tiny_models: Path, tmp_path: Path, engine: tuple[str, ...]
 ) -> None:
