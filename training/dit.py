@@ -78,7 +78,7 @@ def measure_codes(weights: Mapping[str, Tensor]) -> Codes:
 def _attention(weights: Mapping[str, Tensor], index: int) -> Tensor:
     """Return how a frame's tokens attend to one another: [2 heads, S, S]."""
     prefix = f"blocks.{index}.self_attn"
-    rotations = rotation_table([Grid.dense(1, SIDE, SIDE)])[:, 0]  # [S, 64]
+    rotations = torch.view_as_complex(rotation_table([Grid.dense(1, SIDE, SIDE)])[:, 0])  # [S, 64]
     q, k = (
         torch.view_as_complex(
             (weights[f"{prefix}.{name}.bias"] * weights[f"{prefix}.norm_{name}.weight"]).view(2, 64, 2)

@@ -169,8 +169,6 @@ class Team:
 class SharedDit:
     """A diffusion model on all ranks, with what sampling calls of the one here, a `WanS2V`."""
 
-    is_compiled = False  # `check_ranks` refuses it
-
     def __init__(self, team: Team, loaded: LoadedDit) -> None:
         self._team, self._loaded, self.module, self.attention = team, loaded, loaded.module, loaded.module.attention
         self.prepare_text, self.prepare_audio, self.prepare_chunk = (
