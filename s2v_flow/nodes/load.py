@@ -27,10 +27,7 @@ if TYPE_CHECKING:
     from s2v_flow.models.lora import LoraReport
 
 LATENT_KEY = "latent_tensor"
-_YOUNGER = {
-    "attention": "auto",
-    "compile": "off",
-}  # later fields, with the defaults that change no bytes
+_YOUNGER = {"attention": "auto", "compile": "off"}  # later fields, with the defaults that change no bytes
 _MADE_FOR_THE_DEMO = "the demo's model: it knows the demo's drawn faces only, and makes no good picture of a photograph"
 _MADE_FOR_TESTS = "a model for tests: it is untrained, so the picture is abstract"
 
