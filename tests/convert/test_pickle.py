@@ -227,10 +227,15 @@ def test_the_process_that_opens_a_pickle_has_nothing_to_do_harm_with(
     torch.save({**VAE, "large": torch.zeros(40 << 20, dtype=torch.uint8)}, source)
     seen: dict[str, Any] = {}
 
+    def children() -> set[Path]:
+        return {path.parent for path in Path("/proc").glob("[0-9]*/stat") if parent(path) == os.getpid()}
+
+    before = children()
+
     def look(done: int, total: int) -> None:
         if seen:
             return
-        (child,) = (path.parent for path in Path("/proc").glob("[0-9]*/stat") if parent(path) == os.getpid())
+        (child,) = children() - before
         os.kill(int(child.name), signal.SIGSTOP)
         limits = (child / "limits").read_text().splitlines()[1:]
         seen.update(

@@ -31,7 +31,7 @@ def latents(place: Place) -> list[torch.Tensor]:
     return [load_file(next(place.cache.glob(f"objects/*/{digest}*")))["samples"] for digest in digests]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")  # of torch's own compiler, about torch
 def test_a_compiled_run_gives_the_same_latents_to_the_last_bits(
     tmp_path: Path, tiny_models: Path, quick_run: Place, monkeypatch: pytest.MonkeyPatch
