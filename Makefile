@@ -24,13 +24,12 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-# one thread a worker: two workers with two threads each wait for one another (measured: 60 s of CPU instead of 17);
-# worksteal gives each a run of neighbouring files, whose fixtures are then made once
+# one thread a worker: two workers with two threads each wait for one another (measured: 60 s of CPU instead of 17)
 tests: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 parity: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "parity or slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "parity or slow"
 
 soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s

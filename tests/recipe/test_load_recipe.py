@@ -184,7 +184,7 @@ def check_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
         load_recipe(path, kinds={kind.kind: kind for kind in NODE_KINDS})
     except RecipeError as error:
         found = error.diagnostics
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10
     assert found is None or len(found) > 0
     for diagnostic in found or ():
         assert diagnostic.place is not None
