@@ -71,16 +71,17 @@ class Batch:
         """
         pids, elsewhere = [], []
         for path in self.logs.glob("running*.json"):
-            with suppress(ProcessLookupError, FileNotFoundError, ValueError, KeyError, TypeError):
+            try:
                 found = json.loads(path.read_bytes())
                 if found["host"] != platform.node():
                     elsewhere.append(str(found["host"]))
                 elif is_held(path) is not False:
-                    try:
-                        os.kill(found["pid"], signal.SIGTERM)
-                    except PermissionError as error:
-                        raise S2VFlowError("the batch is another user's", fix="cancel it as that user") from error
+                    os.kill(found["pid"], signal.SIGTERM)
                     pids.append(int(found["pid"]))
+            except PermissionError as error:
+                raise S2VFlowError("the batch is another user's", fix="cancel it as that user") from error
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # it has ended meanwhile, or is no such file
         if elsewhere and not pids:
             raise S2VFlowError(f"the batch runs on {', '.join(elsewhere)}", fix="cancel it there")
         return pids

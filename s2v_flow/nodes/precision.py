@@ -142,9 +142,10 @@ def precision_notes(plan: Plan, device: str) -> Iterator[str]:
             fix = f"set precision: fp32 or fp16 in node {node.name}, or use another device"
             text = f"{node.name} is to compute in {precision} on {device}, which is refused: {row.why}"
             raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
-        refusal = attention_refusal(getattr(node.node, "attention", "auto"), device, precision)
+        attention = getattr(node.node, "attention", "auto")
+        refusal = attention_refusal(attention, device, precision)
         if refusal is not None:
-            text = f"{node.name}: attention: {node.node.attention} is refused: {refusal[0]}"  # type: ignore[attr-defined]
+            text = f"{node.name}: attention: {attention} is refused: {refusal[0]}"
             raise S2VFlowError(text, fix=f"{refusal[1]} in node {node.name}", exit_code=ExitCode.USAGE)
         if getattr(node.node, "compile", "off") == "blocks":
             _require_compiler(node, device)

@@ -62,7 +62,7 @@ class Rank:
                         self._groups[length] = group
 
     def tell(self, *message: Any) -> None:
-        """Tell all ranks, from the first: a number, the numbers to let go of, a method, its arguments and options."""
+        """Tell all ranks, from the first: a number, the results to release, a method, its arguments and options."""
         dist.broadcast_object_list([message], 0, device=_CPU)
 
     def serve(self) -> NoReturn:
