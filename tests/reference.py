@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from s2v_flow.demo.weights import fill_all
+from s2v_flow.models.conditioning import Branch, Conditioning, PreparedChunk
+from s2v_flow.models.dit import WanS2V
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -42,3 +45,26 @@ def fill_module(module: nn.Module, seed: int = 0) -> nn.Module:
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     module.load_state_dict(fill_all(shapes, seed), strict=True, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def prepare_case(
+    model: WanS2V, name: str, inputs: dict[str, Tensor], case: Mapping[str, Any], device: str = "cpu"
+) -> tuple[PreparedChunk, Branch]:
+    """Prepare the chunk and the branch of a golden case of the diffusion transformer, on a device."""
+    conditioning: Conditioning = "official" if name.startswith("dit_official") else "comfyui"
+    batch_size, _, num_latent_frames, height, width = inputs["x"].shape
+    chunk = model.prepare_chunk(
+        num_latent_frames=num_latent_frames,
+        height=height,
+        width=width,
+        reference_latent=inputs.get("reference_latent"),
+        motion_latent=None if case.get("drop_motion") else inputs.get("reference_motion"),
+        control_latent=inputs.get("control_video"),
+        conditioning=conditioning,
+        batch_size=batch_size,
+        device=device,
+    )
+    audio = model.prepare_audio(
+        inputs.get("audio_embed"), num_latent_frames=num_latent_frames, conditioning=conditioning
+    )
+    return chunk, Branch(model.prepare_text(inputs["context"]), audio)

@@ -28,7 +28,7 @@ _WORDS = (
 )
 _PREFIX = re.compile(rf"(?:(?:{'|'.join(_WORDS)})\.)*")
 _USUAL = ("model.diffusion_model.", "diffusion_model.", "wav2vec2.")  # for families that are not known here
-WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 _TEXT_PARTS = ("block.", "final_layer_norm.", "embed_tokens.")
 _TEXT_KEYS = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
@@ -54,7 +54,7 @@ def new_names(keys: Collection[str]) -> dict[str, str]:
     """
     if is_lora(keys):
         return {key: key for key in keys}
-    names = {key: WRAPPERS.sub("", key) for key in keys}
+    names = {key: _WRAPPERS.sub("", key) for key in keys}
     prefix = _prefix(names.values())
     parts = prefix.split(".")
     # a head for another task stands outside some of the wrappers
@@ -169,7 +169,7 @@ class Layers:
 
     def parameter(self, path: str, role: str) -> str | None:
         """Return the parameter that a key changes, or None where the model has none of that name."""
-        path = WRAPPERS.sub("", path)
+        path = _WRAPPERS.sub("", path)
         name = _collapsed(path)
         bare = _collapsed(_LORA_PREFIXES.sub("", path, count=1) if _LORA_PREFIXES.match(path) else path)
         for found in dict.fromkeys((name, bare, _from_diffusers(bare))):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from recipes_for_tests import options, tiny, write_recipe, write_voice
-from reference import fill_module, load_golden, relative_error
+from reference import fill_module, load_golden, prepare_case, relative_error
 from safetensors.torch import load_file
 
 from s2v_flow import api
@@ -32,29 +32,15 @@ LATENT = {"kind": "save_latent", "latent": "$talk", "file": "out/talk.latent"}
 
 def prepared(name: str, dtype: torch.dtype) -> tuple[WanS2V, torch.Tensor, torch.Tensor, PreparedChunk, Branch]:
     """Return a golden case on the GPU: model, x, timestep, chunk and branch."""
-    inputs, _, _ = load_golden(f"components/{name}")
+    inputs, _, case = load_golden(f"components/{name}")
     inputs = {key: value.cuda() for key, value in inputs.items()}
     model = fill_module(WanS2V(TINY, compute_dtype=dtype)).cuda()
     if dtype != torch.float32:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.to(dtype)
-    _, _, num_latent_frames, height, width = inputs["x"].shape
-    conditioning = "official" if name.startswith("dit_official") else "comfyui"
-    chunk = model.prepare_chunk(
-        num_latent_frames=num_latent_frames,
-        height=height,
-        width=width,
-        reference_latent=inputs.get("reference_latent"),
-        motion_latent=inputs.get("reference_motion"),
-        control_latent=inputs.get("control_video"),
-        conditioning=conditioning,
-        device="cuda",
-    )
-    audio = model.prepare_audio(
-        inputs.get("audio_embed"), num_latent_frames=num_latent_frames, conditioning=conditioning
-    )
-    return model, inputs["x"], inputs["timestep"], chunk, Branch(model.prepare_text(inputs["context"]), audio)
+    chunk, branch = prepare_case(model, name, inputs, case, "cuda")
+    return model, inputs["x"], inputs["timestep"], chunk, branch
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])

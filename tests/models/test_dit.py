@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import fill_module, load_golden, load_keys, relative_error
+from reference import fill_module, load_golden, load_keys, prepare_case, relative_error
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,29 +47,10 @@ def on_meta(config: S2VConfig) -> WanS2V:
         return WanS2V(config)
 
 
-def prepare(model: WanS2V, inputs: dict[str, Tensor], case: dict[str, Any], name: str) -> tuple[PreparedChunk, Branch]:
-    conditioning = "official" if name.startswith("dit_official") else "comfyui"
-    batch_size, _, num_latent_frames, height, width = inputs["x"].shape
-    chunk = model.prepare_chunk(
-        num_latent_frames=num_latent_frames,
-        height=height,
-        width=width,
-        reference_latent=inputs.get("reference_latent"),
-        motion_latent=None if case.get("drop_motion") else inputs.get("reference_motion"),
-        control_latent=inputs.get("control_video"),
-        conditioning=conditioning,
-        batch_size=batch_size,
-    )
-    audio = model.prepare_audio(
-        inputs.get("audio_embed"), num_latent_frames=num_latent_frames, conditioning=conditioning
-    )
-    return chunk, Branch(model.prepare_text(inputs["context"]), audio)
-
-
 def run_case(model: WanS2V, name: str) -> tuple[Tensor, Tensor]:
     """Return the velocity of a golden case, and what it must be."""
     inputs, outputs, case = load_golden(f"components/{name}")
-    chunk, branch = prepare(model, inputs, case, name)
+    chunk, branch = prepare_case(model, name, inputs, case)
     (velocity,) = model(inputs["x"], inputs["timestep"], chunk, [branch])
     return velocity, outputs["velocity"]
 
@@ -159,7 +140,7 @@ def test_contradictory_shapes_are_refused(key: str, shape: tuple[int, ...] | Non
 def test_prepared_state_is_not_changed_by_forward(model: WanS2V) -> None:
     """One preparation serves many steps: the second call gives the same bits, and nothing prepared has changed."""
     inputs, _, case = load_golden("components/dit_extend_full_motion")
-    chunk, branch = prepare(model, inputs, case, "dit_extend_full_motion")
+    chunk, branch = prepare_case(model, "dit_extend_full_motion", inputs, case)
     before = copy.deepcopy([*tensors_of(chunk), *tensors_of(branch), inputs["x"]])
     (first,) = model(inputs["x"], inputs["timestep"], chunk, [branch])
     (second,) = model(inputs["x"], inputs["timestep"], chunk, [branch])
@@ -173,7 +154,7 @@ def test_prepared_state_is_not_changed_by_forward(model: WanS2V) -> None:
 def test_two_branches_equal_two_calls_bit_for_bit(dtype: torch.dtype) -> None:
     model = fill_module(WanS2V(TINY, compute_dtype=dtype)).to(dtype)
     inputs, _, case = load_golden("components/dit_official_extend")
-    chunk, positive = prepare(model, inputs, case, "dit_official_extend")
+    chunk, positive = prepare_case(model, "dit_official_extend", inputs, case)
     silence = torch.zeros_like(inputs["audio_embed"])
     negative = Branch(
         model.prepare_text(inputs["context"].flip(1)),
@@ -242,9 +223,9 @@ def test_a_batch_of_one_serves_every_sample(model: WanS2V) -> None:
     name = "dit_extend_short_motion"
     noise = torch.stack([inputs["x"][0], inputs["x"][0].flip(0)])
     timestep = torch.tensor([777.5, 20.0])
-    chunk, branch = prepare(model, {**inputs, "x": noise}, case, name)
+    chunk, branch = prepare_case(model, name, {**inputs, "x": noise}, case)
     repeated = {key: value.repeat_interleave(2, 0) for key, value in inputs.items()}
-    chunk2, branch2 = prepare(model, {**repeated, "x": noise}, case, name)
+    chunk2, branch2 = prepare_case(model, name, {**repeated, "x": noise}, case)
     (velocity,) = model(noise, timestep, chunk, [branch])
     (expected,) = model(noise, timestep, chunk2, [branch2])
     assert relative_error(velocity, expected) <= 1e-6
@@ -255,7 +236,7 @@ def test_one_control_patch_stands_for_all(model: WanS2V) -> None:
     zeros = torch.zeros_like(inputs["control_video"])
     velocities = []
     for control in (zeros, zeros[:, :, :1, :2, :2]):
-        chunk, branch = prepare(model, {**inputs, "control_video": control}, case, "dit_first_chunk")
+        chunk, branch = prepare_case(model, "dit_first_chunk", {**inputs, "control_video": control}, case)
         velocities += model(inputs["x"], inputs["timestep"], chunk, [branch])
     assert torch.equal(*velocities)
 
@@ -263,7 +244,7 @@ def test_one_control_patch_stands_for_all(model: WanS2V) -> None:
 def test_wrong_shapes_are_refused(model: WanS2V) -> None:
     """The message names the tensor, the shape that is expected and the one that is given."""
     inputs, _, case = load_golden("components/dit_first_chunk")
-    chunk, branch = prepare(model, inputs, case, "dit_first_chunk")
+    chunk, branch = prepare_case(model, "dit_first_chunk", inputs, case)
     x, timestep = inputs["x"], inputs["timestep"]
     with pytest.raises(ValueError, match=r"x: expected shape \[1, 16, 3, 12, 16\], got \[1, 16, 2, 12, 16\]"):
         model(x[:, :, :2], timestep, chunk, [branch])

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 from recipes_for_tests import options, tiny, write_recipe, write_voice
-from reference import fill_module, load_golden, relative_error
+from reference import fill_module, load_golden, prepare_case, relative_error
 from runs_for_tests import Place
 
 from s2v_flow import api
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.models.attention import backends_for, try_backend, usable_backend
-from s2v_flow.models.conditioning import Branch
 from s2v_flow.models.dit import S2VConfig, WanS2V
 from s2v_flow.nodes import precision
 from s2v_flow.nodes.precision import attention_refusal
@@ -38,18 +37,9 @@ def velocity_of(attention: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the velocity of a golden case computed with a backend, and what it must be."""
     model = fill_module(WanS2V(S2VConfig(dim=256, ffn_dim=512, num_layers=5, text_dim=64, audio_dim=64)))
     model.attention = attention
-    inputs, outputs, _ = load_golden("components/dit_no_audio")
-    *_, frames, height, width = inputs["x"].shape
-    chunk = model.prepare_chunk(
-        num_latent_frames=frames,
-        height=height,
-        width=width,
-        reference_latent=inputs.get("reference_latent"),
-        motion_latent=inputs.get("reference_motion"),
-        control_latent=inputs.get("control_video"),
-        conditioning="comfyui",
-    )
-    (velocity,) = model(inputs["x"], inputs["timestep"], chunk, [Branch(model.prepare_text(inputs["context"]))])
+    inputs, outputs, case = load_golden("components/dit_no_audio")
+    chunk, branch = prepare_case(model, "dit_no_audio", inputs, case)
+    (velocity,) = model(inputs["x"], inputs["timestep"], chunk, [branch])
     return velocity, outputs["velocity"]
 
 
