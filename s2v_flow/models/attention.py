@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -85,10 +86,14 @@ def _angles(grid: Grid) -> Positions:
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of one attention layer, each [B or 1, N, S, K], in the dtype that attention computes in."""
+    """Keys and values of one attention layer, each [B or 1, N, S, K], in the dtype that attention computes in.
+
+    bias: What is added to every query's scores, [1, S], of that dtype; None: nothing.
+    """
 
     keys: Tensor
     values: Tensor
+    bias: Tensor | None = None
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # of queries, keys and values, as `attention` takes them
@@ -110,6 +115,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> 
     """
     attended = (kernel or F.scaled_dot_product_attention)(q, k, v)  # [B, N, L, K]
     return attended.transpose(1, 2).flatten(2)  # [B, L, D]
+
+
+def repetition_biases(count: int) -> list[float]:
+    """Return biases of scores with which that few equal keys count as `count`: their exponentials add up to it.
+
+    They are multiples of 1/32: where they weigh, every dtype holds them exactly. The sum is right to a millionth.
+    """
+    biases: list[float] = []
+    left = float(count)
+    while left > 1e-6 * count:
+        biases.append(math.floor(math.log(left) * 32) / 32)
+        left -= math.exp(biases[-1])
+    return biases
 
 
 def kernel_of(backend: str) -> Kernel | None:
@@ -244,6 +262,7 @@ class CrossAttention(Projections):
             context: From `keys_values`; a batch of one serves every sample of x.
         """
         q = split_heads(self.norm_q(self.q(x))).to(x.dtype).transpose(1, 2)  # [B, N, L, K]
-        keys, values = (part.expand(len(x), -1, -1, -1) for part in context)
-        out: Tensor = self.o(attention(q, keys, values))
+        keys, values = (part.expand(len(x), -1, -1, -1) for part in context[:2])
+        kernel = None if context.bias is None else partial(F.scaled_dot_product_attention, attn_mask=context.bias)
+        out: Tensor = self.o(attention(q, keys, values, kernel))
         return out

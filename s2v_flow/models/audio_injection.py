@@ -148,7 +148,7 @@ class AudioInjector(nn.Module):
                 break
             shift, scale = self.injector_adain_layers[layer](global_token)
             assert isinstance(cross_attention, CrossAttention)
-            keys, values = cross_attention.keys_values(local.flatten(0, 1))  # [B F, N, 5, K]
+            keys, values, _ = cross_attention.keys_values(local.flatten(0, 1))  # [B F, N, 5, K]
             keys, values = (torch.unflatten(part, 0, local.shape[:2]) for part in (keys, values))  # [B, F, N, 5, K]
             prepared[block] = InjectedAudio(keys, values, 1 + scale.unsqueeze(2), shift.unsqueeze(2))
         return prepared

@@ -19,7 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2v_flow.models.attention import HEAD_WIDTH, CrossAttention, Grid, kernel_of, preferring, rotation_table
+from s2v_flow.models.attention import (
+    HEAD_WIDTH,
+    CrossAttention,
+    Grid,
+    kernel_of,
+    preferring,
+    repetition_biases,
+    rotation_table,
+)
 from s2v_flow.models.audio_injection import (
     AUDIO_FRAMES_PER_LATENT,
     AUDIO_LAYERS,
@@ -177,19 +185,27 @@ class WanS2V(nn.Module):
         return nullcontext(range(count)) if stream is None else closing(iter(stream))
 
     @torch.no_grad()
-    def prepare_text(self, context: Tensor) -> PreparedText:
+    def prepare_text(self, context: Tensor, *, padding: int = 0) -> PreparedText:
         """Prepare a prompt, once per prompt: the keys and values of every block's cross-attention.
 
-        `context`: the text encoder's output, [B or 1, S, text width].
+        Args:
+            context: The text encoder's output, [B or 1, S, text width].
+            padding: How many rows of zeros follow it. They have equal keys and values: a few stand for all.
 
         Raises:
             ValueError: The shape is wrong.
         """
         require_shape("context", context, None, None, self.config.text_dim)
+        bias = None
+        if padding:
+            biases = repetition_biases(padding)
+            bias = F.pad(torch.tensor([biases]), (context.shape[1], 0)).to(context.device, self.compute_dtype)
+            context = F.pad(context, (0, 0, 0, len(biases)))
         projected = self.text_embedding(context.to(self.compute_dtype))  # [B, S, D]
         blocks = cast("Sequence[Block]", self.blocks)
         with self._passing("text", len(blocks)) as indices:
-            return PreparedText(tuple(blocks[index].cross_attn.keys_values(projected) for index in indices))
+            layers = (blocks[index].cross_attn.keys_values(projected) for index in indices)
+            return PreparedText(tuple(layer._replace(bias=bias) for layer in layers))
 
     @torch.no_grad()
     def prepare_audio(

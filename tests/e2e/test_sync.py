@@ -67,7 +67,7 @@ def stamped_table(stamps: Tensor) -> SpeechTable:
 class StampingDit(nn.Module):
     """Its velocity leads straight to the latent that holds the numbers of its frames of sound."""
 
-    def prepare_text(self, context: Tensor) -> None:
+    def prepare_text(self, context: Tensor, **_: Any) -> None:
         return None
 
     def prepare_audio(self, audio_embed: Tensor | None, *, num_latent_frames: int, conditioning: str) -> Tensor:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import fill_module, load_golden, load_keys, prepare_case, relative_error
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from s2v_flow.models.attention import repetition_biases
 from s2v_flow.models.conditioning import Branch, PreparedChunk
 from s2v_flow.models.dit import S2VConfig, WanS2V
 
@@ -165,6 +167,32 @@ def test_two_branches_equal_two_calls_bit_for_bit(dtype: torch.dtype) -> None:
     each = model(x, timestep, chunk, [positive]) + model(x, timestep, chunk, [negative])
     assert all(torch.equal(*pair) for pair in zip(both, each, strict=True))
     assert not torch.equal(*both)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_a_few_rows_stand_for_a_texts_padding(dtype: torch.dtype, tolerance: float) -> None:
+    model = fill_module(WanS2V(TINY, compute_dtype=dtype)).to(dtype)
+    inputs, _, case = load_golden("components/dit_official_extend")
+    chunk, branch = prepare_case(model, "dit_official_extend", inputs, case)
+    text, padding = inputs["context"][:, :11], 501
+    padded = model.prepare_text(F.pad(text, (0, 0, 0, padding)))
+    short = model.prepare_text(text, padding=padding)
+    assert padded.blocks[0].keys.shape[2] == 512
+    assert short.blocks[0].keys.shape[2] < 20
+    given = inputs["x"], inputs["timestep"], chunk
+    (expected,) = model(*given, [Branch(padded, branch.audio)])
+    (found,) = model(*given, [Branch(short, branch.audio)])
+    (unpadded,) = model(*given, [Branch(model.prepare_text(text), branch.audio)])
+    assert relative_error(found, expected) < tolerance
+    assert relative_error(unpadded, expected) > 5 * tolerance
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 511])
+def test_few_equal_keys_count_as_many(count: int) -> None:
+    biases = torch.tensor(repetition_biases(count))
+    assert len(biases) <= 5
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert float(biases.to(dtype).double().exp().sum()) == pytest.approx(count, rel=2e-6)
 
 
 def test_what_branches_share_is_computed_once() -> None:

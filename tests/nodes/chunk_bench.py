@@ -33,7 +33,7 @@ class CurvedModel(nn.Module):
         self.calls = 0
         self._spoil = spoil
 
-    def prepare_text(self, context: Tensor) -> Tensor:
+    def prepare_text(self, context: Tensor, **_: Any) -> Tensor:
         return context.sum()
 
     def prepare_audio(self, audio_embed: Tensor | None, **_: Any) -> None:

@@ -28,8 +28,8 @@ def test_a_chunks_prompts_are_released_with_the_chunk(
     def count() -> int:
         return sum(ref() is not None for ref in held.values())
 
-    def watched(model: WanS2V, context: Any) -> Any:
-        found = prepare(model, context)
+    def watched(model: WanS2V, context: Any, **more: Any) -> Any:
+        found = prepare(model, context, **more)
         held[len(held)] = weakref.ref(found.blocks[0].keys)
         most.append(count())
         return found
