@@ -6,7 +6,7 @@ Messages are worded with the small functions here (`shown`, `listed`, `nearest`)
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from s2v_flow.errors import Diagnostic, RecipeError
 
@@ -121,6 +121,13 @@ def size_text(count: int, *, is_memory: bool = False) -> str:
 def counted(count: int, noun: str) -> str:
     """Return "1 job", "2 jobs"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def reused_text(caches: Iterable[Mapping[str, int] | None]) -> str:
+    """Return "27 of 60 steps reused (step cache, approximate)", of chunks' facts; "" where none has a step cache."""
+    of = [cache for cache in caches if cache]
+    reused, steps = (sum(cache[name] for cache in of) for name in ("reused", "steps"))
+    return f"{reused} of {steps} steps reused (step cache, approximate)" if of else ""
 
 
 def duration_text(seconds: float) -> str:

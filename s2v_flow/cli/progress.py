@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from s2v_flow.cli.report import LINE_EVERY_SECONDS, for_people, is_terminal, length_text, noted, print_message
 from s2v_flow.graph import events
-from s2v_flow.wording import duration_text, listed, size_text, visible
+from s2v_flow.wording import duration_text, listed, reused_text, size_text, visible
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -350,6 +350,7 @@ def _closing(planned: Planned, result: RunResult, seconds: float) -> str:
     chunks = planned.num_chunks
     parts += [f"{chunks} {'chunk' if chunks == 1 else 'chunks'}"] if chunks else []
     parts += [f"{len(result.computed)} computed, {len(result.cached)} stored", duration_text(seconds)]
+    parts += filter(None, [reused_text(entry.facts.get("step_cache") for entry in result.entries.values())])
     seeds = dict.fromkeys(str(node.facts["seed"]) for node in planned.plan.nodes if node.facts.get("chunk") == 1)
     parts += [f"{'seed' if len(seeds) == 1 else 'seeds'} {listed(seeds, 6)}"] if seeds else []
     return f"{visible(head)}  {' · '.join(parts)}"

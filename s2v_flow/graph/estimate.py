@@ -181,6 +181,8 @@ def _cost(node: PlanNode, earlier: Sequence[Entry], numerics: Numerics, computed
             continue
         is_as_large = all(facts.get(side) == node.facts.get(side) for side in ("width", "height"))
         is_like = is_as_large and _cost_fields(image.get("fields", {})) == wanted
+        if not is_like and "step_cache" in image.get("fields", {}):
+            continue  # some of its steps took next to no time
         then = facts.get("flops")
         ratio = _share(node.facts, facts)
         if computed.flops and then and sum(then):

@@ -23,7 +23,7 @@ from s2v_flow.recipe.tree import plain
 from s2v_flow.runs.essence import essence_in
 from s2v_flow.runs.manifest import Essence, FileRecord, Manifest, NodeState
 from s2v_flow.runs.record import runs_root
-from s2v_flow.wording import duration_text, listed, shortened, size_text, visible
+from s2v_flow.wording import duration_text, listed, reused_text, shortened, size_text, visible
 
 _SHORT = 12  # digits of a digest that people are shown
 _MAX_CHANGES = 4  # of a run that the list shows
@@ -117,6 +117,7 @@ def _run_lines(run: Manifest) -> Iterator[str]:
     for (name, matched, total), count in loras.items():
         share = f" ({matched / total:.0%})".replace("%", " %") if total else ""
         lines.append(f"LoRA {name}: {matched} of {total} keys{share}, in {count} node{'' if count == 1 else 's'}")
+    lines += filter(None, [reused_text(node.step_cache for node in run.nodes)])
     for state in ("failed", "interrupted"):
         names = [node.name for node in run.nodes if node.status == state]
         lines += [f"{state}: {listed(names)}"] if names else []

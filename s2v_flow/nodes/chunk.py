@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from s2v_flow.graph.node import Node
+from s2v_flow.graph.node import Node, Precision
+from s2v_flow.graph.ports import FieldPath
 from s2v_flow.nodes.fields import Conditioning
 from s2v_flow.nodes.settings import SamplingSettings
 from s2v_flow.nodes.shortage import StreamDecoder, encoded
@@ -28,6 +29,11 @@ class Chunk(SamplingSettings, Node):
     outputs: ClassVar = {"latent": "latent"}
     is_stored: ClassVar[bool] = True
     has_numerics: ClassVar[bool] = True
+
+    def identity(self, digests: Mapping[FieldPath, str], precision: Precision) -> dict[str, Any]:
+        """Leave out the step cache where it is off: results that are older than it have none."""
+        fields = super().identity(digests, precision)
+        return {name: value for name, value in fields.items() if self.step_cache != "off" or "step_cache" not in name}
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Sample the chunk: {"latent": {samples: float32 [1, 16, F, H, W], raw}}."""

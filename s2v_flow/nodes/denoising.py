@@ -19,6 +19,7 @@ from s2v_flow.nodes.resuming import ResumableSampling
 from s2v_flow.nodes.shortage import Fallback, Fallbacks, no_memory
 from s2v_flow.nodes.tensors import unpack
 from s2v_flow.sampling.sampler import denoised_from_velocity, guide, initial_noise, make_sampler
+from s2v_flow.sampling.step_cache import StepCache
 
 if TYPE_CHECKING:
     from s2v_flow.errors import S2VFlowError
@@ -53,6 +54,8 @@ class Denoiser(Fallbacks):
         device = self._context.device
         sampler = make_sampler(of.sampler, of.scheduler, of.steps, of.shift, of.seed, device=device)
 
+        self._cache = StepCache(of.step_cache_threshold, sampler.num_steps) if of.step_cache == "easy" else None
+
         stages = []
         if getattr(self._model, "is_compiled", False) and "compile" not in self._handle.facts:
             self._handle.facts["compile"] = "blocks"
@@ -71,7 +74,7 @@ class Denoiser(Fallbacks):
             return initial_noise(self._prepared.latent_shape, of.seed)
 
         attention = self._handle.facts.get("attention", "sdpa")
-        sampling = ResumableSampling(self._context, sampler, self._handle.precision, attention, self)
+        sampling = ResumableSampling(self._context, sampler, self._handle.precision, attention, self, self._cache)
         try:
             with self._context.stepwise():
                 return denormalise(sampling.sample(denoise, noise)).cpu()
@@ -81,8 +84,12 @@ class Denoiser(Fallbacks):
 
     def velocity(self, x: Tensor, timestep: Tensor) -> Tensor:
         """Return the guided velocity: of both branches, or of the one branch with cfg 1."""
-        parts = [[branch] for branch in self._branches] if self._handle.runs_in_turn else [self._branches]
-        velocities = [found for part in parts for found in self._model(x, timestep, self._prepared, part)]
+
+        def compute() -> list[Tensor]:
+            parts = [[branch] for branch in self._branches] if self._handle.runs_in_turn else [self._branches]
+            return [found for part in parts for found in self._model(x, timestep, self._prepared, part)]
+
+        velocities = compute() if self._cache is None else self._cache.velocities(x, compute)
         return velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], self._settings.cfg)
 
     def fallbacks(self) -> Iterator[Fallback]:

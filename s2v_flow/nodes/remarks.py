@@ -49,6 +49,13 @@ def remark_on_settings(planner: Planner, name: str, settings: Settings, given: C
     inputs, steps, cfg = settings.inputs, settings.fields.steps, settings.fields.cfg
     if cfg == 1 and "negative" in inputs and {"negative", "cfg"} & set(given):
         planner.note(name, f"negative: the negative prompt is not used in {name}: with cfg 1 there is no guidance")
+    cache, threshold = settings.fields.step_cache, settings.fields.step_cache_threshold
+    if cache != "off" and steps < USUAL_STEPS and {"step_cache", "steps"} & set(given):
+        text = f"step_cache: {name} has steps {steps}: it pays from about {USUAL_STEPS} on, and is approximate"
+        planner.note(name, text, is_warning=True)
+    usual = type(settings.fields).model_fields["step_cache_threshold"].default
+    if cache == "off" and threshold != usual and "step_cache_threshold" in given:
+        planner.note(name, f"step_cache_threshold: it has no effect in {name}, where step_cache is off")
     model = inputs["model"].facts.get("model") if "model" in inputs else None
     if model is None or not {"model", "steps", "cfg"} & set(given):
         return

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from s2v_flow.errors import BadNumbersError, S2VFlowError
 from s2v_flow.nodes.shortage import Fallbacks, memory_failure
 from s2v_flow.nodes.tensors import pack
 from s2v_flow.sampling.state import Denoise, SolverState
+from s2v_flow.sampling.step_cache import Memory, StepCache
 
 if TYPE_CHECKING:
     from s2v_flow.graph.context import ResumePoint, RunContext
@@ -76,6 +77,7 @@ class ResumableSampling:
         precision: What the model computes in, for messages.
         attention: What computes its attention, for messages.
         retry: What is given up where memory runs out.
+        cache: The step cache that `denoise` asks; its memory is the state's.
     """
 
     context: RunContext
@@ -83,6 +85,7 @@ class ResumableSampling:
     precision: str
     attention: str
     retry: Fallbacks
+    cache: StepCache | None = None
     _saved_at: float = 0.0
     _stepped_at: float = 0.0
     _watch: FiniteWatch = field(default_factory=FiniteWatch)
@@ -107,14 +110,19 @@ class ResumableSampling:
                 self._between_steps(resume_point, state)
         self._check(self._watch.first_bad(waits=True))
         self.context.record(sampling_seconds=round(time.monotonic() - started, 3), steps_taken=total - begun.step)
+        if state.cache is not None:
+            self.context.record(step_cache={"reused": state.cache.reused, "steps": total})
         return self.sampler.result(state)
 
     def _states(self, denoise: Denoise, state: SolverState) -> Iterator[SolverState]:
         """Yield the state after each step; where memory runs out in one, take it again from the state before."""
         while state.step < self.sampler.num_steps:
             failure = None
+            if self.cache is not None:
+                self.cache.memory = (state.cache or Memory()).to(self.sampler.device)
             try:
                 for state in self.sampler.iterate(denoise, state):  # noqa: B020 (goes on from the last state)
+                    state = replace(state, cache=None if self.cache is None else self.cache.memory)
                     yield state
             except S2VFlowError as error:  # a process that shares the work is lost
                 self._keep(error, state)
@@ -176,7 +184,9 @@ class ResumableSampling:
 
     def _facts(self, step: int) -> dict[str, str]:
         sigmas = "\n".join(sigma.hex() for sigma in self.sampler.sigmas)
+        cache = {} if self.cache is None else {"step_cache": self.cache.threshold.hex()}
         return {
+            **cache,
             "sampler": self.sampler.name,
             "sigmas": hashlib.sha256(sigmas.encode()).hexdigest(),
             "seed": str(self.sampler.seed),

@@ -37,12 +37,14 @@ from s2v_flow.nodes.fields import (
     Shift,
     Side,
     SpeechInput,
+    StepCache,
+    StepCacheThreshold,
     Steps,
     VaeInput,
 )
 from s2v_flow.nodes.remarks import remark_on_prompt, remark_on_settings
 from s2v_flow.nodes.settings import Settings, VideoSettings, own_settings
-from s2v_flow.sampling.catalog import SamplerName, SchedulerName, minimum_steps
+from s2v_flow.sampling.catalog import CALLS_PER_STEP, SAMPLERS, SamplerName, SchedulerName, minimum_steps
 
 USUAL_SHIFTS = (0.05, 0.1, 0.25, 0.5, 1.0, 3.0, 5.0, 8.0, 12.0, 100.0)
 
@@ -112,6 +114,14 @@ class Sample(Node):
     conditioning: Conditioning = Field(
         "official", description="How sound and motion meet the frames: as the model was trained, or ComfyUI's numbers."
     )
+    step_cache: StepCache = Field(
+        "off",
+        description="easy (approximate): a step whose model output is expected to differ little from the last computed "
+        "one reuses it, as ComfyUI's EasyCache does. From about 20 steps on; the manifest says how many were reused.",
+    )
+    step_cache_threshold: StepCacheThreshold = Field(
+        0.2, description="How far the output may drift, relative to itself, before a step is computed again."
+    )
     motion: Motion = Field(
         "latent",
         description="What a chunk hands to the next: its latents, or decoded pixels (floats, never through a codec), "
@@ -165,6 +175,8 @@ class Extend(Node):
     scheduler: SchedulerName | None = Field(None, description="Inherited from the video unless given.")
     shift: Shift | None = Field(None, description="Inherited from the video unless given.")
     conditioning: Conditioning | None = Field(None, description="Inherited from the video unless given.")
+    step_cache: StepCache | None = Field(None, description="Inherited from the video unless given.")
+    step_cache_threshold: StepCacheThreshold | None = Field(None, description="Inherited from the video unless given.")
     motion: Motion | None = Field(None, description="Inherited from the video unless given.")
     timeline: Annotated[list[TimelineEntry], AfterValidator(check_timeline)] = Field(
         [], description="What changes as the voice goes on: prompts, seeds and settings from given times on."
@@ -277,6 +289,11 @@ def check_settings(planner: Planner, name: str, node: Node, settings: Settings) 
         for key in missing
         if key not in sizes
     ]
+    sampler = getattr(fields, "sampler", SAMPLERS[0])
+    if fields.step_cache != "off" and (sampler not in SAMPLERS or CALLS_PER_STEP.get(sampler, 1) > 1):
+        calls = "more than once" if sampler in SAMPLERS else "an unknown number of times"
+        message = f"step_cache: {fields.step_cache} needs one model call a step; {sampler} calls the model {calls}"
+        problems.append(("step_cache", "R125", message, "set sampler: uni_pc, or step_cache: off"))
     if not missing:
         problems += _schedule_problems(node, fields)
     for problem in problems:

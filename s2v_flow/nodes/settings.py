@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Value
-from s2v_flow.nodes.fields import Conditioning, Motion
+from s2v_flow.nodes.fields import Conditioning, Motion, StepCache, StepCacheThreshold
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName
 
 
@@ -30,6 +30,8 @@ class ChunkSettings(BaseModel):
     scheduler: SchedulerName
     shift: float
     conditioning: Conditioning
+    step_cache: StepCache = "off"
+    step_cache_threshold: StepCacheThreshold = 0.2
 
 
 class SamplingSettings(ChunkSettings):

@@ -95,6 +95,9 @@ class NodeRecord(Part):
     peak_device_bytes: int | None = Field(None, description="The most on one GPU so far, where the run used one.")
     outputs: dict[str, str] = Field(description="The stored results' sha256 by port.")
     kept: bool = Field(True, description="false: the cache could not be written; the result ended with the run.")
+    step_cache: dict[str, int] | None = Field(
+        None, description="How many of a chunk's steps reused an earlier one's model output: it is approximate."
+    )
     degraded: dict[str, JsonValue] | None = Field(
         None, description="What it was made with for lack of memory; its fingerprint is not that of what was asked for."
     )

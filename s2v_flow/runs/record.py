@@ -211,6 +211,7 @@ class Recorder:
             peak_device_bytes=None if done is None else facts.get("peak_device_bytes"),
             outputs={} if entry is None else entry.output_digests(),
             kept=node.name not in self.not_kept,
+            step_cache=facts.get("step_cache"),
             degraded=facts.get("degraded") or None,
         )
 

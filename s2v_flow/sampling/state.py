@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from s2v_flow.sampling.step_cache import Memory
+
 Denoise: TypeAlias = Callable[[Tensor, float], Tensor]
 """`denoise(x, sigma) -> x0`, the clean latent as the model guesses it; float32 of one shape, sigma a Python float."""
 
@@ -20,6 +22,7 @@ Draw: TypeAlias = Callable[[Tensor], Tensor]
 """`draw(x) -> noise`: fresh standard normal noise of x's shape, dtype and device."""
 
 _HISTORY = "history."
+_CACHE = "cache."
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class SolverState:
         x: The sample, float32; what the next step starts from.
         history: Earlier tensors by series and age: "denoised_1" is the last step's, "denoised_2" the one's before.
         rng: The state of the generator of step noise, uint8 on the CPU; None where nothing was drawn.
+        cache: What a step cache remembers; None without one.
     """
 
     step: int
     x: Tensor
     history: Mapping[str, Tensor] = field(default_factory=dict)
     rng: Tensor | None = None
+    cache: Memory | None = None
 
     def past(self, series: str) -> list[Tensor]:
         """Return the tensors of a series, the last step's first."""
@@ -55,6 +60,8 @@ class SolverState:
         named = {_HISTORY + name: tensor for name, tensor in self.history.items()}
         named |= {"x": self.x} | ({} if self.rng is None else {"rng": self.rng})
         copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in named.items()}
+        cache = {} if self.cache is None else self.cache.to_tensors()
+        copies |= {_CACHE + name: tensor for name, tensor in cache.items()}
         return {"step": torch.tensor(self.step, dtype=torch.int64), **copies}
 
     @classmethod
@@ -62,13 +69,17 @@ class SolverState:
         """Read a state from what `to_tensors` gave; tensors stay on the device they come on.
 
         Raises:
-            ValueError: "step" or "x" is missing, or a name is unknown.
+            ValueError: "step" or "x", or a part of the step cache, is missing, or a name is unknown.
         """
-        history = {name.removeprefix(_HISTORY): tensor for name, tensor in tensors.items() if name.startswith(_HISTORY)}
-        others = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HISTORY)}
+        history, cache = (
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            for prefix in (_HISTORY, _CACHE)
+        )
+        others = {name: tensor for name, tensor in tensors.items() if not name.startswith((_HISTORY, _CACHE))}
         if not {"step", "x"} <= others.keys() <= {"step", "x", "rng"}:
             raise ValueError(f"these tensors are no solver state: {', '.join(sorted(tensors)) or 'none'}")
-        return cls(step=int(others["step"]), x=others["x"], history=history, rng=others.get("rng"))
+        memory = Memory.from_tensors(cache) if cache else None
+        return cls(int(others["step"]), others["x"], history, others.get("rng"), memory)
 
 
 Step: TypeAlias = Callable[[Denoise, Sequence[float], SolverState, Draw], SolverState]

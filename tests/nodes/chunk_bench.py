@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from s2v_flow.cache.resume_point import ResumePoints
-from s2v_flow.graph.context import Artifact, Numerics, ResumePoint, RunContext
+from s2v_flow.graph.context import Artifact, Numerics, ResumePoint, RunContext, Watch
 from s2v_flow.graph.events import Event, Noted, StepDone
 from s2v_flow.models.registry import ModelKey, ModelRegistry
 from s2v_flow.nodes.chunk import Chunk
@@ -67,6 +67,7 @@ class Bench:
         load_model: Callable[[bool], nn.Module] | None = None,
         key: str = KEY,
         is_fresh: bool = False,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Run the chunk and return its latent; ask it to stop at the end of step `stop_after`."""
         self.events.clear()
@@ -79,11 +80,13 @@ class Bench:
         handle = ModelHandle(registry, name, load_now, 0, {}, "fp32", never_stream, "cpu")
         try:
             inputs = {"model": handle, **self.inputs}
-            return load(self.chunk.run(self.context(registry, resume_point), inputs)["latent"])["samples"]
+            return load(self.chunk.run(self.context(registry, resume_point, watch), inputs)["latent"])["samples"]
         finally:
             handle.close()
 
-    def context(self, registry: ModelRegistry | None = None, resume_point: ResumePoint | None = None) -> RunContext:
+    def context(
+        self, registry: ModelRegistry | None = None, resume_point: ResumePoint | None = None, watch: Watch | None = None
+    ) -> RunContext:
         """Return the chunk's context."""
         return RunContext(
             *(
@@ -100,6 +103,7 @@ class Bench:
             ),
             facts=self.facts,
             resume_point=resume_point,
+            watch=watch,
         )
 
     def steps(self) -> list[int]:

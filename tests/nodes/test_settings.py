@@ -19,6 +19,8 @@ OTHER = {  # a value that differs from what the recipe has, for every setting; a
     "scheduler": "normal",
     "shift": 5.0,
     "conditioning": "comfyui",
+    "step_cache": "easy",
+    "step_cache_threshold": 0.05,
 }
 OF_THE_SIZE = {"width", "height"}
 OF_THE_START = {"init_first_frame"}
