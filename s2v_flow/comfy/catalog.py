@@ -85,6 +85,8 @@ LoraLoaderBypassModelOnly|Load LoRA (Bypass, Model Only)|model:MODEL|lora_name:S
 LoraLoader|Load LoRA|model:MODEL clip:CLIP|lora_name:S strength_model:F=1.0 strength_clip:F=1.0|MODEL CLIP
 Power Lora Loader (rgthree)|Power Lora Loader (rgthree)|model:MODEL clip:CLIP?||MODEL CLIP
 ModelSamplingSD3|ModelSamplingSD3|model:MODEL|shift:F=3.0|MODEL
+EasyCache|EasyCache|model:MODEL|reuse_threshold:F=0.2 start_percent:F=0.15 \
+end_percent:F=0.95 verbose:B=false|MODEL
 LoadImage|Load Image||image:S upload:A=image|IMAGE MASK
 LoadAudio|Load Audio||audio:S audioUI:A upload:A|AUDIO
 LoadVideo|Load Video||file:S upload:A=image|VIDEO
@@ -195,7 +197,7 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("MultiGPU_WorkUnits", "SelectModelDevice", "ModelAttentionBackend"), "model:MODEL"),
         **dict.fromkeys(("PathchSageAttentionKJ", "ModelPatchTorchSettings", "TorchCompileModel"), "model:MODEL"),
         **dict.fromkeys(("TorchCompileModelWanVideoV2", "TorchCompileModelAdvanced"), "model:MODEL"),
-        **dict.fromkeys(("EasyCache", "LazyCache"), "model:MODEL"),
+        "LazyCache": "model:MODEL",
         **dict.fromkeys(("SelectCLIPDevice", "OverrideCLIPDevice"), "clip:CLIP"),
         **dict.fromkeys(("SelectVAEDevice", "OverrideVAEDevice"), "vae:VAE"),
         "VRAM_Debug": "any_input:*? image_pass:IMAGE? model_pass:MODEL?",

@@ -180,7 +180,7 @@ class _Exporter:
         sampled = self._sheet.add(
             "KSampler",
             title,
-            model=sources.model(planned, chunk.shift),
+            model=sources.model(planned, chunk),
             positive=prepared,
             negative=Link(prepared.node, 1),
             latent_image=Link(prepared.node, 2),

@@ -100,6 +100,7 @@ class Model:
     source: ComfyNode
     loras: tuple[tuple[Value, Value, str | None], ...] = ()
     shift: Value = field(default_factory=lambda: Value(8.0))  # what ComfyUI takes for Wan unless told
+    threshold: Value | None = None  # EasyCache's
 
 
 @dataclass(frozen=True)

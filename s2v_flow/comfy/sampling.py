@@ -26,8 +26,10 @@ from s2v_flow.comfy.meaning import (
     Zeroed,
 )
 from s2v_flow.nodes.sample import Sample
+from s2v_flow.sampling.catalog import CALLS_PER_STEP
 from s2v_flow.wording import did_you_mean
 
+_LAST = ("sampler", "scheduler", "shift", "conditioning", "step_cache", "step_cache_threshold")  # behind the seed
 _WHOLE = 4096  # ImageFromBatch takes no more frames than this; the template uses it for "all"
 
 
@@ -148,6 +150,13 @@ def _sampled(context: Context, node: ComfyNode, guider: Guider, sigmas: Sigmas, 
         "shift": sigmas.shift,
         "conditioning": "comfyui",
     }
+    has_cache = guider.model.threshold is not None
+    if has_cache and CALLS_PER_STEP.get(solver.value, 1) > 1:
+        context.mistakes.note(f"{node.described()}: EasyCache is left out: {solver.value} calls the model twice a step")
+    elif has_cache:
+        settings |= {"step_cache": "easy", "step_cache_threshold": guider.model.threshold}
+    elif chunk.base is not None and chunk.base.settings.get("step_cache") == "easy":
+        settings["step_cache"] = "off"
     settings = {name: value for name, value in settings.items() if value is not None}
     return _chunk(context, node, chunk, settings, seed)
 
@@ -155,7 +164,7 @@ def _sampled(context: Context, node: ComfyNode, guider: Guider, sigmas: Sigmas, 
 def _chunk(context: Context, node: ComfyNode, chunk: Prepared, settings: dict[str, Any], seed: Value) -> Latent:
     num_frames = (chunk.length.value - 1) // 4 + 1
     if chunk.base is None:
-        order = [name for name in settings if name not in ("sampler", "scheduler", "shift", "conditioning")]
+        order = [name for name in settings if name not in _LAST]
         fields = {name: settings[name] for name in order} | {"seed": seed} | settings
         ref = context.draft.add("sample", "first", fields, node)
         kept = {name: value for name, value in settings.items() if name not in ("width", "height", "motion_video")}

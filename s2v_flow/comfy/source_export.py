@@ -11,6 +11,7 @@ from s2v_flow.comfy.graph import ComfyNode, Link, Value
 from s2v_flow.comfy.sources import WHOLE_SECONDS
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.ports import Source
+from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.recipe.document import NodeSpec
 
 _SCALERS = (
@@ -63,7 +64,7 @@ class SourceExporter:
         self._plan = plan
         self._sheet = sheet
         self._done: dict[str, Link] = {}
-        self._models: dict[tuple[str, float], Link] = {}
+        self._models: dict[tuple[str, float, float], Link] = {}
         self.frames: dict[str, Link] = {}  # of `decode` nodes
         self._writers: Mapping[str, Callable[[PlanNode, Any], Link]] = {
             "load_text_encoder": lambda planned, node: self._add(planned, "CLIPLoader", clip_name=node.checkpoint),
@@ -138,10 +139,11 @@ class SourceExporter:
             self._done[spec.name] = self._sheet.add("CLIPTextEncode", spec.name, clip=clip, text=_escaped(node))
         return self._done[spec.name]
 
-    def model(self, planned: PlanNode, shift: float) -> Link:
-        """Return a chunk's model with its LoRAs and its shift."""
+    def model(self, planned: PlanNode, chunk: Chunk) -> Link:
+        """Return a chunk's model with its LoRAs, its shift and its step cache."""
         loader = self._plan.node(self._source(planned, "model").node)
-        if (loader.name, shift) not in self._models:
+        key = loader.name, chunk.shift, chunk.step_cache_threshold if chunk.step_cache != "off" else 0.0
+        if key not in self._models:
             node: Any = loader.node
             link = self._done.get(loader.name)
             if link is None:
@@ -154,8 +156,11 @@ class SourceExporter:
                 self._sheet.note("precision has no equivalent: ComfyUI chooses by its own options")
             if node.fp8_rounding == "comfyui_2025":
                 self._sheet.note("ComfyUI of today does not round the biases of fp8-scaled files any more")
-            self._models[loader.name, shift] = self._sheet.add("ModelSamplingSD3", None, model=link, shift=shift)
-        return self._models[loader.name, shift]
+            link = self._sheet.add("ModelSamplingSD3", None, model=link, shift=chunk.shift)
+            if chunk.step_cache != "off":
+                link = self._sheet.add("EasyCache", None, model=link, reuse_threshold=chunk.step_cache_threshold)
+            self._models[key] = link
+        return self._models[key]
 
     def vae_of(self, planned: PlanNode) -> Link:
         """Return the VAE that a chunk's inputs were encoded with, or any: ComfyUI wants one connected."""

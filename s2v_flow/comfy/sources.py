@@ -51,7 +51,7 @@ def _unet(context: Context, node: ComfyNode) -> tuple[Any, ...]:
 def _lora(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     model = context.meaning(node, "model", Model)
     lora = (file_name(context, node, "lora_name"), context.value(node, "strength_model"), node.title)
-    made = Model(model.checkpoint, model.source, (*model.loras, lora), model.shift)
+    made = replace(model, loras=(*model.loras, lora))
     if node.type != "LoraLoader":
         return (made,)
     context.mistakes.note(f"{node.described()}: the LoRA is put on the diffusion model only, not on the text encoder")
@@ -69,12 +69,20 @@ def _power_lora(context: Context, node: ComfyNode) -> tuple[Any, ...]:
         one = replace(node, inputs={"lora": Value(row.get("lora")), "strength": Value(row.get("strength", 1.0))})
         if row.get("lora") not in (None, "", "None"):
             loras.append((file_name(context, one, "lora", "STRING"), context.value(one, "strength", "FLOAT"), None))
-    return Model(model.checkpoint, model.source, tuple(loras), model.shift), context.optional(node, "clip")
+    return replace(model, loras=tuple(loras)), context.optional(node, "clip")
 
 
 def _shift(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    model = context.meaning(node, "model", Model)
-    return (Model(model.checkpoint, model.source, model.loras, context.value(node, "shift")),)
+    return (replace(context.meaning(node, "model", Model), shift=context.value(node, "shift")),)
+
+
+def _easy_cache(context: Context, node: ComfyNode) -> tuple[Any, ...]:
+    found = {item.name: context.value(node, item.name) for item in classes()[node.type].widgets}
+    if (found["start_percent"].value, found["end_percent"].value) != (0.15, 0.95):
+        text = "start_percent and end_percent are left out: the first 15 % of the steps and the last are computed"
+        context.mistakes.note(f"{node.described()}: {text}")
+    threshold = found["reuse_threshold"]
+    return (replace(context.meaning(node, "model", Model), threshold=threshold if threshold.value > 0 else None),)
 
 
 def _loader(kind: str, usual: str, type_: str) -> Translator:
@@ -337,6 +345,7 @@ SOURCES: Mapping[str, Translator] = MappingProxyType(
         "Power Lora Loader (rgthree)": _power_lora,
         "LoraLoader": _lora,
         "ModelSamplingSD3": _shift,
+        "EasyCache": _easy_cache,
         **dict.fromkeys(
             ("CLIPLoader", "CLIPLoaderGGUF", "ClipLoaderGGUF"), _loader("load_text_encoder", "umt5", "text_encoder")
         ),

@@ -204,7 +204,7 @@ def test_a_power_lora_loader_is_its_rows_that_are_on(is_editor: bool, tmp_path: 
     ]
 
 
-IGNORED = ["MultiGPU_WorkUnits", "ModelAttentionBackend", "PathchSageAttentionKJ", "TorchCompileModel", "EasyCache"]
+IGNORED = ["MultiGPU_WorkUnits", "ModelAttentionBackend", "PathchSageAttentionKJ", "TorchCompileModel", "LazyCache"]
 
 
 @pytest.mark.parametrize("class_type", IGNORED)
@@ -215,6 +215,30 @@ def test_what_only_chooses_how_to_compute_is_noted_and_left_out(class_type: str,
     made = imported(workflow, tmp_path)
     assert made.text == imported(golden(), tmp_path).text
     assert [note for note in made.notes if f"node 500 ({class_type}) is left out" in note]
+
+
+def test_easycache_is_step_cache_both_ways(tmp_path: Path) -> None:
+    """On both chunks with its threshold; other percents, and heun, are told of; exported it is there again."""
+    workflow = golden()
+    percents = {"start_percent": 0.15, "end_percent": 0.9, "verbose": False}
+    cached = add(workflow, "500", "EasyCache", model=["54", 0], reuse_threshold=0.1, **percents)
+    samplers = [node for node in workflow.values() if node["class_type"] == "KSampler"]
+    for node in samplers:
+        node["inputs"]["model"] = cached
+    made = imported(workflow, tmp_path)
+    assert "step_cache: easy" in made.text
+    assert "step_cache_threshold: 0.1" in made.text
+    assert [note for note in made.notes if "start_percent and end_percent are left out" in note]
+    recipe = load_text(made.text, tmp_path)
+    exported = recipe_of(export_workflow(recipe, planned(recipe), "api")[0], tmp_path)
+    assert plan_meaning(planned(exported)) == plan_meaning(planned(recipe))
+    workflow["201"]["inputs"]["model"] = ["54", 0]  # the second chunk
+    assert "step_cache: 'off'" in imported(workflow, tmp_path).text
+    for node in samplers:
+        node["inputs"] |= {"model": cached, "sampler_name": "heun"}
+    made = imported(workflow, tmp_path)
+    assert "step_cache" not in made.text
+    assert [note for note in made.notes if "EasyCache is left out: heun calls the model twice a step" in note]
 
 
 def test_a_multigpu_loader_is_its_plain_one_and_says_so(tmp_path: Path) -> None:

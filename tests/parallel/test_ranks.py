@@ -56,13 +56,15 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 def test_two_ranks_make_what_one_makes(tmp_path: Path, tiny_models: Path) -> None:
-    """Branches of guidance in one chunk, tokens in the other; one process finds all of it stored."""
-    path, told = recipe(tmp_path, {"steps": 2, "cfg": 3.0}), list[Event]()
+    """Branches of guidance in one chunk, tokens in the other, steps that are reused; one process finds all stored."""
+    cache = {"step_cache": "easy", "step_cache_threshold": 3.0}
+    path, told = recipe(tmp_path, {"steps": 5, "cfg": 3.0, **cache}), list[Event]()
     api.run(path, options(tmp_path, tiny_models, tmp_path / "alone"))
     alone = latent(tmp_path)
     result = api.run(path, options(tmp_path, tiny_models, gpus=2), told.append)
     assert_close(latent(tmp_path), alone)
     assert result.entries["first"].facts["hardware"].endswith(", 2 ranks")
+    assert result.entries["first"].facts["step_cache"] == {"reused": 2, "steps": 5}
     assert [event.text for event in told if isinstance(event, Noted) and "ranks: each sent" in event.text]
     assert multiprocessing.active_children() == []
     assert not torch.distributed.is_initialized()
