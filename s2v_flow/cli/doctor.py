@@ -104,7 +104,12 @@ def _torch() -> Iterator[Finding]:
         yield Finding("device", "ok", text, None, device)
     if not devices:
         fix = None if torch.version.cuda or torch.version.hip else "for a GPU, install a torch build with CUDA or ROCm"
-        yield Finding("device", "note", "no GPU: recipes run on the CPU, the full models very slowly", fix)
+        from s2v_flow.machine import cpu_bf16_units
+
+        units = cpu_bf16_units()
+        faster = f"; {' and '.join(units)}: bf16 may be quicker, doctor --precision measures it" if units else ""
+        text = f"no GPU: recipes run on the CPU, the full models very slowly{faster}"
+        yield Finding("device", "note", text, fix, {"cpu_bf16_units": list(units)})
 
 
 def _gpu(torch: Any, index: int) -> dict[str, Any]:

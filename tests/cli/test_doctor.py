@@ -151,6 +151,18 @@ def test_gpus_are_listed(options: Options, monkeypatch: pytest.MonkeyPatch) -> N
     assert devices == [f"cuda:{index}: Card, 80.0 GiB, compute capability 9.0" for index in range(2)]
 
 
+@pytest.mark.parametrize("units", [(), ("amx_bf16",)])
+def test_a_cpu_that_has_units_for_bf16_is_said_to_have_them(
+    units: tuple[str, ...], options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: that is where it may pay."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("s2v_flow.machine.cpu_bf16_units", lambda: units)
+    (found,) = by_topic(options, "device")
+    assert ("amx_bf16: bf16 may be quicker, doctor --precision measures it" in found.text) == bool(units)
+    assert found.facts == {"cpu_bf16_units": list(units)}
+
+
 def test_a_package_that_is_missing_is_a_problem(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
 
