@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +62,7 @@ class LoraReport:
     `misshapen` are those among `unmatched` whose target exists in another shape, each with both shapes.
     `is_causal`: it is LiveAvatar's, by the file's name or what its metadata says, or by layers, rank and lack of alpha.
     `blocks`: how many weights it changes in each block of the model ("0", "1", ...), and in "others".
+    `updates`: what it does to each of them.
     """
 
     path: Path
@@ -72,6 +73,11 @@ class LoraReport:
     misshapen: tuple[str, ...] = ()
     is_causal: bool = False
     blocks: Mapping[str, int] = field(default_factory=dict)
+    updates: Collection[LoraUpdate] = ()
+
+    def is_idle(self) -> bool:
+        """Tell whether it changes no weight, by its strength or its values, which are read up to the first change."""
+        return self.strength == 0 or all(update.is_zero() for update in self.updates)
 
     @property
     def coverage(self) -> float:
@@ -99,6 +105,12 @@ class LoraUpdate:
     def is_low_rank(self) -> bool:
         """Whether the update is a product of two factors and nothing else."""
         return set(self.keys) <= _LOW_RANK
+
+    def is_zero(self) -> bool:
+        """Tell by the values whether it adds nothing at any strength; a magnitude always may."""
+        has = {role: bool(self._read(role, "cpu").any()) for role in self.keys}
+        added = [has.pop(role) for role in ("diff", "diff_b") if role in has]
+        return "magnitude" not in has and not any(added) and not (has and all(has.values()))
 
     def factors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Return `down` [r, in...] and `up` [out, r] (strength and alpha / r included), float32."""
@@ -229,7 +241,8 @@ def _match(spec: LoraSpec, checkpoint: Checkpoint, shapes: Shapes, stack: LoraSt
     lost, unfit = tuple(sorted(unmatched)), tuple(sorted(misshapen))
     found = (re.match(r"blocks\.(\d+)\.", name) for name in updates)
     blocks = dict(Counter("others" if block is None else block[1] for block in found))
-    stack.reports.append(LoraReport(spec.path, spec.strength, matched, total, lost, unfit, is_causal, blocks))
+    told = (matched, total, lost, unfit, is_causal, blocks, tuple(updates.values()))
+    stack.reports.append(LoraReport(spec.path, spec.strength, *told))
 
 
 def _is_causal(checkpoint: Checkpoint, updates: Mapping[str, LoraUpdate]) -> bool:

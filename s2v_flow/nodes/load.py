@@ -155,7 +155,10 @@ class LoadDiffusionModel(Node):
             options.update(rounds_linears=self.fp8_rounding == "comfyui_2025", fp8_fast=self.precision == "fp8_fast")
             loaded = (context.models().load_dit or load_dit)(path, loras=specs, **options)
             for lora, report in zip(self.loras, loaded.report.loras, strict=True):
-                context.note(coverage_text(lora, report))
+                text, is_idle = coverage_text(lora, report), report.is_idle()
+                why = "its strength is 0" if lora.strength == 0 else f"the update in {report.path.name} is 0 everywhere"
+                idle = f"LoRA {lora.id} changes nothing: {why}"
+                context.note(idle if is_idle else text, is_warning=is_idle and lora.strength != 0)
                 if report.unmatched:
                     context.note(f"LoRA {lora.id}: {unmatched_text(report)}", is_detail=True)
                 counts = {name: getattr(report, name) for name in ("matched", "total", "blocks")}

@@ -125,6 +125,37 @@ def test_differences_go_to_weight_bias_and_parameters_of_their_own(tmp_path: Pat
     assert not stack.is_low_rank(KEY)
 
 
+ONE = torch.ones(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "is_idle"),
+    [
+        ({"lora_down.weight": DOWN, "lora_up.weight": UP}, False),
+        ({"lora_down.weight": DOWN, "lora_up.weight": 0 * UP}, True),  # as training begins
+        ({"lora_down.weight": 0 * DOWN, "lora_up.weight": UP.half()}, True),
+        ({"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": torch.tensor(0.0)}, True),
+        ({"lora_down.weight": DOWN, "lora_up.weight": 0 * UP, "dora_scale": draw(6, 1)}, False),
+        ({"lora_down.weight": DOWN, "lora_up.weight": 0 * UP, "diff_b": draw(6)}, False),
+        ({"diff": torch.zeros(6, 4), "diff_b": torch.zeros(6)}, True),
+        ({"diff": torch.full((6, 4), torch.nan)}, False),
+        ({"lokr_w1": ONE, "lokr_w2": draw(6, 4)}, False),
+        ({"lokr_w1": 0 * ONE, "lokr_w2": draw(6, 4)}, True),
+        ({"hada_w1_a": UP, "hada_w1_b": DOWN, "hada_w2_a": UP, "hada_w2_b": DOWN}, False),
+        ({"hada_w1_a": UP, "hada_w1_b": DOWN, "hada_w2_a": UP, "hada_w2_b": 0 * DOWN}, True),
+    ],
+)
+def test_a_lora_that_changes_nothing_is_told_by_its_values(
+    tmp_path: Path, tensors: dict[str, Tensor], is_idle: bool
+) -> None:
+    """One of several layers that changes is enough; at strength 0 none does."""
+    one = {f"{Q}.{name}": tensor.clone() for name, tensor in tensors.items()}
+    assert open_one(tmp_path, one).reports[0].is_idle() is is_idle
+    assert open_one(tmp_path, one, strength=0.0, name="off").reports[0].is_idle()
+    more = {"blocks.0.modulation.diff": torch.zeros(1, 6, 4), "blocks.0.norm3.diff": draw(6)}
+    assert not open_one(tmp_path, {**one, **more}, name="more").reports[0].is_idle()
+
+
 def test_convolutions_take_low_rank_updates(tmp_path: Path) -> None:
     down, up = draw(3, 2, 1, 2, 2), draw(6, 3, 1, 1, 1, seed=1)
     stack = open_one(tmp_path, {"patch_embedding.lora_down.weight": down, "patch_embedding.lora_up.weight": up})

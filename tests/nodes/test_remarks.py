@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from s2v_flow import api
 from s2v_flow.errors import CheckpointError
+from s2v_flow.graph.events import Event, Noted
+from s2v_flow.graph.selection import Selection
 from s2v_flow.media.video import VideoReader
 from s2v_flow.models.text_encoder import TextEncoder
 from s2v_flow.models.tokenizer import MAX_TOKENS, is_surely_short, measure, read_tokenizer
@@ -153,6 +155,26 @@ def test_a_negative_prompt_without_guidance_is_noted_where_it_is_given(tmp_path:
     assert about("negative", notes(tmp_path, models, first={"negative": None})) == []
     (note,) = about("negative", notes(tmp_path, models, first=GUIDED, talk={"cfg": 1.0}))
     assert "in talk" in note
+
+
+def test_a_lora_that_changes_nothing_is_named_by_the_run(tmp_path: Path, models: Path) -> None:
+    """By its values, also where it stands among others, merged; and by its strength."""
+    loras = [
+        {"id": "trained", "file": "tiny_lightning_lora.safetensors", "allow_partial": True},
+        {"id": "new", "file": "style.safetensors"},
+        {"id": "off", "file": "tiny_lightning_lora.safetensors", "allow_partial": True, "strength": 0.0},
+    ]
+    write_voice(tmp_path / "voice.wav", 0.2)
+    told: list[Event] = []
+    api.run(
+        write_recipe(tmp_path, tiny(dit={"loras": loras})),
+        options(tmp_path, models, selection=Selection(until=("first",))),
+        told.append,
+    )
+    found = {event.text: event.is_warning for event in told if isinstance(event, Noted) and "LoRA" in event.text}
+    assert found.pop("LoRA new changes nothing: the update in style.safetensors is 0 everywhere") is True
+    assert found.pop("LoRA off changes nothing: its strength is 0") is False
+    assert [text.split(" of ")[0] for text in found if "applied" in text] == ["LoRA trained: 130"]
 
 
 @pytest.mark.parametrize(
