@@ -295,7 +295,8 @@ def with_real_length(file: FileIO, path: str | os.PathLike[str], note: Callable[
     """Return a wav file (RIFF, RIFX, RF64) as one whose header tells how long the sound in it is.
 
     A promised length is a placeholder if it is 0 with something behind it that is no other chunk, if it is about a
-    limit of the format, or if it is over 10**9 bytes and 8 times what is there.
+    limit of the format, or if it is over 10**9 bytes and 8 times what is there. `note` is called where that is so, and
+    where what stands behind the sound that is promised is no other chunk.
 
     Raises:
         MediaError: less is there than a length promises that is no placeholder.
@@ -319,9 +320,13 @@ def with_real_length(file: FileIO, path: str | os.PathLike[str], note: Callable[
         file.seek(wide)
         (promised,) = struct.unpack("<Q", file.read(8))
     present = size - start
-    is_empty = promised == 0 and _is_chunk_list(file, order, start, size)
+    end = start + promised
+    has_more = end < size and not _is_chunk_list(file, order, end + promised % 2, size)
     file.seek(0)
-    if is_empty or 0 < promised <= present:
+    if promised <= present and (promised or not has_more):
+        if has_more:
+            more = f"the {present - promised} behind them, which are no other chunk, are not read"
+            note(f"its header tells of {promised} bytes of sound; {more}: save it again if it ends too early")
         return file
     if promised and not any(limit - _NEAR <= promised <= limit for limit in _PLACEHOLDERS):
         if promised < _HUGE_BYTES or promised < _HUGE_RATIO * present:

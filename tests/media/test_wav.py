@@ -75,6 +75,27 @@ def test_a_voice_from_a_pipe_has_its_real_length() -> None:
     assert "promises 2000000000 bytes of sound, 6000 are there" in note
 
 
+@pytest.mark.parametrize("kind", FORMATS, ids=str)
+def test_sound_behind_the_length_in_the_header_is_noted(tmp_path: Path, kind: tuple[str, str, int, str]) -> None:
+    """As players do, the header is followed; other chunks behind it are no sound, whole ones or one that is padded."""
+    content, path = wav(*kind), tmp_path / "a.wav"
+    width = len(content[content.index(b"data") + 8 :]) // LENGTH
+    for length in (width, 1000 * width, (LENGTH - 9) * width):
+        path.write_bytes(with_length(content, length, length + 36))
+        found = probe_audio(path)
+        (note,) = (text for text in found.notes if "header" in text)
+        assert found.num_samples == length // width
+        assert f"{length} bytes of sound; the {LENGTH * width - length} behind them" in note
+    order = ">" if kind[3] == "BIG" else "<"
+    for tail in (
+        b"",
+        b"LIST" + struct.pack(f"{order}I", 4) + b"INFO",
+        b"id3 " + struct.pack(f"{order}I", 3) + b"abc\0",
+    ):
+        path.write_bytes(bytes(content) + b"\0" * (len(content) % 2) + tail)
+        assert not [text for text in probe_audio(path).notes if "header" in text], tail
+
+
 @pytest.mark.parametrize("length", [0, 2**32 - 1])
 def test_the_half_of_a_sample_at_the_end_of_a_stream_is_dropped(tmp_path: Path, length: int) -> None:
     path = tmp_path / "a.wav"
