@@ -44,10 +44,10 @@ def export_jobs(jobs: Sequence[Job], options: Options, form: str, image: str = "
         S2VFlowError: There are too many jobs for one object of Kubernetes.
     """
     commands = [shlex.join(words(job, options)) for job in sorted(jobs, key=lambda job: job.number)]
-    return FORMATS[form][1](commands, image)
+    return FORMATS[form][1](commands, image, options.device != "cpu")
 
 
-def _shell(commands: Sequence[str], image: str) -> str:
+def _shell(commands: Sequence[str], image: str, on_gpu: bool) -> str:
     lines = [f"{command} || failed=$((failed + 1))" for command in commands]
     end = 'if [ "$failed" -gt 0 ]; then echo "$failed jobs failed" >&2; exit 1; fi'
     return "\n".join(
@@ -62,17 +62,17 @@ def _shell(commands: Sequence[str], image: str) -> str:
     )
 
 
-def _slurm(commands: Sequence[str], image: str) -> str:
+def _slurm(commands: Sequence[str], image: str, on_gpu: bool) -> str:
     again = """code=$?
 if [ "$code" -eq 75 ]; then  # stopped with a resume point
   scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
 fi
 exit "$code"
 """
+    gpu = "\n#SBATCH --gpus=1" if on_gpu else ""
     head = f"""#!/bin/bash
 #SBATCH --job-name=s2vflow
-#SBATCH --array=0-{len(commands) - 1}
-#SBATCH --gpus=1
+#SBATCH --array=0-{len(commands) - 1}{gpu}
 #SBATCH --requeue
 #SBATCH --signal=USR1@120
 """
@@ -80,13 +80,13 @@ exit "$code"
     return head + cases + again
 
 
-def _k8s(commands: Sequence[str], image: str) -> str:
+def _k8s(commands: Sequence[str], image: str, on_gpu: bool) -> str:
     script = _cases([f"exec {command}" for command in commands], "JOB_COMPLETION_INDEX")
     container = {
         "name": "s2vflow",
         "image": image,
         "command": ["/bin/sh", "-c", script.replace("$", "$$")],  # the kubelet makes one $ of two
-        "resources": {"limits": {"nvidia.com/gpu": 1}},
+        **({"resources": {"limits": {"nvidia.com/gpu": 1}}} if on_gpu else {}),
     }
     is_code = {"containerName": "s2vflow", "operator": "In"}
     rules = [
@@ -122,7 +122,7 @@ def _cases(commands: Sequence[str], variable: str) -> str:
     return "\n".join([f'case "${variable}" in', *lines, '*) echo "no such job" >&2; exit 2 ;;', "esac", ""])
 
 
-FORMATS: Mapping[str, tuple[str, Callable[[Sequence[str], str], str]]] = {
+FORMATS: Mapping[str, tuple[str, Callable[[Sequence[str], str, bool], str]]] = {
     "shell": ("jobs.sh", _shell),
     "slurm": ("jobs.sbatch", _slurm),
     "k8s": ("job.yaml", _k8s),

@@ -90,6 +90,13 @@ def test_a_kubernetes_job_runs_one_job_an_index(tiny_models: Path, tmp_path: Pat
     assert (code, text_of(commands[0])) == (0, NASTY)
 
 
+@pytest.mark.parametrize("form", ["slurm", "k8s"])
+def test_a_gpu_is_asked_for_unless_the_device_is_the_cpu(tiny_models: Path, tmp_path: Path, form: str) -> None:
+    for device, asks in (("cpu", False), ("auto", True)):
+        script = exported(tmp_path, tiny_models, form, "--device", device)[1]
+        assert ("#SBATCH --gpus=1" in script or "nvidia.com/gpu: 1" in script) is asks
+
+
 def test_an_export_into_a_folder_overwrites_nothing(tiny_models: Path, tmp_path: Path) -> None:
     """Another file of that name stays, unless --force is given; two jobs with one output are refused here, too."""
     folder = tmp_path / "made"
