@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "start": {"files", "recipe", "graph", "media", "errors"},
     # runs and the Python face
     "runs": {"recipe", "graph", "cache", "files", "media", "quality", "plugins", "version", "wording", "errors"},
-    "parallel": {"nodes", "models", "graph", "machine", "wording", "errors"},
+    "parallel": {"nodes", "models", "graph", "files", "machine", "wording", "errors"},
     "options": {"recipe", "nodes", "graph", "cache", "demo", "library"},
     "api": {
         *("options", "recipe", "nodes", "graph", "cache", "files", "media", "models", "demo", "machine", "library"),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.files.atomic import reap, temporary_prefix
 from s2v_flow.models.conditioning import Branch, PreparedChunk
 from s2v_flow.models.load import LoadedDit
 from s2v_flow.nodes.shortage import memory_failure
@@ -44,7 +45,8 @@ class Team:
 
     def __init__(self, size: int, device: str) -> None:
         self._size, self._device = size, device
-        self._folder = Path(tempfile.mkdtemp(prefix="s2vflow-ranks-"))
+        reap(Path(tempfile.gettempdir()))  # of runs that were killed
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{temporary_prefix()}ranks-"))
         self._held: dict[int, weakref.ref[Any]] = {}  # what the other ranks hold too
         self._count = itertools.count()
         self._is_closing = False

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -305,6 +306,21 @@ def test_whoever_is_killed_nobody_is_left(victim: str, tmp_path: Path, tiny_mode
     assert "rank 1 (cpu) was killed by SIGKILL" in err
     assert "of 50 steps of this chunk: the same command goes on" in err
     assert "Traceback" not in err
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder of logs; that of a run that lives stays until its end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make = "from s2v_flow.parallel.team import Team; import os; Team(2, 'cpu'); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", make], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    with closing(Team(2, "cpu")):
+        (living,) = tmp_path.iterdir()
+        assert living != left
+        with closing(Team(2, "cpu")):
+            assert living in tmp_path.iterdir()
+    assert list(tmp_path.iterdir()) == []
 
 
 def wait_for(is_so: Any, seconds: float = 200.0) -> None:
