@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from page_for_tests import Open, served, started
 from PIL import Image
-from recipes_for_tests import call, write_clip
+from recipes_for_tests import call, write_clip, write_voice
 
 from s2v_flow import api
 from s2v_flow.api import Options
 from s2v_flow.errors import MissingError
 from s2v_flow.views.ui.jobs import Queue
 
-CAP = 4096
+CAP = 1 << 16
 RECIPE = """\
 s2vflow: 1
 params: {crf: 20}
@@ -144,7 +144,7 @@ def test_uploads_have_a_limit_and_leave_nothing_behind(page: Open, folder: Path)
     allowed = {"Authorization": f"Bearer {page.token}"}
     huge = {**allowed, "Content-Length": str(1 << 50)}
     assert page.ask("/api/uploads/huge.png", b"", "PUT", huge)[0] == 413
-    pieces = iter([b"x" * 1024] * 16)
+    pieces = iter([b"x" * CAP] * 2)
     assert page.ask("/api/uploads/huge.png", pieces, "PUT", allowed)[0] == 413
     assert page.ask("/api/plan", b" " * (2 << 20), "POST")[0] == 413
     assert page.ask("/api/uploads/run.sh", b"x", "PUT")[0] == 422
@@ -153,20 +153,41 @@ def test_uploads_have_a_limit_and_leave_nothing_behind(page: Open, folder: Path)
 
 def test_uploads_never_write_over_a_file(page: Open, folder: Path) -> None:
     """Another content gets a number, the same one its file; a name is a name, not a path."""
-    sent = [
-        ("me.png", b"one"),
-        ("me.png", b"two"),
-        ("me.png", b"one"),
-        ("..%2f..%2fme.PNG", b"three"),
-        ("é :.wav", b""),
-    ]
+    one, two, three = (b"P6 1 1 255\n" + bytes([grey] * 3) for grey in (1, 2, 3))
+    voice = write_voice(folder / "voice.wav", 0.01).read_bytes()
+    sent = [("me.png", one), ("me.png", two), ("me.png", one), ("..%2f..%2fme.PNG", three), ("é :.wav", voice)]
     paths = [
         page.json(f"/api/uploads/{name.replace(' ', '%20').replace('é', '%C3%A9')}", body, "PUT")["path"]
         for name, body in sent
     ]
     inputs = "ui/inputs/"
     assert paths == [f"{inputs}{name}" for name in ("me.png", "me.2.png", "me.png", "me.3.png", "é.wav")]
-    assert [Path(path).read_bytes() for path in paths] == [b"one", b"two", b"one", b"three", b""]
+    assert [Path(path).read_bytes() for path in paths] == [content for _, content in sent]
+
+
+def test_uploads_are_read_as_what_their_name_says(page: Open, folder: Path) -> None:
+    """By content: another file under such a name is refused with the reason, and nothing stays."""
+    picture, film = b"P6 1 1 255\n\0\0\0", (folder / "clip.mp4").read_bytes()
+    voice = write_voice(folder / "voice.wav", 0.05).read_bytes()
+    before = set(folder.glob("ui/inputs/*"))
+    for name, content, reason in (
+        *((f"text.{suffix}", b"some text, no portrait", "text.") for suffix in ("png", "wav", "mp4", "opus")),
+        *((f"none.{suffix}", b"", "is empty") for suffix in ("jpg", "mp3", "mkv")),
+        *(("a.png", voice, "not an image"), ("a.png", film, "not an image"), ("a.png", b"\x89PNG\r\n\x1a\n", "image")),
+        *(("a.wav", picture, "not a recording"), ("a.mp4", picture, "not a recording")),
+        *(
+            ("a.wav", voice[:-9], "cut short"),
+            ("a.mp4", film[: len(film) // 2], "a.mp4: "),
+            ("a.wav", film, "no sound"),
+        ),
+    ):
+        status, _, text = page.ask(f"/api/uploads/{name}", content, "PUT")
+        told = json.loads(text)
+        assert (status, reason in told["error"], bool(told["fix"])) == (422, True, True), (name, told)
+        assert ".s2vflow-" not in told["error"]
+    assert set(folder.glob("ui/inputs/*")) == before
+    for name, content in (("a.jpg", picture), ("b.mp4", film), ("c.mp4", voice), ("d.mp3", voice)):
+        assert page.ask(f"/api/uploads/{name}", content, "PUT")[0] == 201
 
 
 def test_a_form_has_a_field_for_every_value_with_its_bounds(page: Open, folder: Path) -> None:

@@ -10,7 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from starlette.concurrency import run_in_threadpool
+
+from s2v_flow.errors import ExitCode, MediaError, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import TakenError, finish, free_name, put_new, temporary, writing
 
 RECIPES = (".yaml", ".yml")
@@ -69,7 +71,7 @@ async def save_upload(parts: AsyncIterable[bytes], name: str, folder: Path, limi
         The file: the one that is there already, byte for byte; else a new one, numbered where the name is taken.
 
     Raises:
-        S2VFlowError: It is no picture, sound or video by its name.
+        S2VFlowError: It is no picture, sound or video by its name, or cannot be read as what its name says.
         TooLargeError: It has more bytes than that.
         CannotWriteError: It cannot be written.
     """
@@ -85,12 +87,38 @@ async def save_upload(parts: AsyncIterable[bytes], name: str, folder: Path, limi
                 raise TooLargeError(f"{name}: more than {limit >> 20} MiB")
             file.write(part)
         finish(file)
+        try:
+            await run_in_threadpool(_check_media, made, suffix)
+        except S2VFlowError as error:
+            text = error.message.replace(made, name)
+            raise S2VFlowError(text, error.fix, exit_code=ExitCode.USAGE) from error
         path = made_here / f"{stem}{suffix}"
         while not _is_same(path, made):
             path = free_name(folder / path.name, lambda path: not os.path.lexists(path) or _is_same(path, made))
             with suppress(TakenError):  # just now: another name then
                 put_new(made, path)
         return path
+
+
+def _check_media(path: str, suffix: str) -> None:
+    """Read a picture whole, of a sound the beginning, of a video what `probe_video` does; it may be a sound, too."""
+    from s2v_flow.media.audio_blocks import decode_blocks
+    from s2v_flow.media.image import probe_image
+    from s2v_flow.media.video import probe_video
+
+    if suffix in PICTURES:
+        probe_image(path, decodes=True)
+        return
+    try:
+        if suffix in VIDEOS:
+            probe_video(path)
+            return
+    except MediaError as error:
+        with suppress(MediaError):
+            next(decode_blocks(path, lambda text: None))
+            return
+        raise error
+    next(decode_blocks(path, lambda text: None))
 
 
 def _is_same(path: Path, made: str) -> bool:
