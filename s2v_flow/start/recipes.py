@@ -69,14 +69,15 @@ _NODES: Nodes = {
 class StartRecipe:
     """What a likeness changes: parameters, fields of nodes, profiles.
 
-    `max_area` is its size in pixels, in the portrait's shape; `size` is its only width and height.
+    `negative_prompt` None: it has no such node. `max_area` is its size in pixels, in the portrait's shape; `size` is
+    its only width and height.
     """
 
     description: str
     params: Mapping[str, Any]
     nodes: Nodes = field(default_factory=dict)
     profiles: Mapping[str, Any] = field(default_factory=dict)
-    negative_prompt: str = _NEGATIVE
+    negative_prompt: str | None = _NEGATIVE
     max_area: int = 640 * 640
     size: tuple[int, int] | None = None
 
@@ -132,7 +133,7 @@ RECIPES: Mapping[str, StartRecipe] = MappingProxyType(
                 "larger": {"kind": "frames_scale", "frames": "$frames", "factor": 2, "method": "bicubic"},
                 "video": {"frames": "$larger", "preset": "veryfast"},
             },
-            negative_prompt="blurry, overexposed, static, subtitles",
+            negative_prompt=None,
             size=(128, 128),
         ),
     }
@@ -180,12 +181,15 @@ def start_data(like: str, params: Mapping[str, Any], output: str) -> dict[str, A
     ]
     nodes = {name: {**_NODES.get(name, {}), **recipe.nodes.get(name, {})} for name in names}
     nodes["video"]["file"] = output
+    texts = {"negative_prompt": recipe.negative_prompt}
+    if recipe.negative_prompt is None:
+        del texts["negative_prompt"], nodes["negative"], nodes["first"]["negative"]
     data: dict[str, Any] = {
         "s2vflow": 1,
         "description": recipe.description,
         "params": {
             **{name: params[name] for name in inputs},
-            "negative_prompt": recipe.negative_prompt,
+            **texts,
             **sizes,
             **recipe.params,
         },

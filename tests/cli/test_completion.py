@@ -43,7 +43,7 @@ def test_a_parameter_is_completed_without_torch() -> None:
 def test_paths_grow_part_by_part() -> None:
     """Parameters and sections, nodes, and the fields that a node's kind has, given or not."""
     assert complete("run", DEMO, "--set", "") == [
-        *("image=", "audio=", "prompt=", "negative_prompt=", "width=", "height=", "length=", "steps=", "cfg=", "seed="),
+        *("image=", "audio=", "prompt=", "width=", "height=", "length=", "steps=", "cfg=", "seed="),
         *("params.", "nodes."),
     ]
     assert complete("plan", DEMO, "--set", "params.s") == ["params.steps=", "params.seed="]
