@@ -286,17 +286,9 @@ def nodes(kind: str | None, as_json: bool) -> None:
 )
 def schema(output: Path | None, what: str) -> None:
     """Print the JSON Schema of recipes, for editors, or of what programs read."""
-    from s2v_flow.cli import report
     from s2v_flow.cli.describe import schema_text
 
-    text = schema_text(what)
-    if output is None:
-        report.print_result(text.rstrip("\n"))
-    else:
-        try:
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise S2VFlowError(f"{output}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
+    _deliver(schema_text(what), output, force=True)
 
 
 @cli.command()

@@ -19,7 +19,7 @@ from s2v_flow.cli.options import (
     make_options,
     recipe_options,
 )
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import ExitCode
 
 if TYPE_CHECKING:
     from s2v_flow.cli.progress import Level
@@ -173,11 +173,8 @@ def lock(recipe: Path, as_json: bool, output: Path | None, **given: Any) -> None
     from s2v_flow.cli import report
     from s2v_flow.history.reproduce import make_lock
     from s2v_flow.runs.lockfile import lock_path
+    from s2v_flow.start.project import write_recipe
 
     target = output or lock_path(recipe)
-    text = make_lock(recipe, make_options(**given))
-    try:
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise S2VFlowError(f"{target}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
+    write_recipe(target, make_lock(recipe, make_options(**given)), force=True)
     report.print_json({"lock": str(target)}) if as_json else report.print_result(str(target))

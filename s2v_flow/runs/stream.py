@@ -41,7 +41,10 @@ def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[
         try:
             file = open(target, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise S2VFlowError(f"{target}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
+            fix = "name another file with --events"
+            raise S2VFlowError(
+                f"{target}: cannot be written: {error.strerror}", fix, exit_code=ExitCode.USAGE
+            ) from error
         try:
             yield (_UntilItFails(file, tell, run),)
         finally:

@@ -161,17 +161,21 @@ def recipe_path(video: Path) -> Path:
         S2VFlowError: The video's name does not end in .mp4.
     """
     if video.suffix != ".mp4":
-        raise S2VFlowError(f"{video}: a video's name ends in .mp4", exit_code=ExitCode.USAGE)
+        fix = f"-o {video.stem or 'talk'}.mp4"
+        raise S2VFlowError(f"{video}: a video's name ends in .mp4", fix, exit_code=ExitCode.USAGE)
     return video.with_suffix(".yaml")
 
 
 def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
-    """Write a recipe, whole or not at all; a file that says the same already is left alone.
+    """Write a recipe, whole or not at all; a file that says the same already is left alone, a device is written to.
 
     Raises:
         S2VFlowError: Another file is there and `force` is not given, or it cannot be written.
     """
     try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
         if path.is_file() and path.read_bytes() == text.encode():
             return
         if path.exists() and not force:
@@ -185,7 +189,8 @@ def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
             file.close()
             os.replace(name, path)
     except OSError as error:
-        raise S2VFlowError(f"{path}: cannot be written: {error.strerror}", exit_code=ExitCode.USAGE) from error
+        fix = "name another file with -o"
+        raise S2VFlowError(f"{path}: cannot be written: {error.strerror}", fix, exit_code=ExitCode.USAGE) from error
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -148,9 +148,24 @@ def test_a_portrait_that_cannot_be_used_is_exit_code_4(
 
 def test_a_folder_that_cannot_be_written_is_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code, _, err = call("init", "-o", tmp_path / "file" / "recipe.yaml")
-    assert code == 2
-    assert "cannot be written" in err
+    (tmp_path / "folder").mkdir()
+    for target in (tmp_path / "file" / "recipe.yaml", tmp_path / "folder"):
+        for command in (["init"], ["init", "--force"], ["schema"], ["lock", RECIPES / "demo.yaml"]):
+            code, _, err = call(*command, "-o", target)
+            assert (code, "cannot be written" in err, "fix: name another file with -o" in err) == (2, True, True), err
+
+
+def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    """As `-o /dev/stdout` is meant: neither asked to be overwritten, nor replaced by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert call("init", "-o", pipe)[0] == 0
+        assert b"s2vflow: 1" in os.read(reader, 1 << 16)
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
 
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Cn", "Co", "Zl", "Zp"]), min_size=1)
