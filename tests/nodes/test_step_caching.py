@@ -70,11 +70,13 @@ def test_a_chunk_that_was_stopped_at_any_step_goes_on_to_the_same_bits(sampler: 
 
 def test_a_step_that_is_taken_again_for_lack_of_memory_sees_the_cache_before_it(tmp_path: Path) -> None:
     """In the model's call, and behind it: in the solver, which has the velocity already."""
-    whole = Bench(tmp_path / "whole", **EASY).run()
+    alone = Bench(tmp_path / "whole", **EASY)
+    whole = alone.run()
     for number in (1, 4):
         bench = Bench(tmp_path / f"call {number}", **EASY)
         assert torch.equal(bits(bench.run(model=FailingModel(number))), bits(whole)), number
         assert bench.facts["retreats"] == ["free"]
+        assert bench.facts["step_cache"] == alone.facts["step_cache"]
     for number in (2, 5, 8):
         told = list[int]()
 
@@ -86,6 +88,7 @@ def test_a_step_that_is_taken_again_for_lack_of_memory_sees_the_cache_before_it(
         bench = Bench(tmp_path / f"step {number}", **EASY)
         assert torch.equal(bits(bench.run(watch=watch)), bits(whole)), number
         assert bench.facts["retreats"] == ["free"]
+        assert bench.facts["step_cache"] == alone.facts["step_cache"]
 
 
 def test_what_is_remembered_is_needed(tmp_path: Path) -> None:
