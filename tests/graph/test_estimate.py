@@ -83,13 +83,15 @@ def test_a_resumed_chunk_tells_what_a_step_takes(tmp_path: Path) -> None:
 
 
 def test_the_nearest_run_is_scaled(tmp_path: Path) -> None:
-    """By what is computed, whatever the size; another kind of hardware, model or precision tells nothing."""
+    """By what is computed, whatever the size; other hardware, model or precision, or reused steps, tell nothing."""
     fields = fields_of_first(tmp_path)
     near = chunk_entry({**fields, "width": 96}, 4e9, sampling_seconds=40.0, seconds=46.0)
     far = chunk_entry({**fields, "width": 64}, 1e9)
     assert estimated(tmp_path, 5e9, [far, near]).seconds == 5 + 1 + 50
     for other in ({"hardware": "elsewhere"}, {"weights": "50/2"}, {"weights": "100/2"}):
         assert estimated(tmp_path, 5e9, [chunk_entry(fields, 5e9, **other)]).unknown == ("sample",)
+    cached = chunk_entry({**fields, "step_cache": "easy", "step_cache_threshold": 0.2}, 5e9)
+    assert estimated(tmp_path, 5e9, [cached]).unknown == ("sample",)
 
 
 def test_what_never_ran_is_estimated_by_the_speed_of_the_machine(tmp_path: Path) -> None:
