@@ -44,6 +44,9 @@ class Options:
     cache_remote: str | None = None  # the URL of a store that machines share, behind the cache
     cache_limit: int | None = None  # in bytes; `cache.budget.NO_LIMIT`: nothing is ever evicted
     device: str = "auto"
+    vram: int | None = (
+        None  # bytes (or text: "12GiB") that a run may hold where it computes; None or "auto": what is free
+    )
     gpus: int = 1  # how many share the diffusion model's work; with device "cpu" so many processes
     selection: Selection = field(default_factory=Selection)
     axes: Sequence[str] = ()
@@ -66,6 +69,9 @@ class Options:
         for name in ("profiles", "sets", "axes"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
+        vram: Any = self.vram
+        if isinstance(vram, str):
+            object.__setattr__(self, "vram", None if vram == "auto" else parse_size(vram, "vram"))
 
     @cached_property
     def changes(self) -> Changes:

@@ -31,7 +31,7 @@ from s2v_flow.graph.status import EARLIER, TO_COMPUTE, assess
 from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, misnamed, near_files, recipe_needs
 from s2v_flow.machine import device_class, free_memory_bytes, hardware, resolve_device
-from s2v_flow.nodes.memory import needs
+from s2v_flow.nodes.memory import needs, require_room
 from s2v_flow.nodes.precision import check_fit, precision_notes
 from s2v_flow.nodes.table import KINDS as KINDS
 from s2v_flow.options import Options as Options
@@ -145,15 +145,21 @@ def _plan(recipe: Recipe, variants: tuple[Variant, ...], options: Options) -> Pl
     to_compute = {name for name, status in statuses.items() if status.status in TO_COMPUTE}
     check_ranks(made, to_compute, options.gpus, device, options.device)
     to_store = {node.name for node in made.nodes if node.node.is_stored} & to_compute
-    computed, free_bytes = needs(made, to_store, numerics), free_memory_bytes(device)
-    if variants and free_bytes is not None and any((need.peak_bytes or 0) > free_bytes for need in computed.values()):
+    free_bytes = free_memory_bytes(device)
+    limit = min((size for size in (free_bytes, options.vram) if size is not None), default=None)
+    computed = needs(made, to_store, numerics, limit)
+    if variants and limit is not None and any((need.peak_bytes or 0) > limit for need in computed.values()):
         made = options.selection.cut(merge_plans(parts, by_stage=True)[0])
         made = replace(made, notes=(*made.notes, "the cells' files are written after all sampling, for lack of memory"))
-        computed = needs(made, to_store, numerics)
+        computed = needs(made, to_store, numerics, limit)
+    if options.vram is not None:
+        require_room(computed, options.vram, device)
     earlier = store.recent(EARLIER) if has_work else []
     named, speeds = _hardware(options, device), _speeds(options, device)
     expected = estimate(made, statuses, earlier, numerics, computed, named, speeds)
-    return Planned(recipe, made, statuses, device, expected, cells, variants, free_bytes, options.overwrite, computed)
+    return Planned(
+        recipe, made, statuses, device, expected, cells, variants, free_bytes, options.overwrite, computed, options.vram
+    )
 
 
 def _hardware(options: Options, device: str) -> str:
@@ -246,9 +252,17 @@ def run_planned(
             planned = _plan(planned.recipe, planned.variants, options)
             recorder.plan, recorder.statuses = planned.plan, planned.statuses
             _refuse_files(planned, options, digests)
-        with shared_models(models or lazy_registry(), options.gpus, planned.device, recorder) as shared:
+        held = partial(_held, planned, options.vram, models or lazy_registry())
+        with shared_models(cache(held), options.gpus, planned.device, recorder) as shared:
             result = _execute(planned, options, recorder, digests, shared)
     return Result(**vars(replace(result, run_id=recorder.id)), cache_root=options.cache_root)
+
+
+def _held(planned: Planned, vram: int | None, models: Callable[[], Any]) -> Any:
+    """Return the registry, held to what this run may take."""
+    registry = models()
+    registry.hold_to(planned.device, vram, max((need.work_bytes for need in planned.needs.values()), default=0))
+    return registry
 
 
 def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> None:
@@ -284,6 +298,7 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
         cache_limit=options.size_limit,
         overwrites=options.overwrite,
         watch=options.watch,
+        ways={name: need.way for name, need in planned.needs.items() if need.way},
     )
     recorder.entries, recorder.not_kept = execution.entries, execution.not_kept
     waits = planned.has_work and not options.share_gpu

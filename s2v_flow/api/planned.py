@@ -12,6 +12,7 @@ from s2v_flow.graph.node import Plan
 from s2v_flow.graph.status import TO_COMPUTE, NodeStatus, placing
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
+from s2v_flow.nodes.memory import ways_text
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import Variant
 from s2v_flow.wording import size_text
@@ -31,6 +32,7 @@ class Planned:
     free_bytes: int | None = None  # memory where the models will run; None: not known
     overwrites: bool = False  # a run takes the place of other files
     needs: Mapping[str, Needs] = field(default_factory=dict)  # of what must run
+    vram: int | None = None  # the budget, in bytes; None: what is free
 
     def __repr__(self) -> str:
         facts = [f"{self.num_chunks} chunks", f"{self.num_frames} frames"] if self.num_frames else []
@@ -90,6 +92,10 @@ class Planned:
         notes = [*self.plan.notes, *placing(self.plan, self.statuses, overwrites=self.overwrites)]
         if not any(node.node.is_sink for node in self.plan.nodes):
             notes.append("the recipe writes no file: results stay in the cache (add a save_video node)")
+        ways = ways_text(self.needs)
+        if ways:
+            size = min(size for size in (self.free_bytes, self.vram) if size is not None)
+            notes.append(f"to fit into {size_text(size, is_memory=True)} of memory, with the same result: {ways}")
         largest = self.estimate.largest
         if largest is not None and self.free_bytes is not None and (largest[1].peak_bytes or 0) > self.free_bytes:
             needed, free = (size_text(size, is_memory=True) for size in (largest[1].peak_bytes or 0, self.free_bytes))
@@ -126,6 +132,8 @@ class Planned:
             entry |= {"estimate": vars(cost)} if cost else {}
             memory = self.estimate.memory.get(node.name)
             entry |= {"memory": vars(memory)} if memory else {}
+            need = self.needs.get(node.name)
+            entry |= {"way": dict(need.way)} if need is not None and need.way else {}
             facts = {key: fact for key, fact in node.facts.items() if key != "loras"}
             nodes.append({**entry, "fingerprint": status.fingerprint, "facts": facts})
         return {
@@ -142,6 +150,7 @@ class Planned:
                 "known_disk_bytes": self.estimate.known_disk_bytes,
                 "peak_bytes": self.estimate.peak_bytes,
                 "free_bytes": self.free_bytes,
+                "vram": self.vram,
                 "never_ran": list(self.estimate.unknown),
                 "source": self.estimate.basis.source if self.estimate.basis and not self.estimate.unknown else None,
                 "files_to_read": self.estimate.num_files,

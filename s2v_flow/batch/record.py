@@ -26,7 +26,7 @@ NAME = "batch.json"
 _PROCESS = f"-{machine_id()}-{os.getpid()}"
 _PATHS = ("override_files", "models_dirs", "extra_model_paths", "input_dirs")
 _PATH = ("output_dir", "cache_dir")
-_PLAIN = ("profiles", "axes", "cache_remote", "cache_limit", "device", "overwrite")
+_PLAIN = ("profiles", "axes", "cache_remote", "cache_limit", "device", "vram", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def read_batch(path: Path) -> Batch:
     path = path / NAME if path.is_dir() else path
     try:
         found = json.loads(path.read_bytes())
-        given = found["options"]
+        given = {"vram": None, **found["options"]}  # as it was before there was a budget
         overrides = [Override(kind, str(text)) for kind, text in given["overrides"]]
         known = {name: given[name] for name in (*_PLAIN, *_PATHS, *_PATH)}
         jobs = tuple(map(Job.from_json, found["jobs"]))

@@ -7,6 +7,7 @@ disks can be used and large ones be filled.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +23,7 @@ MIN_RESERVE_BYTES = 5 * 10**9
 LOW_WATER = 0.8  # of the limit: once something goes, so much goes that the next results fit
 _WAIT = 0.05  # of the limit: what has to come before trying again where little could go
 _LIMIT_SHARE, _RESERVE_SHARE, _MAX_RESERVE_SHARE = 0.2, 0.05, 0.1
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"(.*?)\s*([KMGT]I?|)\s*B?")
 
 
 def default_limit(root: Path) -> int:
@@ -52,17 +53,17 @@ def _disk(root: Path) -> tuple[int, int]:
 
 
 def parse_size(text: str, option: str = "--limit") -> int:
-    """Read "20G", "1.5 GB" or "500000" as bytes; K, M, G and T are powers of a thousand. "none" is `NO_LIMIT`.
+    """Read "20G", "1.5 GB", "12GiB" or "500000" as bytes: powers of 1000, with an i of 1024. "none" is `NO_LIMIT`.
 
     Raises:
         S2VFlowError: It is no size.
     """
-    number = text.strip().upper().removesuffix("B").rstrip()
-    if number == "NONE":
+    if text.strip().upper() == "NONE":
         return NO_LIMIT
-    unit = number[-1:] if number[-1:] in ("K", "M", "G", "T") else ""
+    match = _SIZE.fullmatch(text.strip().upper())
+    assert match is not None
     try:
-        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
+        size = int(float(match[1]) * (1024 if match[2].endswith("I") else 1000) ** " KMGT".index(match[2][:1] or " "))
     except (ValueError, OverflowError):
         size = -1
     if not 0 <= size < NO_LIMIT:

@@ -110,10 +110,12 @@ def _device(key: str, tree: Tree, problems: Problems) -> str | None:
 
 
 def _size(key: str, tree: Tree, problems: Problems) -> int | None:
-    """Read a size: `20G`, a number of bytes, or none."""
+    """Read a size: `20G`, a number of bytes, or none; vram may be auto, too."""
     value = tree.value if isinstance(tree, Scalar) else None
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
+    if key == "vram" and value == "auto":
+        return None
     if isinstance(value, str):
         with suppress(S2VFlowError):
             return parse_size(value)
@@ -137,4 +139,5 @@ _READERS: Mapping[str, Callable[[str, Tree, Problems], Any]] = {
     "cache_dir": _folder,
     "cache_limit": _size,
     "device": _device,
+    "vram": _size,
 }

@@ -109,6 +109,9 @@ change_options = all_of(  # change a recipe
 )
 recipe_options = all_of(change_options, click.argument("recipe", type=FILE))  # the recipe, and what changes it
 folder_options = all_of(  # where things are
+    click.option(
+        "--vram", metavar="SIZE|auto", help="How much memory a run may hold where it computes, such as 12GiB."
+    ),
     click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N."),
     cache_option,
     click.option("--output-dir", type=FOLDER, help="Where relative outputs go."),

@@ -54,6 +54,9 @@ class Closable(Protocol):
 Watch = Callable[[str, Mapping[str, Any], Any], None]
 
 
+Way = Mapping[str, Any]  # what a node does otherwise for lack of memory: see `nodes.memory.needs`
+
+
 class CopyTo(Protocol):
     """Puts a stored output's bytes, and a trailer behind them, at a path; tells whether the file had to change."""
 
@@ -77,7 +80,7 @@ class RunContext:
     `device` is torch's name ("cpu", "cuda:0"); `models` gives the model registry, made on the first call (graph knows
     no tensors, so it is untyped here); `files` and `digests` are the node's files by field path; `make_scratch` makes
     the folder that `scratch` gives; `resume_point` keeps half-done work (stored nodes only); `keep` keeps what a live
-    value gives out (of kinds that are kept); `watch` looks on as it samples.
+    value gives out (of kinds that are kept); `watch` looks on as it samples; `way` is how the plan has it save memory.
     """
 
     name: str
@@ -94,6 +97,7 @@ class RunContext:
     resume_point: ResumePoint | None = None
     keep: Keep | None = None
     watch: Watch | None = None
+    way: Way = field(default_factory=dict)
 
     @property
     def scratch(self) -> Path:

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 from s2v_flow.cache.store import Entry
-from s2v_flow.graph.context import Numerics
+from s2v_flow.graph.context import Numerics, Way
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.status import TO_COMPUTE, NodeStatus
 
@@ -42,12 +42,15 @@ class Needs:
     """What a plan node is computed to need before the like of it ran: memory, stored bytes, FLOP; None: unknown.
 
     weights: what models it uses, by their bytes and the size of a number: alike for one model in one precision.
+    work_bytes: of the peak all but models. way: what is done otherwise for lack of memory, with the same result.
     """
 
     peak_bytes: int | None = None
     disk_bytes: int | None = None
     flops: Flops | None = None
     weights: str = ""
+    work_bytes: int = 0
+    way: Way = field(default_factory=dict)
 
     @property
     def item_bytes(self) -> int:
@@ -56,7 +59,8 @@ class Needs:
 
     def facts(self) -> dict[str, Any]:
         """Return what a result keeps of it, for the estimates of later runs."""
-        return {"flops": self.flops, "weights": self.weights} if self.flops else {}
+        way = {"way": dict(self.way)} if self.way else {}
+        return {"flops": self.flops, "weights": self.weights, **way} if self.flops else way
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,7 @@ def _cost(node: PlanNode, earlier: Sequence[Entry], numerics: Numerics, computed
             continue
         size = computed.disk_bytes or int(ratio * sum(item.size for item in entry.outputs.values()))
         peak = facts.get("peak_bytes" if numerics.device_class == "cpu" else "peak_device_bytes") if is_like else 0
+        peak = peak if facts.get("way", {}) == computed.way else 0
         cost = NodeCost(_seconds(entry, ratio), size, int(peak or 0))
         if not is_like:
             cost = replace(cost, source="scaled", scaled_from=_described(image.get("fields", {}) | facts))

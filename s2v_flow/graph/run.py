@@ -14,7 +14,7 @@ from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.files.atomic import TakenError
-from s2v_flow.graph.context import Artifact, Closable, Keep, Numerics, ResumePoint, RunContext, Watch
+from s2v_flow.graph.context import Artifact, Closable, Keep, Numerics, ResumePoint, RunContext, Watch, Way
 from s2v_flow.graph.events import (
     Delivered,
     Listener,
@@ -104,6 +104,7 @@ class Run:
     cache_limit: int | None = NO_LIMIT
     overwrites: bool = False
     watch: Watch | None = None
+    ways: Mapping[str, Way] = field(default_factory=dict)  # by plan node
     _failures: dict[str, str] = field(default_factory=dict)  # as text: tracebacks hold what a node had in memory
     entries: dict[str, Entry] = field(default_factory=dict)
     _live: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -286,6 +287,7 @@ class Run:
             resume_point,
             keep,
             self.watch,
+            self.ways.get(node.name, {}),
         )
         with failures_of(node, scratch):
             return node.node.run(context, values)

@@ -134,18 +134,26 @@ def activation_bytes(dim: int, ffn_dim: int, num_tokens: int, num_branches: int,
     return num_tokens * (4 * dim * num_branches + max(attention, feed_forward))
 
 
-def chunk_bytes(dit: Weights, width: int, height: int, num_latent_frames: int, inputs: Collection[str]) -> int:
+def chunk_bytes(
+    dit: Weights,
+    width: int,
+    height: int,
+    num_latent_frames: int,
+    inputs: Collection[str],
+    *,
+    in_turn: bool = False,
+) -> int:
     """Count what one denoising step takes: the transformer's own computation, see `activation_bytes`.
 
     Beside this, from the chunk's start: rotations, still tokens, each prompt's keys and values, the audio's, and the
-    solver's latents; with fp8 weights the largest matrix, expanded.
+    solver's latents; with fp8 weights the largest matrix, expanded. `in_turn`: guidance's branches run one by one.
     """
     dim, c = dit.shapes["head.modulation"][2], dit.item_bytes
     ffn = dit.shapes["blocks.0.ffn.0.weight"][0]
     layers = dit.num_blocks
     branches = 2 if "negative" in inputs else 1
     video, tokens = num_tokens(width, height, num_latent_frames, inputs)
-    step = step_bytes(dit, tokens, branches)
+    step = step_bytes(dit, tokens, 1 if in_turn else branches)
     injected = sum(block < layers for block in INJECTED_BLOCKS) if "speech" in inputs else 0
     texts = branches * layers * 2 * MAX_TOKENS * dim * c
     audio = branches * injected * num_latent_frames * (10 * c + 8) * dim
@@ -177,12 +185,12 @@ def decoding_bytes(vae: Weights, width: int, height: int, frames_per_call: int) 
 
 
 def encoding_bytes(vae: Weights, width: int, height: int, num_frames: int) -> int:
-    """Count what encoding takes, as `decoding_bytes` does: one frame alone takes 18 arrays, a clip, four at a time, 48.
+    """Count what encoding takes, as `decoding_bytes` does: one frame alone takes 18 arrays, a clip, four at a time, 46.
 
     The clip itself, float32, stands beside it, twice.
     """
     clip = 3 * num_frames * width * height * 4
-    return (18 if num_frames == 1 else 48) * _frame_bytes(vae, width, height) + 2 * clip
+    return (18 if num_frames == 1 else 46) * _frame_bytes(vae, width, height) + 2 * clip
 
 
 def chunk_flops(

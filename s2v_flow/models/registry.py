@@ -60,7 +60,8 @@ class ModelRegistry:
     """
 
     def __init__(self, memory_budget_bytes: int | None = None):
-        self.memory_budget_bytes = memory_budget_bytes
+        self.memory_budget_bytes = self._asked_bytes = memory_budget_bytes
+        self.device_limit: int | None = None
         self.loads: Counter[ModelKey] = Counter()
         self.facts: dict[ModelKey, dict[str, Any]] = {}  # how a model was loaded, for those who find it live
         self.load_dit: Callable[..., Any] | None = None  # loads a diffusion model that several processes share
@@ -72,6 +73,21 @@ class ModelRegistry:
         """The live models' weights, in bytes."""
         with self._lock:
             return sum(live.num_bytes for live in self._live.values())
+
+    def hold_to(self, device: str, limit: int | None, beside: int) -> None:
+        """Hold this process to `limit` bytes on a device from here on; None: all that is free.
+
+        A GPU's allocator then gives no more, as if there were none. `beside`: the most that a run takes of it beside
+        models, which are freed, where unused, to leave so much.
+        """
+        self.device_limit, self.memory_budget_bytes = limit, self._asked_bytes
+        if limit is not None:
+            left = max(limit - beside, 0)
+            self.memory_budget_bytes = left if self._asked_bytes is None else min(left, self._asked_bytes)
+        if device.startswith("cuda"):
+            total = torch.cuda.mem_get_info(device)[1]
+            share = 1.0 if limit is None else min(limit / total, 1.0)
+            torch.cuda.set_per_process_memory_fraction(share, torch.device(device).index)
 
     def is_live(self, key: ModelKey) -> bool:
         """Return whether the model `key` is loaded, used or not."""

@@ -164,7 +164,7 @@ class DecodeChunk(Node):
         latent = unpack(inputs["latent"])["samples"].to(context.device)
         before = unpack(inputs["before"])
         motion = before["samples" if "samples" in before else "latent"].to(context.device)
-        decoder = StreamDecoder(vae, FRAMES_PER_CALL, 1, context)
+        decoder = StreamDecoder(vae, context.way.get("frames_per_call", FRAMES_PER_CALL), 1, context)
         for _ in decoder.decode(motion):  # its own frames are not wanted
             pass
         groups = [group.float() for group in decoder.decode(latent)]

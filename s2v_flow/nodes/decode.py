@@ -251,6 +251,6 @@ class DecodeFrames(Node):
             before = unpack(inputs["latent"][0])["samples"][:, :, :1].to(context.device)
         latents = (unpack(part)["samples"].to(context.device) for part in inputs["latent"])
         given = latents if before is None else chain_iterables([before], latents)
-        decoder = StreamDecoder(vae, self.frames_per_call, self.tiles, context)
+        decoder = StreamDecoder(vae, context.way.get("frames_per_call", self.frames_per_call), self.tiles, context)
         for latent in given:
             yield from (to_frames(pixels).numpy() for pixels in decoder.decode(latent))

@@ -41,6 +41,7 @@ class Denoiser(Fallbacks):
         self._settings = settings
         self._inputs = inputs
         self._handle: ModelHandle = inputs["model"]
+        self._handle.runs_in_turn |= bool(context.way.get("in_turn"))
         sizes = self._num_tokens(), 2 if "negative" in inputs else 1
         started = time.monotonic()
         self._model: WanS2V = self.run(lambda: self._handle.get(*sizes))

@@ -146,22 +146,23 @@ def keeps_fp8(context: RunContext) -> bool:
 
 def lacks_room(context: RunContext, asked: str, lora_bytes: int, num_tokens: int, num_branches: int) -> bool:
     """Return whether a diffusion model's weights and activations are too much for what is free on a GPU."""
-    free = free_device_bytes(context.device)
+    limit = context.models().device_limit
+    free = free_device_bytes(context.device, limit)
     if free is None:
         return False
     precision = context.numerics.precision(context.kind, asked)
     dit = read_weights(context.files["checkpoint",], context.kind, precision, on_cpu=not keeps_fp8(context))
     needed = dit.num_bytes + lora_bytes + step_bytes(dit, num_tokens, num_branches) + RESERVE_BYTES
     if needed > free and context.models().free_unused():  # what earlier runs of a session have left
-        free = free_device_bytes(context.device) or 0
+        free = free_device_bytes(context.device, limit) or 0
     return needed > free
 
 
-def free_device_bytes(device: str) -> int | None:
-    """Return how much a device could still give to torch; None where it does not say."""
+def free_device_bytes(device: str, limit: int | None = None) -> int | None:
+    """Return how much a device could still give to torch, `limit` in all; None where it does not say."""
     import torch
 
     if not device.startswith("cuda"):
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return (free if limit is None else min(free, limit)) - torch.cuda.memory_allocated(device)

@@ -169,6 +169,8 @@ class LoadDiffusionModel(Node):
             return loaded.module
 
         def should_stream(num_tokens: int, num_branches: int, is_live: bool) -> bool:
+            if context.way.get("placement") == "streamed":
+                return True
             if self.placement != "auto" or is_live or self.compile == "blocks":
                 return self.placement == "streamed"
             streams = lacks_room(context, self.precision, size, num_tokens, num_branches)

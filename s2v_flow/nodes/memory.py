@@ -7,11 +7,12 @@ stands in docs/performance.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from s2v_flow.graph.context import Numerics
+from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.graph.context import Numerics, Way
 from s2v_flow.graph.estimate import Flops, Needs
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.models.footprint import (
@@ -28,25 +29,67 @@ from s2v_flow.models.footprint import (
 )
 from s2v_flow.models.speech_rate import num_features, num_rows, num_states
 from s2v_flow.models.tokenizer import MAX_TOKENS
-from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
+from s2v_flow.nodes.chunk import FRAMES_PER_CALL, Chunk, DecodeChunk, EncodeControl, EncodeMotion
 from s2v_flow.nodes.decode import DecodeFrames
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage
 from s2v_flow.sampling.catalog import CALLS_PER_STEP
+from s2v_flow.wording import size_text
 
 PROCESS_BYTES = 345 * 2**20  # resident in a process that has imported torch and transformers (Linux, torch 2.13)
 _FLOPS_PER_PIXEL = 100.0  # of copying, scaling and writing a frame: it matters where nothing is decoded
+_WAYS = {
+    "placement": "weights are streamed",
+    "in_turn": "the branches of guidance run one after the other",
+    "frames_per_call": "fewer latent frames are decoded at once",
+}
 _LOADERS = frozenset({"load_diffusion_model", "load_text_encoder", "load_audio_encoder", "load_vae"})
 
 
-def needs(plan: Plan, to_compute: Collection[str], numerics: Numerics) -> dict[str, Needs]:
+def needs(plan: Plan, to_compute: Collection[str], numerics: Numerics, limit: int | None = None) -> dict[str, Needs]:
     """Compute what nodes need, where the files that say so are there.
 
-    `numerics`: the run's numerics policy; on a GPU the device's memory is meant.
+    Where that is more than `limit`, ways are chosen that take less and give the same bits: on a GPU weights are
+    streamed ("placement"), the branches of guidance run in turn ("in_turn"), fewer latent frames are decoded at once
+    ("frames_per_call").
+
+    Args:
+        numerics: The run's numerics policy; on a GPU the device's memory is meant.
+        limit: How many bytes there are; None: any number.
 
     Returns:
-        By node, what it needs while it runs: its own work, and every model that is live then.
+        By node, what it needs while it runs: its own work, and every model that is live then. Loaders and frames are
+        among them where a way was chosen for them.
     """
-    return _Needs(plan, to_compute, numerics).all()
+    found = _Needs(plan, to_compute, numerics)
+    needed = found.all()
+    while limit is not None and found.shrink([name for name, need in needed.items() if (need.peak_bytes or 0) > limit]):
+        needed = found.all()
+    return needed
+
+
+def ways_text(found: Mapping[str, Needs]) -> str:
+    """Say what is done otherwise to take less memory: "weights are streamed, ..."; "" where nothing is."""
+    chosen = {name for need in found.values() for name in need.way}
+    return ", ".join(text for name, text in _WAYS.items() if name in chosen)
+
+
+def require_room(found: Mapping[str, Needs], vram: int, device: str) -> None:
+    """Refuse what cannot be held to a budget of `vram` bytes, in any way.
+
+    Raises:
+        S2VFlowError: With figures.
+    """
+    name, need = max(found.items(), key=lambda item: item[1].peak_bytes or 0, default=("", Needs()))
+    peak = need.peak_bytes or 0
+    if peak > vram:
+        text = [size_text(size, is_memory=True) for size in (vram, peak, peak - need.work_bytes, need.work_bytes)]
+        ways = f", though {ways_text({name: need})}" if need.way else ""
+        raise S2VFlowError(
+            f"vram: {text[0]} are too little for {name}, which takes about {text[1]} on {device}: {text[2]} of models "
+            f"and {text[3]} beside them{ways}",
+            fix="a larger --vram, a smaller width and height, a shorter length, more tiles in decode, or bf16",
+            exit_code=ExitCode.OUT_OF_MEMORY,
+        )
 
 
 class _Needs:
@@ -57,6 +100,47 @@ class _Needs:
         self._weights: dict[str, Weights | None] = {}
         self._users: dict[str, set[str]] = {}  # of a node: what it is made with that is not stored, and how far back
         self._work: dict[object, int | None] = {}
+        self._live: dict[str, list[str]] = {}  # the loaders whose models are live while a node runs
+        self._ways: dict[str, dict[str, Any]] = {}
+
+    def shrink(self, names: Collection[str]) -> bool:
+        """Let each of these nodes take less in the next way that there is; tell whether there was any."""
+        return sum(map(self._shrink, names)) > 0
+
+    def _shrink(self, name: str) -> bool:
+        of = self._plan.node(name).node
+        for loader in self._live[name]:
+            if self._can_stream(loader):
+                self._ways[loader] = {"placement": "streamed"}
+                del self._weights[loader]
+                return True
+        if isinstance(of, Chunk):
+            if "negative" not in self._plan.node(name).inputs or "in_turn" in self._ways.get(name, ()):
+                return False
+            self._ways[name] = {"in_turn": True}
+            return True
+        decoders = [name] if isinstance(of, DecodeChunk) else [node.name for node in self._decoders(name)]
+        counts = {decoder: self._frames_per_call(decoder) for decoder in decoders}
+        self._ways.update({decoder: {"frames_per_call": n // 2} for decoder, n in counts.items() if n > 1})
+        return any(n > 1 for n in counts.values())
+
+    def _can_stream(self, loader: str) -> bool:
+        """Return whether there is a choice: on a CPU there is none, and compiled blocks stay on the device."""
+        node: Any = self._plan.node(loader).node
+        is_dit = node.kind == "load_diffusion_model" and self._numerics.device_class != "cpu"
+        return is_dit and node.placement == "auto" and node.compile == "off" and loader not in self._ways
+
+    def _frames_per_call(self, name: str) -> int:
+        node = self._plan.node(name).node
+        asked = node.frames_per_call if isinstance(node, DecodeFrames) else FRAMES_PER_CALL
+        return int(self._ways.get(name, {}).get("frames_per_call", asked))
+
+    def _way(self, name: str) -> Way:
+        """Return all that is done otherwise while a node runs."""
+        found: dict[str, Any] = {}
+        for other in (*self._live[name], *(node.name for node in self._decoders(name)), name):
+            found |= self._ways.get(other, {})
+        return found
 
     def all(self) -> dict[str, Needs]:
         """Return every node's needs."""
@@ -68,14 +152,16 @@ class _Needs:
                 last[name] = position
         found, base = {}, PROCESS_BYTES if self._numerics.device_class == "cpu" else 0
         for position, node in enumerate(self._order):
-            live = [self._loaded(name) for name in first if first[name] <= position <= last[name]]
+            self._live[node.name] = [name for name in first if first[name] <= position <= last[name]]
+            live = [self._loaded(name) for name in self._live[node.name]]
             work = self._work_of(node)
             sizes = [None if model is None else model.num_bytes for model in live]
             peak = None if work is None or None in sizes else base + work + sum(size or 0 for size in sizes)
             used = [self._loaded(name) for name in sorted(self._loaders(node.name))]
             weights = "+".join(f"{model.num_bytes}/{model.item_bytes}" for model in used if model is not None)
-            found[node.name] = Needs(peak, self._stored(node), self._flops(node), "" if None in used else weights)
-        return found
+            weights, way = "" if None in used else weights, self._way(node.name)
+            found[node.name] = Needs(peak, self._stored(node), self._flops(node), weights, base + (work or 0), way)
+        return {**{name: Needs(way=way) for name, way in self._ways.items()}, **found}
 
     def _loaders(self, name: str) -> set[str]:
         """Return the loaders of the models that a node uses, through whatever is made as it is used."""
@@ -99,7 +185,8 @@ class _Needs:
             if path is not None and path.is_file():
                 kind, asked = loader.node.kind, getattr(loader.node, "precision", "auto")
                 on_cpu = self._numerics.device_class == "cpu"
-                is_streamed = not on_cpu and getattr(loader.node, "placement", "auto") == "streamed"
+                placement = self._ways.get(name, vars(loader.node)).get("placement", "auto")
+                is_streamed = not on_cpu and placement == "streamed"
                 precision = self._numerics.precision(kind, asked)
                 self._weights[name] = read_weights(path, kind, precision, on_cpu=on_cpu, is_streamed=is_streamed)
         return self._weights[name]
@@ -114,25 +201,28 @@ class _Needs:
         if work is None:
             return self._frames_work(node)
         size = repr(node.node.model_copy(update={"seed": 0, "audio_offset": 0, "text": ""}))
-        key = (size, frozenset(node.inputs), tuple(sorted(self._loaders(node.name))), node.facts.get("num_samples"))
+        way = self._ways.get(node.name, {})
+        models = tuple(sorted(self._loaders(node.name)))
+        key = (size, repr(way), frozenset(node.inputs), models, node.facts.get("num_samples"))
         if key not in self._work:
-            self._work[key] = work(node, self._model)
+            self._work[key] = work(node, self._model, way)
         return self._work[key]
 
     def _frames_work(self, node: PlanNode) -> int | None:
         """Return the decoder's work where frames are decoded as they are used; 0 for all that only copies."""
-        pending, work = [node.name], 0
+        found = [self._decoding(decoder) for decoder in self._decoders(node.name)]
+        return None if None in found else max((work or 0 for work in found), default=0)
+
+    def _decoders(self, name: str) -> Iterator[PlanNode]:
+        """Yield the nodes whose frames are decoded as a node uses them."""
+        pending = [name]
         while pending:
             for source in self._plan.node(pending.pop()).sources():
                 upstream = self._plan.node(source.node)
                 if isinstance(upstream.node, DecodeFrames):
-                    decoding = self._decoding(upstream)
-                    if decoding is None:
-                        return None
-                    work = max(work, decoding)
+                    yield upstream
                 elif not upstream.node.is_stored and upstream.node.kind not in _LOADERS:
                     pending.append(upstream.name)
-        return work
 
     def _flops(self, node: PlanNode) -> Flops | None:
         """Count what a node computes, with what is made as it is used; None where a model's file is missing."""
@@ -183,7 +273,7 @@ class _Needs:
             return None
         assert isinstance(node.node, DecodeFrames)
         width, height = (tile_side(node.facts[side], node.node.tiles) for side in ("width", "height"))
-        return decoding_bytes(vae, width, height, node.node.frames_per_call)
+        return decoding_bytes(vae, width, height, self._frames_per_call(node.name))
 
     def _stored(self, node: PlanNode) -> int | None:
         """Return the bytes that a node stores, where they are known exactly."""
@@ -206,9 +296,10 @@ def _num_encoded(of: EncodeImage | EncodeMotion | EncodeControl) -> int:
 
 
 Model = Callable[[PlanNode, str], "Weights | None"]
+Work = Callable[[PlanNode, Model, Way], "int | None"]
 
 
-def _text_work(node: PlanNode, model: Model) -> int | None:
+def _text_work(node: PlanNode, model: Model, way: Way) -> int | None:
     """Encoding 512 tokens, the most that there can be: scores of all heads thrice, the feed-forward's values thrice."""
     encoder = model(node, "text_encoder")
     if encoder is None:
@@ -219,7 +310,7 @@ def _text_work(node: PlanNode, model: Model) -> int | None:
     return values * max(encoder.item_bytes, 4)
 
 
-def _audio_work(node: PlanNode, model: Model) -> int | None:
+def _audio_work(node: PlanNode, model: Model, way: Way) -> int | None:
     """Encoding a voice, whole or a window of it.
 
     The first convolutions, over 30 s at a time: three arrays [512, samples / 5]. Then, over all states that are encoded
@@ -249,13 +340,13 @@ def _audio_sizes(encoder: Weights) -> tuple[int, int]:
     return width, len({key.split(".")[2] for key in encoder.shapes if key.startswith("encoder.layers.")})
 
 
-def _encoding_work(node: PlanNode, model: Model) -> int | None:
+def _encoding_work(node: PlanNode, model: Model, way: Way) -> int | None:
     vae, of = model(node, "vae"), node.node
     assert isinstance(of, (EncodeImage, EncodeMotion, EncodeControl))
     return None if vae is None else encoding_bytes(vae, of.width, of.height, _num_encoded(of))
 
 
-def _decode_chunk_work(node: PlanNode, model: Model) -> int | None:
+def _decode_chunk_work(node: PlanNode, model: Model, way: Way) -> int | None:
     """Decoding a chunk and what was before it, two latent frames at a time, its pixels thrice, then encoding."""
     vae = model(node, "vae")
     assert isinstance(node.node, DecodeChunk)
@@ -263,17 +354,18 @@ def _decode_chunk_work(node: PlanNode, model: Model) -> int | None:
         return None
     width, height = int(node.facts["width"]), int(node.facts["height"])
     pixels = 3 * 4 * node.node.num_latent_frames * width * height * 4
-    return max(decoding_bytes(vae, width, height, 2), encoding_bytes(vae, width, height, 73)) + 3 * pixels
+    decoding = decoding_bytes(vae, width, height, way.get("frames_per_call", FRAMES_PER_CALL))
+    return max(decoding, encoding_bytes(vae, width, height, 73)) + 3 * pixels
 
 
-def _chunk_work(node: PlanNode, model: Model) -> int | None:
+def _chunk_work(node: PlanNode, model: Model, way: Way) -> int | None:
     dit = model(node, "model")
     assert isinstance(node.node, Chunk)
     size = node.node.width, node.node.height, node.node.num_latent_frames
-    return None if dit is None else chunk_bytes(dit, *size, node.inputs.keys())
+    return None if dit is None else chunk_bytes(dit, *size, node.inputs.keys(), in_turn="in_turn" in way)
 
 
-_WORK: Mapping[str, Callable[[PlanNode, Model], int | None]] = {
+_WORK: Mapping[str, Work] = {
     "encode_text": _text_work,
     "encode_audio": _audio_work,
     **dict.fromkeys(("encode_image", "encode_motion", "encode_control"), _encoding_work),

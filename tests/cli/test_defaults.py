@@ -23,7 +23,7 @@ nodes:
 """
 
 
-KNOWN = "models_dirs, extra_model_paths, input_dirs, output_dir, cache_dir, cache_limit, device"
+KNOWN = "models_dirs, extra_model_paths, input_dirs, output_dir, cache_dir, cache_limit, device, vram"
 
 
 @pytest.fixture
@@ -167,6 +167,17 @@ def test_the_caches_limit_comes_from_the_command_line_the_environment_or_the_fil
     with pytest.raises(S2VFlowError, match="S2VFLOW_CACHE_LIMIT: 'much' is no size") as caught:
         limit()
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_the_budget_of_memory_comes_from_the_command_line_or_the_file(file: Path) -> None:
+    """As `--vram auto` says that there is none, whatever the file has."""
+    with click.Context(main.cli):
+        for text, size in (("12GiB", 12 * 2**30), ("500000", 500000), ("auto", None)):
+            file.write_text(f"vram: {text}\n")
+            assert make_options(device=None, vram=None).vram == size
+        file.write_text("vram: 12GiB\n")
+        assert make_options(device=None, vram="auto").vram is None
+        assert make_options(device=None, vram="1.5 MiB").vram == 3 * 2**19
 
 
 def test_changes_keep_the_order_of_the_command_line(file: Path, tmp_path: Path) -> None:

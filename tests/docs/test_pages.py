@@ -145,7 +145,7 @@ def test_yaml_on_the_pages_uses_fields_that_are_there(tmp_path: Path, monkeypatc
     (defaults,) = blocks(text_of("docs/folders.md"), "yaml")
     (tmp_path / "defaults.yaml").write_text(defaults, encoding="utf-8")
     monkeypatch.setenv("S2VFLOW_DEFAULTS", str(tmp_path / "defaults.yaml"))
-    assert len(read_defaults()) == 6
+    assert len(read_defaults()) == 7
     assert yaml.safe_load(defaults).keys() == read_defaults().keys()
 
 

@@ -108,7 +108,7 @@ def test_a_denoising_step_holds_what_is_computed_of_it(
 
 @pytest.mark.parametrize(("width", "side", "group"), [(8, 64, 1), (8, 64, 4), (16, 96, 2)])
 def test_decoding_and_encoding_hold_what_is_computed_of_them(width: int, side: int, group: int) -> None:
-    """Within a fifth: what convolutions need besides is invisible here, and counted."""
+    """Within 15 %: what convolutions need besides is invisible here, and counted."""
     with torch.device("meta"):
         module = WanVAE(VAEConfig(width))
     vae = filled(module, torch.float32)
@@ -119,10 +119,10 @@ def test_decoding_and_encoding_hold_what_is_computed_of_them(width: int, side: i
         for _ in range(2):
             _, state = vae.decode_next(torch.ones(1, 16, group, side // 8, side // 8), state)
 
-    assert decoding_bytes(weights, side, side, group) == pytest.approx(most_held(decode), rel=0.2)
+    assert decoding_bytes(weights, side, side, group) == pytest.approx(most_held(decode), rel=0.15)
     for count in (1, 9):
         held = most_held(lambda count=count: vae.encode(torch.ones(1, 3, count, side, side)))  # type: ignore[misc]
-        assert encoding_bytes(weights, side, side, count) == pytest.approx(held, rel=0.2)
+        assert encoding_bytes(weights, side, side, count) == pytest.approx(held, rel=0.15)
 
 
 def test_a_tile_of_the_decoder_is_counted_as_large_as_it_is() -> None:
@@ -209,9 +209,9 @@ def test_what_is_equal_is_computed_once(tmp_path: Path, tiny_models: Path, monke
 
     calls: list[str] = []
 
-    def counted(node: PlanNode, model: Any) -> int | None:
+    def counted(node: PlanNode, model: Any, way: Any) -> int | None:
         calls.append(node.name)
-        return chunk_work(node, model)
+        return chunk_work(node, model, way)
 
     chunk_work = memory._WORK["chunk"]
     monkeypatch.setattr(memory, "_WORK", {**memory._WORK, "chunk": counted})
@@ -226,5 +226,6 @@ def test_a_plan_warns_where_memory_will_not_do(
     plan = planned(tmp_path, tiny_models)
     assert not [note for note in plan.notes if " of memory, " in note]
     monkeypatch.setattr(api, "free_memory_bytes", lambda device: 2**20)
-    (note,) = [note for note in planned(tmp_path, tiny_models).notes if " of memory, " in note]
+    ways, note = [note for note in planned(tmp_path, tiny_models).notes if " of memory, " in note]
+    assert ways == ("to fit into 1.0 MiB of memory, with the same result: fewer latent frames are decoded at once")
     assert "1.0 MiB are free" in note
