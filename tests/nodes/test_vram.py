@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,43 @@ def test_warm_models_leave_what_a_run_within_a_budget_takes_beside_them() -> Non
     assert registry.num_bytes == 400
     registry.hold_to("cpu", None, beside=300)
     assert registry.memory_budget_bytes == 1000
+
+
+class WatchedRegistry(ModelRegistry):
+    """Notes, as the diffusion model's weights are about to be read, which encoders' weights are still in memory."""
+
+    def __init__(self, memory_budget_bytes: int | None) -> None:
+        super().__init__(memory_budget_bytes)
+        self.held: dict[str, list[weakref.ref[torch.Tensor]]] = {}
+        self.seen: list[set[str]] = []
+
+    def acquire(self, key: ModelKey, load: Any, *, expected_bytes: int = 0) -> Any:
+        def watched() -> Any:
+            if key.kind.startswith("dit"):
+                alive = {kind for kind, refs in self.held.items() if any(ref() is not None for ref in refs)}
+                self.seen.append(alive)
+            model = load()
+            module = getattr(model, "module", model)
+            self.held[key.kind] = [weakref.ref(weight) for weight in module.parameters()]
+            return model
+
+        return super().acquire(key, watched, expected_bytes=expected_bytes)
+
+
+@pytest.mark.parametrize(("memory", "alive"), [(0, set()), (None, {"text_encoder", "audio_encoder", "vae"})])
+def test_encoders_are_gone_before_the_diffusion_model_is_read(
+    memory: int | None, alive: set[str], tmp_path: Path, tiny_models: Path
+) -> None:
+    """Without help of the garbage collector; where models are kept for a next run, as in a session, they stay."""
+    write_voice(tmp_path / "voice.wav", 0.6)
+    until = replace(options(tmp_path, tiny_models), selection=Selection(until=("first",)))
+    plan = api.plan(write_recipe(tmp_path, tiny()), until)
+    registry = WatchedRegistry(memory)
+    gc.collect()
+    gc.disable()
+    try:
+        api.run_planned(plan, until, models=lambda: registry)
+    finally:
+        gc.enable()
+    assert registry.held.keys() == {"text_encoder", "audio_encoder", "vae", *(key.kind for key in registry.loads)}
+    assert registry.seen == [alive]
