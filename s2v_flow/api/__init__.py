@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,10 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
     )
     recorder.entries, recorder.not_kept = execution.entries, execution.not_kept
     waits = planned.has_work and not options.share_gpu
-    with ExitStack() as on_gpu:
+    loaders = [node for node in planned.plan.nodes if planned.statuses[node.name].status == "LOAD"]
+    with digests.hashing(file for node in loaders for file in node.files.values()) as is_hashing, ExitStack() as on_gpu:
+        if is_hashing:
+            _import_meanwhile(planned, store, execution.forced)
         for device in dict.fromkeys(rank_device(planned.device, rank) for rank in range(options.gpus)):
             on_gpu.enter_context(gpu_turn(device, recorder, options.should_stop, is_needed=waits))
         try:
@@ -316,6 +320,18 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
             if isinstance(store, RemoteStore):
                 store.close()
     return result
+
+
+def _import_meanwhile(planned: Planned, store: Store, forced: frozenset[str]) -> None:
+    """Import what takes seconds, of nodes that are sure to run: forced ones, or none of their kind is stored."""
+    stored = {entry.preimage.get("kind") for entry in store.recent(EARLIER)}
+    for node in planned.plan.nodes:
+        if planned.statuses[node.name].status == "RUN" and (node.name in forced or node.node.kind not in stored):
+            for module in node.node.slow_imports:
+                with suppress(
+                    ImportError, RuntimeError, OSError, ValueError, AttributeError
+                ):  # told where it is needed
+                    import_module(module)
 
 
 def _unmet(planned: Planned, result: RunResult, store: Store) -> dict[str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,11 +23,12 @@ from typing import Any, TypeVar
 from s2v_flow.errors import MissingError
 from s2v_flow.files.atomic import make_root, temporary
 
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 16 * 2**20  # between blocks a thread may wait 5 ms for the interpreter
 REST_NS = 2 * 10**9
 _SCHEMA = 1
 _MAX_ENTRIES = 2000
 _MAX_LIVE = 32
+_ADDING = threading.Lock()  # of two threads at once none is forgotten
 FoundT = TypeVar("FoundT")
 
 
@@ -62,7 +64,8 @@ def remembered(memory_path: Path, key: str, compute: Callable[[], dict[str, Any]
     if known is not None:
         return known
     fact = compute()
-    _write_table(memory_path, _newest(_read_table(memory_path), key, fact))
+    with _ADDING:
+        _write_table(memory_path, _newest(_read_table(memory_path), key, fact))
     return fact
 
 
@@ -72,28 +75,37 @@ def recalled(memory_path: Path, key: str) -> dict[str, Any] | None:
     return known if isinstance(known, dict) else None
 
 
-def file_digest(path: Path, memory_path: Path | None = None, *, clock_ns: Callable[[], int] = time.time_ns) -> str:
+def file_digest(
+    path: Path,
+    memory_path: Path | None = None,
+    *,
+    clock_ns: Callable[[], int] = time.time_ns,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> str:
     """Return a file's sha256, from memory if the file is unchanged, else by reading all of it.
 
     Args:
         memory_path: The JSON table; None: always read.
         clock_ns: The time, comparable with the file's times.
+        should_stop: Asked after each block.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        MissingError: The file is missing, unreadable, or changed while it was read.
+        MissingError: The file is missing, unreadable, or changed while it was read; or reading it was stopped.
     """
     known = known_digest(path, memory_path)
     if known is not None:
         return known
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             before = _identity(os.fstat(file.fileno()))
-            sha256 = hashlib.sha256()
-            while block := file.read(BLOCK_BYTES):
-                sha256.update(block)
+            sha256, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
+            while count := file.readinto(block):
+                sha256.update(block[:count])
+                if should_stop():
+                    raise MissingError(f"{path}: not read to the end")
             after = _identity(os.fstat(file.fileno()))
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
@@ -101,8 +113,9 @@ def file_digest(path: Path, memory_path: Path | None = None, *, clock_ns: Callab
         raise MissingError(f"{path}: changed while it was read", fix="wait until it is completely written")
     digest = sha256.hexdigest()
     if memory_path is not None and _is_at_rest(after, clock_ns()):
-        files = _newest(_digests(memory_path), os.path.realpath(path), {**after, "sha256": digest})
-        _write_table(memory_path, {"schema": _SCHEMA, "files": files})
+        with _ADDING:
+            files = _newest(_digests(memory_path), os.path.realpath(path), {**after, "sha256": digest})
+            _write_table(memory_path, {"schema": _SCHEMA, "files": files})
     return digest
 
 

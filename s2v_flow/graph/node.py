@@ -42,6 +42,7 @@ class Node(BaseModel):
         False  # not stored, but what it gives out is kept where there is room: see `graph.context`
     )
     stage: ClassVar[int] = 0  # where the graph leaves a choice, lower stages run first: encoders before the big model
+    slow_imports: ClassVar[tuple[str, ...]] = ()  # modules of other packages that its run imports, in seconds
     has_numerics: ClassVar[bool] = False  # computes with tensors: the numerics policy is part of its identity
 
     @classmethod

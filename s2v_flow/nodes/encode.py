@@ -39,6 +39,7 @@ class EncodeText(Node):
     """Encode a prompt. A negative prompt that nothing needs (cfg 1) is never encoded."""
 
     kind: ClassVar[str] = "encode_text"
+    slow_imports: ClassVar = ("transformers.models.umt5.modeling_umt5",)
     outputs: ClassVar = {"conditioning": "conditioning"}
     is_stored: ClassVar[bool] = True
     has_numerics: ClassVar[bool] = True
@@ -88,6 +89,7 @@ class EncodeAudio(Node):
 
     kind: ClassVar[str] = "encode_audio"
     version: ClassVar[int] = 2
+    slow_imports: ClassVar = ("transformers.models.wav2vec2.modeling_wav2vec2",)
     outputs: ClassVar = {"speech": "speech"}
     is_stored: ClassVar[bool] = True
     has_numerics: ClassVar[bool] = True

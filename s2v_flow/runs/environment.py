@@ -8,10 +8,12 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
-from functools import cache
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from s2v_flow.files.facts import file_digest, known_digest
 from s2v_flow.graph.events import Listener, StageStarted
@@ -21,6 +23,9 @@ from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.manifest import EnvironmentRecord, GitRecord
 from s2v_flow.version import __version__
 from s2v_flow.wording import size_text
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _GIT_SECONDS = 3.0
 
@@ -108,6 +113,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 _HASHED_AT_ONCE_BYTES = 64 << 20
+_HASHED_SIDE_BY_SIDE = 2
 
 
 class FileDigests:
@@ -117,6 +123,30 @@ class FileDigests:
         self._memory = memory
         self._emit = emit
         self._made: dict[Path, str] = {}
+        self._begun: dict[Path, Future[str]] = {}
+
+    @contextmanager
+    def hashing(self, files: Iterable[Path]) -> Iterator[bool]:
+        """Hash large files in the background while this block runs, two at once, in order; tell whether there are any.
+
+        What is unfinished at the block's end is given up. Errors are told by the call that asks for the file.
+        """
+        unknown = [file for file in dict.fromkeys(files) if file.is_file() and self.known(file) is None]
+        if not unknown:
+            yield False
+            return
+        from concurrent.futures import ThreadPoolExecutor
+
+        stopped = threading.Event()
+        hashed = partial(file_digest, memory_path=self._memory, should_stop=stopped.is_set)
+        with ThreadPoolExecutor(_HASHED_SIDE_BY_SIDE) as pool:
+            try:
+                self._begun = {file: pool.submit(hashed, file) for file in unknown}
+                yield True
+            finally:
+                stopped.set()
+                self._begun = {}
+                pool.shutdown(cancel_futures=True)
 
     def __call__(self, file: Path) -> str:
         """Return a file's sha256, reading all of it where it is not remembered.
@@ -127,7 +157,9 @@ class FileDigests:
         is_long = file.is_file() and self.known(file) is None
         if is_long:
             self._emit(StageStarted("", f"hashing {file.name} ({size_text(file.stat().st_size)}), once"))
-        self._made[file] = file_digest(file, self._memory)
+        if file in self._begun:
+            self._begun[file].exception()
+        self._made[file] = file_digest(file, self._memory)  # not anew, unless it failed or the file has changed since
         if is_long:
             self._emit(StageStarted("", ""))
         return self._made[file]
