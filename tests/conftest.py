@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,14 +17,43 @@ settings.register_profile("same", derandomize=True, suppress_health_check=[Healt
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
+LONGEST = ("batch", "demo", "views", "parallel", "docs", "e2e")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the folders that take longest: what comes last is to end on both workers at once."""
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Give the tests of a file to one worker: what they share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_is_no_garbage() -> None:
+    """Spare the collections of every run what is there already: half a second each, once torch and the tests are."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a models folder with the demo's models, made once; do not write into it."""
+    """Return a models folder with the demo's models, made once for all workers; do not write into it."""
     from s2v_flow.demo.models import make_demo_models
 
-    root = tmp_path_factory.mktemp("tiny") / "models"
-    make_demo_models(root)
-    return root
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (base / "tiny.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock.fileno()).st_size == 0:
+            make_demo_models(base / "tiny" / "models")
+            lock.write("made")
+    return base / "tiny" / "models"
 
 
 @pytest.fixture(scope="session")

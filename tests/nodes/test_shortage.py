@@ -7,7 +7,7 @@ import gc
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,6 @@ def scarce(model: WanS2V, allocator: Scarce) -> WanS2V:
     for name in ("prepare_text", "prepare_chunk", "prepare_audio", "forward"):
         setattr(model, name, partial(asking, getattr(model, name)))
     return model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections() -> Iterator[None]:
-    """Keep what is imported out of the many collections of garbage here."""
-    with Scarce():
-        filled().prepare_text(torch.ones(1, 1, 8))
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
