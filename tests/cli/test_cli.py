@@ -66,7 +66,7 @@ def test_help_and_version() -> None:
         (["run", "x.yaml", "--fast"], "--fast"),
         (["nodes", "smple"], "did you mean sample?"),
         (["plan", "recipe.yaml", "--device", "tpu"], "use auto, cpu, cuda"),
-        (["schema", "-o", "no/such/folder/x.json"], "no/such/folder/x.json: cannot be written"),
+        (["schema", "-o", "recipe.yaml/x.json"], "recipe.yaml/x.json: cannot be written"),
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(

@@ -124,7 +124,7 @@ def test_without_a_lock_a_locked_run_is_refused(here: Place) -> None:
 def test_a_lock_may_stand_elsewhere_but_must_be_writable(here: Place) -> None:
     assert call("lock", here.recipe, *here.where, "-o", here.folder / "b.yaml")[0] == 0
     assert (here.folder / "b.yaml").read_bytes() == lock_of(here).read_bytes()
-    code, _, err = call("lock", here.recipe, *here.where, "-o", here.folder / "no" / "b.yaml")
+    code, _, err = call("lock", here.recipe, *here.where, "-o", here.folder / "b.yaml" / "c.yaml")
     assert code == 2
     assert "cannot be written" in err
 
