@@ -157,6 +157,8 @@ class SourceExporter:
             if node.fp8_rounding == "comfyui_2025":
                 self._sheet.note("ComfyUI of today does not round the biases of fp8-scaled files any more")
             link = self._sheet.add("ModelSamplingSD3", None, model=link, shift=chunk.shift)
+            if chunk.step_cache == "velocity":
+                self._sheet.note("step_cache: velocity has no equivalent: EasyCache stands for it")
             if chunk.step_cache != "off":
                 link = self._sheet.add("EasyCache", None, model=link, reuse_threshold=chunk.step_cache_threshold)
             self._models[key] = link

@@ -55,7 +55,8 @@ class Denoiser(Fallbacks):
         device = self._context.device
         sampler = make_sampler(of.sampler, of.scheduler, of.steps, of.shift, of.seed, device=device)
 
-        self._cache = StepCache(of.step_cache_threshold, sampler.num_steps) if of.step_cache == "easy" else None
+        kind, threshold = of.step_cache, of.step_cache_threshold
+        self._cache = None if kind == "off" else StepCache(kind, threshold, sampler.num_steps)
 
         stages = []
         if getattr(self._model, "is_compiled", False) and "compile" not in self._handle.facts:

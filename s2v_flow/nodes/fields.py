@@ -26,7 +26,7 @@ DitPrecision = Literal["auto", "fp32", "bf16", "fp16", "fp8_fast"]
 Attention = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "sage"]
 Conditioning = Literal["official", "comfyui"]
 Motion = Literal["latent", "pixels"]
-StepCache = Literal["off", "easy"]
+StepCache = Literal["off", "easy", "velocity"]
 StepCacheThreshold = Annotated[float, Field(gt=0, le=3)]
 Steps = Annotated[int, Field(ge=1, le=500)]  # more would repeat levels of the 1000 that there are
 Cfg = Annotated[float, Field(ge=0, le=100)]

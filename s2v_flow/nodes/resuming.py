@@ -184,7 +184,7 @@ class ResumableSampling:
 
     def _facts(self, step: int) -> dict[str, str]:
         sigmas = "\n".join(sigma.hex() for sigma in self.sampler.sigmas)
-        cache = {} if self.cache is None else {"step_cache": self.cache.threshold.hex()}
+        cache = {} if self.cache is None else {"step_cache": f"{self.cache.kind} {self.cache.threshold.hex()}"}
         return {
             **cache,
             "sampler": self.sampler.name,

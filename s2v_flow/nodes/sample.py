@@ -117,7 +117,8 @@ class Sample(Node):
     step_cache: StepCache = Field(
         "off",
         description="easy (approximate): a step whose model output is expected to differ little from the last computed "
-        "one reuses it, as ComfyUI's EasyCache does. From about 20 steps on; the manifest says how many were reused.",
+        "one reuses it, as ComfyUI's EasyCache does; velocity (approximate): the same, but what is reused does not "
+        "move with the sample. From about 20 steps on; the manifest says how many were reused.",
     )
     step_cache_threshold: StepCacheThreshold = Field(
         0.2, description="How far the output may drift, relative to itself, before a step is computed again."

@@ -1,8 +1,9 @@
 """A step cache: where the model's output changes little, the last step that was computed stands in for it.
 
 Approximate. How much the velocity changes per change of x is taken from the last two computed steps; its expected
-relative change is summed up from step to step, and while the sum is below a threshold, the velocity is x plus what
-velocity and x last differed by. The first 15 % of the steps (two at least) and the last one are always computed.
+relative change is summed up from step to step, and while the sum is below a threshold, the velocity is not computed:
+as published ("easy"), it is x plus what velocity and x last differed by; or it is the last one itself ("velocity"),
+which a straight flow's is. The first 15 % of the steps (two at least) and the last one are always computed.
 
 Whether to compute is decided on the host: one number per step is read from the device, which waits for the step before.
 
@@ -74,13 +75,14 @@ class StepCache:
     """The cache of one run of a sampler that calls the model once a step.
 
     Args:
+        kind: "easy" or "velocity": what stands in for a velocity that is not computed.
         threshold: How large the sum of relative changes may become, > 0; 0.2 is usual.
         num_steps: How many steps the run takes.
     """
 
-    def __init__(self, threshold: float, num_steps: int) -> None:
+    def __init__(self, kind: str, threshold: float, num_steps: int) -> None:
         self.memory = Memory()
-        self.threshold = threshold
+        self.kind, self.threshold = kind, threshold
         self._computes = {*range(max(FEWEST_FIRST, math.ceil(FIRST_SHARE * num_steps))), num_steps - 1}
 
     def velocities(self, x: Tensor, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -93,8 +95,8 @@ class StepCache:
             change = now.change + float(_distance(x, now.x) * now.rate)
             if change < self.threshold:  # never where it is not a number
                 self.memory = replace(now, step=now.step + 1, reused=now.reused + 1, change=change, x=x)
-                moved = x - now.computed[0]
-                return [velocity + moved for velocity in now.computed[1:]]
+                start, *velocities = now.computed
+                return velocities if self.kind == "velocity" else [velocity + (x - start) for velocity in velocities]
         velocities, rate = compute(), None
         if now.computed:
             start, before, *_ = now.computed

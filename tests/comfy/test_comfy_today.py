@@ -232,6 +232,8 @@ def test_easycache_is_step_cache_both_ways(tmp_path: Path) -> None:
     recipe = load_text(made.text, tmp_path)
     exported = recipe_of(export_workflow(recipe, planned(recipe), "api")[0], tmp_path)
     assert plan_meaning(planned(exported)) == plan_meaning(planned(recipe))
+    other = load_text(made.text.replace("step_cache: easy", "step_cache: velocity"), tmp_path)
+    assert "step_cache: velocity has no equivalent" in export_workflow(other, planned(other), "api")[1][0]
     workflow["201"]["inputs"]["model"] = ["54", 0]  # the second chunk
     assert "step_cache: 'off'" in imported(workflow, tmp_path).text
     for node in samplers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from s2v_flow import api
+from s2v_flow.graph.selection import Selection
 from s2v_flow.models.vae import normalise
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -65,6 +67,25 @@ def test_a_comfyui_workflow_gives_comfyuis_latents_and_frames(
         assert grey_levels_apart(frames, golden["96.0"]) < FRAME_TOLERANCE
     else:
         assert name in ("ancestral", "fp8_scaled_2026", "fp8_lora_exact")  # stored without frames
+
+
+@pytest.mark.parity
+def test_a_step_cache_reuses_no_more_than_its_threshold_lets_it(tmp_path: Path, tiny_models: Path, cache: Path) -> None:
+    """Untrained weights change by two fifths from step to step: the usual threshold lets nothing pass, 0.6 does."""
+    found = []
+    for threshold in (None, 0.2, 0.6):
+        sets = ["steps=20"] + ([] if threshold is None else ["nodes.first.step_cache=easy"])
+        sets += [] if threshold is None else [f"nodes.first.step_cache_threshold={threshold}"]
+        given = options(tmp_path, tiny_models, cache, output_dir=tmp_path, overwrite=True, sets=sets)
+        given = replace(given, selection=Selection(until=("latents",)))
+        result = api.run(RECIPES / "template.yaml", given)
+        reused = sum(entry.facts.get("step_cache", {}).get("reused", 0) for entry in result.entries.values())
+        found.append((saved_latent(tmp_path / "out" / "s2v.latent"), reused))
+    (exact, _), (usual, none), (coarse, many) = found
+    assert torch.equal(usual, exact)
+    assert none == 0
+    assert many >= 10
+    assert 0 < relative_error(coarse, exact) < 0.1
 
 
 @pytest.mark.parity

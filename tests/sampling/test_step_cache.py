@@ -37,7 +37,7 @@ class Walk:
 
 
 def walked(threshold: float, steps: int = STEPS) -> Walk:
-    walk = Walk(StepCache(threshold, steps))
+    walk = Walk(StepCache("easy", threshold, steps))
     for number in range(steps):
         walk.step(number)
     return walk
@@ -51,7 +51,7 @@ def test_the_first_steps_and_the_last_are_always_computed(steps: int, first: int
 
 def test_a_step_is_reused_until_the_expected_change_adds_up_to_the_threshold() -> None:
     """The velocity is linear in x here, so that what is expected is what happens: |dv| / |v| per step."""
-    walk = Walk(StepCache(1e9, STEPS))
+    walk = Walk(StepCache("easy", 1e9, STEPS))
     for number in range(3):
         walk.step(number)
     at_last = walk.start + 2 * walk.stride * walk.direction
@@ -60,11 +60,12 @@ def test_a_step_is_reused_until_the_expected_change_adds_up_to_the_threshold() -
         assert walked(change * (fits + 0.5)).computed[:4] == [0, 1, 2, 3 + fits]
 
 
-def test_what_is_reused_is_x_and_what_the_velocity_differed_by() -> None:
+@pytest.mark.parametrize(("kind", "strides"), [("easy", 2), ("velocity", 0)])
+def test_what_is_reused_is_x_and_what_the_velocity_differed_by_or_the_velocity(kind: str, strides: int) -> None:
     """For each branch."""
-    walk = Walk(StepCache(1e9, STEPS))
+    walk = Walk(StepCache(kind, 1e9, STEPS))
     *_, before = [walk.step(number) for number in range(3)]
-    moved = 2 * walk.stride * walk.direction
+    moved = strides * walk.stride * walk.direction
     walk.step(3)
     found = walk.step(4)
     assert walk.computed == [0, 1, 2]
@@ -76,18 +77,18 @@ def test_what_is_reused_is_x_and_what_the_velocity_differed_by() -> None:
 def test_a_large_or_unknown_change_is_never_reused() -> None:
     """A threshold that nothing stays under; an x that stands still, of which no rate can be known; bad numbers."""
     assert walked(1e-9).computed == list(range(STEPS))
-    still = Walk(StepCache(0.2, STEPS), stride=0.0)
+    still = Walk(StepCache("easy", 0.2, STEPS), stride=0.0)
     for number in range(STEPS):
         still.step(number)
     assert still.computed == list(range(STEPS))
-    spoilt = Walk(StepCache(0.2, STEPS), gain=float("nan"))
+    spoilt = Walk(StepCache("easy", 0.2, STEPS), gain=float("nan"))
     for number in range(STEPS):
         spoilt.step(number)
     assert spoilt.computed == list(range(STEPS))
 
 
 def test_a_step_that_fails_leaves_what_is_remembered_as_it_was() -> None:
-    walk = Walk(StepCache(0.2, STEPS))
+    walk = Walk(StepCache("easy", 0.2, STEPS))
     walk.step(0)
     before = walk.cache.memory
 
@@ -102,13 +103,13 @@ def test_a_step_that_fails_leaves_what_is_remembered_as_it_was() -> None:
 @pytest.mark.parametrize("after", [1, 2, 5, 9])
 def test_a_cache_that_was_stored_goes_on_to_the_same_bits(after: int) -> None:
     """Inside a solver's state, through safetensors."""
-    walk = Walk(StepCache(0.2, STEPS))
+    walk = Walk(StepCache("easy", 0.2, STEPS))
     for number in range(after):
         walk.step(number)
     payload = save(SolverState(after, draw(4), cache=walk.cache.memory).to_tensors())
     memory = SolverState.from_tensors(load(payload)).cache
     assert memory is not None
-    again = Walk(StepCache(0.2, STEPS))
+    again = Walk(StepCache("easy", 0.2, STEPS))
     again.cache.memory = memory
     for number in range(after, STEPS):
         for one, other in zip(walk.step(number), again.step(number), strict=True):
