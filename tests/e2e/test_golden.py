@@ -74,8 +74,9 @@ def test_a_step_cache_reuses_no_more_than_its_threshold_lets_it(tmp_path: Path, 
     """Untrained weights change by two fifths from step to step: the usual threshold lets nothing pass, 0.6 does."""
     found = []
     for threshold in (None, 0.2, 0.6):
-        sets = ["steps=20"] + ([] if threshold is None else ["nodes.first.step_cache=easy"])
-        sets += [] if threshold is None else [f"nodes.first.step_cache_threshold={threshold}"]
+        sets = ["steps=20", "nodes.talk.chunks=0", "nodes.talk.seed=[]"]
+        if threshold is not None:
+            sets += ["nodes.first.step_cache=easy", f"nodes.first.step_cache_threshold={threshold}"]
         given = options(tmp_path, tiny_models, cache, output_dir=tmp_path, overwrite=True, sets=sets)
         given = replace(given, selection=Selection(until=("latents",)))
         result = api.run(RECIPES / "template.yaml", given)
@@ -84,7 +85,7 @@ def test_a_step_cache_reuses_no_more_than_its_threshold_lets_it(tmp_path: Path, 
     (exact, _), (usual, none), (coarse, many) = found
     assert torch.equal(usual, exact)
     assert none == 0
-    assert many >= 10
+    assert many >= 5
     assert 0 < relative_error(coarse, exact) < 0.1
 
 
