@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from threading import Semaphore
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from s2v_flow.errors import MediaError
 from s2v_flow.media.crop import can_be_cut
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from s2v_flow.graph.ports import Value
 
 FLAT_LEVELS = 2.0
+MAX_HANDED_OVER = 3  # groups: one in work, two that wait for it
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,44 @@ def warned_of_flat(context: RunContext, groups: Iterator[np.ndarray]) -> Iterato
                     f"the first frame is {shade}: the model, the precision or the LoRAs may not fit", is_warning=True
                 )
         yield group
+
+
+def beside(items: Iterable[ItemT], work: Callable[[Iterator[ItemT]], ResultT]) -> ResultT:
+    """Return what `work` makes of items in a thread of its own, while the next ones are made in this one.
+
+    At most `MAX_HANDED_OVER` are with the thread. What `work` raises is raised here when the next item is there; where
+    making the items ends with an error or a signal, `work` is ended by an error too. In any case it has ended after.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    handed_over: SimpleQueue[tuple[ItemT] | _GivenUpError | None] = SimpleQueue()
+    room = Semaphore(MAX_HANDED_OVER)
+
+    def given() -> Iterator[ItemT]:
+        while (item := handed_over.get()) is not None:
+            if isinstance(item, _GivenUpError):
+                raise item
+            yield item[0]
+            room.release()
+
+    with ThreadPoolExecutor(1) as thread:
+        working = thread.submit(work, given())
+        working.add_done_callback(lambda _: room.release())
+        end: _GivenUpError | None = _GivenUpError()
+        try:
+            for item in items:
+                room.acquire()
+                if working.done():
+                    break
+                handed_over.put((item,))
+            end = None
+        finally:
+            handed_over.put(end)
+        try:
+            return working.result()
+        finally:
+            del working  # an error would hold it, and it the error
+
+
+class _GivenUpError(Exception):
+    """Nothing more is coming."""

@@ -16,6 +16,7 @@ from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import FileField, Neutral, Value
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
 from s2v_flow.nodes.fields import AudioInput, FramesInput, LatentInput
+from s2v_flow.nodes.frames import beside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,12 +86,16 @@ class SaveVideo(Node):
 
             voice = None if audio is None else loudness(audio, self.fps, frames.num_frames)
             measure = Measure(voice, self.fps)
-        with VideoWriter(path, frames.width, frames.height, **options) as writer:
-            for group in reported(context, frames):
-                digest.update(group.tobytes())
-                writer.write(group)
-                if is_measured:
-                    measure.add(group)
+
+        def write(groups: Iterator[np.ndarray]) -> None:
+            with VideoWriter(path, frames.width, frames.height, **options) as writer:
+                for group in groups:
+                    digest.update(group.tobytes())
+                    writer.write(group)
+                    if is_measured:
+                        measure.add(group)
+
+        beside(reported(context, frames), write)
         if is_measured:
             seconds = None if audio is None else audio.num_samples / audio.sample_rate_hz
             context.record(quality=measure.figures(starts, seconds))
@@ -129,8 +134,12 @@ class SaveImages(Node):
 
         frames = inputs["frames"]
         require_frames(context, frames.num_frames)
-        images = (frame for group in reported(context, frames) for frame in group)
-        return {f"{index:05}": path for index, path in enumerate(write_images(context.scratch, "frame", images), 1)}
+        folder = context.scratch
+
+        def write(groups: Iterator[np.ndarray]) -> list[Path]:
+            return write_images(folder, "frame", (frame for group in groups for frame in group))
+
+        return {f"{index:05}": path for index, path in enumerate(beside(reported(context, frames), write), 1)}
 
     def targets(self, files: Files, ports: Iterable[str] | None = None) -> dict[str, Path]:
         """Return where the images go, by number."""
