@@ -240,7 +240,7 @@ class DecodeFrames(Node):
 
     def _decode(self, context: RunContext, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
         from s2v_flow.nodes.shortage import StreamDecoder
-        from s2v_flow.nodes.tensors import to_frames, unpack
+        from s2v_flow.nodes.tensors import each_to_frames, unpack
 
         vae = inputs["vae"].get()
         before: Tensor | None = None
@@ -252,5 +252,5 @@ class DecodeFrames(Node):
         latents = (unpack(part)["samples"].to(context.device) for part in inputs["latent"])
         given = latents if before is None else chain_iterables([before], latents)
         decoder = StreamDecoder(vae, context.way.get("frames_per_call", self.frames_per_call), self.tiles, context)
-        for latent in given:
-            yield from (to_frames(pixels).numpy() for pixels in decoder.decode(latent))
+        for frames in each_to_frames(pixels for latent in given for pixels in decoder.decode(latent)):
+            yield frames.numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from safetensors.torch import load, save
@@ -32,8 +32,39 @@ def to_frames(pixels: Tensor) -> Tensor:
     Returns:
         uint8 [T, 8H, 8W, 3] on the CPU: (x + 1) / 2 clamped to [0, 1], times 255, rounded.
     """
+    return _rounded(pixels).cpu()
+
+
+def each_to_frames(groups: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Turn groups of decoded pixels into frames, one by one; see `to_frames`.
+
+    On a GPU the next group is launched before one is waited for: the copy to pinned memory and what is done with the
+    frames run beside its decoding. One group more is held for that, as bytes.
+    """
+    before: tuple[Tensor, torch.cuda.Event] | None = None
+    for pixels in groups:
+        frames = _rounded(pixels)
+        if not frames.is_cuda:
+            yield frames.cpu()
+            continue
+        copy = frames.to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream(frames.device).record_event()
+        del pixels, frames
+        if before is not None:
+            yield _arrived(*before)
+        before = copy, copied
+    if before is not None:
+        yield _arrived(*before)
+
+
+def _arrived(frames: Tensor, copied: torch.cuda.Event) -> Tensor:
+    copied.synchronize()
+    return frames
+
+
+def _rounded(pixels: Tensor) -> Tensor:
     scaled = ((pixels[0].float() + 1) / 2).clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()  # [T, 8H, 8W, 3]
+    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()  # [T, 8H, 8W, 3]
 
 
 def to_pixels(images: Tensor) -> Tensor:

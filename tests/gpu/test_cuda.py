@@ -20,6 +20,7 @@ from s2v_flow.graph.events import StepDone
 from s2v_flow.graph.interrupt import StoppedError
 from s2v_flow.models.conditioning import Branch, PreparedChunk
 from s2v_flow.models.dit import S2VConfig, WanS2V
+from s2v_flow.nodes.tensors import each_to_frames, to_frames
 
 pytestmark = [
     pytest.mark.gpu,
@@ -131,3 +132,10 @@ def test_bad_numbers_are_found_at_their_step(recipe: Path, tiny_models: Path, tm
     chosen.models_dirs.append(folder.parent)
     with pytest.raises(BadNumbersError, match="after step 1 of 4"):
         api.run(recipe, chosen, device="cuda")
+
+
+def test_frames_that_are_copied_while_the_next_are_decoded_are_the_same() -> None:
+    """Each group's pixels are gone, and their memory used again, before it is asked for."""
+    groups = [torch.rand(1, 3, 8, 256, 256) * 2.2 - 1.1 for _ in range(6)]
+    copied = each_to_frames(group.cuda() * 1.0 for group in groups)
+    assert all(torch.equal(frames, to_frames(group)) for frames, group in zip(copied, groups, strict=True))
