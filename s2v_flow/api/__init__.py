@@ -47,6 +47,7 @@ from s2v_flow.runs.environment import FileDigests, plugins_of, torch_version
 from s2v_flow.runs.essence import essence_in, likely_folders, note_maker, video_notes
 from s2v_flow.runs.lockfile import check_lock, lock_path
 from s2v_flow.runs.record import Given, Recorder, runs_root
+from s2v_flow.runs.values import files_of
 from s2v_flow.version import __version__
 
 RecipeLike = str | Written
@@ -272,7 +273,8 @@ def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> N
         if planned.statuses[node.name].status == "LOAD":
             node.node.check(node.files)
     if options.locked:
-        check_lock(lock_path(planned.recipe.path), planned.recipe, planned.plan, digests)
+        with digests.hashing(item.file for item in files_of(planned.plan.nodes)):
+            check_lock(lock_path(planned.recipe.path), planned.recipe, planned.plan, digests)
     for plugin in plugins_of(planned.recipe, planned.plan) if planned.has_work else ():
         plugin.load()  # a sampler that cannot be imported is an error before anything is computed
 
@@ -304,7 +306,7 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
     recorder.entries, recorder.not_kept = execution.entries, execution.not_kept
     waits = planned.has_work and not options.share_gpu
     loaders = [node for node in planned.plan.nodes if planned.statuses[node.name].status == "LOAD"]
-    with digests.hashing(file for node in loaders for file in node.files.values()) as is_hashing, ExitStack() as on_gpu:
+    with digests.hashing(item.file for item in files_of(loaders)) as is_hashing, ExitStack() as on_gpu:
         if is_hashing:
             _import_meanwhile(planned, store, execution.forced)
         for device in dict.fromkeys(rank_device(planned.device, rank) for rank in range(options.gpus)):

@@ -155,8 +155,11 @@ def make_lock(recipe: Path, options: Options) -> str:
     """
     planned = plan(recipe, options)
     require_files(planned)
-    for item in files_of(planned.plan.nodes):
+    files = list(files_of(planned.plan.nodes))
+    for item in files:
         if not item.file.is_file():
             raise MissingError(f"{item.name} has not been made yet", fix=f"`s2vflow run {recipe}` makes it, once")
     kept = read_lock(lock_path(recipe)) if options.changes else {}
-    return lock_text(planned.recipe, planned.plan, FileDigests(options.cache_root / "digests.json"), kept=kept)
+    digests = FileDigests(options.cache_root / "digests.json")
+    with digests.hashing(item.file for item in files):
+        return lock_text(planned.recipe, planned.plan, digests, kept=kept)
