@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +53,15 @@ def copied(original: Place, folder: Path) -> Place:
     shutil.copytree(original.folder, folder, dirs_exist_ok=True)
     where = [str(folder / "cache") if part == str(original.cache) else part for part in original.where]
     return Place(folder, folder / original.recipe.name, tuple(where))
+
+
+def copy_encoded(original: Path, cache: Path) -> None:
+    """Copy what prompt, voice and portrait are encoded to into another cache: a run there begins to sample."""
+    shutil.copytree(original / "objects", cache / "objects", dirs_exist_ok=True)
+    for path in original.glob("entries/??/*.json"):
+        if json.loads(path.read_text(encoding="utf-8"))["entry"]["preimage"]["kind"].startswith("encode_"):
+            (cache / "entries" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, cache / "entries" / path.parent.name)
 
 
 def ran(folder: Path, models: Path, changes: Mapping[str, Any] = QUICK, **more: Any) -> Place:

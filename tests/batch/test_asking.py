@@ -19,7 +19,7 @@ import yaml
 from recipes_for_tests import call
 from runs_for_tests import Place
 from terminal import run_in_terminal
-from test_batch import batch, program, running, seeded, until, written
+from test_batch import batch, entries, program, running, seeded, until, written
 
 from s2v_flow.batch.dispatch import Told
 from s2v_flow.batch.record import read_batch
@@ -174,9 +174,9 @@ def test_a_disk_that_is_too_small_is_told_before_anything_runs(tiny_models: Path
 
 
 @pytest.mark.slow
-def test_in_a_terminal_the_board_is_a_table_of_workers(tiny_models: Path, tmp_path: Path) -> None:
+def test_in_a_terminal_the_board_is_a_table_of_workers(tiny_models: Path, quick_run: Place, tmp_path: Path) -> None:
     """While jobs run; their ends stand above it, begins do not."""
-    made = seeded(tmp_path, tiny_models)
+    made = seeded(tmp_path, tiny_models, known=quick_run)
     command = ["batch", str(made.recipe), "--jobs", str(made.folder / "jobs.csv"), *made.where]
     screen, _, code = run_in_terminal([sys.executable, "-m", "s2v_flow", *command], columns=240)
     text = str(screen)
@@ -188,9 +188,9 @@ def test_in_a_terminal_the_board_is_a_table_of_workers(tiny_models: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_running_batch_is_cancelled_at_the_end_of_a_step(tiny_models: Path, tmp_path: Path) -> None:
+def test_a_running_batch_is_cancelled_at_the_end_of_a_step(tiny_models: Path, quick_run: Place, tmp_path: Path) -> None:
     """Exit code 143, no worker left; `retry` finishes it."""
-    made = seeded(tmp_path, tiny_models)
+    made = seeded(tmp_path, tiny_models, known=quick_run)
     process = program(made)
     (pid,) = until(lambda: {e["pid"] for e in running(made)}, process)
     code, _, err = call("batch", "cancel", tmp_path / "out")
@@ -215,12 +215,14 @@ def test_a_job_that_takes_too_long_is_stopped_and_the_first_failure_ends_the_bat
 
 
 @pytest.mark.slow
-def test_a_worker_asked_to_leave_a_resume_point_costs_no_retry(tiny_models: Path, tmp_path: Path) -> None:
+def test_a_worker_asked_to_leave_a_resume_point_costs_no_retry(
+    tiny_models: Path, quick_run: Place, tmp_path: Path
+) -> None:
     """SIGUSR1: the worker goes with 75, another one goes on with the job."""
-    made = seeded(tmp_path, tiny_models, rows="seed\n1\n")
-    process = program(made, "--retries", 0)
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n", known=quick_run)
+    process, before = program(made, "--retries", 0), entries(made)
     (pid,) = until(lambda: {e["pid"] for e in running(made)}, process)
-    until(lambda: list(made.cache.glob("entries/??/*.json")), process)
+    until(lambda: entries(made) - before, process)
     os.kill(pid, signal.SIGUSR1)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err

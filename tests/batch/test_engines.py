@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from recipes_for_tests import call
+from runs_for_tests import Place
 from slurm_for_tests import slurm
 from test_batch import batch, entries, program, running, seeded, until
 
@@ -74,12 +75,12 @@ def until_gone(pids: list[int], seconds: float = 60.0) -> None:
 
 
 def test_a_batch_survives_a_kill_and_a_cancel_and_delivers_every_job(
-    tiny_models: Path, tmp_path: Path, engine: tuple[str, ...]
+    tiny_models: Path, quick_run: Place, tmp_path: Path, engine: tuple[str, ...]
 ) -> None:
     """kill -9 costs a retry; cancelled, it leaves no worker; the same command delivers each video, nothing damaged."""
-    made = seeded(tmp_path, tiny_models, rows="seed\n1\n2\n3\n")
-    process = program(made, "--workers", 2, *engine)
-    until(lambda: len(entries(made)) > 3, process, 300)
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n2\n3\n", known=quick_run)
+    process, before = program(made, "--workers", 2, *engine), entries(made)
+    until(lambda: entries(made) - before, process, 300)
     logs = tmp_path / "out" / "batch"
     os.kill(worker_pids(process.pid, logs)[0], signal.SIGKILL)
     until(lambda: any(entry["state"] == "waiting" for entry in running(made)), process, 300)
@@ -105,12 +106,12 @@ def test_mistakes_are_told_before_an_engine_starts(tiny_models: Path, tmp_path: 
 
 @pytest.mark.parametrize("engine", [SLURM], ids=["submitit"], indirect=True)
 def test_a_task_that_slurm_takes_away_is_queued_again_and_goes_on(
-    tiny_models: Path, tmp_path: Path, engine: tuple[str, ...]
+    tiny_models: Path, quick_run: Place, tmp_path: Path, engine: tuple[str, ...]
 ) -> None:
     """SIGUSR1, as Slurm sends it before its limit: the worker leaves with 75, the task comes back, no retry counts."""
-    made = seeded(tmp_path, tiny_models, rows="seed\n1\n")
-    process = program(made, "--retries", 0, *engine)
-    until(lambda: len(entries(made)) > 3, process, 300)
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n", known=quick_run)
+    process, before = program(made, "--retries", 0, *engine), entries(made)
+    until(lambda: entries(made) - before, process, 300)
     (worker,) = worker_pids(process.pid, tmp_path / "out" / "batch")
     task = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(task, signal.SIGUSR1)
@@ -120,7 +121,7 @@ def test_a_task_that_slurm_takes_away_is_queued_again_and_goes_on(
     assert [entry.get("code") for entry in running(made)] == [None, 75, None, 0]
 
 
-def test_jobs_of_a_node_that_is_lost_run_on_another(tiny_models: Path, tmp_path: Path) -> None:
+def test_jobs_of_a_node_that_is_lost_run_on_another(tiny_models: Path, quick_run: Place, tmp_path: Path) -> None:
     """Two nodes of one processor each, one of which goes while both work."""
     pytest.importorskip("ray", reason="the extra ray is not installed")
     from ray.cluster_utils import Cluster
@@ -128,9 +129,10 @@ def test_jobs_of_a_node_that_is_lost_run_on_another(tiny_models: Path, tmp_path:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         lost = cluster.add_node(num_cpus=1)
-        made = seeded(tmp_path, tiny_models, rows="seed\n1\n2\n")
+        made = seeded(tmp_path, tiny_models, rows="seed\n1\n2\n", known=quick_run)
         process = program(made, "--workers", 2, "--engine", "ray", "--address", cluster.address)
-        until(lambda: len(entries(made)) > 3, process, 300)
+        before = entries(made)
+        until(lambda: entries(made) - before, process, 300)
         cluster.remove_node(lost, allow_graceful=False)
         _, err = process.communicate(timeout=600)
     finally:

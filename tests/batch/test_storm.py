@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from runs_for_tests import Place
-from test_batch import program, running, seeded
+from test_batch import batch, program, running, seeded
 from test_engines import worker_pids
 from test_two_machines import digests
 
@@ -58,21 +58,29 @@ def cut(made: Place, chance: random.Random) -> bool:
     return True
 
 
-def storm(folder: Path, models: Path, kills: int, jobs: int, seed: int) -> Counter[str]:
-    """Run batches, each until it has ended well, until there were so many kills; count what happened."""
+def storm(folder: Path, models: Path, known: Place, kills: int, jobs: int, seed: int, pause: float) -> Counter[str]:
+    """Run batches, each until it has ended well, until there were so many kills; count what happened.
+
+    Args:
+        folder: On the disk that is filled, if it is one.
+        models: The models folder.
+        known: What the prompt and the voice are encoded to is taken from its cache.
+        kills: How many.
+        jobs: Of each batch.
+        seed: Of what happens when.
+        pause: The most seconds between two disturbances.
+    """
     chance, happened = random.Random(seed), Counter[str]()
     can_fill, rows = os.path.ismount(folder), "seed\n" + "".join(f"{number}\n" for number in range(1, jobs + 1))
-    clean = seeded(folder.parent / "clean", models, rows=rows)
-    process = program(clean, "--workers", 2)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    clean = seeded(folder.parent / "clean", models, rows=rows, known=known)
+    assert batch(clean)[0] == 0
     expected = digests(clean.folder / "out")
     assert len(expected) == jobs
     while happened["worker killed"] + happened["batch killed"] < kills:
         happened["rounds"] += 1
         place = folder / f"round{happened['rounds']}"
         place.mkdir()
-        made = seeded(place, models, rows=rows)
+        made = seeded(place, models, rows=rows, known=known)
         code = 1
         while code:
             assert happened["begun"] < 10 * kills + 20, happened
@@ -81,7 +89,7 @@ def storm(folder: Path, models: Path, kills: int, jobs: int, seed: int) -> Count
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     is_over = happened["worker killed"] + happened["batch killed"] >= kills
-                    process.wait(300 if is_over else chance.uniform(0.2, 8.0))
+                    process.wait(300 if is_over else chance.uniform(0.2, pause))
                     break
                 disturb(process, made, chance, happened, can_fill=can_fill)
             code = process.returncode
@@ -121,17 +129,17 @@ def disturb(
 
 
 @pytest.mark.slow
-def test_kills_and_a_full_disk_change_nothing(tiny_models: Path, small_disk: Path) -> None:
+def test_kills_and_a_full_disk_change_nothing(tiny_models: Path, quick_run: Place, small_disk: Path) -> None:
     """Every job's video is there once, with the bytes of an undisturbed run."""
     (small_disk.parent / "clean").mkdir()
-    happened = storm(small_disk, tiny_models, kills=3, jobs=3, seed=1)
+    happened = storm(small_disk, tiny_models, quick_run, kills=3, jobs=3, seed=1, pause=4.0)
     assert happened["worker killed"] + happened["batch killed"] >= 3
 
 
 @pytest.mark.soak
-def test_soak_kills_and_a_full_disk(tiny_models: Path, small_disk: Path) -> None:
+def test_soak_kills_and_a_full_disk(tiny_models: Path, quick_run: Place, small_disk: Path) -> None:
     """The same, for longer."""
     (small_disk.parent / "clean").mkdir()
     kills = int(os.environ.get("S2VFLOW_SOAK_BATCH_KILLS", "100"))
-    happened = storm(small_disk, tiny_models, kills, jobs=6, seed=2)
+    happened = storm(small_disk, tiny_models, quick_run, kills, jobs=6, seed=2, pause=8.0)
     sys.stdout.write(f"\n{dict(happened)}\n")

@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipes_for_tests import call
 from runs_for_tests import Place
-from test_batch import running, seeded
+from test_batch import batch, running, seeded
 
 from s2v_flow.batch.claims import Claims
 from s2v_flow.cache.housekeeping import verify
 
-SEEDS = range(1, 5)
+SEEDS = range(1, 4)
 MOUNT = 'hostname "$1"; bindfs --no-allow-other "$2" "$3" && shift 3 && exec "$@"'
 
 
@@ -58,11 +57,11 @@ def batch_on(name: str, real: Path, shared: Path, made: Place, *more: object) ->
 
 @pytest.mark.slow
 def test_two_machines_share_a_batch_on_a_folder_without_locks(
-    tiny_models: Path, tmp_path: Path, folders: tuple[Path, Path]
+    tiny_models: Path, quick_run: Place, tmp_path: Path, folders: tuple[Path, Path]
 ) -> None:
     """Both end with every job, which one of them has computed and told the other; the files are as from one process."""
     real, shared = folders
-    made = seeded(real, tiny_models, rows="seed\n" + "".join(f"{seed}\n" for seed in SEEDS))
+    made = seeded(real, tiny_models, rows="seed\n" + "".join(f"{seed}\n" for seed in SEEDS), known=quick_run)
     machines = [batch_on(name, real, shared, made) for name in ("one", "two")]
     errors = [process.communicate(timeout=300)[1] for process in machines]
     assert [process.returncode for process in machines] == [0, 0], errors
@@ -79,13 +78,12 @@ def test_two_machines_share_a_batch_on_a_folder_without_locks(
     assert {entry["pid"] for entry in running(Place(real, made.recipe, made.where)) if entry["state"] == "done"}
     assert any("machine t" in err or "machine o" in err for err in errors), errors
     assert verify(made.cache)["damaged"] == []
-    alone = seeded(tmp_path / "real", tiny_models, rows=(real / "jobs.csv").read_text(encoding="utf-8"))
-    code, _, err = call(
-        *("batch", alone.recipe, "--jobs", real / "jobs.csv", "--models-dir", tiny_models, "--device", "cpu"),
-        *("--cache-dir", tmp_path / "alone", "--output-dir", tmp_path / "clean"),
-    )
+    (tmp_path / "alone").mkdir()
+    rows = (real / "jobs.csv").read_text(encoding="utf-8")
+    alone = seeded(tmp_path / "alone", tiny_models, rows=rows, known=quick_run)
+    code, _, err = batch(alone)
     assert code == 0, err
-    assert digests(real / "out") == digests(tmp_path / "clean" / "out")
+    assert digests(real / "out") == digests(alone.folder / "out")
 
 
 def digests(folder: Path) -> dict[str, str]:
