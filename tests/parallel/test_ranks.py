@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from recipes_for_tests import call, options, tiny, write_recipe, write_voice
+from runs_for_tests import copy_encoded
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -152,7 +153,7 @@ CASES: list[tuple[tuple[int, int, int], dict[str, Any]]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_velocities_are_those_of_one_process(size: int, four_heads: Path) -> None:
-    """With motion and without, one branch and two, tokens that the ranks do not divide."""
+    """With motion and without, one branch and two, tokens that the ranks do not divide; and the bytes sent."""
     given = {"dtype": torch.float32, "device": "cpu", "quantized": False}
     alone = load_dit(four_heads, **given).module
     with closing(Team(size, "cpu")) as team:
@@ -163,6 +164,22 @@ def test_velocities_are_those_of_one_process(size: int, four_heads: Path) -> Non
                 velocities(shared, *shape, **case), velocities(alone, *shape, **case), strict=True
             ):
                 assert_close(found, expected)
+        sends_the_bytes_of_the_formula(size, team.traffic, shared)
+
+
+def sends_the_bytes_of_the_formula(size: int, traffic: Any, shared: Any) -> None:
+    """Per rank: q, k, v and the result once a block, patches once; a gather would send all tokens once an injection."""
+    sent, gathered = traffic.sent, traffic.gathered
+    velocities(shared, 2, 8, 8)
+    length = (2 * 16 + 16) // size
+    others, latent_bytes = size - 1, 16 * 2 * 8 * 8 * 4 + 4  # the latent and the time, which rank 0 sends to each
+    blocks = BLOCKS * 4 * length * DIM * 4 * others // size
+    assert traffic.sent - sent == blocks + others * (length * 64 * 4 + latent_bytes)
+    assert traffic.gathered - gathered == INJECTIONS * others * length * DIM * 4
+    if size == 2:  # a branch each: velocity 2 comes from the other rank
+        sent = traffic.sent
+        velocities(shared, 2, 8, 8, branches=2)
+        assert traffic.sent - sent == latent_bytes
 
 
 @pytest.mark.slow
@@ -192,32 +209,18 @@ def test_models_in_any_form_are_shared(tiny_models: Path) -> None:
                 assert shared.is_streamed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_bytes_of_a_forward_are_those_of_the_formula(size: int, four_heads: Path) -> None:
-    """Per rank: q, k, v and the result once a block, patches once; a gather would send all tokens once an injection."""
-    with closing(Team(size, "cpu")) as team:
-        team.start()
-        shared = team.load_dit(four_heads, dtype=torch.float32, device="cpu", quantized=False).module
-        velocities(shared, 2, 8, 8)
-        length = (2 * 16 + 16) // size
-        others, latent_bytes = size - 1, 16 * 2 * 8 * 8 * 4 + 4  # the latent and the time, which rank 0 sends to each
-        blocks = BLOCKS * 4 * length * DIM * 4 * others // size
-        traffic = team.traffic
-        assert traffic.sent == blocks + others * (length * 64 * 4 + latent_bytes)
-        assert traffic.gathered == INJECTIONS * others * length * DIM * 4
-        before = traffic.sent
-        if size == 2:  # a branch each: velocity 2 comes from the other rank
-            velocities(shared, 2, 8, 8, branches=2)
-            assert traffic.sent - before == latent_bytes
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Path:
+    """Return the folder of a run by one uninterrupted process."""
+    folder = tmp_path_factory.mktemp("whole")
+    api.run(recipe(folder), options(folder, tiny_models))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Tensor:
-    """Return the latent that one uninterrupted process makes."""
-    folder = tmp_path_factory.mktemp("whole")
-    api.run(recipe(folder), options(folder, tiny_models))
-    return latent(folder)
+def whole(alone: Path) -> Tensor:
+    """Return the latent that it makes."""
+    return latent(alone)
 
 
 class At:
@@ -234,12 +237,9 @@ class At:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "then"), [(2, 1), (4, 2)])
-def test_a_killed_rank_ends_the_run_and_any_number_goes_on(
-    size: int, then: int, tmp_path: Path, tiny_models: Path, whole: Tensor
-) -> None:
+def test_a_killed_rank_ends_the_run_and_another_number_goes_on(tmp_path: Path, tiny_models: Path) -> None:
     """With an error that says which, a resume point, and no process left; then each step is taken once."""
-    path, first = recipe(tmp_path, talk={"chunks": 1}), options(tmp_path, tiny_models, gpus=size)
+    path, first = recipe(tmp_path, talk={"chunks": 1}), options(tmp_path, tiny_models, gpus=4)
     kill = At("first", 2, lambda: multiprocessing.active_children()[-1].kill())
     with pytest.raises(S2VFlowError) as caught:
         api.run(path, first, kill)
@@ -248,7 +248,7 @@ def test_a_killed_rank_ends_the_run_and_any_number_goes_on(
     assert "2 of 4 steps of this chunk" in (caught.value.kept or "")
     assert multiprocessing.active_children() == []
     rest = At("", 0, None)
-    api.run(path, options(tmp_path, tiny_models, gpus=then), rest)
+    api.run(path, options(tmp_path, tiny_models, gpus=2), rest)
     assert rest.steps[:2] == [("first", 3), ("first", 4)]
 
 
@@ -284,8 +284,9 @@ def handlers() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["the command", "another rank"])
-def test_whoever_is_killed_nobody_is_left(victim: str, tmp_path: Path, tiny_models: Path) -> None:
+def test_whoever_is_killed_nobody_is_left(victim: str, tmp_path: Path, tiny_models: Path, alone: Path) -> None:
     """In the middle of a step, too; the other ranks end with it, and say nothing on the terminal."""
+    copy_encoded(alone / "cache", tmp_path / "cache")
     path = recipe(tmp_path, {"steps": 50, "cfg": 1.0, "length": 41})
     command = [sys.executable, "-m", "s2v_flow", "run", str(path), "--gpus", "2", "--device", "cpu", "--events", "e"]
     where = ["--models-dir", str(tiny_models), "--cache-dir", "cache"]

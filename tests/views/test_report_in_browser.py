@@ -110,11 +110,15 @@ def test_two_are_compared(quick_run: Place, tmp_path: Path) -> None:
         assert "seed" in page.locator("#differs ~ .scroll").inner_text()
 
 
-def test_the_demos_report_is_sound_and_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demos_report_is_sound_and_can_be_looked_at(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its three chunks and two prompts stand on the time line; narrow it can be read too."""
     shots = Path(os.environ.get("S2VFLOW_SHOTS", tmp_path)).absolute()
     monkeypatch.chdir(RECIPES.parent)
-    where = ["--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache"]
+    where = ["--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache", "--models-dir", tiny_models]
+    if shots == tmp_path:
+        where += ["--set", "width=64", "--set", "height=64", "--set", "steps=2"]
     code, out, err = call("run", "recipes/demo.yaml", "--report", *where)
     assert code == 0, err
     report = Path(out.splitlines()[-1])
