@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def test_the_measure_tells_how_far_a_mouth_opens_and_bends() -> None:
     assert correlation(mouth_opening(plain, who), opening) > 0.97
     assert mouth_bend(smiling, who).mean() > mouth_bend(plain, who).mean() + 0.02
     assert mouth_bend(sad, who).mean() < mouth_bend(plain, who).mean() - 0.02
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _models_that_are_there(tiny_models: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S2VFLOW_MODELS_DIR", str(tiny_models))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +123,10 @@ def test_lips_are_late_as_theory_says_where_comfyuis_timing_is_asked_for(tmp_pat
     assert figures(shown(tmp_path, voice, nodes__first__conditioning="comfyui"), character())["lag"] == 3
 
 
-@pytest.mark.slow
-def test_ten_chunks_do_not_drift_and_the_mouth_closes_in_a_pause(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunks", [pytest.param(5, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)])
+def test_many_chunks_do_not_drift_and_the_mouth_closes_in_a_pause(chunks: int, tmp_path: Path) -> None:
     """To what the drawing at rest measures, by a hundredth of the picture's half height: two thirds of a pixel."""
-    found = figures(shown(tmp_path, speech(tmp_path / "long.wav", 10, pause=24)), character())
+    found = figures(shown(tmp_path, speech(tmp_path / "long.wav", chunks, pause=24)), character())
     assert abs(found["opening in silence"] - found["opening at rest, as drawn"]) < SILENT
     assert max(value for name, value in found.items() if name.startswith("drift")) < 0.05
     assert found["sharpness of the last chunk"] > 0.8
