@@ -20,6 +20,11 @@ MORE = (
     *(("cache", "ls", "--json"), ("runs",)),
 )
 COMMANDS = [*QUICK, *(pytest.param(words, marks=pytest.mark.slow) for words in MORE)]
+ENDS = ((">&-", 0), (">/dev/full", 6), ("2>&-", 0), ("2>/dev/full", 0))
+CASES = [
+    *((words, *end) for words in QUICK for end in ENDS),
+    *(pytest.param(words, *end, marks=pytest.mark.slow) for words in MORE for end in ENDS[1:3]),
+]
 WRONG = (("no-such-command",), 2), (("check", DEMO, "--set", "steps=0"), 3), (("check", "none.yaml"), 3)
 
 
@@ -31,8 +36,9 @@ def run(words: tuple[object, ...], folder: Path, tail: str = "", **environment: 
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(("tail", "code"), [(">&-", 0), (">/dev/full", 6), ("2>&-", 0), ("2>/dev/full", 0)])
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    ("words", "tail", "code"), CASES, ids=lambda part: part[0] if isinstance(part, tuple) else None
+)
 def test_closed_and_full_streams_make_no_traceback(
     words: tuple[object, ...], tail: str, code: int, tmp_path: Path
 ) -> None:
