@@ -111,7 +111,7 @@ def test_a_walk_from_a_portrait_to_two_videos_compared(tmp_path: Path, tiny_mode
         expect(page.locator("#problem")).to_contain_text("steps")
         assert ["422" in line for line in said] == [True], "the browser notes each refused call by itself"
         said.clear()
-        page.get_by_label("steps", exact=True).fill("80")  # there is to be time to stop it
+        page.get_by_label("steps", exact=True).fill("40")  # there is to be time to stop it
         expect(page.locator("#problem")).to_be_hidden()
         expect(page.locator("#total")).to_contain_text("3 chunks · 11 to compute")
         page.get_by_text("Command and recipe").click()
