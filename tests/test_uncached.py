@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from faults_for_tests import needs_small_disks, small_disk
 from recipes_for_tests import call, write_voice
-from runs_for_tests import Place, place
+from runs_for_tests import Place, copy_encoded, place
 
 from s2v_flow.history.find import read_manifest
 
@@ -78,6 +78,8 @@ def test_a_run_on_a_disk_that_is_full_ends_in_a_video_or_with_6(
     """A disk of 400 kB: under the cache it costs a warning, under the output the run, though not its results."""
     disk = made.folder / on_disk
     disk.mkdir()
+    if on_disk == "out":
+        copy_encoded(quick_run.cache, made.cache)
     command = [sys.executable, "-m", "s2v_flow", "run", made.recipe, *made.where]
     video = made.folder / "copy.mp4"  # what is on the disk goes with the process
     shell = ["sh", "-c", f'"$@"; code=$?; cp "{made.video}" "{video}"; exit $code', "sh"]
