@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,17 @@ Background = Literal["white", "black", "grey", "ignore"]
 
 # No format that runs another program or holds several meanings: EPS, PDF, PSD and the like stay out.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_OTHERS = {  # what a file of no such format begins with
+    "HEIC, as phones make it": rb"....ftyp(hei|hev|mif1|msf1)",
+    "AVIF": rb"....ftypavi",
+    "JPEG XL": rb"\xff\x0a|....JXL ",
+    "a video": rb"....(ftyp|moov)|\x1a\x45\xdf\xa3",
+    "a sound": rb"RIFF....WAVE|OggS|fLaC|ID3",
+    "SVG": rb"\s*(<\?xml.*?)?<svg",
+    "a web page: the download failed": rb"\s*<(!doctype )?html",
+    "PDF": rb"%PDF",
+    "a Photoshop file": rb"8BPS",
+}
 _BACKGROUNDS = {"white": 1.0, "black": 0.0, "grey": 0.5}
 _EXIF_ORIENTATION = 0x0112
 _ORIENTATIONS = {  # EXIF orientation -> what sets the image upright
@@ -95,7 +107,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     with open_source(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which does not concern the pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if not file.read(1):
+        head = file.read(512)
+        if not head:
             raise MediaError(f"{path}: the file is empty", "give a file that has content")
         file.seek(0)
         try:
@@ -106,9 +119,10 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise too_large from None
         except UnidentifiedImageError:
-            raise MediaError(
-                f"{path}: not an image that can be read", "use png, jpeg, webp, bmp, gif, tiff or ppm"
-            ) from None
+            is_so = (what for what, start in _OTHERS.items() if re.match(start, head, re.DOTALL | re.IGNORECASE))
+            what = next((f" (it is {what})" for what in is_so), "")
+            text, fix = f"{path}: not an image that can be read{what}", "use png, jpeg, webp, bmp, gif, tiff or ppm"
+            raise MediaError(text, fix) from None
         except _PILLOW_ERRORS as error:
             raise MediaError(f"{path}: a damaged image ({error})", "export it again, as png or jpeg") from error
 
@@ -117,6 +131,8 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) to 8, that stands in the header; 1 if there is none."""
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return 1  # Pillow would decode the whole file to look behind the pixels
+    if image.format == "TIFF":
+        return 1  # Pillow sets it upright itself
     value = image.getexif().get(_EXIF_ORIENTATION, 1)
     return value if value in _ORIENTATIONS else 1
 

@@ -63,7 +63,7 @@ def test_a_picture_is_its_bytes_over_255(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
 def test_exif_orientation_sets_the_picture_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
     """Stored as a camera stores it for each orientation, a picture comes out the same; a probe agrees."""
     colours = [[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 250]], [[9, 9, 9], [120, 0, 120]]]

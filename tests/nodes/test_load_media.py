@@ -64,7 +64,15 @@ def silent_clip(path: Path) -> None:
 
 CASES: list[tuple[Changes, Callable[[Path], Any], str, str]] = [
     (FACE, lambda path: path.write_bytes(b""), "portrait", "the file is empty"),
-    (FACE, lambda path: path.write_bytes(b"<!doctype html>"), "portrait", "not an image"),
+    (FACE, lambda path: path.write_bytes(b"<!doctype html>"), "portrait", "not an image.*it is a web page"),
+    (FACE, lambda path: path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), "portrait", "not an image.*HEIC"),
+    (
+        FACE,
+        lambda path: path.write_bytes(b"<?xml version='1.0'?>\n<!-- a -->\n<svg/>"),
+        "portrait",
+        "not an image.*SVG",
+    ),
+    (FACE, silent_clip, "portrait", "not an image.*it is a video"),
     (FACE, cut, "portrait", "damaged image"),
     (FACE, lambda path: write_voice(path.with_suffix(".wav"), 1).rename(path), "portrait", "not an image"),
     (FACE, lambda path: picture(path, 1, 4096), "reference", "1x4096 pixels are too narrow to be cut to"),
