@@ -30,7 +30,7 @@ from s2v_flow.graph.node import Plan
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, assess
 from s2v_flow.graph.turns import gpu_turn
-from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, misnamed, near_files, recipe_needs
+from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, misnamed, near_files, obstacles, recipe_needs
 from s2v_flow.machine import device_class, free_memory_bytes, hardware, resolve_device
 from s2v_flow.nodes.memory import needs, require_room
 from s2v_flow.nodes.precision import check_fit, precision_notes
@@ -383,7 +383,8 @@ def require_files(planned: Planned) -> None:
         fix = "put them where they are looked for, or name other folders with --models-dir or --input-dir"
         found = [near for item in planned.plan.missing for near in near_files(item.file, item.kind, item.looked_in)]
         near = [str(one) for one in found if one.is_like]
-        others = list(filter(None, (misnamed(item.homes, item.kind) for item in planned.plan.missing)))
+        others = [text for item in planned.plan.missing for text in obstacles(item.file, item.looked_in)]
+        others += filter(None, (misnamed(item.homes, item.kind) for item in planned.plan.missing))
         if near or others:
             first = others[0] if others else f"is it {' or '.join(near[:3])}?"
             fix = f"{first}; else {fix}"

@@ -29,7 +29,7 @@ from s2v_flow.files.facts import file_digest
 from s2v_flow.version import __version__
 from s2v_flow.weights.header import is_pickle
 from s2v_flow.weights.layout import TOKENIZER_KEY
-from s2v_flow.weights.reader import Checkpoint
+from s2v_flow.weights.reader import Checkpoint, refuse_shard
 from s2v_flow.weights.tensor_stream import Progress
 
 _VERSION, _DIGESTS = "s2vflow_version", "s2vflow_source_sha256"
@@ -127,6 +127,7 @@ def _shards(source: Path) -> Shards | None:
         return open_shards(indexes[0])
     if source.name.endswith(".json"):
         return open_shards(source)
+    refuse_shard(source)
     return None if is_pickle(source) else open_single(source)
 
 

@@ -178,6 +178,20 @@ def near_files(file: str, kind: str, looked_in: Sequence[str]) -> list[NearFile]
     ]
 
 
+def obstacles(file: str, looked_in: Sequence[str]) -> list[str]:
+    """Say what has the name of a missing file and is none, and which folders may not be looked into."""
+    found = []
+    for folder in looked_in:
+        path = os.path.join(folder, PurePosixPath(file).name)
+        if os.path.isdir(folder) and not os.access(folder, os.X_OK):
+            found.append(f"{folder} may not be looked into: check its permissions")
+        elif os.path.isdir(path):
+            found.append(f"{path} is a folder: name a file in it")
+        elif os.path.lexists(path):
+            found.append(f"{path} is {'a link that leads nowhere' if os.path.islink(path) else 'no regular file'}")
+    return found
+
+
 def _other_place(path: Path, kind: str) -> str:
     """Say where a model belongs that is not of the kind that was looked for."""
     try:
@@ -199,7 +213,7 @@ def help_lines(file: str, kind: str, homes: Sequence[str], looked_in: Sequence[s
     """Return what there is to say of a missing file: which ones may be it, and where it can be had or belongs."""
     near = [f"{'near' if one.is_like else 'there'}: {one}" for one in near_files(file, kind, looked_in)]
     other = misnamed(homes, kind)
-    return [*near, *([other] if other else [f"can be had at {home}" for home in homes])]
+    return [*obstacles(file, looked_in), *near, *([other] if other else [f"can be had at {home}" for home in homes])]
 
 
 def _walk(roots: Iterable[Path], depth: int) -> Iterator[Path]:

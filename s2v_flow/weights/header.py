@@ -125,7 +125,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
                 raise CheckpointError(f"{path}: is not a regular file", fix="name a .safetensors file")
             yield file, status.st_size
     except FileNotFoundError as error:
-        raise MissingError(f"{path}: no such file") from error
+        raise MissingError(f"{path}: no such file", fix="check its name, or download it") from error
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
 

@@ -129,7 +129,7 @@ def _described(
     path: Path,
 ) -> tuple[Mapping[str, str], Mapping[str, TensorEntry], Mapping[str, str], int, Mapping[str, Value] | None]:
     """Return a checkpoint's metadata, entries, keys as stored, where its data begins, and GGUF's metadata."""
-    _refuse_shard(path)
+    refuse_shard(path)
     gguf = read_gguf(path) if path.is_file() and is_gguf(path) else None
     header = read_header(path) if gguf is None else Header(gguf.entries, {})
     try:
@@ -140,8 +140,12 @@ def _described(
     return header.metadata, entries, file_keys, header.data_begin, None if gguf is None else gguf.metadata
 
 
-def _refuse_shard(path: Path) -> None:
-    """Refuse one of several files of a model by its name, as transformers and diffusers give it."""
+def refuse_shard(path: Path) -> None:
+    """Refuse one of several files of a model by its name, as transformers and diffusers give it.
+
+    Raises:
+        CheckpointError: It is one.
+    """
     shard = _SHARD.fullmatch(path.name)
     if shard is None or int(shard["count"]) < 2 or not path.is_file():
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -223,6 +224,22 @@ def test_a_missing_model_shows_names_like_it_with_their_sizes(tmp_path: Path) ->
         assert (exact in err) == (command == "run")
     (models / "loras/WAN_2.1_VAE.SAFETENSORS").unlink()
     assert f"near: wan2.1_vae.safetensors (3.0 MB) in {models / 'vae/old'}" in call("plan", recipe, *where(tmp_path))[1]
+
+
+def test_what_has_a_missing_models_name_and_is_no_file_is_called_so(tmp_path: Path) -> None:
+    """A folder as diffusers has it, a link whose target is gone, one that leads to itself, a pipe."""
+    folder = tmp_path / "models" / "vae"
+    (folder / "folder.safetensors").mkdir(parents=True)
+    (folder / "gone.safetensors").symlink_to(tmp_path / "unmounted" / "vae.safetensors")
+    (folder / "loop.safetensors").symlink_to(folder / "loop.safetensors")
+    os.mkfifo(folder / "pipe.safetensors")
+    lost = "a link that leads nowhere"
+    for name, what in (("folder", "a folder"), ("gone", lost), ("loop", lost), ("pipe", "no regular file")):
+        recipe = write_recipe(tmp_path, {"vae": {"checkpoint": f"{name}.safetensors"}})
+        for command in ("plan", "run", "models"):
+            code, out, err = call(command, recipe, *where(tmp_path))
+            said = f"{folder / name}.safetensors is {what}"
+            assert (code, said in out, said in err) == (4, True, command == "run"), (command, out, err)
 
 
 def test_a_missing_lora_of_an_unlike_name_shows_what_its_folder_holds(tmp_path: Path) -> None:
