@@ -61,7 +61,7 @@ class EncodeMotion(Node):
         """Encode 73 frames, mid-grey where there are none: {"motion": {samples: [1, 16, 19, H, W], raw}}."""
         import torch
 
-        from s2v_flow.nodes.tensors import pack, unpack
+        from s2v_flow.nodes.tensors import pack_finite, unpack
 
         vae = inputs["vae"].get()
         clip = torch.zeros(1, 3, MOTION_FRAMES, self.height, self.width)
@@ -72,7 +72,7 @@ class EncodeMotion(Node):
             clip[:, :, MOTION_FRAMES - given.shape[2] :] = given
         else:
             clip[:, :, -START_FRAMES:] = unpack(inputs["reference"])["pixels"]
-        return {"motion": pack({"samples": encoded(vae, clip, context)})}
+        return {"motion": pack_finite({"samples": encoded(vae, clip, context)})}
 
 
 class EncodeControl(Node):
@@ -101,7 +101,7 @@ class EncodeControl(Node):
         import torch
 
         from s2v_flow.models.vae import denormalise
-        from s2v_flow.nodes.tensors import pack
+        from s2v_flow.nodes.tensors import pack_finite
 
         vae = inputs["vae"].get()
         is_official = self.conditioning == "official"
@@ -120,7 +120,7 @@ class EncodeControl(Node):
             if usable:
                 given = encoded(vae, pixels[:, :, :usable], context).cpu()
                 latent[:, :, : given.shape[2]] = given
-        return {"control": pack({"samples": latent})}
+        return {"control": pack_finite({"samples": latent})}
 
     def _frames(self, video: Any, count: int) -> Tensor:
         import torch
@@ -157,7 +157,7 @@ class DecodeChunk(Node):
         """
         import torch
 
-        from s2v_flow.nodes.tensors import pack, to_frames, unpack
+        from s2v_flow.nodes.tensors import pack, pack_finite, to_frames, unpack
 
         vae = inputs["vae"].get()
         context.record(width=context.planned["width"], height=context.planned["height"])
@@ -174,7 +174,7 @@ class DecodeChunk(Node):
         tail = window[:, :, MOTION_FRAMES - kept :]
         return {
             "frames": pack({"frames": to_frames(pixels)}),
-            "motion": pack({"samples": encoded(vae, window, context)}),
+            "motion": pack_finite({"samples": encoded(vae, window, context)}),
             "tail": pack({"pixels": tail}),
         }
 

@@ -79,9 +79,9 @@ class EncodeText(Node):
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Encode the prompt: {"conditioning": {context: [1, S, D], the prompt's own tokens}}."""
-        from s2v_flow.nodes.tensors import pack
+        from s2v_flow.nodes.tensors import pack_finite
 
-        return {"conditioning": pack({"context": inputs["text_encoder"].get().encode_parts(self.parts())})}
+        return {"conditioning": pack_finite({"context": inputs["text_encoder"].get().encode_parts(self.parts())})}
 
 
 class EncodeAudio(Node):
@@ -196,12 +196,12 @@ class EncodeImage(Node):
 
         from s2v_flow.media.image import crop_resize
         from s2v_flow.nodes.shortage import encoded
-        from s2v_flow.nodes.tensors import pack, to_pixels
+        from s2v_flow.nodes.tensors import pack_finite, to_pixels
 
         image = crop_resize(inputs["image"].read(), self.width, self.height, antialias=self.conditioning == "official")
         pixels = to_pixels(torch.from_numpy(image)[None])
         latent = encoded(inputs["vae"].get(), pixels, context)
-        return {"reference": pack({"latent": latent, "pixels": pixels})}
+        return {"reference": pack_finite({"latent": latent, "pixels": pixels})}
 
 
 MAX_DEPTH = 50

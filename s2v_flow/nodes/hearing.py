@@ -16,7 +16,7 @@ from s2v_flow.models import speech
 from s2v_flow.models.audio_encoder import AudioEncoder
 from s2v_flow.models.speech import Loudness, SpeechTable
 from s2v_flow.models.speech_rate import SAMPLES_PER_FRAME, segment_port
-from s2v_flow.nodes.tensors import pack
+from s2v_flow.nodes.tensors import pack_finite
 
 if TYPE_CHECKING:
     from s2v_flow.media.audio import Sound
@@ -53,7 +53,7 @@ def hear(
         tables = speech.windowed_video_rate(encoder, read, count, window_states, final_norm=final_norm)
     for index, table in enumerate(tables):
         path = scratch / f"{segment_port(index)}.safetensors"
-        path.write_bytes(pack(_tensors(table)))
+        path.write_bytes(pack_finite(_tensors(table)))
         yield path
 
 

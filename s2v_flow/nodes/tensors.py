@@ -8,12 +8,35 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from s2v_flow.errors import BadNumbersError
 from s2v_flow.graph.context import Artifact
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
     """Return tensors as a safetensors file's bytes; nothing run-specific is in them: equal tensors, equal bytes."""
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def pack_finite(tensors: Mapping[str, Tensor]) -> bytes:
+    """Pack what a model has made.
+
+    Raises:
+        BadNumbersError: NaN or infinity is in it.
+    """
+    for name, tensor in tensors.items():
+        require(bool(tensor.isfinite().all()), name)
+    return pack(tensors)
+
+
+def require(is_finite: bool, name: str) -> None:
+    """Refuse a model's result.
+
+    Raises:
+        BadNumbersError: It is not finite.
+    """
+    if not is_finite:
+        fix = "set precision: fp32 in the node that loads the model, or download the model's file again"
+        raise BadNumbersError(f"NaN or infinity in what the model has made ({name})", fix)
 
 
 def unpack(artifact: Artifact) -> dict[str, Tensor]:
@@ -31,8 +54,12 @@ def to_frames(pixels: Tensor) -> Tensor:
 
     Returns:
         uint8 [T, 8H, 8W, 3] on the CPU: (x + 1) / 2 clamped to [0, 1], times 255, rounded.
+
+    Raises:
+        BadNumbersError: A pixel is NaN.
     """
-    return _rounded(pixels).cpu()
+    (frames,) = each_to_frames([pixels])
+    return frames
 
 
 def each_to_frames(groups: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -41,30 +68,29 @@ def each_to_frames(groups: Iterable[Tensor]) -> Iterator[Tensor]:
     On a GPU the next group is launched before one is waited for: the copy to pinned memory and what is done with the
     frames run beside its decoding. One group more is held for that, as bytes.
     """
-    before: tuple[Tensor, torch.cuda.Event] | None = None
+    before: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
     for pixels in groups:
-        frames = _rounded(pixels)
+        scaled = ((pixels[0].float() + 1) / 2).clamp(0, 1) * 255
+        is_bad = scaled.isnan().any()
+        frames = scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()  # [T, 8H, 8W, 3]
         if not frames.is_cuda:
+            require(not is_bad, "frames")
             yield frames.cpu()
             continue
-        copy = frames.to("cpu", non_blocking=True)
+        copies = frames.to("cpu", non_blocking=True), is_bad.to("cpu", non_blocking=True)
         copied = torch.cuda.current_stream(frames.device).record_event()
-        del pixels, frames
+        del pixels, scaled, frames
         if before is not None:
             yield _arrived(*before)
-        before = copy, copied
+        before = *copies, copied
     if before is not None:
         yield _arrived(*before)
 
 
-def _arrived(frames: Tensor, copied: torch.cuda.Event) -> Tensor:
+def _arrived(frames: Tensor, is_bad: Tensor, copied: torch.cuda.Event) -> Tensor:
     copied.synchronize()
+    require(not is_bad, "frames")
     return frames
-
-
-def _rounded(pixels: Tensor) -> Tensor:
-    scaled = ((pixels[0].float() + 1) / 2).clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()  # [T, 8H, 8W, 3]
 
 
 def to_pixels(images: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ _WEIGHT_DTYPES: Mapping[str, tuple[str, ...]] = {  # by format: what its weights
     "nvfp4": ("U8",),
     "mxfp8": ("F8_E4M3",),
 }
-_CANNOT_BE_PLAIN = {"F8_E8M0": "mxfp8 without its format", "I8": "int8 without its format"}
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "BOOL"})
+_COMMON_NAMES = {"F8_E8M0": "mxfp8", "I8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization:
             packings[key] = _fp8(checkpoint, layer, key, bool(bookkeeping))
         elif entry.dtype in GGUF_FORMATS:
             packings[key] = Packing(entry.dtype, entry.shape)
-        elif entry.dtype in _CANNOT_BE_PLAIN and key.endswith(".weight"):
-            raise _refused(checkpoint, f"{_CANNOT_BE_PLAIN[entry.dtype]} ({key!r})")
+        elif entry.dtype not in _PLAIN and key.endswith(".weight"):
+            name = _COMMON_NAMES.get(entry.dtype, entry.dtype)
+            raise _refused(checkpoint, f"{name} without its format ({key!r})")
     for layer in sorted(options.keys() - {key.removesuffix(".weight") for key in packings}):
         if f"{layer}.comfy_quant" in checkpoint.entries:
             raise CheckpointError(f"{checkpoint.path}: {layer!r} is said to be quantised, but has no weight")

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pickles_for_tests import authors_text_key
 from recipes_for_tests import call, write_recipe, write_voice
 from safetensors.numpy import load_file, save_file
+
+from s2v_flow.errors import BadNumbersError
+from s2v_flow.nodes.tensors import to_frames
 
 Weights = Mapping[str, np.ndarray]
 FOLDERS = {"dit": "diffusion_models", "umt5": "text_encoders", "wav2vec2": "audio_encoders", "vae": "vae"}
@@ -320,3 +324,35 @@ def test_a_pickle_is_told_the_command_whatever_it_is_called(tmp_path: Path, tiny
         code, err = planned(tmp_path, tiny_models, "vae", tmp_path / name)
         assert code == 5
         assert f"fix: convert it first: s2vflow models convert {tmp_path / name} -o {tmp_path}/x" in err
+
+
+@pytest.mark.parametrize(
+    ("node", "key", "until"),
+    [
+        ("umt5", "encoder.final_layer_norm.weight", "positive"),
+        ("wav2vec2", "encoder.layer_norm.bias", "speech"),
+        ("vae", "encoder.head.2.bias", "reference"),
+    ],
+)
+def test_an_encoder_that_makes_nan_is_named_where_it_is_used(
+    tmp_path: Path, tiny_models: Path, node: str, key: str, until: str
+) -> None:
+    """Not a sampler's step later; nothing of it is stored."""
+    weights = load_file(tiny_models / TINY[node])
+    weights[key] = np.full_like(weights[key], np.nan)
+    save_file(weights, tmp_path / "nan.safetensors")
+    write_voice(tmp_path / "voice.wav", 0.2)
+    recipe = write_recipe(tmp_path, {node: {"checkpoint": str(tmp_path / "nan.safetensors")}})
+    where = ["--models-dir", tiny_models, "--cache-dir", tmp_path / "cache", "--device", "cpu"]
+    for _ in range(2):
+        code, _, err = call("run", recipe, "--until", until, *where)
+        assert (code, "NaN or infinity in what the model has made" in err, f"nodes.{until}" in err) == (8, True, True)
+
+
+def test_a_frame_that_holds_nan_is_no_frame() -> None:
+    pixels = torch.zeros(1, 3, 2, 8, 8)
+    pixels[0, 0, 0, 0, 0] = torch.inf
+    assert to_frames(pixels)[0, 0, 0].tolist() == [255, 128, 128]
+    pixels[0, 1, 1, 3, 3] = torch.nan
+    with pytest.raises(BadNumbersError):
+        to_frames(pixels)

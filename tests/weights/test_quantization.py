@@ -141,6 +141,8 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
         "quantised as nvfp4 with a pre_quant_scale",
     ),
     "int8 alone": ({"x.weight": torch.zeros(2, 2, dtype=torch.int8)}, {}, "quantised as int8 without its format"),
+    "bytes alone": ({"x.weight": torch.zeros(2, 2, dtype=torch.uint8)}, {}, "quantised as U8 without its format"),
+    "whole numbers": ({"x.weight": torch.zeros(2, 2, dtype=torch.int64)}, {}, "quantised as I64 without its format"),
     "blockwise": ({"x.weight": WEIGHT, "x.weight_scale": torch.ones(2, 2)}, {}, "scales of the shape [2, 2]"),
     "nvfp4 without scales": (
         {"x.weight": torch.zeros(16, 8, dtype=torch.uint8), "x.comfy_quant": tag("nvfp4")},
