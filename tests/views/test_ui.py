@@ -131,6 +131,7 @@ def test_only_shown_files_below_the_roots_are_given_out(page: Open, folder: Path
         *(f"/files/work/{secret}", "/files/work/link.png", "/files/work/far/secret.png", "/files/work/.hidden.png"),
         *("/files/work/recipe.yaml", "/files/work/ui/queue.json", "/files/work/portrait.png%00", "/files/work/"),
         *("/files/etc/portrait.png", "/files/runs/../digests.json", "/files/work/nothing.png"),
+        f"/files/work/{'n' * 300}.png",
     ):
         status, _, text = page.ask(path)
         assert 400 <= status < 500, path
@@ -147,6 +148,7 @@ def test_uploads_have_a_limit_and_leave_nothing_behind(page: Open, folder: Path)
     pieces = iter([b"x" * CAP] * 2)
     assert page.ask("/api/uploads/huge.png", pieces, "PUT", allowed)[0] == 413
     assert page.ask("/api/plan", b" " * (2 << 20), "POST")[0] == 413
+    assert page.ask("/api/plan", b"[" * 9000, "POST")[0] == 422
     assert page.ask("/api/uploads/run.sh", b"x", "PUT")[0] == 422
     assert list(folder.glob("ui/inputs/*")) == []
 

@@ -202,7 +202,7 @@ async def _body(request: Request) -> Mapping[str, Any]:
         text += part
         if len(text) > _MAX_BODY_BYTES:
             raise roots.TooLargeError("more than any request needs")
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         found = json.loads(text)
     if not isinstance(found, dict):
         raise S2VFlowError("a JSON object is expected", exit_code=ExitCode.USAGE)

@@ -52,7 +52,7 @@ class Roots:
             inside = ()
         if not inside or any(part.startswith(".") for part in inside) or real.suffix.lower() not in suffixes:
             raise RefusedError(f"{text}: the page gives out {', '.join(suffixes)} below {root} only")
-        if not real.is_file():
+        if not os.path.isfile(real):  # a name that is too long is no file
             raise MissingError(f"{text}: no such file below {root}")
         return real
 
