@@ -22,6 +22,7 @@ from s2v_flow.media.writer import VideoWriter
 RECIPES = Path(__file__).parent.parent / "recipes"
 PORTRAIT = str(RECIPES / "inputs" / "astronaut.png")
 SIDE = 64
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 RATE_HZ = 16_000
 TINY = {"length": 5, "steps": 2, "cfg": 1.0}
 
@@ -119,7 +120,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
     """Call the program in this process: return its exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     sys.argv = ["s2vflow", *map(str, arguments)]
     code = 0
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from recipes_for_tests import call, options, tiny, write_recipe, write_voice
+from recipes_for_tests import SIGNALS, call, options, tiny, write_recipe, write_voice
 
 from s2v_flow import api
 from s2v_flow.cli.progress import Progress
@@ -20,9 +20,12 @@ from s2v_flow.graph.interrupt import StoppedError, StopRequest
 
 STEPS = 4
 LATENT = {"kind": "save_latent", "latent": "$talk", "file": "out/talk.latent"}
-SIGNALS = [
+STOPS = [
     (signal.SIGINT, 130),
-    *(pytest.param(*it, marks=pytest.mark.slow) for it in ((signal.SIGTERM, 143), (signal.SIGUSR1, 75))),
+    *(
+        pytest.param(*it, marks=pytest.mark.slow)
+        for it in ((signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGUSR1, 75))
+    ),
 ]
 
 
@@ -70,7 +73,7 @@ def is_step(event: Event, node: str, step: int) -> bool:
     return isinstance(event, StepDone) and (event.node, event.step) == (node, step)
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("number", "code"), STOPS, ids=lambda value: str(value))
 def test_a_signal_stops_at_the_steps_end_and_the_same_command_goes_on(
     number: int, code: int, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +113,7 @@ def test_the_second_signal_stops_at_once(scene: Scene, tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), SIGNALS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("number", "code"), STOPS, ids=lambda value: str(value))
 def test_outside_of_sampling_the_first_signal_stops_at_once(
     number: int, code: int, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,3 +153,16 @@ def test_a_stop_request_waits_only_inside_its_block() -> None:
     assert len(told) == 1
     with pytest.raises(StoppedError):
         StopRequest(told.append).handle(signal.SIGINT, None)
+
+
+def test_what_nohup_ignores_is_ignored_still() -> None:
+    """A terminal that is closed stops other runs."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for handler, is_ignored in ((signal.SIG_IGN, True), (signal.SIG_DFL, False)):
+            signal.signal(signal.SIGHUP, handler)
+            StopRequest(print).install()
+            assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) is is_ignored
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)

@@ -23,7 +23,9 @@ class ProcessWorker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, setup), daemon=True)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: a terminal's Ctrl-C is for us
+        mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP}
+        )  # inherited: the terminal tells us
         self.process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()

@@ -61,7 +61,7 @@ EXIT_CODES = "\n".join(
         (11, "a video, which is there, does not meet the recipe's require"),
         (75, "stopped with a resume point by SIGUSR1: the same command goes on"),
         (130, "interrupted (Ctrl-C); the same command goes on"),
-        (143, "terminated; the same command goes on"),
+        (143, "terminated, or the terminal was closed; the same command goes on"),
     )
 )
 
@@ -357,8 +357,12 @@ def main() -> NoReturn:
 
 
 def _main(stop: StopRequest, streams: Streams) -> NoReturn:
+    code: Any = ExitCode.OK
     try:
-        cli(prog_name="s2vflow", standalone_mode=False, obj=stop)
+        try:
+            cli(prog_name="s2vflow", standalone_mode=False, obj=stop)
+        except SystemExit as left:
+            code = left.code
         streams.check()
     except click.ClickException as error:
         error.show()
@@ -374,7 +378,7 @@ def _main(stop: StopRequest, streams: Streams) -> NoReturn:
         sys.exit(error.exit_code)
     except Exception as error:
         _explain_unexpected(error)
-    sys.exit(ExitCode.OK)
+    sys.exit(code)
 
 
 def _tell(text: str) -> None:

@@ -53,7 +53,8 @@ class Streams:
         if error is not None and error.errno != errno.EPIPE:
             is_full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
             code = ExitCode.DISK_FULL if is_full else ExitCode.FAILED
-            raise S2VFlowError(f"stdout cannot be written: {error.strerror}", exit_code=code)
+            fix = "free some space, or send it elsewhere"
+            raise S2VFlowError(f"stdout cannot be written: {error.strerror}", fix, exit_code=code)
 
 
 def _open_closed() -> None:

@@ -14,7 +14,12 @@ from types import FrameType
 
 from s2v_flow.errors import ExitCode
 
-EXIT_CODES = {"SIGINT": ExitCode.INTERRUPTED, "SIGTERM": ExitCode.TERMINATED, "SIGUSR1": ExitCode.CHECKPOINTED}
+EXIT_CODES = {
+    "SIGINT": ExitCode.INTERRUPTED,
+    "SIGTERM": ExitCode.TERMINATED,
+    "SIGHUP": ExitCode.TERMINATED,
+    "SIGUSR1": ExitCode.CHECKPOINTED,
+}
 WORDS = {
     ExitCode.INTERRUPTED: "interrupted",
     ExitCode.TERMINATED: "terminated",
@@ -68,10 +73,11 @@ class StopRequest:
         return self._exit_code or ExitCode.INTERRUPTED
 
     def install(self) -> None:
-        """Handle the signals from now on; only a program's main thread may do that."""
+        """Handle the signals from now on; only a program's main thread may do that. What nohup ignores stays so."""
         for name in EXIT_CODES:
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.handle)
+            number = getattr(signal, name, None)  # Windows has no SIGUSR1
+            if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                signal.signal(number, self.handle)
 
     def ignore(self) -> None:
         """Let nothing more interrupt a program that is leaving."""

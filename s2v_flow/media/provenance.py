@@ -69,7 +69,7 @@ def read_note(path: str | os.PathLike[str]) -> bytes | None:
                         return file.read(end - start - 16)
             return _comment(file, "mov") if size else None
     except OSError as error:
-        raise MediaError(f"{path} cannot be read: {error.strerror}") from error
+        raise MediaError(f"{path} cannot be read: {error.strerror}", "check the name and its permissions") from error
 
 
 def _comment(file: BinaryIO, form: str) -> bytes | None:
@@ -107,4 +107,4 @@ def _boxes(file: BinaryIO, size: int, path: str | os.PathLike[str]) -> Iterator[
             break
         yield kind, position + begin, position + length
         position += length
-    raise MediaError(f"{path} is not a whole mp4 file")
+    raise MediaError(f"{path} is not a whole mp4 file", "copy or download it again")

@@ -63,7 +63,7 @@ class Team:
             S2VFlowError: One has left.
         """
         context = multiprocessing.get_context("spawn")
-        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # inherited: the first rank alone stops the run
         try:
             for rank in range(1, self._size):
