@@ -10,7 +10,7 @@ CONSTRAINTS := $(if $(filter as-is,$(TORCH)),,-c constraints.txt)
 # tests start this program often: let Python keep what it has compiled, whatever the shell says
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types tests parity all-tests soak schema docs clean
+.PHONY: demo test lint types tests parity soak schema docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/s2vflow run recipes/demo.yaml
@@ -30,10 +30,6 @@ tests: $(VENV)/installed-dev
 
 parity: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "parity or slow"
-
-# both of them in one go, which collects, imports and prepares once
-all-tests: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu and not soak"
 
 soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -s
