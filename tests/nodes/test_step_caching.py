@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from s2v_flow import api
 from s2v_flow.graph.interrupt import StoppedError
+from s2v_flow.graph.ports import Ref
 from s2v_flow.nodes.chunk import Chunk
+from s2v_flow.nodes.sample import Sample, check_settings
+from s2v_flow.nodes.settings import Settings, VideoSettings
 from s2v_flow.runs.manifest import Manifest
 
 STEPS = 12
@@ -173,3 +177,14 @@ def test_a_sampler_of_several_calls_a_step_is_refused(
     assert code == 3
     assert "error[R125]: step_cache: easy needs one model call a step; " + reason in out + err
     assert "fix: set sampler: uni_pc, or step_cache: off" in out + err
+
+
+def test_another_packages_sampler_is_refused_beside_a_step_cache() -> None:
+    """How often it calls the model is not known."""
+    found: list[tuple[str, ...]] = []
+    planner = SimpleNamespace(problem=lambda *problem: found.append(problem))
+    node = Sample(model=Ref("dit"), positive=Ref("positive"), cfg=1.0)
+    settings = Settings(fields=VideoSettings.model_construct(sampler="theirs", step_cache="easy"))
+    check_settings(planner, "first", node, settings)  # type: ignore[arg-type]
+    (told,) = [problem for problem in found if problem[2] == "R125"]
+    assert "theirs calls the model an unknown number of times" in told[3]
