@@ -308,7 +308,7 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
     loaders = [node for node in planned.plan.nodes if planned.statuses[node.name].status == "LOAD"]
     with digests.hashing(item.file for item in files_of(loaders)) as is_hashing, ExitStack() as on_gpu:
         if is_hashing:
-            _import_meanwhile(planned, store, execution.forced)
+            _import_meanwhile(planned, store, execution.forced, recorder)
         for device in dict.fromkeys(rank_device(planned.device, rank) for rank in range(options.gpus)):
             on_gpu.enter_context(gpu_turn(device, recorder, options.should_stop, is_needed=waits))
         try:
@@ -324,16 +324,18 @@ def _execute(planned: Planned, options: Options, recorder: Recorder, digests: Fi
     return result
 
 
-def _import_meanwhile(planned: Planned, store: Store, forced: frozenset[str]) -> None:
+def _import_meanwhile(planned: Planned, store: Store, forced: frozenset[str], emit: Listener) -> None:
     """Import what takes seconds, of nodes that are sure to run: forced ones, or none of their kind is stored."""
     stored = {entry.preimage.get("kind") for entry in store.recent(EARLIER)}
     for node in planned.plan.nodes:
         if planned.statuses[node.name].status == "RUN" and (node.name in forced or node.node.kind not in stored):
             for module in node.node.slow_imports:
+                emit(StageStarted("", f"importing {module.partition('.')[0]} while weights are hashed"))
                 with suppress(
                     ImportError, RuntimeError, OSError, ValueError, AttributeError
                 ):  # told where it is needed
                     import_module(module)
+                emit(StageStarted("", ""))
 
 
 def _unmet(planned: Planned, result: RunResult, store: Store) -> dict[str, str]:
