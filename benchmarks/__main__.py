@@ -152,11 +152,38 @@ def cache_works(folder: Path) -> dict[str, Work]:
     }
 
 
+def load_works(path: Path) -> dict[str, Work]:
+    """Load a DiT's file of 239 MB in bf16 to float32: as runs do, and by safetensors' own loader with a cast."""
+    from dataclasses import replace
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from benchmarks.models import TINY, random_dit
+    from s2v_flow.models.load import load_dit
+
+    weights = random_dit(replace(TINY, dim=768, ffn_dim=3072, num_layers=7), torch.float32, "cpu").state_dict()
+    save_file({key: value.bfloat16() for key, value in weights.items()}, path)
+
+    def theirs() -> None:
+        loaded = load_file(path)
+        for key in loaded:
+            loaded[key] = loaded[key].float()
+
+    return {
+        "load: a DiT in bf16 to float32, CPU s": lambda: load_dit(
+            path, dtype=torch.float32, device="cpu", quantized=False
+        ),
+        "load: the same, safetensors' loader and a cast, CPU s": theirs,
+    }
+
+
 RATIOS = {  # theirs / ours, of figures of one run
     "A/A: VAE decode, the same work twice": ("VAE width 16: decode, again", "VAE width 16, 128x128: decode"),
     "VAE decode: torch's convolution / ours": ("VAE width 16: decode, torch", "VAE width 16, 128x128: decode"),
     "DiT: prepared in every step / once": ("DiT: the same, prepared", "DiT: 192x192"),
     "DiT: a call per branch / one call": ("DiT: the same, a call", "DiT: 192x192"),
+    "load: safetensors' loader and a cast / ours": ("load: the same", "load: a DiT"),
     "cache: every entry read / bytes counted": ("cache of 2,000 results: every", "cache of 2,000 results: bytes"),
 }
 
@@ -167,7 +194,8 @@ def measured() -> dict[str, list[float]]:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        took = timed({**start_works(), **dit_works(), **vae_works(), **cache_works(Path(folder))})
+        loads = load_works(Path(folder) / "dit.safetensors")
+        took = timed({**start_works(), **dit_works(), **vae_works(), **loads, **cache_works(Path(folder) / "cache")})
     for name, seconds in took.items():
         if name.endswith("a frame"):
             took[name] = [value / FRAMES for value in seconds]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2
@@ -204,6 +205,16 @@ def load_audio_encoder(path: str | Path, *, dtype: torch.dtype, device: torch.de
     return AudioEncoder(module)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Neither draws nor fills weights of layers that are made inside: on the meta device, the most of their time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_):
+            return kwargs["tensor"]
+        return (torch.empty if func in (torch.ones, torch.zeros) else func)(*args, **kwargs)
+
+
 def _built(family: str, path: str | Path, build: Callable[[Shapes], _Module]) -> tuple[_Source, _Module]:
     """Build a module from a file's shapes, on the meta device; if that fails, say what the file is instead."""
     checkpoint = Checkpoint.open(path)
@@ -212,7 +223,7 @@ def _built(family: str, path: str | Path, build: Callable[[Shapes], _Module]) ->
     if mismatch:
         raise CheckpointError(f"{checkpoint.path}: {mismatch}", fix=f"use a {family} file")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return source, build(source.shapes)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}", fix=error.fix) from error
@@ -282,16 +293,20 @@ def _weight(key: str, shape: tuple[int, ...], source: _Source, target: _Target) 
     stored = source.keys[key]
     dtype = target.dtype_of(key, source.checkpoint.dtypes[stored])
     is_changed, home = key in source.loras.updates, target.home_of(key)
+    mapped = source.checkpoint.tensor(stored)
     # what is only rounded comes out the same everywhere; products are the device's
     if source.packing(key) is not None:
         value = source.read_packed(key, shape, target.device).expand(torch.float32 if is_changed else dtype)
     else:
-        value = source.checkpoint.tensor(stored).to(target.device if is_changed else home)
+        value = mapped.to(target.device if is_changed else home)
         if key in target.rounded:
             value = value.to(torch.float8_e4m3fn).to(value.dtype)
     if is_changed:
         value = source.loras.merge(key, value.float())
-    return value.to(home, dtype)
+    value = value.to(home, dtype)
+    if value.data_ptr() != mapped.data_ptr():
+        source.checkpoint.let_go(stored)
+    return value
 
 
 def _replace(module: nn.Module, name: str, new: nn.Module) -> None:

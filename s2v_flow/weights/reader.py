@@ -18,6 +18,7 @@ from s2v_flow.weights.names import new_names
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MAPPED_BYTES = 2**27
 _SHARD = re.compile(r"(?P<model>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -97,18 +98,25 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         try:
-            if not self._handle:
+            if "file" not in self._handle:
                 self._handle["file"] = safe_open(self.path, framework="pt", device="cpu")
             value: Tensor = self._handle["file"].get_tensor(self.file_keys[key])
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path}: cannot be read any more: {error}") from error
         return value
 
+    def let_go(self, key: str) -> None:
+        """Say that a tensor was copied: what was mapped for such ones is given back every 128 MiB, unless in use."""
+        entry = self.entries[key]
+        self._handle["copied"] = self._handle.get("copied", 0) + entry.end - entry.begin
+        if self._handle["copied"] > _MAPPED_BYTES:
+            self._handle.clear()
+
     def _block_tensor(self, entry: TensorEntry) -> Tensor:
         import torch
 
         try:
-            if not self._handle:
+            if "bytes" not in self._handle:
                 size = self.path.stat().st_size
                 self._handle["bytes"] = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
             stored: Tensor = self._handle["bytes"][entry.begin : entry.end]

@@ -34,6 +34,27 @@ def test_a_key_with_and_without_prefix_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "a.safetensors")
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="other systems do not list what is mapped")
+def test_what_is_mapped_of_copied_tensors_is_given_back(tmp_path: Path) -> None:
+    """Every 128 MiB; a tensor that is still in use stays as it is."""
+    path, size = tmp_path / "a.safetensors", 2**27
+    save_file({"kept": torch.full((2**19,), 7, dtype=torch.uint8), "large": torch.ones(size, dtype=torch.uint8)}, path)
+    checkpoint = Checkpoint.open(path)
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(path))
+
+    kept = checkpoint.tensor("kept")
+    assert mapped() == 1
+    checkpoint.let_go("large")
+    assert mapped() == 1
+    checkpoint.let_go("kept")
+    assert bool((kept == 7).all())
+    del kept
+    assert mapped() == 0
+    assert bool((checkpoint.tensor("large") == 1).all())
+
+
 def test_file_that_vanished_after_opening_is_an_error_of_ours(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     checkpoint = Checkpoint.open(tmp_path / "a.safetensors")
