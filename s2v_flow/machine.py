@@ -36,6 +36,12 @@ def peak_memory_bytes(status: Path = Path("/proc/self/status")) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def trim_heap() -> None:
+    """Give memory that was freed back to the system, where the C library would keep it (Linux's)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def forget_peaks(clear: Path = Path("/proc/self/clear_refs")) -> None:
     """Let the process's and the GPUs' peak memory count from now on, where the system can do that (Linux)."""
     with suppress(OSError):

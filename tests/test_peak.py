@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,23 @@ def test_a_large_parent_does_not_count() -> None:
     inner = "from s2v_flow.machine import peak_memory_bytes; print(peak_memory_bytes())"
     done = subprocess.run([sys.executable, "-c", code, inner], capture_output=True, text=True, timeout=60, check=True)
     assert int(done.stdout) < 150_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such call")
+def test_what_is_freed_below_something_that_is_kept_goes_back_to_the_system() -> None:
+    """The heap cannot shrink then by itself."""
+    code = """
+from pathlib import Path
+from s2v_flow.machine import trim_heap
+def resident(): return int(Path("/proc/self/statm").read_text().split()[1])
+blocks = [bytes([n % 256]) * 100_000 for n in range(1000)]
+kept, before = blocks.pop(), resident()
+blocks.clear()
+trim_heap()
+print(4096 * (before - resident()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) > 80_000_000
 
 
 def test_the_peak_of_a_gpu_is_asked_only_where_one_was_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ from s2v_flow.graph.status import (
     preimage,
 )
 from s2v_flow.graph.turns import node_turn
-from s2v_flow.machine import forget_peaks, peak_device_bytes, peak_memory_bytes
+from s2v_flow.machine import forget_peaks, peak_device_bytes, peak_memory_bytes, trim_heap
 
 _MENDS = 3
 
@@ -225,6 +225,7 @@ class Run:
         started = time.monotonic()
         self.emit(NodeStarted(node.name, node.kind))
         if not is_mend:  # another node is being computed, whose peak it is
+            trim_heap()
             forget_peaks()
         folder, is_fresh = ResumePoints(self.store.root), node.name in self.forced
         resume_point = ResumePoint(folder, key, node.name, self.emit, self.should_stop, is_fresh, self._reported)

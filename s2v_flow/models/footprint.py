@@ -14,11 +14,12 @@ from pathlib import Path
 
 from s2v_flow.files.facts import per_file
 from s2v_flow.models.tokenizer import MAX_TOKENS
-from s2v_flow.weights.layout import own_keys
+from s2v_flow.weights.layout import num_layers, own_keys
 from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, read_quantization
 from s2v_flow.weights.reader import Checkpoint
 
 _WIDE_BYTES = {"BF16": 2, "F16": 2}  # what is not a matrix keeps its dtype, or becomes float32
+_STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what needs no copy on a CPU
 LATENT_CHANNELS = 16
 MOTION_LATENT_FRAMES = 19
 INJECTED_BLOCKS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
@@ -65,6 +66,10 @@ def read_weights(path: Path, kind: str, precision: str, *, on_cpu: bool, is_stre
         weight = checkpoint.entries.get(f"{key.removesuffix('.bias')}.weight") if key.endswith(".bias") else entry
         is_linear = weight is not None and len(weight.shape) == 2 and key.endswith((".weight", ".bias"))
         is_matrix = is_linear and weight is entry
+        injector = re.match(r"audio_injector\.injector(?:_adain_layers)?\.([0-9]+)\.", key)
+        block = dict(enumerate(INJECTED_BLOCKS)).get(int(injector[1]) if injector else -1, -1)
+        if block >= num_blocks and on_cpu and entry.dtype == _STORED.get(precision):
+            return 0  # mapped from the file, and never read
         if is_matrix and is_kept(quantization.packings.get(key)):
             return quantization.num_bytes(checkpoint, key)
         if is_matrix and precision == "fp8_fast" and re.search(r"blocks\.(?!\d+\.cross_attn\.[kv]\.)", key):
@@ -73,6 +78,7 @@ def read_weights(path: Path, kind: str, precision: str, *, on_cpu: bool, is_stre
         return math.prod(quantization.shape(checkpoint, key)) * kept
 
     keys = own_keys(checkpoint.entries.keys())
+    num_blocks = num_layers(checkpoint.shapes, "blocks")
     sizes = {key: size(stored) for key, stored in keys.items()}
     shapes = {key: quantization.shape(checkpoint, stored) for key, stored in keys.items()}
     num_bytes = streamed_bytes(sizes) if is_streamed else sum(sizes.values())

@@ -35,7 +35,8 @@ from s2v_flow.nodes.encode import EncodeAudio, EncodeImage
 from s2v_flow.sampling.catalog import CALLS_PER_STEP
 from s2v_flow.wording import size_text
 
-PROCESS_BYTES = 345 * 2**20  # resident in a process that has imported torch and transformers (Linux, torch 2.13)
+PROCESS_BYTES = 275 * 2**20  # resident in a process that has imported torch and codecs (Linux, torch 2.13)
+_ENCODERS_BYTES = 117 * 2**20  # and transformers' UMT5 and Wav2Vec2
 _FLOPS_PER_PIXEL = 100.0  # of copying, scaling and writing a frame: it matters where nothing is decoded
 _WAYS = {
     "placement": "weights are streamed",
@@ -150,7 +151,9 @@ class _Needs:
             for name in self._loaders(node.name):
                 first.setdefault(name, position)
                 last[name] = position
-        found, base = {}, PROCESS_BYTES if self._numerics.device_class == "cpu" else 0
+        kinds = {self._plan.node(name).kind for name in first}
+        is_encoded = not kinds.isdisjoint(("load_text_encoder", "load_audio_encoder"))
+        found, base = {}, PROCESS_BYTES + is_encoded * _ENCODERS_BYTES if self._numerics.device_class == "cpu" else 0
         for position, node in enumerate(self._order):
             self._live[node.name] = [name for name in first if first[name] <= position <= last[name]]
             live = [self._loaded(name) for name in self._live[node.name]]

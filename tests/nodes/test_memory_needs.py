@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from s2v_flow.models.footprint import (
     decoding_bytes,
     encoding_bytes,
     num_tokens,
+    read_weights,
     streamed_bytes,
     tile_side,
 )
@@ -132,6 +135,21 @@ def test_a_tile_of_the_decoder_is_counted_as_large_as_it_is() -> None:
             assert tile_side(8 * length, tiles) == 8 * Axis.cut(length, tiles).size
 
 
+def test_injectors_behind_the_last_block_are_not_read_where_the_file_is_mapped(tiny_models: Path) -> None:
+    """On a CPU, in the file's precision; cast or on a GPU they are in memory like all others."""
+    path, size = (
+        tiny_models / "diffusion_models" / "tiny_s2v.safetensors",
+        partial(read_weights, kind="load_diffusion_model"),
+    )
+    shapes = size(path, precision="fp32", on_cpu=True).shapes
+    unread = [f"audio_injector.injector{part}.{n}." for part in ("", "_adain_layers") for n in range(2, 12)]
+    count = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(tuple(unread)))
+    whole = size(path, precision="fp32", on_cpu=False).num_bytes
+    assert size(path, precision="fp32", on_cpu=True).num_bytes == whole - 4 * count
+    assert count > 10**6
+    assert size(path, precision="bf16", on_cpu=True).num_bytes == size(path, precision="bf16", on_cpu=False).num_bytes
+
+
 def test_streamed_weights_are_counted_by_what_is_on_the_device() -> None:
     """All but blocks and injectors, and two buffers of the largest block with the largest injector."""
     with torch.device("meta"):
@@ -189,14 +207,14 @@ def test_fp8_weights_stay_small_on_a_gpu_and_are_expanded_on_a_cpu(tmp_path: Pat
         assert found is not None
         return found
 
-    assert peak(plan, "cpu") == pytest.approx(peak(wide, "cpu"), rel=0.01)
+    assert peak(plan, "cpu") == pytest.approx(peak(wide, "cpu"), rel=0.05)  # which is mapped, and not read in full
     assert peak(plan, "cuda") < 0.8 * peak(wide, "cuda")
 
 
 def test_a_model_counts_as_long_as_something_needs_it(tmp_path: Path, tiny_models: Path) -> None:
     """The VAE, which the decoder needs again, while chunks are sampled; the text encoder not."""
     plan = planned(tmp_path, tiny_models)
-    alone = {node.name for node in plan.plan.nodes if isinstance(node.node, Chunk)}
+    alone = {"speech", *(node.name for node in plan.plan.nodes if isinstance(node.node, Chunk))}
     numerics = Numerics("cpu")
     of_run, of_chunks = (needs(plan.plan, names, numerics)["first"] for names in (stored(plan), alone))
     vae = (tiny_models / "vae" / "tiny_vae.safetensors").stat().st_size
