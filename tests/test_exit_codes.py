@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,3 +161,26 @@ def test_130_143_and_75_signals(number: int, code: int, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("setpriv") is None, reason="takes root's rights away")
+def test_what_may_not_be_read_is_no_defect(tmp_path: Path) -> None:
+    """A folder that may not be entered, and a weight file; root may read them all, so its rights are taken away."""
+    (tmp_path / "closed" / "runs").mkdir(parents=True)
+    (tmp_path / "m" / "vae").mkdir(parents=True)
+    (tmp_path / "m" / "vae" / "x.safetensors").write_bytes(b"x")
+    recipe = write_recipe(tmp_path, {"vae": {"checkpoint": "x.safetensors"}})
+    plan = ["plan", recipe, "--cache-dir", tmp_path / "cache", "--models-dir"]
+    less = "-dac_override,-dac_read_search"
+    bare = ["setpriv", f"--bounding-set={less}", f"--inh-caps={less}"] if os.geteuid() == 0 else []
+    for closed, words in (
+        (tmp_path / "closed", ["runs", "--cache-dir", tmp_path / "closed" / "inner"]),
+        (tmp_path / "m" / "vae" / "x.safetensors", [*plan, tmp_path / "m"]),
+        (tmp_path / "m" / "vae", [*plan, tmp_path / "m"]),
+    ):
+        closed.chmod(0)
+        command = [*bare, sys.executable, "-m", "s2v_flow", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        closed.chmod(0o755)
+        told = done.stdout + done.stderr
+        assert (done.returncode, "check its permissions" in told, "Traceback" in told) == (4, True, False), told

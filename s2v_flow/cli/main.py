@@ -21,6 +21,7 @@ from s2v_flow.cli.help import MainGroup
 from s2v_flow.cli.models import models
 from s2v_flow.cli.options import (
     FILE,
+    TextFile,
     folder_options,
     gpus_option,
     json_option,
@@ -191,7 +192,7 @@ def config(recipe: Path, as_json: bool, with_origins: bool, resolved: bool, **gi
 
 @cli.command()
 @click.argument("video", type=FILE)
-@click.option("-o", "--output", type=FILE, help="The recipe to write, instead of stdout.")
+@click.option("-o", "--output", type=TextFile(), help="The recipe to write, instead of stdout.")
 @click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
 def recipe(video: Path, output: Path | None, force: bool) -> None:
     """Print the recipe that is inside an mp4 that s2vflow made; its paths are as seen from where it is written."""
@@ -211,7 +212,7 @@ def recipe(video: Path, output: Path | None, force: bool) -> None:
 
 @cli.command("import")
 @click.argument("workflow", type=FILE)
-@click.option("-o", "--output", type=FILE, help="The recipe to write, instead of stdout.")
+@click.option("-o", "--output", type=TextFile(), help="The recipe to write, instead of stdout.")
 @click.option("--modernise", is_flag=True, help="Exact time and one extend, instead of ComfyUI's numbers.")
 @click.option("--as-of", type=click.Choice(["2025"]), help="Reproduce how ComfyUI rounded fp8-scaled files in 2025.")
 @click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
@@ -234,7 +235,7 @@ def import_(workflow: Path, output: Path | None, modernise: bool, as_of: str | N
 @cli.command()
 @recipe_options
 @folder_options
-@click.option("-o", "--output", type=FILE, help="The workflow to write, instead of stdout.")
+@click.option("-o", "--output", type=TextFile(), help="The workflow to write, instead of stdout.")
 @click.option("--format", "form", type=click.Choice(["editor", "api"]), default="editor", show_default=True)
 @click.option("--force", is_flag=True, help="Overwrite the workflow that is there.")
 def export(recipe: Path, as_json: bool, output: Path | None, form: Literal["editor", "api"], **given: Any) -> None:
@@ -275,7 +276,7 @@ def nodes(kind: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("-o", "--output", type=FILE, help="Write to a file instead of stdout.")
+@click.option("-o", "--output", type=TextFile(), help="Write to a file instead of stdout.")
 @click.option(
     "--of",
     "what",
@@ -393,9 +394,12 @@ def _leave(text: str, code: ExitCode) -> NoReturn:
 
 
 def _explain_unexpected(error: Exception) -> NoReturn:
-    """Leave after an error that is not one of ours: out of memory, or a defect."""
+    """Leave after an error that is not one of ours: out of memory, a file that may not be read, or a defect."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         text = f"out of memory: {error}\n  fix: a smaller width and height, or a lower frames_per_call in decode"
         _leave(f"error: {text}\n  kept: every chunk that was finished", ExitCode.OUT_OF_MEMORY)
+    if isinstance(error, PermissionError):
+        text = f"error: {error.filename}: {error.strerror}\n  fix: check its permissions, or name another folder"
+        _leave(text, ExitCode.MISSING)
     traceback.print_exc()
     _leave("error: this is a defect of s2vflow, please report it with the lines above", ExitCode.INTERNAL)

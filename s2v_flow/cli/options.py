@@ -252,6 +252,14 @@ class Like(click.Choice[str]):
         return value if is_file else super().convert(value, param, ctx)
 
 
+class TextFile(click.Path):
+    """A file to write a text to; "-" is none: stdout."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        return None if value == "-" else Path(value)
+
+
 start_options = all_of(  # of commands that write a first recipe
     click.option("--force", is_flag=True, help="Overwrite the recipe that is there."),
     click.option(

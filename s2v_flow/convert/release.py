@@ -116,7 +116,7 @@ def open_file(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+        raise MissingError(f"{path}: cannot be read: {error.strerror}", "check its permissions") from error
 
 
 def _read_tokenizer(path: Path | None) -> bytes:
@@ -190,7 +190,7 @@ def _read_index(index: Path) -> dict[str, str]:
         with open(index, "rb") as file:
             raw = file.read(MAX_HEADER_BYTES + 1)
     except OSError as error:
-        raise MissingError(f"{index}: cannot be read: {error.strerror}") from error
+        raise MissingError(f"{index}: cannot be read: {error.strerror}", "check its permissions") from error
     if len(raw) > MAX_HEADER_BYTES:
         raise CheckpointError(f"{index}: has more than {MAX_HEADER_BYTES} bytes")
     listed = parse_map(index, raw, "index").get("weight_map")

@@ -108,7 +108,7 @@ def file_digest(
                     raise MissingError(f"{path}: not read to the end")
             after = _identity(os.fstat(file.fileno()))
     except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+        raise MissingError(f"{path}: cannot be read: {error.strerror}", "check its permissions") from error
     if before != after:
         raise MissingError(f"{path}: changed while it was read", fix="wait until it is completely written")
     digest = sha256.hexdigest()
@@ -141,7 +141,7 @@ def _noted_digest(path: Path, memory_path: Path | None) -> str:
     try:
         identity = _identity(os.stat(path))
     except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+        raise MissingError(f"{path}: cannot be read: {error.strerror}", "check its permissions") from error
     entry = _digests(memory_path).get(os.path.realpath(path)) if memory_path is not None else None
     if not isinstance(entry, dict) or any(entry.get(name) != value for name, value in identity.items()):
         raise LookupError

@@ -97,7 +97,7 @@ def _stored(path: Path) -> Manifest:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+        raise MissingError(f"{path}: cannot be read: {error.strerror}", "check its permissions") from error
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:

@@ -127,7 +127,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     except FileNotFoundError as error:
         raise MissingError(f"{path}: no such file", fix="check its name, or download it") from error
     except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from error
+        raise MissingError(f"{path}: cannot be read: {error.strerror}", "check its permissions") from error
 
 
 def _parse(path: Path, file: BinaryIO, file_bytes: int) -> Header:

@@ -49,6 +49,14 @@ def test_closed_and_full_streams_make_no_traceback(
     assert bool(out) == ("2>" in tail)
 
 
+def test_a_full_stdout_is_told_of_by_commands_that_end_with_another_code(tmp_path: Path) -> None:
+    """What is missing stands in the plan, which nobody has then."""
+    recipe = RECIPES / "s2v_lightning.yaml"
+    code, _, err = run(("plan", recipe, "--models-dir", tmp_path), tmp_path, ">/dev/full")
+    assert (code, b"stdout cannot be written" in err) == (6, True)
+    assert run(("plan", recipe, "--models-dir", tmp_path), tmp_path)[0] == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tail", [">&- 2>&-", ">/dev/full 2>/dev/full"])
 @pytest.mark.parametrize(("words", "code"), WRONG)

@@ -63,6 +63,7 @@ def test_the_recipe_is_written_out_with_paths_that_lead_there(done: Place, tmp_p
     code, out, err = call("recipe", done.video)
     assert (code, out.rstrip()) == (0, read_essence(done.video).recipe.rstrip())
     assert err == f"note: its relative paths start at {done.folder}\n"
+    assert call("recipe", done.video, "-o", "-")[1] == out
     target = tmp_path / "new.yaml"
     assert call("recipe", done.video, "-o", target)[0] == 0
     assert getattr(api.check(target).nodes["voice"].node, "file", "") == "here/voice.wav"
