@@ -289,6 +289,9 @@ def schema(output: Path | None, what: str) -> None:
     """Print the JSON Schema of recipes, for editors, or of what programs read."""
     from s2v_flow.cli.describe import schema_text
 
+    if output is not None and not output.parent.is_dir():
+        text, fix = f"{output}: cannot be written: there is no such folder", "name another file with -o"
+        raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
     _deliver(schema_text(what), output, force=True)
 
 
