@@ -44,9 +44,7 @@ class Options:
     cache_remote: str | None = None  # the URL of a store that machines share, behind the cache
     cache_limit: int | None = None  # in bytes; `cache.budget.NO_LIMIT`: nothing is ever evicted
     device: str = "auto"
-    vram: int | None = (
-        None  # bytes (or text: "12GiB") that a run may hold where it computes; None or "auto": what is free
-    )
+    vram: int | None = None  # bytes, or "12GiB", that a run may hold where it computes; None or "auto": what is free
     gpus: int = 1  # how many share the diffusion model's work; with device "cpu" so many processes
     selection: Selection = field(default_factory=Selection)
     axes: Sequence[str] = ()

@@ -34,6 +34,7 @@ def words(job: Job, options: Options) -> list[str]:
     found += [f"--cache-dir={options.cache_dir}"] if options.cache_dir else []
     found += [f"--cache-remote={options.cache_remote}"] if options.cache_remote else []
     found += [f"--device={options.device}"] if options.device != "auto" else []
+    found += [f"--vram={options.vram}"] if options.vram is not None else []
     return [*found, "--overwrite"] if options.overwrite else found
 
 

@@ -23,9 +23,8 @@ class ProcessWorker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, setup), daemon=True)
-        mask = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP}
-        )  # inherited: the terminal tells us
+        signals = {signal.SIGINT, signal.SIGHUP}  # the terminal's are for us: that they are blocked is inherited
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         self.process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()

@@ -158,6 +158,8 @@ class Run:
                 if node.node.is_sink:
                     outputs[node.name] = self._deliver(node)
             except S2VFlowError as error:
+                if self.should_stop():  # a signal inside of another package's code may come out as its error
+                    raise StoppedError(f"in {node.name}", exit_code_of(self.should_stop)) from error
                 placed(error, node)
                 if not self.keeps_going:
                     raise

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from s2v_flow.errors import MediaError
 from s2v_flow.models.speech_rate import RECEPTIVE_FIELD, SAMPLES_PER_STATE
@@ -143,8 +143,15 @@ def build_wav2vec2(shapes: Shapes) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = Wav2Vec2Model(config)
         if is_merged:
-            remove_parametrizations(model.get_submodule("encoder.pos_conv_embed.conv"), "weight")
+            merge_weight_norm(model)
     return model
+
+
+def merge_weight_norm(model: nn.Module) -> None:
+    """Make one weight of the two that the positions' convolution has; what joins them would refer to itself."""
+    convolution = model.get_submodule("encoder.pos_conv_embed.conv")
+    if is_parametrized(convolution, "weight"):
+        remove_parametrizations(convolution, "weight")
 
 
 def _count_layers(shapes: Shapes) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2
+from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2, merge_weight_norm
 from s2v_flow.models.fp8 import multiply_in_fp8
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
 from s2v_flow.models.packed import PackedEmbedding, PackedLinear, PackedWeight, read_packed
@@ -202,6 +202,7 @@ def load_audio_encoder(path: str | Path, *, dtype: torch.dtype, device: torch.de
     """
     source, module = _built("wav2vec2", path, build_wav2vec2)
     _fill("wav2vec2", module, _shapes_of(module), source, _Target(dtype, torch.device(device)))
+    merge_weight_norm(module)
     return AudioEncoder(module)
 
 

@@ -46,6 +46,7 @@ from s2v_flow.nodes.remarks import remark_on_prompt, remark_on_settings
 from s2v_flow.nodes.settings import Settings, VideoSettings, own_settings
 from s2v_flow.sampling.catalog import CALLS_PER_STEP, SAMPLERS, SamplerName, SchedulerName, minimum_steps
 
+LEAST_MOVING_SIDE = 64  # the oldest of the motion's frames are packed by 8x8 latent pixels
 USUAL_SHIFTS = (0.05, 0.1, 0.25, 0.5, 1.0, 3.0, 5.0, 8.0, 12.0, 100.0)
 
 
@@ -143,6 +144,10 @@ class Sample(Node):
                 return {}
         if not check_settings(planner, name, self, settings):
             return {}
+        moves = "motion_video" in settings.inputs or self.init_first_frame or self.motion == "pixels"
+        key = "width" if self.reference is None else "reference"
+        if moves and not has_room_for_motion(planner, name, key, settings):
+            return {}
         remark_on_settings(planner, name, settings, type(self).model_fields)
         return add_chunk(planner, name, name, Chain(seed=self.seed), settings, self.seed).value()
 
@@ -211,6 +216,8 @@ class Extend(Node):
             planner.problem(name, "length", "R101", "length cannot change between chunks with motion: pixels")
             return {}
         count = self._num_chunks(planner, name, chain, settings)
+        if count and not has_room_for_motion(planner, name, "video", settings):
+            return {}
         if isinstance(self.seed, list) and self.chunks != "auto" and len(self.seed) != count:
             planner.problem(name, "seed", "R102", f"seed: expected {count} seeds, one per chunk, got {len(self.seed)}")
             return {}
@@ -300,6 +307,16 @@ def check_settings(planner: Planner, name: str, node: Node, settings: Settings) 
     for problem in problems:
         planner.problem(name, *problem)
     return not problems and inputs <= {*settings.inputs, "video"}
+
+
+def has_room_for_motion(planner: Planner, name: str, key: str, settings: Settings) -> bool:
+    """Record, at `key`, where a side is too short for motion to be taken from a video; tell whether all is well."""
+    width, height = settings.size
+    if min(width or LEAST_MOVING_SIDE, height or LEAST_MOVING_SIDE) >= LEAST_MOVING_SIDE:
+        return True
+    message = f"{key}: {width}x{height} pixels, where motion needs {LEAST_MOVING_SIDE} a side at least"
+    planner.problem(name, key, "R134", message, "make the video larger")
+    return False
 
 
 def _schedule_problems(node: Node, fields: VideoSettings) -> Iterator[Problem]:

@@ -52,7 +52,7 @@ PLANNING_CODES: Mapping[str, str] = MappingProxyType(
         "R131": "two nodes write the same file",
         "R132": "a side of an mp4 is odd",
         "R133": "nothing is left of a picture that is scaled",
-        "R134": "a video that goes on has a side that is no multiple of 16",
+        "R134": "a video that goes on has a side that is too small, or no multiple of 16",
         "R135": "shift and steps give no falling schedule",
     }
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from toy import Glue, Join, LoadTool, Save, Split, Text, Word, Workshop
 
 from s2v_flow.errors import ExitCode, Place, S2VFlowError
+from s2v_flow.graph.interrupt import StoppedError, StopRequest
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import Neutral, Ref
 
@@ -86,9 +88,35 @@ class Holder(Node):
         raise ValueError(f"{len(latent)} numbers are no good")
 
 
+class Swallower(Node):
+    """Is stopped by a signal while it is in a package that makes an error of its own of any exception."""
+
+    kind: ClassVar[str] = "swallower"
+    outputs: ClassVar = {"text": "conditioning"}
+    is_stored: ClassVar[bool] = True
+    stop: ClassVar[StopRequest]
+
+    a: Text
+
+    def run(self, context: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            self.stop.handle(signal.SIGTERM, None)
+        except StoppedError:
+            raise ValueError("could not determine the shape") from None
+        return {}
+
+
 @pytest.fixture
 def shop(tmp_path: Path) -> Workshop:
     return Workshop(tmp_path)
+
+
+def test_a_stop_that_comes_out_as_an_error_is_a_stop(shop: Workshop) -> None:
+    Swallower.stop = StopRequest(lambda text: None)
+    nodes = {"word": Word(text="w"), "loads": Swallower(a=R("$word"))}
+    with pytest.raises(StoppedError, match="terminated: in loads") as caught:
+        shop.run(nodes, should_stop=Swallower.stop)
+    assert caught.value.exit_code == ExitCode.TERMINATED
 
 
 @pytest.mark.parametrize("how", EXPECTED)

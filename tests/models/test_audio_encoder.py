@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,20 @@ def test_windows_of_the_first_convolutions_change_nothing(
     assert whole.shape == (25, 21, 64)
     monkeypatch.setattr(audio_encoder, "WINDOW_STATES", 4)
     assert relative_error(encoder.encode(x, "official"), whole) < 1e-6
+
+
+def test_weights_go_with_the_encoder(tiny_models: Path) -> None:
+    """Without help of the garbage collector: nothing in it refers to itself."""
+    path = tiny_models / "audio_encoders" / "tiny_wav2vec2.safetensors"
+    gc.collect()
+    gc.disable()
+    try:
+        encoder = load_audio_encoder(path, dtype=torch.float32, device="cpu")
+        held = [weakref.ref(parameter) for parameter in encoder.module.parameters()]
+        del encoder
+        assert not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()
 
 
 def test_one_state_needs_400_samples(encoder: AudioEncoder) -> None:

@@ -82,9 +82,9 @@ CASES: list[tuple[Changes, Callable[[Path], Any], str, str]] = [
     (CLIP, cut_clip, "clip", "cut short|damaged"),
     (CLIP, clip_of_garbage, "clip", "damaged"),
     (CLIP, clip_without_decoder, "clip", "no decoder for its video"),
-    (CLIP, narrow_clip, "first", "4096x2 pixels are too narrow to be cut to the shape of 32x1024"),
+    (CLIP, narrow_clip, "first", "4096x2 pixels are too narrow to be cut to the shape of 64x2048"),
     (MOTION, cut_clip, "clip", "cut short|damaged"),
-    (MOTION, narrow_clip, "first", "4096x2 pixels are too narrow to be cut to the shape of 32x1024"),
+    (MOTION, narrow_clip, "first", "4096x2 pixels are too narrow to be cut to the shape of 64x2048"),
     (VOICE, lambda path: path.write_bytes(b""), "voice", "the file is empty"),
     (VOICE, silent_clip, "voice", "no sound in it"),
     (VOICE, lambda path: cut(path, str(write_voice(path.with_suffix(".wav"), 2))), "voice", "cut short"),
@@ -99,7 +99,7 @@ def test_what_cannot_be_used_is_found_by_the_plan(
     write_voice(tmp_path / "voice.wav", 1)
     make(tmp_path / "bad")
     if make is narrow_clip:
-        changes = {**changes, "reference": {"width": 32, "height": 1024}}
+        changes = {**changes, "reference": {"width": 64, "height": 2048}}
     recipe = write_recipe(tmp_path, changes)
     with pytest.raises(MediaError, match=reason) as caught:
         api.plan(recipe, options(tmp_path, tmp_path / "models"))

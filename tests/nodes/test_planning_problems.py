@@ -116,6 +116,10 @@ CASES: list[tuple[str, Changes, str, str, str | None]] = [
               "talk": {"video": "$piece", "chunks": 1}}, '"$piece"',
      "video: 64x8 pixels, where a video that goes on needs multiples of 16",
      "cut an even amount of cells in its latent_cut node, or cut after extend"),
+    ("R134", {"reference": {"width": 32}, "talk": {"chunks": 1}}, '"$first"',
+     "video: 32x64 pixels, where motion needs 64 a side at least", "make the video larger"),
+    ("R134", {"reference": {"width": 32}, "talk": {"chunks": 0}, "first": {"init_first_frame": True, "vae": "$vae"}},
+     '"$reference"', "reference: 32x64 pixels, where motion needs 64 a side at least", "make the video larger"),
     ("R111", {"frames": {"drop_frames": 81}}, "81", "drop_frames: no frame is left, 81 of 81 are dropped",
      "drop fewer frames, or add chunks"),
 ]  # fmt: skip
