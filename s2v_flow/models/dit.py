@@ -56,8 +56,9 @@ from s2v_flow.models.streaming import WeightStream, can_pin
 PATCH = (1, 2, 2)
 PATCH_VALUES = 64
 VIDEO, REFERENCE, MOTION = range(3)  # rows of the condition mask, and the order of the tokens
-Use = Literal["text", "audio", "step"]  # what streamed weights are for: a prompt, a chunk's sound, or a step
-STREAMED = ("blocks.", "audio_injector.")  # how the names of the parameters begin that can be offloaded to host memory
+Use = Literal["embedding", "text", "encoder", "audio", "motion", "step"]  # what streamed weights are for
+_PREPARING = ("text_embedding", "casual_audio_encoder", "frame_packer")  # what steps do not need, beside the blocks'
+STREAMED = ("blocks.", "audio_injector.", *(f"{name}." for name in _PREPARING))  # parameters that can be offloaded
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class WanS2V(nn.Module):
         return bool(self._streams)
 
     def stream_weights(self, device: torch.device | str) -> None:
-        """Move the weights of blocks and injectors to host memory, unless they are there; they come for their use.
+        """Move the weights of blocks, injectors and preparation to host memory, unless they are there, until their use.
 
         What is computed stays the same, bit for bit.
 
@@ -159,8 +160,14 @@ class WanS2V(nn.Module):
             if index < len(steps):
                 steps[index].append(injector)
         besides = [layer for layers in (*text, *sound) for layer in layers]
-        is_pinned = can_pin(weight_bytes(self.blocks) + weight_bytes(self.audio_injector), torch.device(device))
+        alone = [self.get_submodule(name) for name in _PREPARING]
+        num_bytes = sum(map(weight_bytes, (self.blocks, self.audio_injector, *alone)))
+        is_pinned = can_pin(num_bytes, torch.device(device))
+        embedding, encoder, motion = (WeightStream([[module]], device, is_pinned=is_pinned) for module in alone)
         self._streams = {
+            "embedding": embedding,
+            "encoder": encoder,
+            "motion": motion,
             "text": WeightStream(text, device, is_pinned=is_pinned),
             "audio": WeightStream(audio, device, is_pinned=is_pinned),
             "step": WeightStream(steps, device, besides=besides, is_pinned=is_pinned),
@@ -201,7 +208,8 @@ class WanS2V(nn.Module):
             biases = repetition_biases(padding)
             bias = F.pad(torch.tensor([biases]), (context.shape[1], 0)).to(context.device, self.compute_dtype)
             context = F.pad(context, (0, 0, 0, len(biases)))
-        projected = self.text_embedding(context.to(self.compute_dtype))  # [B, S, D]
+        with self._passing("embedding", 1) as once:
+            (projected,) = [self.text_embedding(context.to(self.compute_dtype)) for _ in once]  # [B, S, D]
         blocks = cast("Sequence[Block]", self.blocks)
         with self._passing("text", len(blocks)) as indices:
             layers = (blocks[index].cross_attn.keys_values(projected) for index in indices)
@@ -227,7 +235,9 @@ class WanS2V(nn.Module):
             return None
         num_audio_frames = AUDIO_FRAMES_PER_LATENT * num_latent_frames
         require_shape("audio_embed", audio_embed, None, AUDIO_LAYERS, self.config.audio_dim, num_audio_frames)
-        global_token, local = self.casual_audio_encoder(audio_embed, conditioning, self.compute_dtype)
+        with self._passing("encoder", 1) as once:
+            given = audio_embed, conditioning, self.compute_dtype
+            ((global_token, local),) = [self.casual_audio_encoder(*given) for _ in once]
         with self._passing("audio", len(INJECTION_BLOCKS)) as indices:
             return PreparedAudio(self.audio_injector.prepare(global_token, local, self.config.num_layers, indices))
 
@@ -363,7 +373,8 @@ class WanS2V(nn.Module):
         if reference_latent is not None:
             parts.append(self.patch_embedding(reference_latent.to(device)) + mask[REFERENCE])
         if motion_latent is not None:
-            parts.append(self.frame_packer(motion_latent.to(device)) + mask[MOTION])
+            with self._passing("motion", 1) as once:
+                parts += [self.frame_packer(motion_latent.to(device)) + mask[MOTION] for _ in once]
         return torch.cat([part.expand(batch_size, -1, -1) for part in parts], dim=1)
 
     def _require_inputs(self, x: Tensor, timestep: Tensor, chunk: PreparedChunk, branches: Sequence[Branch]) -> None:

@@ -24,7 +24,10 @@ LATENT_CHANNELS = 16
 MOTION_LATENT_FRAMES = 19
 INJECTED_BLOCKS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
 _PARTS = ("blocks.", "audio_injector.injector.", "audio_injector.injector_adain_layers.")
-_STREAMED = re.compile(r"(?:blocks|audio_injector\.injector(?:_adain_layers)?)\.[0-9]+\.")
+_STREAMED = re.compile(
+    r"(?:blocks|audio_injector\.injector(?:_adain_layers)?)\.[0-9]+\.|"
+    r"(?:text_embedding|casual_audio_encoder|frame_packer)\."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +89,9 @@ def read_weights(path: Path, kind: str, precision: str, *, on_cpu: bool, is_stre
 
 
 def streamed_bytes(sizes: Mapping[str, int]) -> int:
-    """Count what of streamed weights is on the device: all but blocks and injectors, and two of the largest of these.
+    """Count what of streamed weights is on the device: what steps need beside blocks, and two of the largest of these.
 
-    An injector comes with its block.
+    An injector comes with its block. What only preparation needs is smaller than two blocks.
     """
     layers: dict[str, int] = {}
     resting = 0

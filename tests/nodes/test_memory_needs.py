@@ -151,12 +151,13 @@ def test_injectors_behind_the_last_block_are_not_read_where_the_file_is_mapped(t
 
 
 def test_streamed_weights_are_counted_by_what_is_on_the_device() -> None:
-    """All but blocks and injectors, and two buffers of the largest block with the largest injector."""
+    """What steps need beside blocks and injectors, and two buffers of the largest block with the largest injector."""
     with torch.device("meta"):
         module = WanS2V(S2VConfig(dim=256, ffn_dim=512, num_layers=2, text_dim=16, audio_dim=16))
     sizes = {key: value.nbytes for key, value in module.state_dict().items()}
     injector = module.audio_injector
-    moved = [*module.blocks, *injector.injector, *injector.injector_adain_layers]
+    alone = [module.text_embedding, module.casual_audio_encoder, module.frame_packer]
+    moved = [*module.blocks, *injector.injector, *injector.injector_adain_layers, *alone]
 
     def size(layer: torch.nn.Module) -> int:
         return sum(value.nbytes for value in layer.state_dict().values())
