@@ -104,7 +104,11 @@ def test_a_signal_ends_both_sides(tmp_path: Path) -> None:
         return film(tmp_path / "a.mp4", passing())
 
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt):
-        beside(repeat(next(noise(1))), work)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            beside(repeat(next(noise(1)), 1000), work)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert list(tmp_path.iterdir()) == []
     assert threading.active_count() == before
