@@ -110,7 +110,7 @@ def test_two_jobs_with_one_output_are_refused_before_anything_runs(tiny_models: 
     made = place(tmp_path, tiny_models)
     (tmp_path / "jobs.csv").write_text("nodes.first.seed\n1\n2\n", encoding="utf-8")
     code, _, err = batch(made)
-    assert code == 3
+    assert code == 3, err
     assert f"job 1 ({made.recipe}, {tmp_path / 'jobs.csv'}:2) and job 2 ({made.recipe}, " in err
     assert "talk.mp4" in err
     assert not (tmp_path / "out").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def make_models(root: Path, tiny: Path) -> None:
     """Make a ComfyUI models folder: the names that recipes use, the demo's tiny models."""
     for name, file in MODELS.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        os.link(tiny / file, root / name)
+        shutil.copyfile(tiny / file, root / name)  # a link would change a file that another worker may be hashing
 
 
 def make_inputs(folder: Path, seconds: float) -> None:
