@@ -46,7 +46,7 @@ def chunk_fields(draw: st.DrawFn) -> dict[str, Any]:
 @st.composite
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
     """Draw a recipe of what ComfyUI has words for."""
-    width, height = draw(st.integers(2, 80)) * 16, draw(st.integers(2, 80)) * 16
+    width, height = draw(st.integers(4, 80)) * 16, draw(st.integers(4, 80)) * 16
     loras = [{"id": f"l{n}", "file": f"l{n}.safetensors", "strength": s} for n, s in enumerate(draw(_strengths()))]
     nodes: dict[str, Any] = {
         "dit": {"kind": "load_diffusion_model", "checkpoint": "a/x.safetensors", "loras": loras},
