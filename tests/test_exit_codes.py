@@ -163,6 +163,7 @@ def test_130_143_and_75_signals(number: int, code: int, tmp_path: Path) -> None:
     assert (done.returncode, "Traceback" in done.stderr) == (code, False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("setpriv") is None, reason="takes root's rights away")
 def test_what_may_not_be_read_is_no_defect(tmp_path: Path) -> None:
     """A folder that may not be entered, and a weight file; root may read them all, so its rights are taken away."""

@@ -34,6 +34,7 @@ def files_of_a_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
 
 
+@pytest.mark.slow
 def test_a_run_whose_cache_folder_cannot_be_made_ends_in_a_video(
     made: Place, quick_run: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.slow
 def test_a_block_and_the_vae_do_no_more_work_than_they_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every line of the history says what it is of; half as much would be a mistake of the counting."""
     main(["--quick", "--json", str(tmp_path / "now.json"), "--history", str(tmp_path / "history.jsonl")])

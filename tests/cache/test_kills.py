@@ -45,6 +45,7 @@ def kill_at_random(root: Path, kills: int, seed: int) -> tuple[int, int]:
     return killed, survived
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_a_writer_killed_at_random_times_leaves_a_sound_store(tmp_path: Path) -> None:
     """40 times: what is there is right, what is half made is tidied up, and the next writer finishes."""
@@ -105,6 +106,7 @@ def corrupt_at_random(root: Path, times: int, seed: int) -> int:
     return noticed
 
 
+@pytest.mark.slow
 def test_corrupted_files_are_never_read_as_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     assert corrupt_at_random(tmp_path, 200, seed=5) > 150

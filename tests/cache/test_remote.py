@@ -81,6 +81,7 @@ def test_a_remote_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None
     assert RemoteStore(tmp_path / "a", (tmp_path / "empty").as_uri(), pytest.fail).lookup(KEY) is not None
 
 
+@pytest.mark.slow
 def test_a_run_takes_what_is_there_and_gives_what_it_makes(quick_run: Place, tmp_path: Path) -> None:
     """A machine with an empty cache computes nothing; the video is the same."""
     url = (tmp_path / "shared").as_uri()

@@ -49,6 +49,7 @@ def test_closed_and_full_streams_make_no_traceback(
     assert bool(out) == ("2>" in tail)
 
 
+@pytest.mark.slow
 def test_a_full_stdout_is_told_of_by_commands_that_end_with_another_code(tmp_path: Path) -> None:
     """What is missing stands in the plan, which nobody has then."""
     recipe = RECIPES / "s2v_lightning.yaml"

@@ -145,6 +145,7 @@ def test_a_package_that_cannot_be_imported_breaks_only_what_uses_it(tiny_models:
     assert not list(here.cache.glob("objects/**/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "two", "text"),
     [

@@ -98,6 +98,7 @@ def race(folder: Path, rounds: int) -> int:
     return computed
 
 
+@pytest.mark.slow
 def test_eight_processes_compute_each_result_once(tmp_path: Path) -> None:
     assert race(tmp_path, 5) == 5 * len(KEYS)
 
@@ -186,6 +187,7 @@ def mixed(folder: Path, seconds: float, monkeypatch: pytest.MonkeyPatch) -> tupl
     return sum(said[:4]), said[4:]
 
 
+@pytest.mark.slow
 def test_eviction_verification_and_removal_beside_runs_harm_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

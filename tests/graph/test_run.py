@@ -286,6 +286,7 @@ def test_a_damaged_entry_is_a_miss(shop: Workshop, how: str) -> None:
     assert shop.started() == []
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(hows=st.lists(st.sampled_from(HOW), min_size=10, max_size=10), change=st.booleans())
 def test_no_damage_to_the_store_ever_changes_a_result(hows: list[str], change: bool) -> None:

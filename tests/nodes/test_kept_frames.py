@@ -126,6 +126,7 @@ def test_all_sinks_of_a_run_are_served_by_one_decoding(
     assert sampled.video.read_bytes() == quick_run.video.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["flip", "delete"])
 def test_kept_frames_that_are_damaged_or_gone_are_decoded_again(
     how: str, made: Place, tiny_models: Path, decoder: Decoder

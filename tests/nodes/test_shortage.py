@@ -277,6 +277,7 @@ def test_other_errors_pass_and_nothing_is_tried_again(tmp_path: Path) -> None:
     assert "retreats" not in bench.facts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "num_branches"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 2)])
 def test_what_a_step_holds_is_counted_within_a_tenth(dtype: torch.dtype, num_branches: int) -> None:
     """Beside the weights, on the CPU, where attention never holds all scores: measured on a small model."""

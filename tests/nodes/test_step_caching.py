@@ -132,6 +132,7 @@ def test_on_it_is_part_of_the_identity_with_its_threshold(tmp_path: Path) -> Non
     assert [(one["step_cache"], one["step_cache_threshold"]) for one in found] == [("easy", 1.0), ("easy", 0.1)]
 
 
+@pytest.mark.slow
 def test_a_run_says_how_many_steps_were_reused(quick_run: Place, tmp_path: Path) -> None:
     """Its closing line, show and the manifest; plan warns where there are few steps."""
     here = copied(quick_run, tmp_path / "here")

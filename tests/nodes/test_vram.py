@@ -75,6 +75,7 @@ def test_without_guidance_there_is_nothing_to_run_in_turn(tmp_path: Path, tiny_m
     assert needed(api.plan(recipe, options(tmp_path, tiny_models)), "cpu", 1)["first"].way == {}
 
 
+@pytest.mark.slow
 def test_a_run_within_a_budget_gives_the_same_bytes_under_the_same_fingerprints(
     tmp_path: Path, tiny_models: Path
 ) -> None:

@@ -57,6 +57,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_two_ranks_make_what_one_makes(tmp_path: Path, tiny_models: Path) -> None:
     """Branches of guidance in one chunk, tokens in the other, steps that are reused; one process finds all stored."""
     cache = {"step_cache": "easy", "step_cache_threshold": 3.0}
@@ -309,6 +310,7 @@ def test_whoever_is_killed_nobody_is_left(victim: str, tmp_path: Path, tiny_mode
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder of logs; that of a run that lives stays until its end."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
