@@ -68,10 +68,10 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 
 def test_the_readme_is_short_and_says_first_what_has_run() -> None:
-    """700 to 900 words without code blocks; the status stands on the first screen."""
+    """700 words without code blocks, 900 with them and whatever else counts; the status is on the first screen."""
     words = prose(text_of("README.md")).split()
     assert len([word for word in words if re.search(r"\w", word)]) >= 700
-    assert len(words) <= 900
+    assert len(text_of("README.md").split()) <= 900
     assert "Nothing has run on a GPU" in "\n".join(text_of("README.md").splitlines()[:12])
 
 
@@ -207,11 +207,11 @@ def test_command_lines_run(page: str, sandbox: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_python_of_the_readme_runs(sandbox: Path) -> None:
+def test_the_python_of_every_day_runs(sandbox: Path) -> None:
     demo = sandbox / "recipes" / "demo.yaml"
     demo.write_text(small(demo.read_text(encoding="utf-8")), encoding="utf-8")
-    (code,) = blocks(text_of("README.md"), "python")
-    exec(compile(code, "README.md", "exec"), {})
+    (code,) = blocks(text_of("docs/every-day.md"), "python")
+    exec(compile(code, "every-day.md", "exec"), {})
     assert (sandbox / "recipes" / "out" / "demo.mp4").is_file()
 
 
