@@ -292,7 +292,13 @@ assert not loaded, loaded
 
 @pytest.mark.parametrize(
     "arguments",
-    [["check", "recipes/demo.yaml"], ["plan", "recipes/demo.yaml"], ["nodes"], ["nodes", "sample"], ["schema"]],
+    [
+        ["plan", "recipes/demo.yaml"],
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in (["check", "recipes/demo.yaml"], ["nodes"], ["nodes", "sample"], ["schema"])
+        ),
+    ],
     ids=" ".join,
 )
 def test_looking_at_a_recipe_imports_no_torch_and_makes_no_file_but_its_memory_of_digests(

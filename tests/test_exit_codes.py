@@ -151,7 +151,13 @@ def test_11_the_video_is_not_as_required(here: Here) -> None:
     assert here.run("--set", "nodes.video.quality=off", "--force", "video")[0] == 11
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+SIGNALS = [
+    (signal.SIGTERM, 143),
+    *(pytest.param(*it, marks=pytest.mark.slow) for it in ((signal.SIGINT, 130), (signal.SIGUSR1, 75))),
+]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_130_143_and_75_signals(number: int, code: int, tmp_path: Path) -> None:
     """In a process of its own, before anything was computed (within a chunk: tests/test_stopping.py)."""
     program = (

@@ -265,6 +265,7 @@ def test_after_ctrl_c_the_next_run_goes_on_from_the_stored_chunks(tmp_path: Path
     assert_goes_on(recipe, where, change)
 
 
+@pytest.mark.slow
 def test_after_sigterm_the_next_run_goes_on_from_the_stored_chunks(
     tmp_path: Path, done: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

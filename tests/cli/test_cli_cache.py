@@ -44,6 +44,7 @@ def test_a_run_taken_to_another_cache_computes_nothing_there(done: tuple[Path, l
     assert report["computed"] == []
 
 
+@pytest.mark.slow
 def test_the_commands_agree_about_what_is_there(done: tuple[Path, list[str]]) -> None:
     """ls, stats, verify, pin, gc and rm; dry runs change nothing."""
     where = ["--cache-dir", done[0] / "cache"]

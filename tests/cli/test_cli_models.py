@@ -73,6 +73,7 @@ def test_a_file_is_converted(tmp_path: Path, tiny_models: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_hostile_file_is_exit_code_5_and_calls_nothing(tmp_path: Path) -> None:
     path = forge(tmp_path / "a.pth", {"x": Calls(tmp_path / "trace")})
     code, out, err = call("models", "convert", path, "-o", tmp_path / "out" / "a.safetensors")

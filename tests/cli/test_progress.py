@@ -179,6 +179,7 @@ def test_every_command_has_an_example_that_it_accepts() -> None:
             command.make_context(name, words, parent=context)
 
 
+@pytest.mark.slow
 def test_events_on_stdout_are_not_drawn_into_the_table(done: Place) -> None:
     """stderr is a terminal, stdout a pipe."""
     command = [sys.executable, "-m", "s2v_flow", "run", str(done.recipe), *done.where, "--events", "-"]

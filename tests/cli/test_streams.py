@@ -13,8 +13,9 @@ from recipes_for_tests import RECIPES
 from s2v_flow.api import check
 
 DEMO = RECIPES / "demo.yaml"
-QUICK = (("--help",), ("plan", DEMO, "--device", "cpu"))
+QUICK = (("--help",),)
 MORE = (
+    ("plan", DEMO, "--device", "cpu"),
     ("check", DEMO),
     *(("--version",), ("schema",), ("nodes",), ("config", DEMO, "--json"), ("graph", DEMO)),
     *(("cache", "ls", "--json"), ("runs",)),
@@ -23,7 +24,11 @@ COMMANDS = [*QUICK, *(pytest.param(words, marks=pytest.mark.slow) for words in M
 ENDS = ((">&-", 0), (">/dev/full", 6), ("2>&-", 0), ("2>/dev/full", 0))
 CASES = [
     *((words, *end) for words in QUICK for end in ENDS),
-    *(pytest.param(words, *end, marks=pytest.mark.slow) for words in MORE for end in ENDS[1:3]),
+    *(
+        pytest.param(words, *end, marks=pytest.mark.slow)
+        for words in MORE
+        for end in (ENDS if "plan" in words else ENDS[1:3])
+    ),
 ]
 WRONG = (("no-such-command",), 2), (("check", DEMO, "--set", "steps=0"), 3), (("check", "none.yaml"), 3)
 
@@ -74,9 +79,8 @@ def test_a_reader_that_leaves_early_changes_nothing(words: tuple[object, ...], t
     assert (code, err.count(b"Traceback"), err.count(b"BrokenPipe")) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(
-    "encoding", ["cp1252", *(pytest.param(it, marks=pytest.mark.slow) for it in ("ascii:strict", ""))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii:strict", ""])
 def test_a_recipe_comes_out_of_any_encoding_as_utf_8(encoding: str, tmp_path: Path) -> None:
     """What is written into a file is a recipe again; errors with signs that a terminal lacks come as escapes."""
     recipe = tmp_path / "recipe.yaml"

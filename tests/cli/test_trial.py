@@ -34,6 +34,7 @@ def outputs(planned: api.Planned) -> list[Path]:
     return [node.files["file",] for node in planned.plan.nodes if node.node.is_sink]
 
 
+@pytest.mark.slow
 def test_a_trial_is_run_and_the_whole_is_estimated_by_it(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

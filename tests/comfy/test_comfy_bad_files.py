@@ -131,6 +131,7 @@ def test_a_value_out_of_range_is_a_mistake_in_the_recipe(tmp_path: Path) -> None
     assert "steps: must be at least 1" in first_message(prompt, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_template_is_imported_without_torch(tmp_path: Path) -> None:
     """A whole process: Python, the check of the result and of its profile included."""
     code = (

@@ -41,7 +41,7 @@ def plan(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.parametrize(("profile", "steps", "seeds", "models"), [
     ((), 4, [20, 1, 250], MODELS | {LORA}),
-    (("-p", "steps_20"), 20, [20, 1, 250, 1], MODELS),
+    pytest.param(("-p", "steps_20"), 20, [20, 1, 250, 1], MODELS, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_plan_without_models_names_each_with_its_home(
     profile: tuple[str, ...], steps: int, seeds: list[int], models: set[str], tmp_path: Path

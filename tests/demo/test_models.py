@@ -80,6 +80,7 @@ def test_weights_are_the_reference_weights(tiny_models: Path, file: str, key: st
     assert sha256(read(tiny_models / f"{file}.safetensors", key)) == digest
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(tmp_path: Path, tiny_models: Path) -> None:
     make_demo_models(tmp_path / "models", seed=1)
     file, key = "diffusion_models/tiny_s2v_fp8_scaled.safetensors", "blocks.0.ffn.0.weight"

@@ -43,6 +43,7 @@ def test_the_vae_alone_keeps_held_out_characters() -> None:
     assert -10 * torch.stack(errors).mean().log10() > VAE_DECIBEL
 
 
+@pytest.mark.slow
 def test_the_measure_tells_how_far_a_mouth_opens_and_bends() -> None:
     """On drawings, where the truth is known."""
     who = draw_character(torch.Generator().manual_seed(7))
@@ -123,7 +124,7 @@ def test_lips_are_late_as_theory_says_where_comfyuis_timing_is_asked_for(tmp_pat
     assert figures(shown(tmp_path, voice, nodes__first__conditioning="comfyui"), character())["lag"] == 3
 
 
-@pytest.mark.parametrize("chunks", [pytest.param(5, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("chunks", [pytest.param(3, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)])
 def test_many_chunks_do_not_drift_and_the_mouth_closes_in_a_pause(chunks: int, tmp_path: Path) -> None:
     """To what the drawing at rest measures, by a hundredth of the picture's half height: two thirds of a pixel."""
     found = figures(shown(tmp_path, speech(tmp_path / "long.wav", chunks, pause=24)), character())

@@ -99,6 +99,7 @@ def test_a_package_is_listed_checked_run_recorded_and_locked(mirror: Path, tiny_
     assert (unknown[0], "s2v-mirror 2 is installed, no version of it was locked" in unknown[2]) == (4, True)
 
 
+@pytest.mark.slow
 def test_the_schema_and_near_names_know_a_package(mirror: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "wrong.yaml"
     recipe.write_text("s2vflow: 1\nnodes: {a: {kind: frames_miror}, b: {kind: frames_mirror, also_vertica: true}}\n")
@@ -162,6 +163,7 @@ def test_a_name_that_is_taken_is_an_error_that_names_both(one: str, two: str, te
     assert not two or ("s2v-one 1" in check[2] and "s2v-two 2" in check[2])
 
 
+@pytest.mark.slow
 def test_a_package_in_the_current_folder_is_not_installed(mirror: Path) -> None:
     """A downloaded folder with a recipe in it brings no code along, though `python -m` searches it."""
     done = subprocess.run(

@@ -119,6 +119,7 @@ def test_bf16_stays_near_float32(tmp_path: Path, tiny_models: Path, cache: Path)
     assert 0 < relative_error(found["bf16"], found["fp32"]) <= 2e-2
 
 
+@pytest.mark.slow
 def test_a_saved_latent_is_continued_as_the_video_itself_would_be(
     tmp_path: Path, tiny_models: Path, cache: Path
 ) -> None:

@@ -53,6 +53,7 @@ class CountingVae(nn.Module):
         return pixels, True
 
 
+@pytest.mark.slow
 def test_decoded_pixels_are_let_go_of_before_the_next_are_made(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

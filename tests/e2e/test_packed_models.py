@@ -92,7 +92,13 @@ def latent(models: Path, folder: Path, checkpoint: str, **fields: Any) -> torch.
 
 
 @pytest.mark.parametrize("kind", ["q8_0", pytest.param("q4_0", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("loras", [[], [{"id": "l", "file": "tiny_lightning_lora.safetensors", "allow_partial": True}]])
+@pytest.mark.parametrize(
+    "loras",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        [{"id": "l", "file": "tiny_lightning_lora.safetensors", "allow_partial": True}],
+    ],
+)
 def test_a_gguf_diffusion_model_gives_the_latents_of_its_expanded_twin(
     models: Path, tmp_path: Path, kind: str, loras: list[dict[str, Any]]
 ) -> None:

@@ -65,6 +65,7 @@ def test_the_same_frames_come_out_again(done: Place, tmp_path: Path) -> None:
     assert {**again, "recipe": ""} == {**was, "recipe": ""}
 
 
+@pytest.mark.slow
 def test_another_input_is_named_and_nothing_is_run(done: Place, tmp_path: Path) -> None:
     write_voice(tmp_path / "voice.wav", 0.9)
     where = [*done.where, "--input-dir", tmp_path]

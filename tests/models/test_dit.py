@@ -152,7 +152,7 @@ def test_prepared_state_is_not_changed_by_forward(model: WanS2V) -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_two_branches_equal_two_calls_bit_for_bit(dtype: torch.dtype) -> None:
     model = fill_module(WanS2V(TINY, compute_dtype=dtype)).to(dtype)
     inputs, _, case = load_golden("components/dit_official_extend")
@@ -169,7 +169,14 @@ def test_two_branches_equal_two_calls_bit_for_bit(dtype: torch.dtype) -> None:
     assert not torch.equal(*both)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 1e-6),
+        pytest.param(torch.bfloat16, 8e-3, marks=pytest.mark.slow),
+        pytest.param(torch.float16, 1e-3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_few_rows_stand_for_a_texts_padding(dtype: torch.dtype, tolerance: float) -> None:
     model = fill_module(WanS2V(TINY, compute_dtype=dtype)).to(dtype)
     inputs, _, case = load_golden("components/dit_official_extend")

@@ -83,7 +83,7 @@ def test_tiny_decoding_equals_the_reference(tiny: WanVAE, case: str) -> None:
     check_decoding(tiny, case)
 
 
-@pytest.mark.parametrize("case", ["vae_full_encode_1f", "vae_full_encode_9f"])
+@pytest.mark.parametrize("case", ["vae_full_encode_1f", pytest.param("vae_full_encode_9f", marks=pytest.mark.slow)])
 def test_full_width_encoding_equals_the_reference(full: WanVAE, case: str) -> None:
     check_encoding(full, case)
 

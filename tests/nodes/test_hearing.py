@@ -107,10 +107,8 @@ def test_a_long_voice_is_encoded_in_windows(seconds: float, window: Any, expecte
     assert node.window_states(round(seconds * 16_000)) == expected
 
 
-@pytest.mark.parametrize(
-    ("seconds", "warmup", "num_frames"),
-    [(0.03, 0, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.05, 3, 1), (0.3, 0, 5)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "warmup", "num_frames"), [(0.03, 0, 1), (0.05, 3, 1), (0.3, 0, 5)])
 def test_a_sound_shorter_than_a_chunk_works(
     seconds: float, warmup: int, num_frames: int, tmp_path: Path, tiny_models: Path
 ) -> None:

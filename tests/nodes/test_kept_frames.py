@@ -97,6 +97,7 @@ def test_another_crf_decodes_nothing_and_gives_the_bytes_of_a_run_that_does(
     assert len(kept(made)) == 1
 
 
+@pytest.mark.slow
 def test_what_is_forced_is_decoded_anew(made: Place, tiny_models: Path, decoder: Decoder) -> None:
     """A node alone is forced where something needs it; --no-cache forces it too."""
     crf, forced = "nodes.video.crf=30", Selection(force=("frames",))
@@ -108,6 +109,7 @@ def test_what_is_forced_is_decoded_anew(made: Place, tiny_models: Path, decoder:
     assert len(kept(made)) == 1
 
 
+@pytest.mark.slow
 def test_all_sinks_of_a_run_are_served_by_one_decoding(
     sampled: Place, tiny_models: Path, decoder: Decoder, quick_run: Place
 ) -> None:
@@ -148,6 +150,7 @@ def test_kept_frames_that_are_damaged_or_gone_are_decoded_again(
     assert decoder.calls == 0
 
 
+@pytest.mark.slow
 def test_frames_that_are_evicted_while_they_are_read_are_decoded_from_there(
     made: Place, tiny_models: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,7 @@ def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
         (256, 512, 3, 4, 16, 1, torch.float32),
         (256, 1024, 4, 2, 16, 2, torch.float32),
         (512, 1382, 3, 2, 16, 1, torch.float32),
-        (256, 690, 3, 2, 24, 2, torch.bfloat16),
+        pytest.param(256, 690, 3, 2, 24, 2, torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_a_denoising_step_holds_what_is_computed_of_it(
@@ -109,7 +109,9 @@ def test_a_denoising_step_holds_what_is_computed_of_it(
     assert chunk_bytes(weights, *size, inputs) - unseen == pytest.approx(held, rel=0.15)
 
 
-@pytest.mark.parametrize(("width", "side", "group"), [(8, 64, 1), (8, 64, 4), (16, 96, 2)])
+@pytest.mark.parametrize(
+    ("width", "side", "group"), [(8, 64, 1), (8, 64, 4), pytest.param(16, 96, 2, marks=pytest.mark.slow)]
+)
 def test_decoding_and_encoding_hold_what_is_computed_of_them(width: int, side: int, group: int) -> None:
     """Within 15 %: what convolutions need besides is invisible here, and counted."""
     with torch.device("meta"):

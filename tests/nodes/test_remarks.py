@@ -157,6 +157,7 @@ def test_a_negative_prompt_without_guidance_is_noted_where_it_is_given(tmp_path:
     assert "in talk" in note
 
 
+@pytest.mark.slow
 def test_a_lora_that_changes_nothing_is_named_by_the_run(tmp_path: Path, models: Path) -> None:
     """By its values, also where it stands among others, merged; and by its strength."""
     loras = [

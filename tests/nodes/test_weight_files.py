@@ -330,7 +330,7 @@ def test_a_pickle_is_told_the_command_whatever_it_is_called(tmp_path: Path, tiny
     ("node", "key", "until"),
     [
         ("umt5", "encoder.final_layer_norm.weight", "positive"),
-        ("wav2vec2", "encoder.layer_norm.bias", "speech"),
+        pytest.param("wav2vec2", "encoder.layer_norm.bias", "speech", marks=pytest.mark.slow),
         ("vae", "encoder.head.2.bias", "reference"),
     ],
 )

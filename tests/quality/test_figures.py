@@ -172,6 +172,7 @@ def test_gates_name_what_is_not_met(voice: Audio, talking: Frames) -> None:
     assert list(unmet(good, dict.fromkeys((name for name in GATES if name.startswith("max")), 1e6))) == []
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_file(tmp_path: Path, voice: Audio, talking: Frames) -> None:
     """As its frames before encoding; and says what is wrong with what it is given."""
     video = tmp_path / "talk.mp4"

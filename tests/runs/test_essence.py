@@ -85,6 +85,7 @@ def test_it_says_nothing_of_the_run(done: Place) -> None:
     assert str(done.cache) not in note
 
 
+@pytest.mark.slow
 def test_a_second_run_leaves_the_file_alone_and_imports_no_torch(done: Place) -> None:
     before = done.video.stat().st_mtime_ns, done.video.read_bytes()
     code = (

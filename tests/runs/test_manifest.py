@@ -131,7 +131,7 @@ def test_a_lora_is_shown_once_with_its_share(done: Place, manifest: dict[str, An
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process")
-@pytest.mark.parametrize("axes", [[], ["nodes.first.seed=7,8"]])
+@pytest.mark.parametrize("axes", [[], pytest.param(["nodes.first.seed=7,8"], marks=pytest.mark.slow)])
 def test_a_run_is_listed_from_its_start_and_as_killed_once_it_is(
     done: Place, tmp_path: Path, tiny_models: Path, axes: list[str]
 ) -> None:
@@ -265,6 +265,7 @@ def test_a_manifest_that_cannot_be_written_is_a_warning(tmp_path: Path, done: Pl
     assert "the run's manifest cannot be written" in warning.text
 
 
+@pytest.mark.slow
 def test_a_video_that_is_moved_at_once_loses_no_manifest(done: Place, tmp_path: Path, tiny_models: Path) -> None:
     """As by a program that watches the folder; its digest is known all the same."""
     made = copied(done, tmp_path)

@@ -145,7 +145,7 @@ def random_dit() -> dict[str, Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("has_motion", [False, True])
+@pytest.mark.parametrize("has_motion", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_students_forward_pass_is_the_models(has_motion: bool) -> None:
     """Within 0.5 %: what is worked out once, codes of time and place, varies a little with the picture's contrast."""
     weights = random_dit()
@@ -220,7 +220,8 @@ def test_the_ears_are_trained_and_their_file_loads(tmp_path: Path, monkeypatch: 
     assert np.mean(losses[-5:]) < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(("index", "num_frames"), [pytest.param(0, 10, marks=pytest.mark.slow), (100, 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("index", "num_frames"), [(0, 10), (100, 3)])
 def test_a_clip_is_the_same_every_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int, num_frames: int
 ) -> None:

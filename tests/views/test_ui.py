@@ -221,6 +221,7 @@ def test_a_wrong_value_is_told_where_it_is_and_nothing_is_written(page: Open, fo
     assert list(folder.glob("ui/*.yaml")) == []
 
 
+@pytest.mark.slow
 def test_what_runs_is_a_recipe_in_the_folder_and_its_video_is_in_the_gallery(page: Open, folder: Path) -> None:
     """The plan shows it; the command runs it outside, too; asked for again, it is the same file."""
     wish = {"source": "recipe.yaml", "values": {"params.crf": "30"}, "name": "mine"}
