@@ -7,12 +7,13 @@ import re
 import shutil
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from s2v_flow.cache.housekeeping import Kept
 from s2v_flow.cache.store import Entry, Store, file_sha256, read_entry
 from s2v_flow.errors import MissingError, RefusedError
-from s2v_flow.files.atomic import finish, temporary, writing
+from s2v_flow.files.atomic import finish, is_file_there, temporary, writing
 
 _ENTRY = re.compile(r"entries/[0-9a-f]{2}/[0-9a-f]{64}\.json")
 _OBJECT = re.compile(r"objects/[0-9a-f]{2}/[0-9a-f]{64}\.[a-z0-9]{1,16}")
@@ -25,9 +26,12 @@ def export_bundle(root: Path, chosen: Sequence[Kept], target: Path) -> int:
 
     Raises:
         DamagedObjectError: An object is damaged or gone.
+        RefusedError: Another file is there, and no earlier bundle.
         S2VFlowError: The file cannot be written.
     """
     store = Store(root)
+    if is_file_there(target) and not _is_bundle(target):
+        raise RefusedError(f"{target}: another file is there, and stays", fix="name a new one, or remove it")
     for item in {item for kept in chosen for item in kept.entry.outputs.values()}:
         store.check(item)
     with writing(target), temporary(target.absolute().parent, ".tar") as (file, name):
@@ -40,6 +44,17 @@ def export_bundle(root: Path, chosen: Sequence[Kept], target: Path) -> int:
         finish(file)
         os.replace(name, target)
     return len(names)
+
+
+def _is_bundle(path: Path) -> bool:
+    with suppress(OSError, tarfile.TarError), tarfile.open(path, mode="r:") as tar:
+        first = tar.next()
+        return first is None or _is_known(first.name)
+    return False
+
+
+def _is_known(name: str) -> bool:
+    return bool(_ENTRY.fullmatch(name) or _OBJECT.fullmatch(name))
 
 
 def _add(tar: tarfile.TarFile, path: Path, name: str) -> None:
@@ -58,7 +73,7 @@ def import_bundle(root: Path, source: Path, *, is_dry: bool = False) -> list[Ent
         S2VFlowError: The cache cannot be written.
     """
     store = Store(root)
-    with store.scratch() as scratch:
+    with store.scratch() as scratch, writing(scratch):
         entries = [entry for entry in _unpacked(source, scratch) if store.lookup(entry.fingerprint) is None]
         for number, entry in enumerate([] if is_dry else entries):
             outputs: dict[str, bytes | Path] = {}
@@ -73,10 +88,13 @@ def import_bundle(root: Path, source: Path, *, is_dry: bool = False) -> list[Ent
 def _unpacked(source: Path, scratch: Path) -> list[Entry]:
     """Unpack into a scratch folder what has an expected name, and check all of it."""
     try:
+        source.open("rb").close()
+    except OSError as error:
+        raise MissingError(f"{source}: cannot be read: {error.strerror}") from error
+    try:
         with tarfile.open(source, mode="r:") as tar:  # not compressed: nothing small becomes large
             for number, member in enumerate(tar):
-                is_known = _ENTRY.fullmatch(member.name) or _OBJECT.fullmatch(member.name)
-                if not is_known or not member.isreg() or member.issparse() or number >= MAX_MEMBERS:
+                if not _is_known(member.name) or not member.isreg() or member.issparse() or number >= MAX_MEMBERS:
                     raise RefusedError(f"{source}: {member.name!r} does not belong into a cache", fix=_FIX)
                 content = tar.extractfile(member)
                 assert content is not None, "regular files have content"
@@ -84,8 +102,6 @@ def _unpacked(source: Path, scratch: Path) -> list[Entry]:
                     shutil.copyfileobj(content, file)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise RefusedError(f"{source} is no sound tar file: {error}", fix=_FIX) from error
-    except FileNotFoundError as error:
-        raise MissingError(f"{source}: there is no such file") from error
     found = []
     for path in sorted(scratch.glob("*.json")):
         entry = read_entry(path)

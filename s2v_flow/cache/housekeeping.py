@@ -1,13 +1,15 @@
 """Looking after a cache folder: what is in it, what of it is sound, what may go.
 
 Every order here is safe at any moment: entries go before their objects, so that what is looked up is there; and
-nothing goes that is pinned, younger than an hour, or of a run that lives, but what is spare.
+nothing goes that is pinned, younger than an hour, or of a run that lives, but what is spare. The folder may be one in
+which a user keeps other files: what is not named as the cache names its own is not looked at.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -24,6 +26,8 @@ from s2v_flow.files.lock import held, is_held, remove_unused
 YOUNG_SECONDS = 3600.0
 _QUARANTINE_SECONDS = 7 * 24 * 3600.0
 _RESUME_POINT_SECONDS = 30 * 24 * 3600.0
+_KEY = re.compile("[0-9a-f]{64}")
+_MARKER = re.compile("[0-9a-f]{8}-[0-9]+-.+")
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,16 @@ def tidy(root: Path) -> int:
     """
     removed = reap(root / "tmp")
     store, resume_points = Store(root), ResumePoints(root)
-    for path in root.glob("checkpoints/??/*.safetensors"):
+    for path in _own(root, "checkpoints/??/*.safetensors"):
         if store.lookup(path.stem) is not None or _age(path) > _RESUME_POINT_SECONDS:
             resume_points.forget(path.stem)
             removed += 1
-    for path in root.glob("quarantine/*"):
+    for path in _own(root, "quarantine/*"):
         if _age(path) > _QUARANTINE_SECONDS:
             _remove(path)
             removed += 1
-    removed += remove_unused(root / "locks")
-    for path in root.glob("live/*.json"):
+    removed += remove_unused(_own(root, "locks/*"))
+    for path in _own(root, "live/*.json", _MARKER):
         if not _is_live(path):
             with suppress(OSError):
                 path.unlink()
@@ -82,13 +86,18 @@ def tidy(root: Path) -> int:
     return removed
 
 
+def _own(root: Path, pattern: str, name: re.Pattern[str] = _KEY) -> list[Path]:
+    """List the files of a pattern that are named as the cache names its own."""
+    return sorted(path for path in root.glob(pattern) if name.fullmatch(path.stem))
+
+
 def _age(path: Path) -> float:
-    """Return for how many seconds nothing was done with a file; 0 where it is gone."""
+    """Return for how many seconds nothing was done with a file; 0 or less where it is gone, or a clock was ahead."""
     try:
         status = path.lstat()
     except OSError:
         return 0.0
-    return _seconds_since(max(status.st_mtime, status.st_ctime))
+    return time.time() - max(status.st_mtime, status.st_ctime)
 
 
 def _seconds_since(when: float) -> float:
@@ -124,7 +133,7 @@ def is_running(root: Path, run: str) -> bool:
 
     A run on another machine that locks do not reach counts as dead.
     """
-    for marker in root.glob(f"live/*-{run}.json"):
+    for marker in _own(root, "live/*.json", re.compile(f"[0-9a-f]{{8}}-[0-9]+-{re.escape(run)}")):
         is_known = is_held(marker)
         if is_known or (is_known is None and _is_process(marker)):
             return True
@@ -150,7 +159,7 @@ def inventory(root: Path) -> list[Kept]:
     """List the sound entries, the cheapest to lose first."""
     held, since = _held(root)
     found = []
-    for path in sorted(root.glob("entries/??/*.json")):
+    for path in _own(root, "entries/??/*.json"):
         entry = read_entry(path)
         if entry is None:
             continue
@@ -169,7 +178,7 @@ def _held(root: Path) -> tuple[set[str], float]:
     """Return what live runs said they need, and since when the oldest of them lives."""
     held: set[str] = set()
     since = float("inf")
-    for marker in root.glob("live/*.json"):
+    for marker in _own(root, "live/*.json", _MARKER):
         with suppress(OSError, ValueError, TypeError):
             if _is_live(marker):
                 since = min(since, marker.stat().st_mtime)
@@ -186,8 +195,8 @@ def stats(root: Path) -> dict[str, Any]:
         "bytes": objects_size(root),
         "seconds_to_recompute": round(sum(item.entry.facts.get("seconds") or 0 for item in kept), 1),
         "pinned": sum(item.is_pinned for item in kept),
-        "quarantined": len(list(root.glob("quarantine/*"))),
-        "checkpoints": len(list(root.glob("checkpoints/??/*.safetensors"))),
+        "quarantined": len(_own(root, "quarantine/*")),
+        "checkpoints": len(_own(root, "checkpoints/??/*.safetensors")),
         "stale": len(stale(root / "tmp")),
     }
 
@@ -203,14 +212,15 @@ def _objects(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
             with suppress(OSError), os.scandir(folder) as files:
                 for file in files:
                     with suppress(OSError):
-                        yield Path(file.path), file.stat(follow_symlinks=False)
+                        if _KEY.fullmatch(file.name.partition(".")[0]):
+                            yield Path(file.path), file.stat(follow_symlinks=False)
 
 
 def verify(root: Path, *, is_repair: bool = False) -> dict[str, Any]:
     """Read every entry and every object; what is damaged is named, and with `is_repair` moved to quarantine."""
     store, damaged = Store(root), []
     sound = 0
-    for path in sorted(root.glob("entries/??/*.json")):
+    for path in _own(root, "entries/??/*.json"):
         entry = read_entry(path)
         reason = "" if entry else "the entry is damaged"
         for item in entry.outputs.values() if entry else ():
@@ -220,7 +230,7 @@ def verify(root: Path, *, is_repair: bool = False) -> dict[str, Any]:
                 reason = error.message
                 if is_repair:
                     store.quarantine(item)
-        if reason:
+        if reason and os.path.lexists(path):  # else it has been evicted meanwhile
             damaged.append({"fingerprint": path.stem, "reason": reason})
             if is_repair:
                 quarantine(root, path)

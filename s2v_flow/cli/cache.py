@@ -163,10 +163,11 @@ def export(
     root = _root(cache_dir)
     if run_id is not None:
         from s2v_flow.history.find import find
+        from s2v_flow.runs.manifest import Manifest
         from s2v_flow.runs.record import runs_root
 
-        manifest = find(runs_root(root), run_id).model_dump(mode="json")
-        made = [node.get("fingerprint") for node in manifest.get("nodes", ())]
+        run = find(runs_root(root), run_id)
+        made = [node.fingerprint for node in (run.nodes if isinstance(run, Manifest) else run.nodes.values())]
         kept = [item for item in _inventory(cache_dir) if item.entry.fingerprint in made and not item.is_spare]
     elif fingerprints or nodes:
         kept = _choose(cache_dir, fingerprints, nodes)

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -99,10 +99,10 @@ def gpu_lock_path(device: str) -> Path:
     return Path(tempfile.gettempdir()) / f"s2vflow-{user}" / f"gpu-{safe}.lock"
 
 
-def remove_unused(folder: Path) -> int:
-    """Remove the locks that killed processes left; return how many."""
+def remove_unused(paths: Iterable[Path]) -> int:
+    """Remove those of some locks that killed processes left; return how many."""
     removed = 0
-    for path in folder.glob("*"):
+    for path in paths:
         with suppress(OSError):
             if path.is_file() and (descriptor := _try(path)) is not None:
                 try:

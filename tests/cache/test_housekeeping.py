@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from faults_for_tests import forked, needs_small_disks, small_disk
 
 from s2v_flow.cache.budget import parse_size
 from s2v_flow.cache.bundle import export_bundle, import_bundle
@@ -21,7 +23,9 @@ from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import Store
 from s2v_flow.errors import MissingError, RefusedError, S2VFlowError
 from s2v_flow.files import atomic
+from s2v_flow.files.atomic import CannotWriteError
 from s2v_flow.files.lock import held
+from s2v_flow.history.find import forget_runs
 
 OLD = time.time() - 5 * 3600
 
@@ -116,12 +120,34 @@ def test_orphans_go_once_they_are_old(store: Store) -> None:
     """A young one may be waiting for its entry."""
     folder = store.root / "objects" / "aa"
     folder.mkdir()
-    for name, when in (("old.safetensors", OLD), ("young.safetensors", time.time())):
+    old, young = (f"{letter * 64}.safetensors" for letter in "ab")
+    for name, when in ((old, OLD), (young, time.time())):
         (folder / name).write_bytes(b"x")
         os.utime(folder / name, (when, when))
     collect(store.root, 10**9)
-    assert [path.name for path in folder.iterdir()] == ["young.safetensors"]
+    assert [path.name for path in folder.iterdir()] == [young]
     assert stored(store) == {1, 2, 3}
+
+
+def test_a_users_own_files_in_the_cache_folder_stay(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody says `--cache-dir .` in a folder that has folders of these names, with files of years ago."""
+    names = ["live/config.json", "locks/poetry.lock", "quarantine/mail.eml", "checkpoints/sd/sdxl.safetensors"]
+    names += ["objects/chair/mesh.obj", "entries/24/may.json", "pins/map.txt", "tmp/draft.txt", "runs/sweep/a.jpg"]
+    names += ["runs/sweep/manifest.json"]
+    for name in names:
+        path = store.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        os.utime(path, (OLD, OLD))
+    before = stats(store.root)
+    monkeypatch.setattr(time, "time", lambda: OLD + 3 * 365 * 86400)
+    with live_run(store.root, []):
+        pass
+    assert [item["fingerprint"] for item in collect(store.root, 0)["removed"]] == [key(1), key(2), key(3)]
+    assert verify(store.root, is_repair=True)["damaged"] == []
+    assert forget_runs(store.root / "runs", 0) == []
+    assert (before["bytes"], before["quarantined"], before["checkpoints"]) == (3000, 0, 0)
+    assert [name for name in names if not (store.root / name).is_file()] == []
 
 
 def test_removing_by_name_and_figures(store: Store) -> None:
@@ -152,6 +178,19 @@ def test_verify_names_what_is_damaged_and_repairs_on_request(store: Store) -> No
     assert third.path.exists()
     put(store, 1, 1000, 1.0)
     assert stored(store) == {1, 3}
+
+
+def test_what_is_evicted_while_verify_reads_is_not_damaged(store: Store) -> None:
+    """The first entry is a pipe: verify waits there until the others are gone."""
+    pipe = store.root / "entries" / "00" / f"{key(0)}.json"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(verify, store.root)
+        with pipe.open("wb"):  # opens once verify does
+            pipe.unlink()
+            for path in store.root.glob("entries/??/*.json"):
+                path.unlink()
+        assert found.result() == {"sound": 0, "damaged": [], "repaired": False}
 
 
 def dead_pid() -> int:
@@ -198,11 +237,21 @@ def test_markers_of_dead_runs_and_checkpoints_of_stored_results_go(store: Store)
     assert (resume_points.peek(key(7)) or {})["step"] == "3"
 
 
+def test_a_clock_that_was_ahead_costs_no_resume_point(store: Store) -> None:
+    """It was hours ahead when the run was stopped, and is right again."""
+    resume_points = ResumePoints(store.root)
+    resume_points.write(key(7), {"step": "3"}, len(b"{}").to_bytes(8, "little") + b"{}")
+    ahead = time.time() + 5 * 3600
+    os.utime(resume_points.path(key(7)), (ahead, ahead))
+    with live_run(store.root, [key(7)]):
+        assert (resume_points.peek(key(7)) or {})["step"] == "3"
+
+
 def test_a_run_is_known_to_live_by_its_lock(store: Store) -> None:
     """On this machine and on another; an old marker stays as long as it is locked."""
     with live_run(store.root, [], "a-run"):
         assert is_running(store.root, "a-run")
-        assert not is_running(store.root, "another")
+        assert not any(is_running(store.root, name) for name in ("another", "run", "*", "a**b", "../a-run", ""))
     assert not is_running(store.root, "a-run")
     marker = store.root / "live" / "00000000-1-elsewhere.json"
     marker.write_text("[]")
@@ -231,6 +280,36 @@ def test_a_bundle_brings_results_into_another_cache(store: Store, tmp_path: Path
     assert list((other.root / "tmp").iterdir()) == []
 
 
+def test_an_export_replaces_an_earlier_one_and_no_other_file(store: Store, tmp_path: Path) -> None:
+    mine = tmp_path / "recipe.yaml"
+    for content in (b"s2vflow: 1\n", b""):
+        mine.write_bytes(content)
+        with pytest.raises(RefusedError, match="another file is there, and stays"):
+            export_bundle(store.root, inventory(store.root), mine)
+        assert mine.read_bytes() == content
+    for count in (3, 2, 0, 1):
+        export_bundle(store.root, inventory(store.root)[:count], tmp_path / "some.tar")
+        assert len(import_bundle(tmp_path / f"from {count}", tmp_path / "some.tar")) == count
+
+
+@needs_small_disks()
+def test_an_import_into_a_full_disk_ends_with_6(store: Store, tmp_path: Path) -> None:
+    """Nothing is taken in, and nothing of it stays there."""
+    put(store, 4, 90_000, 1.0)
+    export_bundle(store.root, inventory(store.root), tmp_path / "some.tar")
+    (tmp_path / "small").mkdir()
+
+    def act() -> None:
+        small_disk(tmp_path / "small")
+        with pytest.raises(CannotWriteError) as caught:
+            import_bundle(tmp_path / "small", tmp_path / "some.tar")
+        assert caught.value.exit_code == 6
+        assert stats(tmp_path / "small")["entries"] == 0
+        assert list((tmp_path / "small" / "tmp").iterdir()) == []
+
+    forked(act)
+
+
 def test_bundles_of_strangers_are_refused(store: Store, tmp_path: Path) -> None:
     """Names that lead outside, links, flipped bytes, cut files: nothing is taken in, nothing written elsewhere."""
     path, bad = tmp_path / "good.tar", tmp_path / "bad.tar"
@@ -257,6 +336,8 @@ def test_bundles_of_strangers_are_refused(store: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "evil").exists()
     with pytest.raises(MissingError):
         import_bundle(other, tmp_path / "none.tar")
+    with pytest.raises(MissingError, match="Is a directory"):
+        import_bundle(other, tmp_path)
 
 
 @pytest.mark.parametrize(("text", "size"), [("20G", 20 * 10**9), ("1.5 GB", 15 * 10**8), ("0", 0), ("7k", 7000)])
@@ -264,7 +345,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1G", "nan", "inf", "1e400"])
+@pytest.mark.parametrize("text", ["", "much", "-1G", "nan", "inf", "1e400", "1\n2"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(S2VFlowError, match="is no size"):
         parse_size(text)
