@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ LAST = "last"
 _NAME = "manifest.json"
 _MAX_BYTES = 64 << 20
 _MAX_NAMED = 10  # runs that a message names
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,18 @@ def run_ids(root: Path) -> list[str]:
 def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
     """Remove the manifests of all runs but the last `keep`, sound or not; return the ids of those that go.
 
-    `root`: the folder with a folder for every run; it need not be there.
+    `root`: the folder with a folder for every run; it need not be there. Folders in it that are no runs' stay.
     """
     gone = []
-    for path in _paths(root)[keep:]:
-        if not is_dry:
-            with suppress(OSError):  # it cannot be removed, or another process was first
-                path.unlink()
-                for picture in path.parent.glob("*.jpg"):  # its previews
-                    picture.unlink()
-                path.parent.rmdir()
-        if is_dry or not path.exists():
+    for path in [path for path in _paths(root) if _ID.fullmatch(path.parent.name)][keep:]:
+        with suppress(OSError):  # it cannot be removed
+            if not is_dry:
+                path.unlink(missing_ok=True)  # another process may have been first
             gone.append(path.parent.name)
+            for picture in () if is_dry else path.parent.glob("*.jpg"):  # its previews
+                picture.unlink()
+            if not is_dry:
+                path.parent.rmdir()
     return gone
 
 
@@ -72,9 +75,9 @@ def find(root: Path, text: str) -> Manifest | Essence:
         MissingError: The manifest, or the video, cannot be read.
     """
     path = Path(text)
-    if path.is_dir() and (path / _NAME).is_file():
+    if os.path.isfile(path / _NAME):
         path = path / _NAME
-    if path.is_file():
+    if os.path.isfile(path):  # what cannot even be looked at, such as a name too long, is none
         return read_manifest(path) if path.suffix == ".json" else read_essence(path)
     return read_manifest(_find_path(root, text))
 
@@ -86,7 +89,8 @@ def read_manifest(path: Path) -> Manifest:
         MissingError: It cannot be read, or is damaged, or of another version.
     """
     found = _stored(path)
-    if found.status == "running" and not is_running(path.absolute().parents[2], found.id):
+    root = path.absolute().parent.parent.parent
+    if found.status == "running" and not is_running(root, found.id):
         found = _stored(path)  # it may have ended just now
         found = found.model_copy(update={"status": "killed"}) if found.status == "running" else found
     return found
@@ -124,5 +128,23 @@ def _find_path(root: Path, text: str) -> Path:
 
 
 def _paths(root: Path) -> list[Path]:
-    """Return the manifests' paths, the newest first: ids begin with the time."""
-    return sorted(root.glob(f"*/{_NAME}"), key=lambda path: path.parent.name, reverse=True)
+    """Return the manifests' paths, the newest first: ids begin with the time. Reading one tells why it cannot be.
+
+    Raises:
+        MissingError: The folder cannot be looked into.
+    """
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise MissingError(f"{root}: cannot be read: {error.strerror}", "check its permissions") from error
+    return [root / name / _NAME for name in sorted(names, reverse=True) if _may_be_there(root / name / _NAME)]
+
+
+def _may_be_there(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -237,7 +238,7 @@ def figures_of(text: str, cache_root: Path, mouth: tuple[int, int, int, int] | N
     from s2v_flow.quality.figures import measure_video
 
     path = Path(text)
-    if path.is_file() and path.suffix != ".json":
+    if os.path.isfile(path) and path.suffix != ".json":
         essence = essence_in(path)
         starts, count = ((), None) if essence is None else (essence.chunk_starts, essence.frames)
         return measure_video(path, starts, mouth, starts_of=count)

@@ -143,7 +143,7 @@ class _Sources:
     def _find(self, text: str) -> tuple[Manifest | Essence | None, dict[str, Path]]:
         """Return a run or what a video says of itself, and the videos by plan node."""
         path = Path(text)
-        if path.is_file() and path.suffix != ".json":
+        if os.path.isfile(path) and path.suffix != ".json":
             return essence_in(path), {"": path}
         if path.suffix.lower() in VIDEOS:
             raise MissingError(f"{text}: there is no such file", "give a video, a run's id, or last")

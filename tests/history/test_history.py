@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+from faults_for_tests import as_a_user
 from recipes_for_tests import call
 from runs_for_tests import Place, copied
 
@@ -84,6 +87,34 @@ def test_a_damaged_manifest_is_skipped_and_named(done: Place, ids: list[str], co
         broken.parent.rmdir()
 
 
+def test_a_run_that_may_not_be_read_is_named_beside_the_others(done: Place, ids: list[str]) -> None:
+    """Nor is it forgotten; and where the folder of all runs may not be read, that is said."""
+    done.call("runs")  # imports what the child may not be able to read
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name) / "cache" / "runs"
+        shutil.copytree(done.cache / "runs", root)
+        (root / "19990101-000000-dead").mkdir(mode=0)
+        (root / "19990102-000000-dead" / "manifest.json").mkdir(parents=True)
+        (root / "19990103-000000-dead").mkdir()
+        (root / "19990104-000000-dead").touch()
+        where = ["--cache-dir", root.parent]
+
+        def act() -> None:
+            code, out, err = call("runs", *where)
+            assert (code, [line.split()[0] for line in out.splitlines()]) == (0, sorted(ids, reverse=True)), err
+            assert [line.rpartition(": ")[2] for line in err.splitlines()] == ["Is a directory", "Permission denied"]
+            assert call("runs", "--keep-last", len(ids), *where)[2].startswith("0 runs forgotten\n")
+            root.chmod(0)
+            code, out, err = call("runs", *where)
+            assert (code, out, err.partition("\n")[0]) == (4, "", f"error: {root}: cannot be read: Permission denied")
+
+        for path in (root, *root.iterdir()):
+            os.chown(path, 65534 if os.geteuid() == 0 else -1, -1)
+        as_a_user(act, Path(name))
+        root.chmod(0o755)
+        (root / "19990101-000000-dead").chmod(0o755)
+
+
 def test_a_run_is_shown_by_its_id_its_beginning_or_its_file(done: Place, ids: list[str]) -> None:
     code, text, _ = done.call("show", ids[0])
     assert code == 0
@@ -99,6 +130,9 @@ def test_a_run_is_shown_by_its_id_its_beginning_or_its_file(done: Place, ids: li
     path = done.cache / "runs" / ids[0] / "manifest.json"
     for name in (str(path), str(path.parent)):
         assert done.call("show", name)[1] == text
+    moved = done.folder / "moved.json"
+    moved.write_text(path.read_text().replace('"finished"', '"running"', 1).replace(ids[0], "a**b"))
+    assert done.call("show", moved)[1].startswith("run a**b: killed")
     assert json.loads(done.call("show", ids[0], "--json")[1]) == json.loads(path.read_text())
     assert done.call("show", "last")[1].startswith("run 2")
 
@@ -118,6 +152,7 @@ def test_a_video_is_shown_with_what_it_was_made_of(done: Place) -> None:
     [
         ("20991231", 2, "there is no run '20991231', and no such file"),
         ("2", 2, "3 runs begin with 2"),
+        ("a" * 300, 2, "there is no run 'aaaa"),
         ("voice.wav", 4, "is not a whole mp4"),
         ("recipe.yaml", 4, "is not a whole mp4"),
     ],
