@@ -15,7 +15,7 @@ from s2v_flow.cache.store import Entry, Store, holds
 from s2v_flow.files.atomic import free_name, is_file_there
 from s2v_flow.graph.context import Numerics, progress_text
 from s2v_flow.graph.fingerprint import fingerprint
-from s2v_flow.graph.node import Plan, PlanNode
+from s2v_flow.graph.node import Node, Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.wording import shown, size_text
 
@@ -119,7 +119,8 @@ def assess(
             found[node.name] = NodeStatus("RESUME", progress_text(facts), key)
         elif node.node.is_stored:
             earlier = store.recent(EARLIER) if earlier is None else earlier
-            found[node.name] = NodeStatus("RUN", explain(node.name, node.recipe_node, image, earlier), key)
+            reason = explain(node.name, node.recipe_node, image, earlier, node.node)
+            found[node.name] = NodeStatus("RUN", reason, key)
         else:
             found[node.name] = NodeStatus("RUN", NEVER, key)
     return _with_need(plan, found)
@@ -198,18 +199,21 @@ NEVER = "never ran with these inputs and settings"
 _SHOWN = 3
 
 
-def explain(name: str, recipe_node: str, image: Mapping[str, Any], entries: Sequence[Entry]) -> str:
+def explain(
+    name: str, recipe_node: str, image: Mapping[str, Any], entries: Sequence[Entry], node: Node | None = None
+) -> str:
     """Say what differs from the nearest stored result of the same kind: text like "nodes.first.steps: 4 -> 20".
 
     Args:
         name: The plan node; among equally near results, its own earlier ones count first.
         entries: Stored results, the newest first.
+        node: What it is, which tells the values of fields that an identity leaves out, and their defaults.
     """
     best: list[str] | None = None
     for entry in sorted(entries, key=lambda entry: entry.facts.get("node") != name):
         if entry.preimage.get("kind") != image["kind"]:
             continue
-        found = list(differences(entry.preimage, image, recipe_node))
+        found = list(differences(entry.preimage, image, recipe_node, node))
         if found and (best is None or len(found) < len(best)):
             best = found
     if best is None:
@@ -218,21 +222,32 @@ def explain(name: str, recipe_node: str, image: Mapping[str, Any], entries: Sequ
     return "; ".join(best[:_SHOWN]) + more
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], recipe_node: str) -> Iterator[str]:
-    """Yield each difference of two pre-images, in words."""
-    found = list(_of_what_was_asked(old, new, recipe_node))
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], recipe_node: str, node: Node | None = None
+) -> Iterator[str]:
+    """Yield each difference of two pre-images, in words; `node`: see `explain`."""
+    found = list(_of_what_was_asked(old, new, recipe_node, node))
     yield from found
     if not found and old.get("degraded"):
         less = ", ".join(f"{key} {shown(value)}" for key, value in old["degraded"].items())
         yield f"its last result was made with less memory than it needs: {less}"
 
 
-def _of_what_was_asked(old: Mapping[str, Any], new: Mapping[str, Any], recipe_node: str) -> Iterator[str]:
+def _of_what_was_asked(
+    old: Mapping[str, Any], new: Mapping[str, Any], recipe_node: str, node: Node | None
+) -> Iterator[str]:
     if old.get("version") != new.get("version"):
         yield f"the kind {new['kind']} has changed in s2vflow (version {old.get('version')} -> {new.get('version')})"
     for section in ("numerics", "fields"):
         before, after = old.get(section, {}), new.get(section, {})
         where = f"nodes.{recipe_node}." if section == "fields" else ""
+        if section == "fields" and node is not None:
+            usual = {
+                name: None if info.is_required() else info.default for name, info in type(node).model_fields.items()
+            }
+            now = dict(node)
+            after = {**after, **{name: now.get(name) for name in before if name not in after}}
+            before = {**{name: usual.get(name) for name in after}, **before}
         yield from _changed(before, after, where)
     before, after = old.get("inputs", {}), new.get("inputs", {})
     for key in sorted(before.keys() | after.keys()):
@@ -252,7 +267,8 @@ def _changed(before: Any, after: Any, where: str) -> Iterator[str]:
         if _is_digest(before) and _is_digest(after):
             yield f"{where}: another file"
         else:
-            yield f"{where}: {shown(before)} -> {shown(after)}"
+            one, other = ("a file" if _is_digest(value) else shown(value) for value in (before, after))
+            yield f"{where}: {one} -> {other}"
 
 
 def _is_digest(value: object) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from s2v_flow.cache.store import Entry
+from s2v_flow.graph.ports import Ref
 from s2v_flow.graph.status import NEVER, explain
+from s2v_flow.nodes.chunk import Chunk
+from s2v_flow.nodes.encode import EncodeText
 
 BASE: dict[str, Any] = {
     "kind": "chunk",
@@ -45,9 +49,28 @@ def test_the_nearest_of_several_results_counts() -> None:
     assert explain("first", "first", BASE, [far, near]) == "nodes.first.steps: 5 -> 4"
 
 
+def test_a_field_that_an_identity_leaves_out_reads_as_in_a_recipe() -> None:
+    """What its value is now, or was by default; a value that is the same in both says nothing."""
+    plain = {"width": 64, "height": 64, "steps": 4, "cfg": 1.0, "sampler": "euler", "scheduler": "simple", "shift": 8.0}
+    chunk = Chunk(**plain, conditioning="comfyui", seed=1, num_latent_frames=2, audio_offset=0)
+    easy = chunk.model_copy(update={"step_cache": "easy"})
+    prompt = EncodeText(text_encoder=Ref("umt5"), text="She speaks.")
+    for one, other, text in (
+        (chunk, easy, "step_cache: 'off' -> 'easy'"),
+        (chunk, easy.model_copy(update={"step_cache_threshold": 0.3}), "step_cache: 'off' -> 'easy'; {}0.2 -> 0.3"),
+        (prompt, prompt.model_copy(update={"prompt_syntax": "comfyui"}), "prompt_syntax: 'plain' -> 'comfyui'"),
+    ):
+        images = [{**BASE, "fields": of.identity({}, lambda kind, asked: asked)} for of in (one, other)]
+        told = f"nodes.a.{text}".format("nodes.a.step_cache_threshold: ")
+        assert explain("a", "a", images[1], [Entry("f" * 64, images[0], {}, {})], other) == told
+        back = re.sub("('?[a-z0-9.]+'?) -> ('?[a-z0-9.]+'?)", r"\2 -> \1", told)
+        assert explain("a", "a", images[0], [Entry("f" * 64, images[1], {}, {})], one) == back
+
+
 def test_a_replaced_file_is_named_without_its_digest() -> None:
     """Digests say nothing to people."""
     image = {**BASE, "fields": {"checkpoint": "sha256:1"}}
     assert (
         explain("a", "dit", image, [entry(fields={"checkpoint": "sha256:2"})]) == "nodes.dit.checkpoint: another file"
     )
+    assert explain("a", "dit", image, [entry(fields={})]) == "nodes.dit.checkpoint: null -> a file"
