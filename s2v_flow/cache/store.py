@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,19 +27,38 @@ from s2v_flow.files.atomic import finish, flush_folder, make_root, put_new, temp
 _BLOCK = 8 << 20
 _SCHEMA = 1
 _MAX_ENTRY_BYTES = 4 << 20
+_OBJECT_NAME = re.compile(r"[0-9a-f]{64}(\.[^./\\\0]{1,32})?")
 _BOXES = (b"udta", b"uuid")
 """What may stand behind a film: its note."""
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.ESTALE})
 """What says nothing about a file: it may be read another time."""
 
 
+class DamagedObjectError(S2VFlowError):
+    """An object is gone or its bytes are not what they were; its node is to be computed again."""
+
+    @classmethod
+    def at(cls, path: Path, reason: str) -> DamagedObjectError:
+        """Make the error of one object."""
+        fix = "run again: it is computed anew; if this comes back, check the disk and the memory"
+        return cls(f"a stored result is damaged: {path}: {reason}", fix=fix)
+
+
 @dataclass(frozen=True)
 class StoredObject:
-    """One object: its sha256, its size in bytes and its file's suffix (".safetensors", ".mp4", ...)."""
+    """One object: its sha256, its size in bytes and its file's suffix (".safetensors", ".mp4", ...).
+
+    Raises:
+        DamagedObjectError: The sha256 or the suffix is none: strangers write them too, and they make a file's name.
+    """
 
     sha256: str
     size: int
     suffix: str
+
+    def __post_init__(self) -> None:
+        if not _OBJECT_NAME.fullmatch(self.file_name):
+            raise DamagedObjectError(f"{self.file_name!r} names no stored result")
 
     @property
     def file_name(self) -> str:
@@ -58,16 +78,6 @@ class Entry:
     def output_digests(self) -> dict[str, str]:
         """Return the outputs' sha256 by port."""
         return {port: item.sha256 for port, item in self.outputs.items()}
-
-
-class DamagedObjectError(S2VFlowError):
-    """An object is gone or its bytes are not what they were; its node is to be computed again."""
-
-    @classmethod
-    def at(cls, path: Path, reason: str) -> DamagedObjectError:
-        """Make the error of one object."""
-        fix = "run again: it is computed anew; if this comes back, check the disk and the memory"
-        return cls(f"a stored result is damaged: {path}: {reason}", fix=fix)
 
 
 class Store:
@@ -319,9 +329,10 @@ def parse_entry(text: bytes, fingerprint: str) -> Entry | None:
         if not sound or body["schema"] != _SCHEMA or body["fingerprint"] != fingerprint:
             return None
         outputs = {port: StoredObject(**item) for port, item in body["outputs"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        preimage, facts = dict(body["preimage"]), dict(body["facts"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DamagedObjectError):
         return None
-    return Entry(fingerprint, body["preimage"], outputs, body["facts"])
+    return Entry(fingerprint, preimage, outputs, facts)
 
 
 def entry_text(entry: Entry) -> bytes:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # it makes a file's name in the cache
 NodeState = Literal["computed", "stored", "live", "skipped", "failed", "interrupted", "not_reached"]
 
 
@@ -89,11 +90,11 @@ class NodeRecord(Part):
     name: str
     kind: str
     status: NodeState = Field(description="live: made as it was used. skipped: nothing needed it.")
-    fingerprint: str | None = Field(description="Its identity; null where it was not found out.")
+    fingerprint: Digest | None = Field(description="Its identity; null where it was not found out.")
     seconds: float | None = Field(None, description="Wall time, where it was computed in this run.")
     peak_bytes: int | None = Field(None, description="The process's peak memory when it was done.")
     peak_device_bytes: int | None = Field(None, description="The most on one GPU so far, where the run used one.")
-    outputs: dict[str, str] = Field(description="The stored results' sha256 by port.")
+    outputs: dict[str, Digest] = Field(description="The stored results' sha256 by port.")
     kept: bool = Field(True, description="false: the cache could not be written; the result ended with the run.")
     step_cache: dict[str, int] | None = Field(
         None, description="How many of a chunk's steps reused an earlier one's model output: it is approximate."
@@ -147,8 +148,8 @@ class EssenceNode(Part):
     """A stored result on the way to a video."""
 
     kind: str
-    fingerprint: str
-    outputs: dict[str, str] = Field(description="sha256 by port.")
+    fingerprint: Digest
+    outputs: dict[str, Digest] = Field(description="sha256 by port.")
 
 
 class Essence(Part):

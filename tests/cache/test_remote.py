@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from s2v_flow.errors import S2VFlowError
 pytest.importorskip("fsspec", reason="the extra remote is not installed")
 
 from s2v_flow.cache.remote import RemoteStore
+from s2v_flow.cache.store import Entry, StoredObject, entry_text
 
 KEY = "ab" * 32
 IMAGE: Mapping[str, Any] = {"kind": "chunk"}
@@ -70,6 +73,23 @@ def test_what_is_not_whole_over_there_is_a_miss(tmp_path: Path, fault: str) -> N
     if fault not in ("object changed",):
         assert stored(tmp_path / "c", url) == []
         assert RemoteStore(tmp_path / "b", url, pytest.fail).lookup(KEY) is not None
+
+
+@pytest.mark.parametrize("sha256", ["{folder}/mine", "AB" * 32])
+def test_a_record_names_no_file_outside_of_the_cache(sha256: str, tmp_path: Path) -> None:
+    """Whoever may write to the shared folder cannot write into others' homes: such a record is a miss."""
+    mine, shared, sha256 = tmp_path / "mine", tmp_path / "shared", sha256.format(folder=tmp_path)
+    mine.write_text("my own")
+    record = entry_text(Entry(KEY, IMAGE, {"latent": StoredObject("0" * 64, 4, "")}, {})).decode()
+    body = json.loads(record)["entry"]
+    body["outputs"]["latent"]["sha256"] = sha256
+    text = json.dumps({"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(), "entry": body})
+    for name, content in ((f"entries/{KEY[:2]}/{KEY}.json", text), (f"objects/{sha256[:2]}/{sha256}", "evil")):
+        path = Path(f"{shared}/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert RemoteStore(tmp_path / "b", shared.as_uri(), pytest.fail).lookup(KEY) is None
+    assert mine.read_text() == "my own"
 
 
 def test_a_remote_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:

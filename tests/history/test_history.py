@@ -234,6 +234,27 @@ def test_another_input_and_another_environment_are_named(done: Place, ids: list[
     assert text.endswith("not the same\n")
 
 
+def test_a_strangers_manifest_moves_no_file(done: Place, ids: list[str], tmp_path: Path) -> None:
+    """What it calls a stored result may be the path of a file of the user's, which is no damaged result."""
+    kept = (done.cache / "runs" / ids[0] / "manifest.json").read_text()
+    mine = [tmp_path / "lora.safetensors", tmp_path / "film.mp4", tmp_path / "notes.json"]
+    for path in mine:
+        path.write_text("mine")
+    for node, change in (
+        ("first", {"outputs": {"latent": str(mine[0].with_suffix(""))}}),
+        ("video", {"outputs": {"file": str(mine[1].with_suffix(""))}}),
+        ("video", {"fingerprint": str(mine[2].with_suffix(""))}),
+    ):
+        manifest = json.loads(kept)
+        next(item for item in manifest["nodes"] if item["name"] == node).update(change)
+        (tmp_path / "run.json").write_text(json.dumps({**manifest, "quality": None}))
+        for command in (["diff", "last", tmp_path / "run.json"], ["quality", tmp_path / "run.json"]):
+            code, _, err = done.call(*command)
+            assert (code, "run.json: is damaged, or of another version" in err) == (4, True)
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+    assert not (done.cache / "quarantine").exists()
+
+
 def test_recipes_are_compared_after_their_layers_without_running(done: Place, tmp_path: Path) -> None:
     """Defaults count: writing one down is no difference."""
     base = done.recipe.read_text()
