@@ -5,6 +5,8 @@ Every error a user can cause is an `S2VFlowError`; `cli.py` turns it into text a
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -128,3 +130,31 @@ class BadNumbersError(S2VFlowError):
     """NaN or infinity where finite numbers must be."""
 
     exit_code: ExitCode = field(default=ExitCode.BAD_NUMBERS, kw_only=True)
+
+
+PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}  # where a module's name is not that of its package
+
+
+def broken_package(error: BaseException) -> MissingError | None:
+    """Return the error that another package cannot be imported, where an exception comes of that, else None."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    frames = [frame for each in chain for frame, _ in traceback.walk_tb(each.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    start = max((index for index, name in enumerate(modules) if name == "s2v_flow"), default=-1) + 1
+    error, is_import = chain[-1], any(isinstance(each, ImportError) for each in chain)
+    if not is_import and all(frame.f_code.co_name != "<module>" for frame in frames[start:]):
+        return None
+    named = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    others = {"s2v_flow", "", "__main__", *sys.stdlib_module_names}
+    bodies = [name for name, frame in zip(modules, frames, strict=True) if frame.f_code.co_name == "<module>"]
+    found = [name for name in dict.fromkeys([*modules[start : start + 1], *bodies, named]) if name not in others]
+    if not found or named == "s2v_flow":
+        return None
+    from importlib.metadata import packages_distributions
+
+    owners = packages_distributions()
+    packages = [PACKAGES.get(name) or name for name in found if name in owners or name == found[0]]
+    fix = f"{sys.executable} -m pip install --upgrade --force-reinstall {' '.join(packages)}"
+    return MissingError(f"the package {packages[0]} cannot be imported: {error}", fix)

@@ -80,6 +80,34 @@ def test_4_a_file_is_missing_or_cannot_be_used(change: str, here: Here) -> None:
     assert here.run("--set", change)[0] == 4
 
 
+BROKEN = {
+    "too old": "",
+    "a part of it": """
+import importlib
+def __getattr__(name):
+    try:
+        importlib.import_module("transformers.part")
+    except AttributeError as error:
+        raise RuntimeError("Failed to import transformers.part") from error
+""",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
+def test_4_a_package_cannot_be_imported(text: str, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program's installation may have changed it: that is no defect of this one, and no damaged model file."""
+    (here.folder / "transformers").mkdir()
+    (here.folder / "transformers" / "__init__.py").write_text(text)
+    (here.folder / "transformers" / "part.py").write_text("import os\nos.float3")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(here.folder)
+    code, err = here.run("--until", "positive")
+    assert (code, "nodes.positive" in err) == (4, True), err
+    assert "the package transformers cannot be imported: " in err
+    assert "-m pip install --upgrade --force-reinstall transformers\n" in err
+
+
 def test_5_refused(here: Here) -> None:
     """A pickle under a name that promises safetensors; a recipe that writes outside its folder."""
     folder = here.folder / "models" / "vae"

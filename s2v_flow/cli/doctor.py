@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from s2v_flow import __version__
-from s2v_flow.errors import S2VFlowError
+from s2v_flow.errors import PACKAGES, MissingError, S2VFlowError, broken_package
 from s2v_flow.library.needs import known_needs
 from s2v_flow.wording import size_text
 
@@ -31,7 +32,14 @@ DEPENDENCIES = (
 _PYTHONS = ((3, 10), (3, 14))  # the first that will do, the first that will not
 _ENCODERS = ("libx264", "aac")
 _DECODERS = ("h264", "hevc", "vp9", "aac", "mp3", "opus")
-_IMPORT_ERRORS = (ImportError, OSError, RuntimeError)  # what a broken installation raises
+_IMPORT_ERRORS = (
+    ImportError,
+    OSError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    ValueError,
+)  # what a broken installation raises
 _LOW_SPACE_BYTES = 5 * 10**9
 
 
@@ -206,6 +214,12 @@ def _dependencies() -> Finding:
     if missing:
         fix = f"pip install {' '.join(missing)}"
         return Finding("packages", "problem", f"missing: {', '.join(missing)}", fix, versions)
+    for name in versions.keys() - {"torch", "av"}:  # which have lines of their own
+        try:
+            import_module({package: module for module, package in PACKAGES.items()}.get(name, name))
+        except _IMPORT_ERRORS as error:
+            broken = broken_package(error) or MissingError(f"the package {name} cannot be imported: {error}")
+            return Finding("packages", "problem", _private(broken.message), _private(broken.fix or ""), versions)
     return Finding(
         "packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()), None, versions
     )

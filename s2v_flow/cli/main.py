@@ -38,7 +38,7 @@ from s2v_flow.cli.running import execute, run_recipe
 from s2v_flow.cli.runs import diff, lock, quality, report_, reproduce, runs, show
 from s2v_flow.cli.start import completion, doctor, explain, help_, init, ui, version
 from s2v_flow.cli.streams import Streams
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import ExitCode, S2VFlowError, broken_package
 from s2v_flow.graph.interrupt import StoppedError, StopRequest
 
 if TYPE_CHECKING:
@@ -397,7 +397,9 @@ def _leave(text: str, code: ExitCode) -> NoReturn:
 
 
 def _explain_unexpected(error: Exception) -> NoReturn:
-    """Leave after an error that is not one of ours: out of memory, a file that may not be read, or a defect."""
+    """Leave after an error that is not ours: another package, no memory, a file that may not be read; or a defect."""
+    if broken := broken_package(error):  # which `report` may need as well
+        _leave(f"error: {broken.message}\n  fix: {broken.fix}", broken.exit_code)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         text = f"out of memory: {error}\n  fix: a smaller width and height, or a lower frames_per_call in decode"
         _leave(f"error: {text}\n  kept: every chunk that was finished", ExitCode.OUT_OF_MEMORY)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import ExitCode, S2VFlowError, broken_package
 from s2v_flow.files.atomic import CannotWriteError, cannot_write
 from s2v_flow.graph.node import PlanNode
 from s2v_flow.graph.results import Scratch
@@ -40,15 +40,16 @@ def failures_of(node: PlanNode, scratch: Scratch) -> Iterator[None]:
         placed(error, node)
         raise
     except _expected() as error:
-        if isinstance(error, (NotImplementedError, RecursionError)):
+        broken = broken_package(error)
+        if broken is None and isinstance(error, (NotImplementedError, RecursionError, ImportError)):
             raise
-        raise placed(_refused(error, scratch.folder) or _failed(error, node), node) from error
+        raise placed(broken or _refused(error, scratch.folder) or _failed(error, node), node) from error
 
 
 def _expected() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
-    return (OSError, ValueError, OverflowError, MemoryError, RuntimeError, SafetensorError)
+    return (OSError, ValueError, OverflowError, MemoryError, RuntimeError, ImportError, SafetensorError)
 
 
 def placed(error: S2VFlowError, node: PlanNode) -> S2VFlowError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from s2v_flow.errors import CheckpointError
+from s2v_flow.errors import CheckpointError, broken_package
 from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2, merge_weight_norm
 from s2v_flow.models.fp8 import multiply_in_fp8
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
@@ -229,6 +229,8 @@ def _built(family: str, path: str | Path, build: Callable[[Shapes], _Module]) ->
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}", fix=error.fix) from error
     except (KeyError, IndexError, ValueError, ArithmeticError, RuntimeError) as error:
+        if broken := broken_package(error):
+            raise broken from error
         detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{checkpoint.path}: is no complete {family} file: {detail}", fix=_FIX_FILE) from error
 

@@ -60,8 +60,8 @@ def check_ranks(plan: Plan, to_compute: Collection[str], num_ranks: int, device:
             if getattr(loader.node, "compile", "off") != "off":
                 text = f"--gpus {num_ranks}: {loader.name} is to compile its blocks, which ranks cannot share"
                 raise S2VFlowError(text, f"--set nodes.{loader.name}.compile=off", exit_code=ExitCode.RECIPE)
-            path = loader.files["checkpoint",]
-            if path.is_file():
+            path = loader.files.get(("checkpoint",))
+            if path is not None and path.is_file():
                 width = read_weights(path, "load_diffusion_model", "fp32", on_cpu=True).shapes["head.modulation"][-1]
                 found.setdefault((width // _HEAD_WIDTH, 2 if "negative" in node.inputs else 1), (node.name, path.name))
     fits = {

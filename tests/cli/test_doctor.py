@@ -125,6 +125,20 @@ def test_a_broken_installation_is_a_problem(
     assert findings_text(findings).endswith("1 problem")
 
 
+def test_a_package_that_is_there_and_cannot_be_imported_is_a_problem(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "soundfile.py").write_text("raise OSError('sndfile library not found')")
+    monkeypatch.delitem(sys.modules, "soundfile", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = by_topic(options, "packages")
+    assert (found.status, found.text) == (
+        "problem",
+        "the package soundfile cannot be imported: sndfile library not found",
+    )
+    assert (found.fix or "").endswith("-m pip install --upgrade --force-reinstall soundfile")
+
+
 def test_an_encoder_or_a_decoder_that_is_not_there_is_named(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its encoders nothing can be written; a decoder may be missed."""
     monkeypatch.setattr(doctor, "_DECODERS", ("h264", "no-such-codec"))
