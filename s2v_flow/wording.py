@@ -5,6 +5,7 @@ Messages are worded with the small functions here (`shown`, `listed`, `nearest`)
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 
@@ -149,6 +150,22 @@ def did_you_mean(name: str, known: Iterable[str], what: str = "known") -> str | 
     match = nearest(name, known)
     everything = f"{what}: {listed(known)}"
     return everything if match is None else f"did you mean {match}? {everything}"
+
+
+def path_slip(text: str) -> str | None:
+    """Return what to write for a path that leads nowhere, where it is another system's, an address, or in quotes."""
+    if drive := re.match(r"([A-Za-z]):[\\/]", text):
+        there = f"/mnt/{drive[1].lower()}/{text[3:]}".replace("\\", "/")
+        return f"this is a path of Windows: under WSL it is {there}"
+    if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", text):
+        is_file = address[1].lower() == "file"
+        return (
+            f"write /{text[address.end() :]}" if is_file else "files are read from disk: download it, and name the file"
+        )
+    bare = text.strip(" \t\"'\u201c\u201d\u2018\u2019\u201e\u00ab\u00bb")
+    if bare and bare != text:
+        return f"the quotes and blanks around it count: write {bare}"
+    return f"write {text.replace(chr(92), '/')}" if "\\" in text else None
 
 
 def _visible_character(character: str) -> str:

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "library": {"convert", "files", "models", "weights", "recipe", "graph", "wording", "errors"},
     "comfy": {"nodes", "recipe", "graph", "sampling", "wording", "errors"},
-    "start": {"files", "recipe", "graph", "media", "errors"},
+    "start": {"files", "library", "recipe", "graph", "media", "errors"},
     # runs and the Python face
     "runs": {"recipe", "graph", "cache", "files", "media", "quality", "plugins", "version", "wording", "errors"},
     "parallel": {"nodes", "models", "graph", "files", "machine", "wording", "errors"},

@@ -30,7 +30,7 @@ from s2v_flow.graph.node import Plan
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, assess
 from s2v_flow.graph.turns import gpu_turn
-from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, misnamed, near_files, obstacles, recipe_needs
+from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, meant_instead, misnamed, recipe_needs
 from s2v_flow.machine import device_class, free_memory_bytes, hardware, resolve_device
 from s2v_flow.nodes.memory import needs, require_room
 from s2v_flow.nodes.precision import check_fit, precision_notes
@@ -381,16 +381,14 @@ def require_files(planned: Planned) -> None:
         MissingError: Naming each of them.
     """
     if planned.plan.missing:
-        names = [item.file for item in planned.plan.missing]
-        fix = "put them where they are looked for, or name other folders with --models-dir or --input-dir"
-        found = [near for item in planned.plan.missing for near in near_files(item.file, item.kind, item.looked_in)]
-        near = [str(one) for one in found if one.is_like]
-        others = [text for item in planned.plan.missing for text in obstacles(item.file, item.looked_in)]
-        others += filter(None, (misnamed(item.homes, item.kind) for item in planned.plan.missing))
-        if near or others:
-            first = others[0] if others else f"is it {' or '.join(near[:3])}?"
-            fix = f"{first}; else {fix}"
-        if any(item.homes and not misnamed(item.homes, item.kind) for item in planned.plan.missing):
+        missing = planned.plan.missing
+        names = [item.file for item in missing]
+        them = "it where it is" if len(names) == 1 else "them where they are"
+        fix = f"put {them} looked for, or name other folders with --models-dir or --input-dir"
+        misplaced = {item.file: misnamed(item.homes, item.kind) for item in missing}
+        meant = [meant_instead(item.file, item.kind, item.looked_in) or misplaced[item.file] for item in missing]
+        fix = "; else ".join([*filter(None, meant[:3]), fix])
+        if any(item.homes and not misplaced[item.file] for item in missing):
             fix += f"; or `s2vflow models {planned.recipe.path} --download`"
         raise MissingError(
             f"{'a file is' if len(names) == 1 else f'{len(names)} files are'} missing: {', '.join(names)}",

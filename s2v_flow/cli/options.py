@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from s2v_flow.recipe.argument import Override
 
 _ORDER = "s2v_flow.cli.options"
+_DASHES = "-\u2012\u2013\u2014\u2015\u2212"  # what word processors make of hyphens
 
 _KINDS: dict[str, Literal["set", "set-json", "set-file", "unset", "seed"]] = {
     "seeds": "seed",
@@ -31,16 +33,36 @@ class OrderedCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as usual, and note the options' order beside."""
-        order = self.make_parser(ctx).parse_args(args=list(args))[2]
-        ctx.meta[_ORDER] = [parameter.name for parameter in order]
+        words = list(args)
         try:
+            order = self.make_parser(ctx).parse_args(args=list(args))[2]
+            ctx.meta[_ORDER] = [parameter.name for parameter in order]
             return super().parse_args(ctx, args)
         except click.UsageError as error:
-            if "unexpected extra argument" in error.message and any(item.name == "recipe" for item in self.params):
-                many = f"`{ctx.find_root().command_path} batch 'recipes/*.yaml'` runs many, each after a check"
-                text = f"{error.message}. One recipe at a time: {many}; -m seed=1..8 varies a value of one"
-                raise click.UsageError(text, ctx) from error
-            raise
+            advice = self._advice(ctx, error, words)
+            if advice is None:
+                raise
+            said = error.format_message()
+            raise click.UsageError(f"{said}{'' if said[-1] in '.?)' else '.'} {advice}", ctx) from error
+
+    def _advice(self, ctx: click.Context, error: click.UsageError, words: list[str]) -> str | None:
+        """Return what more there is to say of words that click does not understand."""
+        dashed = next((word for word in words if word[0:1] in _DASHES[1:] and word.lstrip(_DASHES)[:1].isalpha()), None)
+        if dashed is not None:
+            return f"An option begins with hyphens: --{dashed.lstrip(_DASHES)}"
+        names = {item.name for item in self.params}
+        if isinstance(error, click.NoSuchOption):
+            name = next((word for word in words if word.startswith(error.option_name)), error.option_name).lstrip("-")
+            if any(f"--{name}" in item.opts for item in self.params):
+                return f"Did you mean --{name}?"
+            is_misspelt = len(error.possibilities or ()) == 1 or "sets" not in names
+            return None if is_misspelt else f"A value of the recipe is changed with --set {name}=VALUE"
+        if "unexpected extra argument" in error.message and "recipe" in names:
+            if any(word == "--set" and "=" not in path for word, path in itertools.pairwise(words)):
+                return "--set takes PATH=VALUE, without blanks: --set steps=4"
+            many = f"`{ctx.find_root().command_path} batch 'recipes/*.yaml'` runs many, each after a check"
+            return f"One recipe at a time: {many}; -m seed=1..8 varies a value of one"
+        return None
 
 
 class OrderedGroup(click.Group):

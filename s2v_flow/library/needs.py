@@ -28,7 +28,7 @@ from s2v_flow.recipe.tree import Entry, MapValue, Scalar, absolute_dir
 from s2v_flow.weights.family import BELONGS, FAMILIES, detect_family
 from s2v_flow.weights.header import convert_command
 from s2v_flow.weights.reader import Checkpoint
-from s2v_flow.wording import did_you_mean, size_text
+from s2v_flow.wording import did_you_mean, path_slip, size_text
 
 _WAN22 = "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 _WAN21 = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
@@ -179,8 +179,8 @@ def near_files(file: str, kind: str, looked_in: Sequence[str]) -> list[NearFile]
 
 
 def obstacles(file: str, looked_in: Sequence[str]) -> list[str]:
-    """Say what has the name of a missing file and is none, and which folders may not be looked into."""
-    found = []
+    """Say what is wrong with a missing file's name, what has it and is none, which folders may not be looked into."""
+    found = list(filter(None, [path_slip(file)]))
     for folder in looked_in:
         path = os.path.join(folder, PurePosixPath(file).name)
         if os.path.isdir(folder) and not os.access(folder, os.X_OK):
@@ -214,6 +214,13 @@ def help_lines(file: str, kind: str, homes: Sequence[str], looked_in: Sequence[s
     near = [f"{'near' if one.is_like else 'there'}: {one}" for one in near_files(file, kind, looked_in)]
     other = misnamed(homes, kind)
     return [*obstacles(file, looked_in), *near, *([other] if other else [f"can be had at {home}" for home in homes])]
+
+
+def meant_instead(file: str, kind: str, looked_in: Sequence[str]) -> str | None:
+    """Return the advice on a missing file: what is wrong with its name, or which ones it may be."""
+    near = [str(one) for one in near_files(file, kind, looked_in) if one.is_like]
+    slips = obstacles(file, looked_in)
+    return slips[0] if slips else f"is it {' or '.join(near[:3])}?" if near else None
 
 
 def _walk(roots: Iterable[Path], depth: int) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from s2v_flow.recipe.objects import tree_of
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import FORBIDDEN, MAX_DEPTH, Source, read_text, read_yaml
 from s2v_flow.recipe.tree import ListValue, Origin, Scalar, ScalarValue, Tree, plain, read_scalar
-from s2v_flow.wording import nearest, shortened, shown
+from s2v_flow.wording import shortened, shown
 
 _DASHED = re.compile(r"(\d+) *- *(\d+)")
 _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -103,12 +103,11 @@ def _checked(argument: Argument, tree: Tree, takes: Sequence[Accepts], problems:
 def _unfit(argument: Argument, value: Any, takes: Sequence[Accepts], problems: Problems) -> FaultyOverrideError:
     expected = " and ".join(dict.fromkeys(use.described() for use in takes))
     message = f"{shortened(argument.path)}: expected {expected}, got {shown(value)}"
-    is_text = isinstance(value, str)
-    match = nearest(value, dict.fromkeys(word for use in takes for word in use.words)) if is_text else None
-    fix = f"did you mean {match}?" if match else None
-    if is_text and any(use.has_list for use in takes):
+    fixes = [use.advice(value) for use in takes] if isinstance(value, str) else []
+    fix = next(filter(None, fixes), None)
+    if fix is None and isinstance(value, str) and any(use.has_list for use in takes):
         fix = "write a list in brackets: [1, 2]"
-    if is_text and (found := _DASHED.fullmatch(value)):
+    if isinstance(value, str) and (found := _DASHED.fullmatch(value)):
         fix = f"a range is written with two dots: -m {shortened(argument.path)}={found[1]}..{found[2]}"
     return faulty(problems, "R052", message, argument.value_origin, fix)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
 
 from s2v_flow.graph.ports import FieldPath, Ref
-from s2v_flow.wording import listed
+from s2v_flow.recipe.tree import read_scalar
+from s2v_flow.wording import listed, nearest, shortened
 
 _WORDS: tuple[tuple[type, str], ...] = (
     (bool, "true or false"),
@@ -19,6 +22,9 @@ _WORDS: tuple[tuple[type, str], ...] = (
     (str, "text"),
 )
 _PLURALS: tuple[tuple[type, str], ...] = ((float, "numbers"), (int, "whole numbers"), (str, "texts"))
+_NOT_YAML_1_2 = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+_NUMBER = re.compile(r"=?\s*([-+]?(?:[0-9]+[.,]?[0-9]*|[.,][0-9]+)(?:[eE][-+]?[0-9]+)?)\s*(?:[a-zA-Z]{1,3}|%)?")
+_THOUSANDS = re.compile(r"[0-9]{1,3}(?:[ _',.][0-9]{3})+")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,22 @@ class Accepts:
             parts.append("a map")
         return " or ".join(parts) or "null"
 
+    def advice(self, text: str, *, is_quoted: bool = False) -> str | None:
+        """Return how to mend a text of the wrong type, where the usual slips explain it."""
+        match = nearest(text, self.words)
+        if match is not None:
+            return f"did you mean {match}?"
+        if bool in self.scalars and text.lower() in _NOT_YAML_1_2:
+            return f"write {_NOT_YAML_1_2[text.lower()]}: {text} is text in YAML 1.2"
+        if text.startswith("$"):
+            return "references to nodes are for inputs; a parameter is written $params.NAME"
+        number = _number_meant(text, is_whole=float not in self.scalars)
+        if number is not None and self.takes(number):
+            if is_quoted and text == str(number):
+                return f"remove the quotes: {text}"
+            return f"write {number}" + (": a decimal is written with a point" if "," in text else "")
+        return f"write [{shortened(text)}]" if self.item is not None and self.item.takes(text) else None
+
 
 def accepts(annotation: Any) -> Accepts:
     """Return what an annotation takes. Constraints are pydantic's business and are left out."""
@@ -111,3 +133,18 @@ def _union(parts: list[Accepts]) -> Accepts:
         item=next((part.item for part in parts if part.item is not None), None),
         model=next((part.model for part in parts if part.model is not None), None),
     )
+
+
+def _number_meant(text: str, *, is_whole: bool) -> int | float | None:
+    """Return the number that a text was most likely meant to be: `1,5`, `1_000`, `64px`, `=4`, `1.5f`, `１`."""
+    text = unicodedata.normalize("NFKC", text).strip()
+    thousands = is_whole or "_" in text
+    text = re.sub(r"[ _',.]", "", text) if thousands and _THOUSANDS.fullmatch(text) else text.replace(",", ".")
+    found = _NUMBER.fullmatch(text)
+    try:
+        number = read_scalar(found[1]) if found else None
+    except ValueError:
+        return None
+    if isinstance(number, float):
+        return int(number) if is_whole and number.is_integer() else number
+    return number if isinstance(number, int) else None

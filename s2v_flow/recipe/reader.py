@@ -38,7 +38,7 @@ _DIRECTIVE = re.compile(r"^%", re.MULTILINE)
 _CONFLICT = re.compile(r"^(?:<<<<<<<|>>>>>>>) ", re.MULTILINE)
 _BACKSLASH = "write it in single quotes, which take a backslash as it is, or a path with / instead"
 _ADVICE = (
-    ("mapping values are not allowed", "put text that has a colon in it in quotes, and begin each key on its own line"),
+    ("mapping values are not allowed", "put text with a colon in quotes; give each key a line of its own and `: `"),
     ("tab character", "indent with spaces, not tabs"),
     ("cannot start any token", "put text that begins with @, ` or % in quotes"),
     ("unexpected end of stream", "close the quotes"),
@@ -141,8 +141,7 @@ def _read_bytes(path: Path, count: int, source: Source, problems: Problems, wher
         with open(path, "rb", opener=_open_regular) as file:
             return file.read(count)
     except (OSError, ValueError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        message = f"cannot read {shortened(source.file, 200)}: {reason}"
+        message = f"cannot read {shortened(source.file, 200)}: {getattr(error, 'strerror', None) or error}"
         raise problems.stop("R002", message, where, fix=similar_file(path)) from error
 
 
@@ -295,8 +294,7 @@ def _syntax(error: Exception, text: str, source: Source, problems: Problems) -> 
     problem = str(getattr(error, "problem", None) or error).splitlines()[0]
     if "maximum nesting depth" in problem:  # libyaml of PyYAML 6.0.4 scans ahead, with a limit of its own
         return problems.stop(*TOO_DEEP, source.origin(mark.line, mark.column))
-    conflict = _CONFLICT.search(text)
-    if conflict is not None:
+    if conflict := _CONFLICT.search(text):
         origin = _origin_at(text, conflict.start(), source)
         return problems.stop("R001", "git left a merge conflict here", origin, fix="resolve it")
     context = getattr(error, "context", None)
@@ -412,7 +410,9 @@ class _Builder:
         return bool(self.frames) and self.frames[-1].is_map and self.frames[-1].key is None
 
     def _refuse_key(self, origin: Origin) -> None:
-        self.problems.add("R007", "a key must be text", origin, fix="write a name, or put the key in quotes")
+        decimal = re.search(r"[0-9]+,[0-9]+$", origin.excerpt[: origin.place.column - 1 + origin.width])
+        point = f"write {decimal[0].replace(',', '.')}: a decimal is written with a point" if decimal else None
+        self.problems.add("R007", "a key must be text", origin, fix=point or "write a name, or put the key in quotes")
         self.frames[-1].key = (None, origin)
 
     def _key(self, scalar: Scalar) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2v_flow.wording import nearest
+from s2v_flow.wording import listed, nearest, path_slip, shortened
 
 _FTYP = b"ftyp"
 _WORKFLOW_KEYS = (b'"class_type"', b'"last_node_id"', b'"last_link_id"')
@@ -60,15 +60,22 @@ def file_species(path: Path, name: str, data: bytes) -> Species | None:
     return next(_species(shlex.quote(name), data, data + tail), None)
 
 
-def similar_file(path: Path) -> str | None:
-    """Return the question whether a file beside a missing one is meant, None where no name is like its own."""
+def similar_file(path: Path) -> str:
+    """Return what to do about a file that is not there: a slip in its path, the file beside it that may be meant."""
+    if slip := path_slip(str(path)):
+        return slip
+    if os.path.exists(home := os.path.expanduser(path)):
+        name_a_file = "check its permissions" if os.path.isfile(path) else "name a file, no folder, pipe or device"
+        return f"did you mean {home}?" if home != str(path) else name_a_file
     try:
         siblings = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml", path.suffix)]
     except (OSError, ValueError):
-        return None
+        return f"check the path: there is no folder {shortened(str(path.parent), 200)}"
     named = {Path(name).stem: name for name in siblings}  # not by the ending, which all of them share
     match = nearest(path.stem, named)
-    return None if match is None or named[match] == path.name else f"did you mean {path.parent / named[match]}?"
+    if match is not None and named[match] != path.name:
+        return f"did you mean {path.parent / named[match]}?"
+    return f"check the path; there: {listed(sorted(siblings), 5)}" if siblings else "check the path"
 
 
 def _species(name: str, head: bytes, all_of_it: bytes) -> Iterator[Species]:

@@ -22,7 +22,6 @@ from s2v_flow.recipe.tree import (
     origins_of,
     path_text,
     plain,
-    read_scalar,
     tree_at,
 )
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened, shown
@@ -34,7 +33,6 @@ _RANGES = {
     "less_than": ("less than {lt}", "lt"),
     "multiple_of": ("a multiple of {multiple_of}", "multiple_of"),
 }
-_NOT_YAML_1_2 = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
 @dataclass(frozen=True)
@@ -264,7 +262,7 @@ class _NodeCheck:
         if value is None:
             return self._advise_null(path)
         if isinstance(value, str):
-            return _advise_text(value, isinstance(tree, Scalar) and tree.is_quoted, taken)
+            return taken.advice(value, is_quoted=isinstance(tree, Scalar) and tree.is_quoted)
         if isinstance(value, float) and value.is_integer() and int in taken.scalars:
             return f"write {int(value)}"
         if str in taken.scalars and isinstance(value, (bool, int, float)):
@@ -322,23 +320,6 @@ def _canonical(number: Any) -> str:
 def _nearest_multiple(value: Any, step: int) -> str:
     lower = int(value // step) * step
     return f"the nearest are {lower} and {lower + step}" if lower else f"the nearest is {step}"
-
-
-def _advise_text(value: str, is_quoted: bool, taken: Accepts) -> str | None:
-    match = nearest(value, taken.words)
-    if match is not None:
-        return f"did you mean {match}?"
-    if bool in taken.scalars and value.lower() in _NOT_YAML_1_2:
-        return f"write {_NOT_YAML_1_2[value.lower()]}: {value} is text in YAML 1.2"
-    if value.startswith("$"):
-        return "references to nodes are for inputs; a parameter is written $params.NAME"
-    try:
-        number = read_scalar(value)
-    except ValueError:
-        return None
-    if is_quoted and not isinstance(number, str) and taken.takes(number):
-        return f"remove the quotes: {value}"
-    return f"write [{shortened(value)}]" if taken.has_list and taken.item and taken.item.takes(value) else None
 
 
 def _rule(kind: str, context: Mapping[str, Any], message: str) -> str:

@@ -17,6 +17,7 @@ from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
 from s2v_flow.files.atomic import temporary
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath
+from s2v_flow.library.needs import meant_instead
 from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
@@ -84,7 +85,8 @@ def recipe_text(start: Start, folder: Path) -> str:
     """
     for path, what in ((start.portrait, "portrait"), (start.voice, "voice")):
         if path is not None and not path.exists():
-            raise MissingError(f"{path}: no such file", fix=f"give the path of the {what}")
+            near = meant_instead(str(path), what, [str(path.parent)])
+            raise MissingError(f"{path}: no such file", fix=near or f"give the path of the {what}")
     width, height = _PLACEHOLDER_SIZE
     portrait, voice = "portrait.png", "voice.mp3"
     about = {"image": "put your portrait there", "audio": "put the voice there"}

@@ -92,6 +92,22 @@ def test_several_recipes_at_once_are_told_how_to_run_each(tmp_path: Path) -> Non
     assert "One recipe at a time: `s2vflow batch 'recipes/*.yaml'` runs many" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["\u2013set", "steps=4"], "An option begins with hyphens: --set"),
+        (["\u2014seed", "4"], "An option begins with hyphens: --seed"),
+        (["-seed", "4"], "Did you mean --seed?"),
+        (["--steps", "4"], "A value of the recipe is changed with --set steps=VALUE"),
+        (["--set", "steps", "4"], "--set takes PATH=VALUE, without blanks: --set steps=4"),
+    ],
+)
+def test_an_option_that_is_written_wrong_is_told_how_it_is_written(words: list[str], said: str, tmp_path: Path) -> None:
+    """As word processors write hyphens, as other programs take values."""
+    code, _, err = call("check", write_recipe(tmp_path), *words)
+    assert (code, said in err, "One recipe" in err) == (2, True, False), err
+
+
 def test_a_recipe_is_read_from_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its relative paths start in the current folder."""
     text = write_recipe(tmp_path).read_bytes()

@@ -86,6 +86,29 @@ def test_an_address_is_not_looked_for_as_a_file(kinds: object) -> None:
     assert "this is an address" in caught.value.diagnostics[0].message
 
 
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("none.yaml", "check the path; there: talk.yaml"),
+        ("tlak.yaml", "did you mean "),
+        ("none/none.yaml", "there is no folder "),
+        ("'talk.yaml'", "write talk.yaml"),
+        (r"C:\Users\me\talk.yaml", "under WSL it is /mnt/c/Users/me/talk.yaml"),
+        (r"recipes\talk.yaml", "write recipes/talk.yaml"),
+        ("file:///home/me/talk.yaml", "write /home/me/talk.yaml"),
+    ],
+)
+def test_a_file_that_is_not_there_is_answered_with_a_fix(
+    name: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talk.yaml").touch()
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Path(name), kinds=kinds)  # type: ignore[arg-type]
+    (found,) = caught.value.diagnostics
+    assert (found.code, fix in (found.fix or "")) == ("R002", True), found
+
+
 @pytest.mark.parametrize("text", ['{"s2vflow": 1, "nodes": NODES}', "{s2vflow: 1, nodes: NODES}"])
 def test_a_recipe_in_json_stays_a_recipe(text: str, load: Load) -> None:
     """Even if its prompt speaks of workflows."""
