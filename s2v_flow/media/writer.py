@@ -25,6 +25,10 @@ from s2v_flow.media.resample import Resampled
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 """x264's presets, from the quickest to the smallest file."""
 
+MIN_FPS = Fraction(1, 1000)
+"""Of an mp4: x264 takes no frame that is shown for days."""
+
+_MAX_PARTS = 1_000_000
 _AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _OTHER_AUDIO_RATE_HZ = 48_000
 _AUDIO_BITS_PER_SECOND = 192_000
@@ -48,7 +52,7 @@ class VideoWriter:
         path: the target; folders that are missing are made.
         width: in pixels, even.
         height: in pixels, even.
-        fps: frames a second.
+        fps: frames a second, 0.001 or more; of a fraction, the nearest of up to a million parts.
         crf: x264's constant rate factor, 0 (best) to 51.
         preset: one of `PRESETS`.
         audio: the sound, or none.
@@ -74,11 +78,14 @@ class VideoWriter:
             raise ValueError(f"width and height must be even, got {width}x{height}")
         if audio is not None and audio.num_channels > 2:
             raise ValueError(f"sound must be mono or stereo, got {audio.num_channels} channels")
-        if fps <= 0 or not 0 <= crf <= 51 or preset not in PRESETS:
-            raise ValueError(f"fps {fps} must be positive, crf {crf} from 0 to 51, preset {preset!r} one of {PRESETS}")
+        if fps < MIN_FPS or not 0 <= crf <= 51 or preset not in PRESETS:
+            raise ValueError(
+                f"fps {fps} must be at least {MIN_FPS}, crf {crf} from 0 to 51, preset {preset!r} one of {PRESETS}"
+            )
         self.path = Path(path)
         self.num_frames = 0
-        self._width, self._height, self._fps = width, height, Fraction(fps)
+        self._width, self._height = width, height
+        self._fps = Fraction(fps).limit_denominator(_MAX_PARTS)  # FFmpeg's numbers have 31 bits
         # x264's macroblock tree now and then gives other bytes for the same frames (88 of 300 runs at 128x96, 0 of 850
         # without it), and a run that was killed ends in the same bytes. Without it files are larger at the same crf: of
         # a moving portrait by 16 % (33 % with grain) at 640x640, by 2 % (-6 %) at 192x192.

@@ -41,7 +41,7 @@ class SaveVideo(Node):
     file: Annotated[str, FileField("output", "video"), Neutral()] = Field(
         description="Where to write, ending in .mp4.", pattern=r"\.mp4$"
     )
-    fps: float = Field(16.0, gt=0, le=240, description="Frames a second. The model's own rate is 16.")
+    fps: float = Field(16.0, ge=0.001, le=240, description="Frames a second. The model's own rate is 16.")
     crf: int = Field(18, ge=0, le=51, description="Quality: lower is better and larger.")
     preset: Preset = Field("medium", description="How hard the encoder tries.")
     quality: Annotated[Literal["auto", "off"], Neutral()] = Field(

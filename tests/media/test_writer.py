@@ -6,6 +6,7 @@ import signal
 import stat
 import weakref
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -57,6 +58,17 @@ def test_a_file_has_every_frame_at_16_a_second_from_zero(tmp_path: Path, num_fra
         assert (stream.codec_context.color_primaries, stream.codec_context.color_trc) == (1, 1)
     with VideoReader(tmp_path / "a.mp4") as reader:
         assert np.abs(reader.read(0, num_frames).astype(int) - frames).mean() < 12  # 4:2:0 blurs the blocks' edges
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [("29.97002997", Fraction(30_000, 1001)), ("16.0000000001", Fraction(16)), ("0.001", Fraction(1, 1000))],
+)
+def test_a_rate_of_many_digits_is_the_nearest_that_an_mp4_holds(tmp_path: Path, text: str, rate: Fraction) -> None:
+    with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, fps=Fraction(text)) as writer:
+        writer.write(moving_frames(2))
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        assert file.streams.video[0].average_rate == rate
 
 
 def test_the_index_stands_in_front_of_the_data(tmp_path: Path) -> None:
