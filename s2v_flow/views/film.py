@@ -95,14 +95,15 @@ def film_of(path: Path, label: str, figures: Mapping[str, Any] | None = None) ->
         starts = essence.chunk_starts if essence is not None and essence.frames in (None, count) else []
         voice = None if sound is None else loudness(sound, float(info.fps), count)
         measure = Measure(voice, float(info.fps), keeps=count <= _MAX_MOVEMENT_FRAMES)
-        thumbs = max(1, round(WIDTH * info.height / info.width / STRIP_HEIGHT))
-        wanted = {int((index + 0.5) * count / thumbs): index for index in range(thumbs)}
-        strip, poster = np.zeros((2 * STRIP_HEIGHT, 2 * WIDTH, 3), np.uint8), None
+        thumbs = max(1, min(round(WIDTH * info.height / info.width / STRIP_HEIGHT), WIDTH))
+        wanted = [int((index + 0.5) * count / thumbs) for index in range(thumbs)]
+        strip, poster, place = np.zeros((2 * STRIP_HEIGHT, 2 * WIDTH, 3), np.uint8), None, 0
         for index, frame in enumerate(reader):
             measure.add(frame[None])
             poster = frame.copy() if poster is None or index == count // 2 else poster
-            if index in wanted:
-                left, right = (2 * WIDTH * (wanted[index] + side) // thumbs for side in (0, 1))
+            while place < thumbs and wanted[place] == index:  # of a short video each frame several times
+                left, right = (2 * WIDTH * (place + side) // thumbs for side in (0, 1))
+                place += 1
                 strip[:, left:right] = _fitted(frame, right - left, 2 * STRIP_HEIGHT)
     measured = measure.figures(starts, None if sound is None else sound.num_samples / sound.sample_rate_hz)
     assert poster is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 import sys
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+from PIL import Image
 from recipes_for_tests import call
 from runs_for_tests import Place, copied, place
 
+from s2v_flow.media.writer import VideoWriter
 from s2v_flow.runs.manifest import NodeRecord
 from s2v_flow.views.figures import cues_of, graph_of
+from s2v_flow.views.film import film_of
 from s2v_flow.views.report import MAX_BYTES, cell_of
 
 
@@ -107,6 +112,14 @@ def test_a_report_of_a_video_says_what_the_video_says(quick_run: Place, tmp_path
     assert "Time and memory" not in page.texts["h2"]
     assert "talk" in page.texts["text"]
     assert len([item for item in page.all("path") if item.get("class") == "seam"]) == 2
+
+
+def test_the_strip_of_a_video_of_few_frames_has_no_holes(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 64, 64) as writer:
+        writer.write(np.full((2, 64, 64, 3), 200, np.uint8))
+    strip = film_of(tmp_path / "a.mp4", "a").strip.partition(",")[2]
+    with Image.open(io.BytesIO(base64.b64decode(strip))) as picture:
+        assert np.asarray(picture).min() > 150
 
 
 def test_what_a_recipe_says_is_text(quick_run: Place, tmp_path: Path) -> None:
