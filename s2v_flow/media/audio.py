@@ -13,9 +13,16 @@ from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError, RefusedError
 from s2v_flow.media.audio_blocks import HALF_POWER, Block, decode_blocks
-from s2v_flow.media.source import MAX_AUDIO_SECONDS, MAX_AUDIO_VALUES, MAX_SAMPLE_RATE_HZ, MIN_SAMPLE_RATE_HZ
+from s2v_flow.media.source import (
+    MAX_AUDIO_SECONDS,
+    MAX_AUDIO_VALUES,
+    MAX_SAMPLE_RATE_HZ,
+    MIN_SAMPLE_RATE_HZ,
+    Remark,
+)
 
 _BLOCK_SAMPLES = 65_536
+_SILENT_PEAK = 1e-3  # -60 dB of full scale
 
 
 class Sound(Protocol):
@@ -103,12 +110,15 @@ def probe_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SEC
     Raises:
         MissingError, MediaError, RefusedError: as `read_audio`.
     """
-    rate, num_channels, num_samples, peak = 0, 0, 0, 1.0
+    rate, num_channels, num_samples, peak, is_silent = 0, 0, 0, 1.0, True
     notes: list[str] = []
     for block in _checked_blocks(path, max_seconds, notes.append):
         rate, num_channels = block.rate, block.samples.shape[0]
         num_samples += block.samples.shape[1]
-        peak = max(peak, float(np.abs(block.samples).max())) if block.is_mixed else peak
+        largest = float(np.abs(block.samples).max())
+        peak, is_silent = max(peak, largest) if block.is_mixed else peak, is_silent and largest < _SILENT_PEAK
+    if is_silent:
+        notes.append(Remark("it is silent from beginning to end: is the right track recorded?"))
     return AudioInfo(rate, num_channels, num_samples, max(1 / peak, HALF_POWER), tuple(notes))
 
 

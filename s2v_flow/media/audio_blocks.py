@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
-from av.stream import Disposition
 from numpy.typing import NDArray
 
 from s2v_flow.errors import MediaError
@@ -30,6 +29,7 @@ from s2v_flow.media.source import (
     id3_end,
     open_container,
     open_source,
+    origin,
     sniff,
     truncated,
     usable_track,
@@ -187,9 +187,7 @@ class _Timeline:
     """
 
     def __init__(self, container: Any, path: str | os.PathLike[str]) -> None:
-        tracks = [track for track in (*container.streams.video, *container.streams.audio) if not _is_cover(track)]
-        starts = [track.start_time * Fraction(track.time_base) for track in tracks if track.start_time is not None]
-        self._origin = min(starts, default=Fraction(0)) if len(tracks) > 1 else Fraction(0)
+        self._origin = origin(container)
         self._end: Fraction | None = None  # of the frame before
         self._path = path
         self._late_seconds = self._hole_seconds = Fraction(0)
@@ -229,11 +227,6 @@ class _Timeline:
         if self._num_holes:
             holes = "a hole" if self._num_holes == 1 else f"{self._num_holes} holes"
             note(f"its sound has {holes} of {float(self._hole_seconds):.3f} s: filled with silence")
-
-
-def _is_cover(track: Any) -> bool:
-    """Tell whether a track is a picture of the whole, such as an album's."""
-    return bool(track.disposition & Disposition.attached_pic)
 
 
 def _has_xing_header(file: FileIO | Patched) -> bool:

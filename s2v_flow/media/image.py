@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from s2v_flow.errors import MediaError, RefusedError
 from s2v_flow.media.crop import centre_cut
-from s2v_flow.media.source import MAX_IMAGE_PIXELS, open_source
+from s2v_flow.media.source import MAX_IMAGE_PIXELS, Remark, open_source
 
 Background = Literal["white", "black", "grey", "ignore"]
 
@@ -34,6 +35,7 @@ _OTHERS = {  # what a file of no such format begins with
     "a Photoshop file": rb"8BPS",
 }
 _BACKGROUNDS = {"white": 1.0, "black": 0.0, "grey": 0.5}
+_SEEN_LEVELS = 8.0  # of 255: versions of sRGB differ by less
 _EXIF_ORIENTATION = 0x0112
 _ORIENTATIONS = {  # EXIF orientation -> what sets the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -95,6 +97,28 @@ def read_image(path: str | os.PathLike[str], background: Background = "white") -
         alpha = rgba[..., 3:]
         composed: NDArray[np.float32] = rgba[..., :3] * alpha + np.float32(_BACKGROUNDS[background]) * (1 - alpha)
         return composed
+
+
+def image_remarks(path: str | os.PathLike[str]) -> Iterator[Remark]:
+    """Yield what a person might not expect of how `read_image` reads an image.
+
+    Raises:
+        MissingError, MediaError, RefusedError: as `read_image`.
+    """
+    with _opened(path) as image, suppress(ImageCms.PyCMSError, *_PILLOW_ERRORS):  # what is damaged is not used
+        count = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # a phone's: the rest are smaller copies
+        if count > 1:
+            yield Remark(f"of its {count} pictures the first is used")
+        profile = image.info.get("icc_profile")
+        if profile:
+            image.thumbnail((64, 64))
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            right = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            off = np.abs(np.asarray(right, np.float32) - np.asarray(image.convert("RGB"), np.float32)).max()
+            if off > _SEEN_LEVELS:
+                name = ImageCms.getProfileDescription(own).strip()
+                text = f"its colours are in {name}, and taken as sRGB, as ComfyUI does: up to {off:.0f} of 255 off"
+                yield Remark(f"{text}; save it in sRGB")
 
 
 @contextmanager

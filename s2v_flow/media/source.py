@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+from av.stream import Disposition
 
 from s2v_flow.errors import MediaError, MissingError
 
@@ -51,6 +52,10 @@ _QUICKTIME_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot
 _CONVERT = {"video": "convert it to H.264 by ffmpeg", "sound": "convert it to wav by ffmpeg"}
 _PICTURES = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF"}
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<?xml", b"<smil", b"http:", b"https:")
+
+
+class Remark(str):
+    """A note on how a file was always read: nothing that was made of it before is out of date."""
 
 
 def open_source(path: str | os.PathLike[str]) -> FileIO:
@@ -147,7 +152,7 @@ def open_container(file: Any, format_name: str, path: str | os.PathLike[str]) ->
 
 
 def usable_track(streams: Sequence[Any], what: str, path: str | os.PathLike[str], note: Callable[[str], None]) -> Any:
-    """Return the first of a file's tracks of one kind that has a decoder; note which ones are passed over.
+    """Return the first of a file's tracks of one kind that has a decoder; note that there are more.
 
     Raises:
         MediaError: there is none.
@@ -159,7 +164,21 @@ def usable_track(streams: Sequence[Any], what: str, path: str | os.PathLike[str]
         raise MediaError(f"{path}: no decoder for its {what} is available", _CONVERT[what])
     if usable[0] > 1:
         note(f"its {what} track {usable[0]} is used: no decoder is available for what stands before it")
+    elif len(streams) > 1:
+        note(Remark(f"of its {len(streams)} {what} tracks the first is used"))
     return streams[usable[0] - 1]
+
+
+def films(container: Any) -> list[Any]:
+    """Return a file's video tracks, without pictures of the whole, such as an album's cover."""
+    return [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
+
+
+def origin(container: Any) -> Fraction:
+    """Return when a file begins, in seconds: of several tracks, with the first, as players show it; one alone at 0."""
+    tracks = [*films(container), *container.streams.audio]
+    starts = [track.start_time * Fraction(track.time_base) for track in tracks if track.start_time is not None]
+    return min(starts, default=Fraction(0)) if len(tracks) > 1 else Fraction(0)
 
 
 def bare_packets(container: Any, stream: Any, path: str | os.PathLike[str]) -> Iterator[Any]:

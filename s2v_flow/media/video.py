@@ -20,20 +20,29 @@ from s2v_flow.media.source import (
     MAX_IMAGE_PIXELS,
     MAX_VIDEO_FRAMES,
     MAX_VIDEO_SECONDS,
+    Remark,
     damaged,
+    films,
     open_container,
     open_source,
+    origin,
     sniff,
     usable_track,
     whole_packets,
 )
 
 _TIMESTAMP_TOLERANCE_SECONDS = Fraction(2, 1000)  # Matroska rounds its times to milliseconds
+_HDR_CURVES = (16, 18)  # ISO/IEC 23091-2: PQ and HLG
+_NOTICED_SECONDS = Fraction(45, 1000)  # from which on sound before its picture is noticed (ITU-R BT.1359)
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file shows; `width` and `height` are those of the upright picture."""
+    """What a video file shows; `width` and `height` are those of the upright picture.
+
+    `late_seconds` is for how long the sound goes on before the picture, if that is noticed: the first frame stands
+    still then, and that counts in `duration_seconds`.
+    """
 
     width: int
     height: int
@@ -41,6 +50,7 @@ class VideoInfo:
     fps: Fraction
     duration_seconds: Fraction
     has_audio: bool
+    late_seconds: Fraction = Fraction(0)
     notes: tuple[str, ...] = ()
 
     def num_frames_at(self, fps: int | Fraction) -> int:
@@ -51,9 +61,9 @@ class VideoInfo:
 def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
     """Measure a video file by reading all its packets and decoding one frame.
 
-    Frames are counted as packets that show one, and the length is that from the first frame's time to the last one's
-    end: what is in the file, not what its header says. A codec with hidden frames (VP8) may count a few that are never
-    shown.
+    Frames are counted as packets that show one, and the length is that from the first frame's time (or the sound's,
+    where that starts earlier) to the last frame's end: what is in the file, not what its header says. A codec with
+    hidden frames (VP8) may count a few that are never shown.
 
     Raises:
         MissingError: the file is not there, or may not be read.
@@ -80,19 +90,29 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
             raise MediaError(f"{path}: the video has no frames", "give a video that has some")
         height, width = _upright_pixels(first, path).shape[:2]
         fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        duration = max(end - start, 1 / fps)
+        late = start - origin(container) if container.streams.audio else Fraction(0)
+        late = late if late > _NOTICED_SECONDS else Fraction(0)
+        if late:
+            notes.append(f"its picture starts {float(late):.3f} s late: the first frame stands still until then")
+        if _is_mirrored(first):
+            notes.append("it is shown mirrored, as its metadata says")
+        if (wide := stream.sample_aspect_ratio) not in (None, 0, 1):
+            notes.append(Remark(f"its pixels are {float(wide):.3g} times as wide as tall, and taken as square"))
+        if first.color_trc in _HDR_CURVES:
+            notes.append(Remark("it is HDR, and taken as SDR: colours look pale; convert it to SDR by ffmpeg"))
+        duration = max(end - start, 1 / fps) + late
         if duration > MAX_VIDEO_SECONDS:
             raise RefusedError(f"{path}: the video lasts {float(duration):.0f} s", f"cut it to {MAX_VIDEO_SECONDS} s")
         has_audio = bool(container.streams.audio)
-        return VideoInfo(width, height, num_frames, fps, duration, has_audio, tuple(notes))
+        return VideoInfo(width, height, num_frames, fps, duration, has_audio, late, tuple(notes))
 
 
 class VideoReader:
-    """A video's frames at a constant rate: frame i is the one shown nearest to i / fps seconds after the first.
+    """A video's frames at a constant rate: frame i is the one shown nearest to i / fps seconds after the start.
 
     Reads forwards from where it stands and begins again when asked for what lies behind, so it never holds more than
-    two decoded frames besides those that it returns. Rotation in the file's metadata is applied. Use it in a `with`
-    statement.
+    two decoded frames besides those that it returns. Rotation and mirroring in the file's metadata are applied. Use it
+    in a `with` statement.
 
     Raises:
         MissingError, MediaError, RefusedError: as `probe_video`.
@@ -151,7 +171,8 @@ class VideoReader:
         """Return the frame nearest to index / fps; of two equally near ones the earlier."""
         if self._position is None or index < self._position:
             self.close()
-            self._timeline = _timeline(*self._stack.enter_context(_opened(self._path)), self._path)
+            opened = self._stack.enter_context(_opened(self._path))
+            self._timeline = _timeline(*opened, self._path, self.info.late_seconds)
             self._after = next(self._timeline, None)
         self._position = index
         wanted = index / self.fps
@@ -175,7 +196,7 @@ def _opened(path: str | os.PathLike[str], note: Callable[[str], None] = lambda t
         if name not in ("mov", "matroska"):
             raise MediaError(f"{path}: not a video but a sound ({name})", "give an mp4, mov, mkv or webm file")
         with open_container(file, name, path) as container:
-            stream = usable_track(container.streams.video, "video", path, note)
+            stream = usable_track(films(container), "video", path, note)
             if stream.codec_context.width * stream.codec_context.height > MAX_IMAGE_PIXELS:
                 raise RefusedError(
                     f"{path}: its frames have more than {MAX_IMAGE_PIXELS // 2**20} megapixels", "scale the video down"
@@ -183,15 +204,17 @@ def _opened(path: str | os.PathLike[str], note: Callable[[str], None] = lambda t
             yield container, stream
 
 
-def _timeline(container: Any, stream: Any, path: str | os.PathLike[str]) -> Iterator[tuple[Fraction, Any]]:
-    """Yield each decoded `av.VideoFrame` with its time in seconds after the first."""
+def _timeline(
+    container: Any, stream: Any, path: str | os.PathLike[str], late_seconds: Fraction
+) -> Iterator[tuple[Fraction, Any]]:
+    """Yield each decoded `av.VideoFrame` with its time in seconds; the first one's is `late_seconds`."""
     first = None
     for packet in whole_packets(container, stream, path):
         for frame in _decoded(packet, path):
             if frame.pts is None:
                 continue
             time = frame.pts * Fraction(frame.time_base)
-            first = time if first is None else first
+            first = time - late_seconds if first is None else first
             yield time - first, frame
 
 
@@ -204,9 +227,19 @@ def _decoded(packet: Any, path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def _upright_pixels(frame: Any, path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Return an `av.VideoFrame` as uint8 [H, W, 3], turned as the file's metadata says, in quarters."""
+    """Return an `av.VideoFrame` as uint8 [H, W, 3], mirrored and turned as the file's metadata says, in quarters."""
     try:
         pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
     except (*AV_ERRORS, OSError) as error:  # a colour space that FFmpeg cannot convert
         raise damaged(path, error) from error
+    pixels = pixels[::-1] if _is_mirrored(frame) else pixels
     return np.rot90(pixels, k=round(frame.rotation / 90))  # both count counterclockwise
+
+
+def _is_mirrored(frame: Any) -> bool:
+    """Tell whether a frame's display matrix (ISO/IEC 14496-12, 6.2.2) has a negative determinant."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32, 5).tolist()
+    return bool(a * d < b * c)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -32,7 +32,8 @@ class Lazy:
 
 
 class LoadImage(Node):
-    """Read an image: the portrait. Orientation tags are obeyed; transparency is laid on a background."""
+    """Read an image: the portrait. Orientation tags are obeyed, colour profiles are not (the plan says where it shows);
+    transparency is laid on a background."""
 
     kind: ClassVar[str] = "load_image"
     outputs: ClassVar = {"image": "image"}
@@ -45,7 +46,7 @@ class LoadImage(Node):
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Decode the image, and pass on its size."""
         values = planner.add_simple(name, self)
-        return with_facts(values, _probed(planner, name, "image", _measure_image))
+        return with_facts(values, _probed(planner, name, "picture", _measure_image))
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the image, to be read when it is needed: float32 [H, W, 3] in [0, 1]."""
@@ -84,7 +85,7 @@ class LoadAudio(Node):
             length = f"the file lasts {num_samples / rate:.2f} s"
             planner.problem(name, "start", "R130", f"nothing is left between start and end: {length}")
             return {}
-        node = _LoadAudioAnew(**dict(self)) if known["notes"] else self
+        node = _LoadAudioAnew(**dict(self)) if known.get("is_anew", known["notes"]) else self
         keys = ("num_samples", "sample_rate_hz", "num_channels", "gain")
         planner.add(name, node, {}, recipe_node=name, facts={key: known[key] for key in keys})
         return with_facts(values, sound_facts(count, rate, known["num_channels"]))
@@ -145,7 +146,10 @@ class AudioConcat(Node):
 
 
 class LoadVideo(Node):
-    """Read a video's frames at 16 frames a second: a pose video, or a clip whose motion is to be continued."""
+    """Read a video's frames at 16 frames a second: a pose video, or a clip whose motion is to be continued.
+
+    Rotation and mirroring are obeyed; where its sound begins before its picture, its first frame waits, standing still.
+    """
 
     kind: ClassVar[str] = "load_video"
     outputs: ClassVar = {"frames": "frames"}
@@ -155,7 +159,10 @@ class LoadVideo(Node):
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Decode a frame, and pass on how large they are and how many."""
         values = planner.add_simple(name, self)
-        return with_facts(values, _probed(planner, name, "video", _measure_video))
+        known = _probed(planner, name, "film", _measure_video)
+        if known.get("is_anew"):
+            planner.add(name, _LoadVideoAnew(**dict(self)), {}, recipe_node=name)
+        return with_facts(values, known)
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the frames, read when they are needed; one reader is kept for those that ask for them in order."""
@@ -170,6 +177,12 @@ class LoadVideo(Node):
                     yield frame[None]
 
         return {"frames": Frames(kept.info.width, kept.info.height, len(kept), groups, kept.read, close=kept.close)}
+
+
+class _LoadVideoAnew(LoadVideo):
+    """A video that earlier versions read otherwise: mirrored, or with a picture that starts late."""
+
+    version: ClassVar[int] = 2
 
 
 def sound_facts(num_samples: int, sample_rate_hz: int, num_channels: int) -> dict[str, Any]:
@@ -204,10 +217,10 @@ def _probed(planner: Planner, name: str, what: str, measure: Callable[[Path], di
 
 
 def _measure_image(path: Path) -> dict[str, Any]:
-    from s2v_flow.media.image import probe_image
+    from s2v_flow.media.image import image_remarks, probe_image
 
     width, height = probe_image(path, decodes=True)
-    return {"width": width, "height": height, "notes": []}
+    return {"width": width, "height": height, "notes": [*image_remarks(path)]}
 
 
 def _measure_sound(path: Path) -> dict[str, Any]:
@@ -215,7 +228,7 @@ def _measure_sound(path: Path) -> dict[str, Any]:
 
     info = probe_audio(path)
     counts = {"num_samples": info.num_samples, "sample_rate_hz": info.sample_rate_hz, "num_channels": info.num_channels}
-    return {**counts, "gain": info.gain, "notes": list(info.notes)}
+    return {**counts, "gain": info.gain, **_told(info.notes)}
 
 
 def _measure_video(path: Path) -> dict[str, Any]:
@@ -223,7 +236,13 @@ def _measure_video(path: Path) -> dict[str, Any]:
 
     info = probe_video(path)
     size = {"width": info.width, "height": info.height, "frames": info.num_frames_at(FRAME_RATE_HZ)}
-    return {**size, "notes": list(info.notes)}
+    return {**size, **_told(info.notes)}
+
+
+def _told(notes: Sequence[str]) -> dict[str, Any]:
+    from s2v_flow.media.source import Remark
+
+    return {"notes": list(notes), "is_anew": any(not isinstance(note, Remark) for note in notes)}
 
 
 _RATE_HZ = 24_000

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageCms
 from reference import load_golden
 
 from s2v_flow.errors import MediaError, MissingError, RefusedError
-from s2v_flow.media.image import crop_resize, probe_image, read_image
+from s2v_flow.media.image import crop_resize, image_remarks, probe_image, read_image
 
 PORTRAIT = Path(__file__).parents[2] / "recipes" / "inputs" / "astronaut.png"
 
@@ -186,3 +186,24 @@ def test_a_mutated_image_gives_pixels_or_a_typed_error(tmp_path: Path) -> None:
                 assert image.shape[2] == 3
                 assert 0 <= image.min() <= image.max() <= 1
     assert min(outcomes.values()) > 0
+
+
+def test_colours_of_another_space_are_noted_where_they_would_be_seen(tmp_path: Path) -> None:
+    """Display P3, as telephones write it: sRGB's profile with other primaries."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    p3 = bytearray(srgb)
+    primaries = {
+        b"rXYZ": (0.5151, 0.2412, -0.0011),
+        b"gXYZ": (0.2920, 0.6922, 0.0419),
+        b"bXYZ": (0.1571, 0.0666, 0.7841),
+    }
+    for entry in range(132, 132 + 12 * struct.unpack_from(">I", p3, 128)[0], 12):
+        name, at = struct.unpack_from(">4sI", p3, entry)
+        if name in primaries:
+            struct.pack_into(">3i", p3, at + 8, *(round(value * 65536) for value in primaries[name]))
+    skin = Image.new("RGB", (90, 120), (220, 120, 80))
+    for name, profile in (("srgb", srgb), ("p3", bytes(p3)), ("garbage", b"no profile")):
+        skin.save(tmp_path / f"{name}.png", icc_profile=profile)
+    (remark,) = image_remarks(tmp_path / "p3.png")
+    assert "taken as sRGB, as ComfyUI does: up to 15 of 255 off; save it in sRGB" in remark
+    assert [*image_remarks(tmp_path / "srgb.png"), *image_remarks(tmp_path / "garbage.png")] == []

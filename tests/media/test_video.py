@@ -127,6 +127,68 @@ def test_rotation_in_the_metadata_is_applied(tmp_path: Path) -> None:
     assert frame[4, 4].max() < 15
 
 
+@pytest.mark.parametrize(
+    ("matrix", "rows"),
+    [((-1, 0, 0, 1), "RW kk"), ((1, 0, 0, -1), "kk WR"), ((0, 1, 1, 0), "Wk Rk"), ((0, -1, -1, 0), "kR kW")],
+)
+def test_a_mirrored_picture_is_shown_as_players_show_it(
+    tmp_path: Path, matrix: tuple[int, int, int, int], rows: str
+) -> None:
+    """Front cameras mirror by the display matrix: its rotation alone would turn a face upside down."""
+    frames = np.zeros((1, HEIGHT, HEIGHT, 3), np.uint8)
+    half = HEIGHT // 2
+    frames[:, :half, :half], frames[:, :half, half:, 0] = 255, 255  # white, red; black below
+    with VideoWriter(tmp_path / "a.mp4", HEIGHT, HEIGHT, crf=1) as writer:
+        writer.write(frames)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    at, (a, b, c, d) = content.index(b"tkhd") + 44, (value << 16 for value in matrix)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(bytes(content))
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        corners = reader.read(0, 1)[0][half // 2 :: half, half // 2 :: half] > 128
+    assert " ".join("".join("kkkkRkkW"[4 * r + 2 * g + b] for r, g, b in row) for row in corners.tolist()) == rows
+    assert reader.info.notes == ("it is shown mirrored, as its metadata says",)
+
+
+def with_sound(source: Path, target: Path, late_seconds: Fraction) -> Path:
+    """Copy a video with its sound, the picture later than that."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        for packet in old.demux():
+            if packet.dts is None:
+                continue
+            stream = streams[packet.stream_index]
+            if stream.type == "video":
+                shift = int(late_seconds / packet.time_base)
+                packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+            packet.stream = stream
+            new.mux(packet)
+    return target
+
+
+def test_a_picture_that_starts_later_than_the_sound_stands_still_until_then(tmp_path: Path) -> None:
+    source = written(tmp_path / "whole.mp4", 8, 16, sound=True)
+    late = with_sound(source, tmp_path / "late.mp4", Fraction(4, 16))
+    with VideoReader(late) as reader:
+        assert indices(reader.read(0, 20)) == [0, 0, 0, 0, *range(8)]
+        assert [indices(reader.read(at, 1)) for at in (5, 2)] == [[1], [0]]
+    (note,) = probe_video(late).notes
+    assert note.startswith("its picture starts 0.2")
+    barely = with_sound(source, tmp_path / "barely.mp4", Fraction(1, 50))
+    assert (probe_video(barely).late_seconds, probe_video(barely).notes) == (0, ())
+
+
+def test_a_cover_is_no_video(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.m4a"), "w", format="mp4") as file:
+        cover = file.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        file.mux(cover.encode(av.VideoFrame.from_ndarray(grey_frames(1)[0], "rgb24")))
+        file.mux(cover.encode(None))
+    with pytest.raises(MediaError, match="has no video in it"):
+        probe_video(tmp_path / "a.m4a")
+
+
 def test_what_is_not_a_video_is_refused(tmp_path: Path) -> None:
     inputs = Path(__file__).parents[2] / "recipes" / "inputs"
     with pytest.raises(MediaError, match="not a video but a sound"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,30 @@ def test_a_voice_in_the_centre_is_noted_and_has_an_identity_of_its_own(tmp_path:
     mixed = api.plan(recipe, options(tmp_path, tmp_path / "models"))
     assert mixed.plan.node("voice").node.version == 2
     assert "voice: file: voice.wav: its sound is mixed from 5.1 to stereo" in mixed.notes
+
+
+def test_a_pose_video_that_is_mirrored_has_an_identity_of_its_own(tmp_path: Path) -> None:
+    write_voice(tmp_path / "voice.wav", 1)
+    clip = write_clip(tmp_path / "bad", 4)
+    recipe = write_recipe(tmp_path, CLIP)
+    assert api.plan(recipe, options(tmp_path, tmp_path / "models")).plan.node("clip").node.version == 1
+    content = bytearray(clip.read_bytes())
+    at = content.index(b"tkhd") + 44
+    content[at : at + 4] = struct.pack(">i", -1 << 16)
+    clip.write_bytes(bytes(content))
+    mirrored = api.plan(recipe, options(tmp_path, tmp_path / "models"))
+    assert mirrored.plan.node("clip").node.version == 2
+    assert "clip: file: bad: it is shown mirrored, as its metadata says" in mirrored.notes
+
+
+def test_how_a_file_was_always_read_is_noted_and_makes_nothing_stale(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "voice.wav", np.zeros(8000, np.float32), 16_000)
+    pictures = [Image.new("RGB", (64, 64), (shade, 90, 90)) for shade in (0, 100, 200)]
+    pictures[0].save(tmp_path / "bad", format="GIF", save_all=True, append_images=pictures[1:])
+    planned = api.plan(write_recipe(tmp_path, FACE), options(tmp_path, tmp_path / "models"))
+    assert "voice: file: voice.wav: it is silent from beginning to end: is the right track recorded?" in planned.notes
+    assert "portrait: file: bad: of its 3 pictures the first is used" in planned.notes
+    assert planned.plan.node("voice").node.version == 1
 
 
 @pytest.fixture(scope="module")
