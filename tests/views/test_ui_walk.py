@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def walking(opened: Open) -> Iterator[tuple[Page, list[str]]]:
     said: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*QUIET])
-        page = browser.new_page(viewport=WIDE, color_scheme="light")
+        page = browser.new_context(viewport=WIDE, color_scheme="light").new_page()
         page.set_default_timeout(60_000)
         page.context.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -187,3 +188,33 @@ def test_our_video_gives_its_recipe_and_the_keyboard_is_enough(quick_run: Place,
         page.keyboard.press("Enter")
         expect(page.locator("#jobs .finished")).to_be_visible(timeout=LONG_MS)
         assert (place.folder / "ui" / "out" / "talk.mp4").is_file()
+
+
+def test_many_tabs_share_one_queue_and_a_double_click_runs_once(quick_run: Place, tmp_path: Path) -> None:
+    """A browser has six connections to a server for all its tabs; a video goes on playing while the lists change."""
+    place = copied(quick_run, tmp_path / "talks")
+    with started(place.folder, S2VFLOW_MODELS_DIR=place.where[1]) as (opened, _), walking(opened) as (page, _):
+        tabs = [page, *(page.context.new_page() for _ in range(6))]
+        for tab in tabs[1:]:
+            tab.goto(opened.address)
+            expect(tab.locator("#total")).to_contain_text("compute", timeout=LONG_MS)
+        last = tabs[-1]
+        last.evaluate(
+            """() => {
+                window.video = document.querySelector("#gallery video");
+                Object.assign(video, { muted: true, loop: true });
+                return video.play();
+            }"""
+        )
+        page.get_by_label("Name").fill("once")
+        page.get_by_role("button", name="Run", exact=True).dblclick()
+        expect(last.locator("#jobs .finished")).to_be_visible(timeout=LONG_MS)
+        expect(last.locator("#gallery article")).to_have_count(2)
+        assert last.evaluate("video.isConnected && !video.paused")
+        expect(page.locator("#jobs li")).to_have_count(1)
+        page.close()  # another tab listens for all now
+        wishes = [{"source": "recipe.yaml", "name": "both", "values": {"nodes.video.crf": crf}} for crf in ("20", "21")]
+        with ThreadPoolExecutor(2) as pool:
+            made = pool.map(lambda wish: opened.json("/api/jobs", wish)["recipe"], wishes)
+            assert sorted(made) == ["ui/both.2.yaml", "ui/both.yaml"]
+        expect(last.locator("#jobs .finished")).to_have_count(3, timeout=LONG_MS)

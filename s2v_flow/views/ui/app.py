@@ -56,7 +56,7 @@ class Page:
         self._runs = runs_root(options.cache_root)
         self._files = roots.Roots({"work": Path.cwd(), "runs": self._runs})
         self._desk, self._gallery = Desk(options, self._files), Gallery(options.cache_root)
-        self._queue = Queue(FOLDER / "queue.json", words)
+        self._queue, self._naming = Queue(FOLDER / "queue.json", words), asyncio.Lock()
         self.is_closing: Callable[[], bool] = lambda: False
 
     def app(self) -> Starlette:
@@ -117,9 +117,11 @@ class Page:
         return {"plan": planned.to_json(), "path": path.as_posix(), "command": command, "recipe": text}
 
     async def _add(self, request: Request) -> Response:
-        planned, path, text = await run_in_threadpool(self._desk.plan, Wish.read(await _body(request)))
-        api.require_files(planned)
-        write_recipe(path, text)
+        wish = Wish.read(await _body(request))
+        async with self._naming:  # two tabs at once get two names
+            planned, path, text = await run_in_threadpool(self._desk.plan, wish)
+            api.require_files(planned)
+            write_recipe(path, text)
         known = {name: max(cost.seconds, 0.01) for name, cost in planned.estimate.nodes.items()}
         return JSONResponse(asdict(self._queue.add(path, {} if planned.estimate.unknown else known)), 201)
 
@@ -132,7 +134,7 @@ class Page:
 
     async def _changes(self) -> AsyncIterator[str]:
         """Yield the queue whenever something has happened, with the lines of the log that are new."""
-        seen, told, beat = -1, 0, 0.0
+        seen, told, beat, is_whole = -1, 0, 0.0, True
         while not self.is_closing():
             if seen != self._queue.changes or beat > _BEAT_SECONDS:
                 seen, beat = self._queue.changes, 0.0
@@ -141,8 +143,10 @@ class Page:
                 live = None if self._queue.live is None else self._queue.live.to_json()
                 if live is not None and live["preview"]:
                     live["preview"] = os.path.relpath(live["preview"], self._runs)
-                state = {"jobs": [asdict(job) for job in self._queue.jobs], "live": live, "log": lines}
+                jobs = [asdict(job) for job in self._queue.jobs]
+                state = {"jobs": jobs, "live": live, "log": lines, "is_whole": is_whole}
                 yield f"data: {json.dumps(state)}\n\n"
+                is_whole = False
             await asyncio.sleep(_LOOK_SECONDS)
             beat += _LOOK_SECONDS
 

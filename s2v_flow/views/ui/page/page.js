@@ -22,6 +22,16 @@ async function call(path, body, method = body === undefined ? "GET" : "POST") {
   return found;
 }
 
+// Show a list anew; what is the same stays: a video goes on playing, and who uses keys stays where he was.
+function renew(list, items, build) {
+  const known = new Map([...list.children].map((child) => [child.told, child]));
+  const at = [...list.children].findIndex((child) => child.contains(document.activeElement));
+  const made = items.map((item) => { const told = JSON.stringify(item); return Object.assign(known.get(told) ?? build(item), { told }); });
+  [...list.children].filter((child) => !made.includes(child)).forEach((child) => child.remove());
+  made.forEach((child, index) => child === list.children[index] || list.insertBefore(child, list.children[index] ?? null));
+  if (at >= 0 && !list.contains(document.activeElement)) list.children[Math.min(at, made.length - 1)]?.querySelector("button, a")?.focus();
+}
+
 function tell(text) {
   $("told").textContent = text;
   clearTimeout(tell.timer);
@@ -40,7 +50,8 @@ function time(seconds) {
 // ---- the form ----
 
 async function loadForm() {
-  const form = await call("/api/form", wish);
+  const { source } = wish, used = document.activeElement.id, form = await call("/api/form", wish);
+  if (source !== wish.source) return;
   fields = form.fields;
   const places = { image: "image", audio: "audio" };
   const missing = fields.filter((field) => own[field.file] && !(field.path in wish.values) && delete places[field.file]);
@@ -51,7 +62,7 @@ async function loadForm() {
   $("about").textContent = form.description;
   $("profiles").hidden = !form.profiles.length;
   $("profiles").replaceChildren($("profiles").firstElementChild, ...form.profiles.map((name) => make("label", {}, make("input", {
-    type: "checkbox", checked: wish.profiles.includes(name), onchange: (event) => {
+    type: "checkbox", id: `profile-${name}`, checked: wish.profiles.includes(name), onchange: (event) => {
       wish.profiles = event.target.checked ? [...wish.profiles, name] : wish.profiles.filter((other) => other !== name);
       trying(loadForm);
     } }), name)));
@@ -61,6 +72,7 @@ async function loadForm() {
   $("rest").replaceChildren(...groups.map((group) => make("details", {}, make("summary", {}, group),
     ...fields.filter((field) => field.group === group && !first.includes(field)).map(fieldOf))));
   $("more").hidden = !groups.length;
+  $(used)?.focus();
   await plan();
 }
 
@@ -96,7 +108,7 @@ function dropOf(field, name) {
   const shown = !field.at || field.at.startsWith("..") ? make("p", { className: "quiet" }, field.at ? field.value : `${field.value} is not there`)
     : isImage ? make("img", { src: address, alt: `The ${name}: ${field.value}` })
     : make("audio", { src: address, controls: true, preload: "metadata", data: { "aria-label": `The ${name}: ${field.value}` } });
-  const input = make("input", { type: "file", accept: isImage ? "image/*" : "audio/*,video/*", onchange: () => trying(() => send([...input.files], field)) });
+  const input = make("input", { type: "file", id: `file-${field.path}`, accept: isImage ? "image/*" : "audio/*,video/*", onchange: () => trying(() => send([...input.files], field)) });
   return make("div", { className: "drop" }, shown, make("label", {}, isImage ? "Drop a portrait, or choose one" : "Drop a voice, or choose one", input));
 }
 
@@ -150,8 +162,9 @@ async function plan() {
 // ---- the queue ----
 
 function jobOf(job) {
+  const since = Date.now(), isSoon = () => job.status === "stopping" && Date.now() - since < 1000; // a double click on Stop means Stop
   const act = (what, label) => make("button", { type: "button", data: { "aria-label": `${label}: ${job.recipe}` },
-    onclick: () => telling(() => call(`/api/jobs/${job.id}/${what}`, {})) }, label);
+    onclick: (event) => event.detail < 2 && !isSoon() && telling(() => call(`/api/jobs/${job.id}/${what}`, {})) }, label);
   const isOver = ["finished", "stopped", "failed"].includes(job.status);
   return make("li", {}, make("div", { className: "row" }, make("strong", { className: "grow" }, job.recipe),
     make("span", { className: job.status }, job.seconds !== null && isOver ? `${job.status}, ${time(job.seconds)}` : job.status),
@@ -162,13 +175,13 @@ function jobOf(job) {
     make("p", { className: "quiet" }, job.error || job.command));
 }
 
-function show({ jobs, live, log }) {
+function show({ jobs, live, log, is_whole }) {
   const text = JSON.stringify(jobs);
   if (text !== jobsText) {
     jobsText = text;
     const order = ["running", "stopping", "waiting"];
     const active = jobs.filter((job) => order.includes(job.status)), over = jobs.filter((job) => !order.includes(job.status)).reverse();
-    $("jobs").replaceChildren(...[...active, ...over.slice(0, 8)].map(jobOf));
+    renew($("jobs"), [...active, ...over.slice(0, 8)], jobOf);
     $("idle").hidden = jobs.length > 0;
     telling(list);
   }
@@ -181,7 +194,7 @@ function show({ jobs, live, log }) {
     $("preview").hidden = !live.preview;
     if (live.preview) $("preview").src = `/files/runs/${live.preview}?${live.seconds}`;
   }
-  if (log.some((line) => line.startsWith("$ "))) $("log").textContent = "";
+  if (is_whole || log.some((line) => line.startsWith("$ "))) $("log").textContent = "";
   $("log").append(...log.map((line) => `${line}\n`));
   if (log.length) $("log").scrollTop = $("log").scrollHeight;
 }
@@ -189,11 +202,13 @@ function show({ jobs, live, log }) {
 // ---- the videos ----
 
 async function list() {
-  const { runs, total, found } = await call(`/api/runs?search=${encodeURIComponent($("search").value)}`);
+  const words = $("search").value;
+  const { runs, total, found } = await call(`/api/runs?search=${encodeURIComponent(words)}`);
+  if (words !== $("search").value) return;
   $("count").textContent = total ? `${found} of ${total} runs` : "What you make is shown here.";
   shown = runs;
   chosen = chosen.filter((id) => runs.some((run) => run.id === id));
-  $("gallery").replaceChildren(...runs.map(runOf));
+  renew($("gallery"), runs, runOf);
   $("compare").disabled = chosen.length !== 2;
 }
 
@@ -257,13 +272,28 @@ function playBoth() {
   if (videos[0]) videos[0].ontimeupdate = () => ($("time").value = videos[0].currentTime / videos[0].duration || 0);
 }
 
+// One tab listens for all: a browser opens six connections to a server, and a stream of events keeps one.
+function listen() {
+  const tabs = new BroadcastChannel("s2vflow");
+  let events = null;
+  const open = () => {
+    events?.close();
+    events = new EventSource("/api/events");
+    events.onmessage = ({ data }) => { show(JSON.parse(data)); tabs.postMessage(data); };
+    events.onerror = () => tell("The server does not answer. Is s2vflow ui still running?");
+  };
+  tabs.onmessage = ({ data }) => (data !== "new tab" ? show(JSON.parse(data)) : events && open()); // it begins with the whole state
+  navigator.locks.request("s2vflow", () => { open(); return new Promise(() => {}); });
+  tabs.postMessage("new tab");
+}
+
 // ---- the start ----
 
 if (location.search) history.replaceState(null, "", "/");
 $("source").onchange = () => { choose($("source").value); trying(loadForm); };
 $("name").oninput = () => { clearTimeout(timer); timer = setTimeout(() => trying(plan), 400); };
 $("form").onsubmit = (event) => event.preventDefault();
-$("run").onclick = () => trying(async () => { wish.name = $("name").value; tell(`${(await call("/api/jobs", wish)).command} waits or runs`); await plan(); });
+$("run").onclick = (event) => event.detail < 2 && trying(async () => { wish.name = $("name").value; tell(`${(await call("/api/jobs", wish)).command} waits or runs`); await plan(); });
 $("search").oninput = () => telling(list);
 $("compare").onclick = () => telling(compare);
 $("close").onclick = () => $("pair").close();
@@ -280,8 +310,6 @@ trying(async () => {
   const [starts, files] = [true, false].map((isStart) => recipes.filter(({ source }) => source.startsWith("start:") === isStart));
   $("source").append(...[files.length ? group("In this folder", files) : null, group("New, for a portrait and a voice", starts)].filter(Boolean));
   choose(recipes.find(({ source }) => source.endsWith("demo.yaml"))?.source ?? recipes[0].source);
-  const events = new EventSource("/api/events");
-  events.onmessage = (event) => show(JSON.parse(event.data));
-  events.onerror = () => tell("The server does not answer. Is s2vflow ui still running?");
+  listen();
   await loadForm();
 });
