@@ -202,11 +202,11 @@ def _circle(takes: nx.DiGraph[Any], start: object) -> tuple[str, str] | None:
 
 def is_prompt(document: Any) -> bool:
     """Tell whether a JSON value is in the API format."""
-    return (
-        isinstance(document, Mapping)
-        and bool(document)
-        and all(isinstance(node, Mapping) and "class_type" in node for node in document.values())
-    )
+    return isinstance(document, Mapping) and any(map(_is_node, document.values()))
+
+
+def _is_node(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "class_type" in entry
 
 
 def read_prompt(document: Mapping[str, Any], mistakes: Mistakes) -> Graph:
@@ -219,6 +219,9 @@ def read_prompt(document: Mapping[str, Any], mistakes: Mistakes) -> Graph:
         raise mistakes.stop("W006", f"a workflow may have {MAX_NODES} nodes, this has {len(document)}")
     nodes = {}
     for name, entry in document.items():
+        if not _is_node(entry):  # of the tool that wrote the file: `_meta`, `extra`
+            mistakes.note(f"{shortened(name)} is left out: it has no class_type, so it is no node")
+            continue
         class_type, inputs = entry.get("class_type"), entry.get("inputs", {})
         if not isinstance(class_type, str) or not isinstance(inputs, Mapping):
             mistakes.add("W002", "class_type must be text and inputs a map", f"node {name}")

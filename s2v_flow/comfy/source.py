@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ MAX_BYTES = 50 << 20
 _MAX_DIGITS = 20  # 2**64 - 1, the largest seed, has as many
 _NAMES = ("workflow", "prompt")  # the editor's format first: it has titles and notes
 _PNG = b"\x89PNG\r\n\x1a\n"
+_OURS = "essence"  # what the comment of a video of s2vflow's begins with
 _FIX = "give the JSON that ComfyUI saves (Workflow > Save or Export), or an image or video with the workflow in it"
 
 
@@ -38,6 +40,10 @@ def read_workflow(path: Path) -> Any:
     for name in _NAMES:
         if name in texts:
             return parse(texts[name], path)
+    if _OURS in texts:
+        fix = f"write it out: {shlex.join(['s2vflow', 'recipe', str(path), '-o', f'{path.stem}.yaml'])}"
+        what = f"{path}: holds no ComfyUI workflow, but the recipe that s2vflow made it from"
+        raise S2VFlowError(what, fix, exit_code=ExitCode.RECIPE)
     raise bad_file(path, "no workflow is in it")
 
 
@@ -71,6 +77,8 @@ def _texts(file: BinaryIO, head: bytes, path: Path) -> Mapping[str, str | bytes]
         return _wanted(_exif_texts(file, path))
     if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":
         return _wanted(_video_texts(file, "mov" if head[4:8] == b"ftyp" else "matroska", path))
+    if head.startswith((b"PK", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")):
+        raise bad_file(path, "it is an archive: unpack it, and give the workflow that is in it")
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < os.fstat(file.fileno()).st_size:
         return _wanted(_safetensors_texts(file, path))
     if os.fstat(file.fileno()).st_size > MAX_BYTES:
@@ -82,7 +90,7 @@ def _texts(file: BinaryIO, head: bytes, path: Path) -> Mapping[str, str | bytes]
 
 
 def _wanted(pairs: Iterator[tuple[str, str]]) -> dict[str, str | bytes]:
-    return {key.lower(): text for key, text in pairs if key.lower() in _NAMES}
+    return {key.lower(): text for key, text in pairs if key.lower() in (*_NAMES, _OURS)}
 
 
 def _too_large(path: Path) -> RefusedError:
@@ -158,7 +166,7 @@ def _video_texts(file: BinaryIO, form: str, path: Path) -> Iterator[tuple[str, s
         yield key, text
         if key.lower() == "comment" and text.lstrip().startswith("{"):
             content = parse(text, path)
-            for name in _NAMES:
+            for name in (*_NAMES, _OURS):
                 inner = content.get(name) if isinstance(content, dict) else None
                 if inner:
                     yield name, inner if isinstance(inner, str) else json.dumps(inner)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from s2v_flow.api import KINDS
 from s2v_flow.comfy.importer import import_workflow
 from s2v_flow.comfy.source import read_workflow
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.media.provenance import note_box
 
 WORKFLOW = json.dumps(editor())
 PROMPT = json.dumps(golden())
@@ -55,6 +58,9 @@ def video(path: Path, tags: dict[str, str], codec: str) -> None:
 MAKERS = {
     "a.json": lambda path: path.write_text(WORKFLOW),
     "bom.json": lambda path: path.write_bytes(b"\xef\xbb\xbf" + WORKFLOW.encode()),
+    "utf16.json": lambda path: path.write_bytes(WORKFLOW.encode("utf-16")),
+    "worker.json": lambda path: path.write_text(json.dumps({"input": {"workflow": golden()}})),
+    "page.json": lambda path: path.write_text(json.dumps({"output": golden()})),
     "server.json": lambda path: path.write_text(json.dumps({"prompt": golden(), "client_id": "x"})),
     "a.png": png,
     "zipped.png": lambda path: png(path, compressed=True),
@@ -109,3 +115,42 @@ def test_a_zipped_text_that_grows_beyond_bounds_is_refused(tmp_path: Path) -> No
     with pytest.raises(S2VFlowError, match="50 MB") as caught:
         read_workflow(file)
     assert caught.value.exit_code == ExitCode.REFUSED
+
+
+@pytest.mark.parametrize("name", ["talk.mp4", "a copy.mp4", "a copy.mkv"])
+def test_a_video_of_ours_is_answered_with_the_command_that_gives_its_recipe(name: str, tmp_path: Path) -> None:
+    """As it was written, and as a remux leaves it; it has no workflow in it."""
+    file, copy = tmp_path / "talk.mp4", tmp_path / name
+    video(file, {}, "mpeg4")
+    file.write_bytes(file.read_bytes() + note_box(b'{"essence":2,"recipe":{}}'))
+    if copy != file:
+        with av.open(str(file)) as given, av.open(str(copy), "w") as made:
+            made.metadata.update(given.metadata)
+            stream = made.add_stream_from_template(given.streams.video[0])
+            for packet in given.demux(given.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    made.mux(packet)
+    with pytest.raises(S2VFlowError, match="holds no ComfyUI workflow, but the recipe") as caught:
+        import_workflow(copy, KINDS)
+    assert shlex.join(["s2vflow", "recipe", str(copy), "-o", f"{copy.stem}.yaml"]) in (caught.value.fix or "")
+    assert caught.value.exit_code == ExitCode.RECIPE
+
+
+def test_what_other_tools_put_beside_the_nodes_is_left_out_with_a_note(tmp_path: Path) -> None:
+    """Descriptions and the metadata of sites that show pictures."""
+    file = tmp_path / "workflow.json"
+    file.write_text(PROMPT)
+    plain = import_workflow(file, KINDS)
+    file.write_text(json.dumps({"_meta": {"author": "x"}, **golden(), "extraMetadata": "{}"}))
+    made = import_workflow(file, KINDS)
+    assert made.text == plain.text
+    assert [note.split(" ")[0] for note in made.notes] == ["_meta", "extraMetadata"]
+
+
+def test_an_archive_is_named(tmp_path: Path) -> None:
+    """As sites deliver workflows."""
+    with zipfile.ZipFile(tmp_path / "workflow.zip", "w") as archive:
+        archive.writestr("workflow.json", PROMPT)
+    with pytest.raises(S2VFlowError, match="an archive: unpack it"):
+        import_workflow(tmp_path / "workflow.zip", KINDS)
