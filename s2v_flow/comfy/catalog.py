@@ -15,10 +15,13 @@ CONTROL_WORDS = frozenset({"fixed", "increment", "decrement", "randomize"})
 
 REROUTES = ("Reroute", "Reroute (rgthree)")
 _SWITCHES = ("Fast Groups Bypasser", "Fast Groups Muter", "Fast Bypasser", "Fast Muter", "Label", "Bookmark")
+SETTERS, GETTERS = ("SetNode", "easy setNode"), ("GetNode", "easy getNode")
+BROADCASTERS = (*(f"Anything Everywhere{n}" for n in ("", "?", "3")), "Prompts Everywhere", "Seed Everywhere")
 VIRTUAL = frozenset(
-    {*REROUTES, "PrimitiveNode", "Note", "MarkdownNote", "SetNode", "GetNode", *(f"{n} (rgthree)" for n in _SWITCHES)}
+    {*REROUTES, *SETTERS, *GETTERS, *BROADCASTERS[:-1], "PrimitiveNode", "Note", "MarkdownNote"}
+    | {f"{name} (rgthree)" for name in _SWITCHES}
 )
-"""Nodes that exist in the editor only."""
+"""Nodes that exist in the editor only, or do their work there."""
 NOTES = frozenset({"Note", "MarkdownNote"})
 
 AUTHORS_SAMPLERS = ("flow_unipc", "flow_dpmpp")
@@ -179,6 +182,7 @@ StringConstantMultiline|String Constant Multiline||string:S strip_newlines:B=tru
 easy int|Int||value:I|int:INT
 easy float|Float||value:F|float:FLOAT
 Seed (rgthree)|Seed (rgthree)||seed:I|SEED:INT
+Seed Everywhere|Seed Everywhere||seed:I*|INT
 ComfyMathExpression|Math Expression||expression:S=a|FLOAT INT BOOL:BOOLEAN
 SimpleCalculatorKJ|Simple Calculator KJ||expression:S|FLOAT INT BOOLEAN
 SimpleMath+|Simple Math||value:S|INT FLOAT

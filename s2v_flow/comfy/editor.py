@@ -6,10 +6,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from s2v_flow.comfy.catalog import NOTES, REROUTES, VIRTUAL, classes, is_stock_title
+from s2v_flow.comfy.catalog import BROADCASTERS, GETTERS, NOTES, REROUTES, SETTERS, VIRTUAL, classes, is_stock_title
 from s2v_flow.comfy.graph import MAX_NODES, Box, ComfyNode, Graph, Link, Mistakes, Note, Value, known_class
 from s2v_flow.comfy.widgets import Promoted, list_in, maps_in, promoted_values, widget_values
-from s2v_flow.errors import RecipeError
 from s2v_flow.wording import shortened
 
 MAX_DEPTH = 32
@@ -126,7 +125,31 @@ class _Unfolder:
         if self._count > MAX_NODES:
             raise self._mistakes.stop("W006", f"with its subgraphs unfolded it has more than {MAX_NODES} nodes")
         links = dict(self._link(link) for link in list_in(source, "links"))
+        self._add_broadcast(name, source, nodes, links)
         return Scope(name, nodes, links, list_in(source, "groups"))
+
+    def _add_broadcast(
+        self, name: str, source: Mapping[str, Any], nodes: dict[Any, Mapping[str, Any]], links: dict[Any, Any]
+    ) -> None:
+        """Link what `Anything Everywhere` and its kin feed without links, as the file's `ue_links` say."""
+        extra = source.get("extra")
+        extra = extra if isinstance(extra, Mapping) else {}
+        for key, node in nodes.items() if not isinstance(extra.get("ue_links"), list) else ():
+            if str(node.get("type")) in BROADCASTERS and _mode(node) == 0:
+                message = f"{node['type']} feeds nodes without links, and the file does not say which"
+                fix = "turn its connections into real links, or export the workflow in the API format"
+                self._mistakes.add("W004", message, f"node {name}{key}", fix)
+        keys = {str(key): key for key in nodes}
+        for item in maps_in(extra, "ue_links"):
+            target, slot = keys.get(str(item.get("downstream"))), item.get("downstream_slot")
+            inputs = list_in(nodes.get(target, {}), "inputs")
+            given = inputs[slot] if isinstance(slot, int) and 0 <= slot < len(inputs) else None
+            if isinstance(given, Mapping) and given.get("link") is None:
+                number = f"of {item.get('controller')} to {target}, {slot}"
+                origin = keys.get(str(item.get("upstream")), item.get("upstream"))
+                links[number] = self._link([number, origin, item.get("upstream_slot"), target, slot])[1]
+                inputs = [{**given, "link": number} if place == slot else old for place, old in enumerate(inputs)]
+                nodes[target] = {**nodes[target], "inputs": inputs}
 
     def _link(self, link: Any) -> tuple[int | str, tuple[Any, int, Any, int]]:
         if isinstance(link, Mapping):
@@ -147,7 +170,7 @@ class _Reader:
         self._setters: dict[str, tuple[Scope, Mapping[str, Any]]] = {}
         for scope in scopes:
             for node in scope.nodes.values():
-                if node.get("type") == "SetNode" and _mode(node) == 0:
+                if node.get("type") in SETTERS:  # switched off or not
                     self._setters.setdefault(_first_widget(node), (scope, node))
 
     def nodes(self, scope: Scope) -> Iterator[ComfyNode]:
@@ -191,7 +214,7 @@ class _Reader:
         seen: set[tuple[str, int | str]] = set()
         while True:
             if not isinstance(link_id, (int, str)) or link_id not in scope.links:
-                raise self._dangling(f"a link {shortened(str(link_id))} is not there", user)
+                return Link(f"at the other end of link {shortened(str(link_id))}", 0)
             if (scope.name, link_id) in seen:
                 raise self._mistakes.stop("W005", "links run in a circle", user)
             seen.add((scope.name, link_id))
@@ -207,15 +230,13 @@ class _Reader:
                 continue
             node = scope.nodes.get(origin)
             if node is None:
-                raise self._dangling(f"a link comes from node {shortened(str(origin))}, which is not there", user)
-            following = self._inside(scope, node, slot, user)
+                return Link(f"{scope.name}{origin}", slot)  # an error if somebody needs it
+            following = self._inside(scope, node, slot)
             if not isinstance(following, tuple):
                 return following
             scope, link_id = following
 
-    def _inside(
-        self, scope: Scope, node: Mapping[str, Any], slot: int, user: ComfyNode
-    ) -> tuple[Scope, Any] | Link | Value | None:
+    def _inside(self, scope: Scope, node: Mapping[str, Any], slot: int) -> tuple[Scope, Any] | Link | Value | None:
         """Return what stands behind a node's output: a link to follow further, or the end."""
         mode, type_, name = self._off(scope, node), node.get("type"), f"{scope.name}{node['id']}"
         if mode == _MUTED:
@@ -233,12 +254,12 @@ class _Reader:
             is_own = isinstance(title, str) and not is_stock_title("PrimitiveNode", title)
             held = next(iter(scope.promoted.of(node).values()), _first_widget(node, raw=True))
             return Value(held, name, title if is_own else None)
-        if type_ == "GetNode":
+        if type_ in GETTERS:
             setter = self._setters.get(_first_widget(node))
             if setter is None:
-                raise self._dangling(f"no Set node has the name {shortened(_first_widget(node))}", user)
+                return Link(f"Set {shortened(_first_widget(node))}", 0)
             return self._further(setter[0], _first_link(setter[1]))
-        if type_ == "SetNode":
+        if type_ in SETTERS:
             return self._further(scope, _first_link(node))
         return Link(name, slot)
 
@@ -250,23 +271,21 @@ class _Reader:
         """Step out of a subgraph: return the link that feeds its input, or the value of the input's widget."""
         edges = list_in(scope.definition, "inputs")
         if not 0 <= slot < len(edges) or not isinstance(edges[slot], Mapping) or scope.parent is None:
-            raise self._dangling("a link comes from an input that the subgraph does not have", user)
+            message = "a link comes from an input that the subgraph does not have"
+            raise self._mistakes.stop("W002", message, user)
         name = str(edges[slot].get("name"))
         for item in maps_in(scope.instance, "inputs"):
             if str(item.get("name")) == name and item.get("link") is not None:
                 return (scope.parent, item["link"]), None
         return None, (Value(scope.promoted.edges[name]) if name in scope.promoted.edges else None)
 
-    def _dangling(self, message: str, user: ComfyNode) -> RecipeError:
-        return self._mistakes.stop("W002", message, user, "open the workflow in ComfyUI and save it again")
-
 
 def _passed_through(node: Mapping[str, Any], slot: int) -> Any:
-    """Return the link that a bypassed node passes on: of the input beside the output, or the first of its type."""
+    """Return the link that a bypassed node passes on: of the input beside the output, else the first that fits best."""
     outputs, inputs = list_in(node, "outputs"), maps_in(node, "inputs")
     type_ = outputs[slot].get("type") if slot < len(outputs) and isinstance(outputs[slot], Mapping) else None
-    order = inputs[slot : slot + 1] + inputs
-    return next((item.get("link") for item in order if type_ in (item.get("type"), "*")), None)
+    order = inputs[slot : slot + 1] + sorted(inputs, key=lambda item: item.get("type") != type_)
+    return next((item.get("link") for item in order if type_ == "*" or item.get("type") in (type_, "*")), None)
 
 
 def _first_link(node: Mapping[str, Any]) -> Any:

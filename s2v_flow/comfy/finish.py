@@ -136,13 +136,17 @@ class Reference:
 
 @dataclass
 class Sections:
-    """A recipe's sections as they will be written; `sinks` are the names of the nodes that write files."""
+    """A recipe's sections as they will be written.
+
+    `sinks` are the names of the nodes that write files; `made_from` has the ids of what each node was in ComfyUI.
+    """
 
     params: dict[str, Any] = field(default_factory=dict)
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
     sinks: list[str] = field(default_factory=list)
     remarks: dict[str, list[str]] = field(default_factory=dict)  # node's name, "params" or "profiles" -> texts
     notes: list[str] = field(default_factory=list)
+    made_from: dict[str, list[str]] = field(default_factory=dict)
 
 
 def finish(draft: Draft) -> Sections:
@@ -158,6 +162,7 @@ def finish(draft: Draft) -> Sections:
         node = draft.nodes[key]
         fields = {name: params.written(node, name, value, names) for name, value in node.fields.items()}
         sections.nodes[names[key]] = {"kind": node.kind, **fields}
+        sections.made_from[names[key]] = node.made_from
     order = {name: index for index, name in enumerate(PARAM_ORDER)}
     bases = {name: name.rstrip("0123456789").rstrip("_") for name in params.values}
     sorted_params = sorted(params.values, key=lambda name: order.get(name, order.get(bases[name], len(order))))
@@ -216,10 +221,9 @@ class _Params:
         return Reference(f"$params.{self._names[identity]}")
 
 
-def annotate(sections: Sections, draft: Draft, graph: Graph) -> None:
+def annotate(sections: Sections, graph: Graph) -> None:
     """Put the workflow's notes into comments: short ones above the node beside them, long ones at the end."""
-    names = dict(zip(_sorted(draft), sections.nodes, strict=True))
-    owners = [(names[key], name) for key in names for name in draft.nodes[key].made_from]
+    owners = [(owner, name) for owner, names in sections.made_from.items() for name in names]
     primitives = [name for name, node in graph.nodes.items() if node.type.startswith("Primitive")]
     owners += [("params", name) for name in primitives if sections.params]
     seen: set[str] = set()

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from s2v_flow.comfy.catalog import PREVIEWS, SAVERS, WITHOUT_RESULT, classes
@@ -44,9 +45,18 @@ from s2v_flow.wording import shortened
 
 _MAX_PROFILES = 8
 _MAX_WRAPPERS = 8
-_WRAPPERS = ("history", "queue_running", "queue_pending", "extra_data", "extra_pnginfo")  # of the server's answers
+_WRAPPERS = (
+    "history",
+    "queue_running",
+    "queue_pending",
+    "extra_data",
+    "extra_pnginfo",
+    "input",
+    "output",
+)  # of servers
 _TRANSLATORS = {**SOURCES, **VALUES, **SCALING, **SAMPLING}
 _VALUES = {"INT", "FLOAT", "STRING", "BOOLEAN"}
+_BYPASS = "bypass it (Ctrl+B) or replace it by a node that s2vflow knows, and save the workflow again"
 _LOADERS = {
     "MODEL": "UNETLoader or UnetLoaderGGUF",
     "CLIP": "CLIPLoader",
@@ -86,9 +96,13 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False, as_of
         round_as_2025(draft)
     changes = modernise(draft) if modernises else []
     sections = finish(draft)
-    annotate(sections, draft, graph)
+    annotate(sections, graph)
+    origins = {
+        name: ", ".join(graph.nodes[key].described() for key in keys if key in graph.nodes)
+        for name, keys in sections.made_from.items()
+    }
     description = f"Imported from ComfyUI's workflow {path.name}" + (", modernised." if modernises else ".")
-    checked(recipe_text(sections, description, {}), kinds)
+    checked(recipe_text(sections, description, {}), kinds, origins=origins)
     profiles: dict[str, Mapping[str, Any]] = {}
     parts = inactive_parts(document, SAVERS) if is_editor(document) else []
     if len(parts) > _MAX_PROFILES:
@@ -181,8 +195,10 @@ def _profile(
     return profile if all(got.get(name) == digest for name, digest in wanted.items()) else None
 
 
-def checked(text: str, kinds: Kinds, profile: str | None = None) -> Recipe:
-    """Check a recipe's text as `s2vflow check` would.
+def checked(
+    text: str, kinds: Kinds, profile: str | None = None, origins: Mapping[str, str] = MappingProxyType({})
+) -> Recipe:
+    """Check a recipe's text as `s2vflow check` would; `origins` says what its nodes were in ComfyUI.
 
     Raises:
         RecipeError: With every mistake, at its place in the text.
@@ -193,9 +209,13 @@ def checked(text: str, kinds: Kinds, profile: str | None = None) -> Recipe:
         try:
             return load_recipe(file, kinds=kinds, changes=Changes(() if profile is None else (profile,)))
         except RecipeError as error:
-            found = error.diagnostics
-            places = [item.place and Place("(imported recipe)", item.place.line, item.place.column) for item in found]
-            placed = [replace(item, place=place) for item, place in zip(found, places, strict=True)]
+            placed = []
+            for item in error.diagnostics:
+                node = re.match(r"nodes\.(\w+)", item.inside or "")
+                origin = origins.get(node[1]) if node else None
+                place = item.place and Place("(imported recipe)", item.place.line, item.place.column)
+                inside = f"{item.inside}; in ComfyUI {origin}" if origin else item.inside
+                placed.append(replace(item, place=place, inside=inside))
             raise RecipeError("the workflow's values do not make a recipe", diagnostics=placed) from None
 
 
@@ -262,14 +282,18 @@ def _type_of(class_type: str, port: str | int) -> str:
 
 def _advice(node: ComfyNode, gives: set[str], takes: set[str]) -> str:
     """Return what to do about a node that is not known: bypass it only where it can hand on what it takes."""
+    if node.type.startswith(("workflow>", "workflow/")):
+        return "it is a group node: turn it back into its nodes (right-click it), and save the workflow again"
+    if takes & gives - {"*"}:
+        return _BYPASS
     if node.type.startswith("WanVideo"):
         return "build this part with ComfyUI's own nodes (WanSoundImageToVideo, KSampler); the wrapper's are not known"
     if node.type.count("-") == 4:
         return "its subgraph is not in the file: open the workflow in ComfyUI and save it again"
     if "gguf" in node.type.lower():
         return "load its file with UnetLoaderGGUF or CLIPLoaderGGUF, or use the safetensors file with UNETLoader"
-    if takes and ("*" in takes | gives or takes & gives):
-        return "bypass it (Ctrl+B) or replace it by a node that s2vflow knows, and save the workflow again"
+    if takes and "*" in takes | gives:
+        return _BYPASS
     if gives <= _VALUES:
         return "type its value into the node that takes it, and save the workflow again"
     known = " and ".join(_LOADERS[type_] for type_ in _LOADERS if type_ in gives and not takes)

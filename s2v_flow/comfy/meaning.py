@@ -44,19 +44,21 @@ class Draft:
     _known: dict[str, int] = field(default_factory=dict)
 
     def add(
-        self, kind: str, usual: str, fields: Mapping[str, Any], source: ComfyNode, *, titled: bool = True
+        self, kind: str, usual: str, fields: Mapping[str, Any], *sources: ComfyNode, titled: bool = True
     ) -> NodeRef:
-        """Add a node, or return the one that is there already and says the same. Fields that are None are left out."""
+        """Add a node, or return the one that is there already and says the same. Fields that are None are left out.
+
+        `sources`: What it is made of, the one whose title it takes first.
+        """
         given = {name: value for name, value in fields.items() if value is not None}
         identity = repr((kind, sorted(given.items(), key=lambda item: item[0])))
         key = self._known.get(identity)
-        title = source.title if titled else None
+        title = sources[0].title if titled else None
         if key is None:
             key = self._known[identity] = len(self.nodes)
             self.nodes[key] = DraftNode(kind, usual, given, title)
         node = self.nodes[key]
-        if source.id not in node.made_from:
-            node.made_from.append(source.id)
+        node.made_from += [source.id for source in sources if source.id not in node.made_from]
         return NodeRef(key)
 
     def add_sink(self, kind: str, usual: str, fields: Mapping[str, Any], source: ComfyNode) -> None:

@@ -166,7 +166,7 @@ def _chunk(context: Context, node: ComfyNode, chunk: Prepared, settings: dict[st
     if chunk.base is None:
         order = [name for name in settings if name not in _LAST]
         fields = {name: settings[name] for name in order} | {"seed": seed} | settings
-        ref = context.draft.add("sample", "first", fields, node)
+        ref = context.draft.add("sample", "first", fields, node, chunk.source)
         kept = {name: value for name, value in settings.items() if name not in ("width", "height", "motion_video")}
         return Latent(ref, num_frames, chunk.size, {**kept, "motion": "latent"})
     base = chunk.base
@@ -177,7 +177,7 @@ def _chunk(context: Context, node: ComfyNode, chunk: Prepared, settings: dict[st
     wanted = {**settings, **_control(context, node, chunk, settings), "motion": "latent"}
     own = {name: value for name, value in wanted.items() if base.settings.get(name) != value}
     fields = {"video": base.ref, "chunks": 1, "seed": seed, **own}
-    ref = context.draft.add("extend", "talk", fields, node)
+    ref = context.draft.add("extend", "talk", fields, node, chunk.source)
     total = None if base.num_frames is None else base.num_frames + num_frames
     joined = Latent(ref, total, base.size, {**base.settings, **wanted})
     cut = {"latent": ref, "axis": "t", "index": -num_frames, "amount": num_frames}

@@ -18,6 +18,7 @@ from s2v_flow.wording import shortened
 PRIMITIVES = (
     *("PrimitiveInt", "PrimitiveFloat", "PrimitiveString", "PrimitiveStringMultiline", "PrimitiveBoolean"),
     *("INTConstant", "FloatConstant", "BOOLConstant", "StringConstant", "easy int", "easy float", "Seed (rgthree)"),
+    "Seed Everywhere",
 )
 _MAX_LETTERS = 1000
 _LARGEST = 2.0**64

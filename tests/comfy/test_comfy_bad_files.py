@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_workflows import editor, golden, imported, node_of, template_path
+from comfy_workflows import editor, golden, imported, mistake, node_of, template_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -206,3 +206,13 @@ def _at(document: Any, path: tuple[Any, ...]) -> Any:
     for key in path:
         document = document[key]
     return copy.deepcopy(document)
+
+
+def test_a_value_that_no_recipe_takes_names_the_nodes_it_comes_from(tmp_path: Path) -> None:
+    """Their ids and classes, beside the recipe's field."""
+    workflow = golden()
+    workflow["3"]["inputs"]["seed"] = -1
+    where, what = mistake(workflow, tmp_path).split(": must", 1)
+    assert "nodes.first.seed" in where
+    assert "node 3 (KSampler), node 93 (WanSoundImageToVideo)" in where
+    assert "at least 0, got -1" in what

@@ -185,6 +185,19 @@ def test_a_bypassed_node_passes_on_what_has_its_outputs_type(tmp_path: Path) -> 
     assert "talk" not in recipe_of(document, tmp_path).nodes
 
 
+def test_a_bypassed_node_passes_on_an_input_of_any_type(tmp_path: Path, plain_text: str) -> None:
+    """Where no input has the output's type; one that has it comes first."""
+    document = editor()
+    put_between(document, node_of(document, "VAEDecode"), "vae", {"type": "FreeMemory", "mode": 4})
+    taken = node_of(document, "FreeMemory")["inputs"]
+    taken[0]["type"] = "*"
+    assert imported(document, tmp_path).text == plain_text
+    image = input_of(node_of(document, "WanSoundImageToVideo"), "ref_image")["link"]
+    taken[:0] = [{"name": "image", "type": "IMAGE", "link": image}, {"name": "more", "type": "*", "link": image}]
+    taken[2]["type"] = "VAE"
+    assert imported(document, tmp_path).text == plain_text
+
+
 def test_what_a_muted_node_gives_is_absent(tmp_path: Path) -> None:
     """A muted LoadImage takes the reference away; a muted prompt is a mistake."""
     document = editor()
@@ -204,23 +217,28 @@ def test_reroutes_and_set_nodes_on_the_way_do_not_count(type_: str, tmp_path: Pa
     assert imported(document, tmp_path).text == plain_text
 
 
-def test_a_get_node_gives_what_the_set_node_of_its_name_takes(tmp_path: Path, plain_text: str) -> None:
-    """The pair stands in for a link."""
+@pytest.mark.parametrize("types", [("SetNode", "GetNode"), ("easy setNode", "easy getNode")])
+@pytest.mark.parametrize("mode", [0, 4])
+def test_a_get_node_gives_what_the_set_node_of_its_name_takes(
+    types: tuple[str, str], mode: int, tmp_path: Path, plain_text: str
+) -> None:
+    """The pair stands in for a link, whether the Set node is bypassed or not."""
     document = editor()
     model = input_of(node_of(document, "KSampler"), "model")
     old = link(document, model["link"])
     origin = old[1:3]
+    setter, getter = types
     document["nodes"] += [
-        {"id": 901, "type": "SetNode", "widgets_values": ["m"], "inputs": [{"name": "MODEL", "link": 9001}]},
-        {"id": 902, "type": "GetNode", "widgets_values": ["m"], "outputs": [{"name": "MODEL", "type": "MODEL"}]},
+        {"id": 901, "type": setter, "mode": mode, "widgets_values": ["m"], "inputs": [{"name": "", "link": 9001}]},
+        {"id": 902, "type": getter, "widgets_values": ["m"], "outputs": [{"name": "MODEL", "type": "MODEL"}]},
     ]
     document["links"].append([9001, *origin, 901, 0, "MODEL"])
     old[1:3] = [902, 0]
     assert imported(document, tmp_path).text == plain_text
-    node_of(document, "GetNode")["widgets_values"] = ["other"]
+    node_of(document, getter)["widgets_values"] = ["other"]
     with pytest.raises(RecipeError, match="cannot become") as caught:
         imported(document, tmp_path)
-    assert "no Set node has the name other" in caught.value.diagnostics[0].message
+    assert "model is linked to node Set other, which is not there" in caught.value.diagnostics[0].message
 
 
 def test_a_primitive_of_the_editor_is_a_parameter_where_several_share_it(tmp_path: Path) -> None:
@@ -280,6 +298,57 @@ def test_a_switched_off_part_that_cannot_be_said_is_left_out_with_a_note(tmp_pat
     made = imported(document, tmp_path)
     assert made.text == plain_text
     assert made.notes == ("a part that is switched off cannot be a profile of this recipe and is left out",)
+
+
+def test_anything_everywhere_links_what_its_list_names(tmp_path: Path, plain_text: str) -> None:
+    """A portrait without a link; without the list, the portrait would be lost in silence."""
+    document = editor()
+    video = node_of(document, "WanSoundImageToVideo")
+    portrait = input_of(video, "ref_image")
+    old = link(document, portrait["link"])
+    portrait["link"] = None
+    old[3:5] = [901, 0]
+    broadcast = {"id": 901, "type": "Anything Everywhere", "mode": 0, "outputs": []}
+    document["nodes"].append({**broadcast, "inputs": [{"name": "anything", "type": "IMAGE", "link": old[0]}]})
+    with pytest.raises(RecipeError) as caught:
+        imported(document, tmp_path)
+    assert "Anything Everywhere feeds nodes without links" in caught.value.diagnostics[0].message
+    ends = {"downstream": video["id"], "downstream_slot": video["inputs"].index(portrait), "type": "IMAGE"}
+    told = {**ends, "upstream": str(old[1]), "upstream_slot": old[2], "controller": 901}
+    document["extra"] = {"ue_links": [told, {"downstream": "gone"}, {}]}
+    assert imported(document, tmp_path).text == plain_text
+
+
+def test_a_broken_link_beside_the_video_does_not_matter(tmp_path: Path, plain_text: str) -> None:
+    """A link that is not there, and a Get node without its Set node; in the video they are mistakes."""
+    document = editor()
+    lost = {"id": 901, "type": "GetNode", "widgets_values": ["lost"], "outputs": [{"name": "VAE", "type": "VAE"}]}
+    inputs = [{"name": "vae", "type": "VAE", "link": 9001}, {"name": "image", "type": "IMAGE", "link": 9002}]
+    document["nodes"] += [lost, {"id": 902, "type": "Show", "inputs": inputs}]
+    document["links"].append([9001, 901, 0, 902, 0, "VAE"])
+    assert imported(document, tmp_path).text == plain_text
+    for number, place in ((9001, "Set lost"), (9002, "at the other end of link 9002")):
+        input_of(node_of(document, "VAEDecode"), "vae")["link"] = number
+        with pytest.raises(RecipeError) as caught:
+            imported(document, tmp_path)
+        assert f"vae is linked to node {place}, which is not there" in caught.value.diagnostics[0].message
+
+
+@pytest.mark.parametrize(
+    ("type_", "advice"),
+    [
+        ("WanVideoNAG", "bypass it"),
+        ("workflow>Model", "turn it back into its nodes"),
+        ("workflow/Model", "turn it back into its nodes"),
+    ],
+)
+def test_the_advice_fits_the_unknown_node(type_: str, advice: str, tmp_path: Path) -> None:
+    """A node pack's that takes a model and gives one; a group node of older versions."""
+    document = editor()
+    put_between(document, node_of(document, "KSampler"), "model", {"type": type_})
+    with pytest.raises(RecipeError) as caught:
+        imported(document, tmp_path)
+    assert advice in (caught.value.diagnostics[0].fix or "")
 
 
 def test_unknown_nodes_that_feed_nothing_are_dropped_with_a_note(tmp_path: Path, plain_text: str) -> None:
