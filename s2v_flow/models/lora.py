@@ -10,6 +10,7 @@ Weight-Decomposed Low-Rank Adaptation", 2024, equation 5.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -62,7 +63,7 @@ class LoraReport:
     `misshapen` are those among `unmatched` whose target exists in another shape, each with both shapes.
     `is_causal`: it is LiveAvatar's, by the file's name or what its metadata says, or by layers, rank and lack of alpha.
     `blocks`: how many weights it changes in each block of the model ("0", "1", ...), and in "others".
-    `updates`: what it does to each of them.
+    `updates`: what it does to each of them. `told_scale`: alpha / rank as its metadata says, where nothing applies it.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class LoraReport:
     is_causal: bool = False
     blocks: Mapping[str, int] = field(default_factory=dict)
     updates: Collection[LoraUpdate] = ()
+    told_scale: float = 1.0
 
     def is_idle(self) -> bool:
         """Tell whether it changes no weight, by its strength or its values, which are read up to the first change."""
@@ -241,8 +243,19 @@ def _match(spec: LoraSpec, checkpoint: Checkpoint, shapes: Shapes, stack: LoraSt
     lost, unfit = tuple(sorted(unmatched)), tuple(sorted(misshapen))
     found = (re.match(r"blocks\.(\d+)\.", name) for name in updates)
     blocks = dict(Counter("others" if block is None else block[1] for block in found))
-    told = (matched, total, lost, unfit, is_causal, blocks, tuple(updates.values()))
+    told = (matched, total, lost, unfit, is_causal, blocks, tuple(updates.values()), _told_scale(checkpoint))
     stack.reports.append(LoraReport(spec.path, spec.strength, *told))
+
+
+def _told_scale(checkpoint: Checkpoint) -> float:
+    """Return alpha / rank from the metadata that diffusers writes and ComfyUI does not read; 1 where tensors say it."""
+    try:
+        told = json.loads(checkpoint.metadata["lora_adapter_metadata"])
+        own = {name.rpartition(".")[2]: value for name, value in told.items() if not name.startswith("text_encoder")}
+        scale = float(own["lora_alpha"] / (math.sqrt(own["r"]) if own.get("use_rslora") else own["r"]))
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return 1.0
+    return 1.0 if any(key.endswith(".alpha") for key in checkpoint.entries) else scale
 
 
 def _is_causal(checkpoint: Checkpoint, updates: Mapping[str, LoraUpdate]) -> bool:

@@ -76,6 +76,12 @@ def remark_on_lora(planner: Planner, name: str, lora: str, strength: float, repo
     elif report is not None and report.coverage < LOW_COVERAGE:
         text = f"lora: {report.matched} of {report.total} tensors of {report.path.name} have a home in the model"
         planner.note(name, f"{text}: it has little effect", is_warning=True)
+    if report is not None and report.told_scale != 1:
+        text = (
+            f"lora: {report.path.name} says alpha / rank = {report.told_scale:g} in metadata that ComfyUI does not read"
+        )
+        text += f": as there, it is applied with 1; diffusers' result has strength {report.told_scale * strength:g}"
+        planner.note(name, text, is_warning=True)
     if report is not None and report.is_causal:
         text = (
             f"lora: {lora} is LiveAvatar's (by its name, or by its layers and rank): it is made for causal sampling in "

@@ -272,7 +272,8 @@ def _entry(path: Path, name: str, value: object) -> TensorEntry:
         raise _damaged(path, f"{name!r} lacks dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{path}: {name!r} has the dtype {repr(dtype)[:40]}, which is not supported")
+        what = f"{path}: {name!r} has the dtype {repr(dtype)[:40]}, which is not supported"
+        raise CheckpointError(what, "use a file in bf16, fp16, fp32 or fp8 (e4m3fn, e5m2)")
     if not _is_counts(shape) or len(shape) > MAX_RANK or not _is_counts(offsets) or len(offsets) != 2:
         raise _damaged(path, f"{name!r} has the shape {shape!r} and data_offsets {offsets!r}")
     begin, end = offsets

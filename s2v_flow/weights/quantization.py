@@ -33,6 +33,16 @@ _WEIGHT_DTYPES: Mapping[str, tuple[str, ...]] = {  # by format: what its weights
 }
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16", "BOOL"})
 _COMMON_NAMES = {"F8_E8M0": "mxfp8", "I8": "int8"}
+_OTHER_METHODS: Mapping[str, str] = {  # by what stands behind a layer's name
+    ".weight_scale_inv": "fp8 with a scale for each block",
+    ".wscales": "SVDQuant",
+    ".qweight": "GPTQ, AWQ or SVDQuant",
+    ".weight._data": "optimum-quanto's",
+    ".weight:qdata": "torchao's",
+    ".weight_packed": "compressed-tensors'",
+    ".absmax": "bitsandbytes'",
+    ".SCB": "bitsandbytes'",
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,10 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization:
     """
     bookkeeping = frozenset(key for key in checkpoint.entries if key == MARKER or key.endswith(BOOKKEEPING))
     options = _options(checkpoint)
+    for ending, method in _OTHER_METHODS.items():
+        key = next((key for key in checkpoint.entries if key.endswith(ending)), None)
+        if key is not None:
+            raise _refused(checkpoint, f"{method} ({key!r})")
     packings: dict[str, Packing] = {}
     for key, entry in checkpoint.entries.items():
         if key in bookkeeping:
@@ -106,15 +120,13 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization:
             raise _refused(checkpoint, f"{name} without its format ({key!r})")
     for layer in sorted(options.keys() - {key.removesuffix(".weight") for key in packings}):
         if f"{layer}.comfy_quant" in checkpoint.entries:
-            raise CheckpointError(f"{checkpoint.path}: {layer!r} is said to be quantised, but has no weight")
+            raise _faulty(checkpoint, f"{layer!r} is said to be quantised, but has no weight")
     used = {name for packing in packings.values() for name in (packing.scale, packing.scale_2)}
     for key in sorted(bookkeeping - used):
         if key.endswith((*_SCALES, ".weight_scale_2")):
             weight = key.rpartition(".")[0] + ".weight"
             found = checkpoint.dtypes.get(weight, "missing")
-            raise CheckpointError(
-                f"{checkpoint.path}: {key!r} scales {weight!r}, which is not quantised (it is {found})"
-            )
+            raise _faulty(checkpoint, f"{key!r} scales {weight!r}, which is not quantised (it is {found})")
     return Quantization(packings, bookkeeping)
 
 
@@ -152,7 +164,7 @@ def _fp8(checkpoint: Checkpoint, layer: str, key: str, needs_scale: bool) -> Pac
         _check_scale(checkpoint, scale, ("F32", "F16", "BF16"), _one_or_rows(entry.shape[0] if entry.shape else 1))
     elif needs_scale:
         lacking = layer + _SCALES[0]
-        raise CheckpointError(f"{checkpoint.path}: {key!r} is in fp8, but its scale {lacking!r} is missing")
+        raise _faulty(checkpoint, f"{key!r} is in fp8, but its scale {lacking!r} is missing")
     return Packing(FP8_FORMATS[entry.dtype], entry.shape, scale)
 
 
@@ -168,9 +180,9 @@ def _tiled(rows: int, columns: int) -> tuple[int, ...]:
 def _check_scale(checkpoint: Checkpoint, key: str, dtypes: tuple[str, ...], shapes: list[tuple[int, ...]]) -> None:
     entry = checkpoint.entries.get(key)
     if entry is None:
-        raise CheckpointError(f"{checkpoint.path}: {key!r} is missing: without it the weight means nothing")
+        raise _faulty(checkpoint, f"{key!r} is missing: without it the weight means nothing")
     if entry.dtype not in dtypes:
-        raise CheckpointError(f"{checkpoint.path}: {key!r} is {entry.dtype}, expected {dtypes[0]}")
+        raise _faulty(checkpoint, f"{key!r} is {entry.dtype}, expected {dtypes[0]}")
     if entry.shape not in shapes:
         raise _refused(checkpoint, f"a format with scales of the shape {list(entry.shape)} ({key!r})")
 
@@ -181,7 +193,7 @@ def _group(checkpoint: Checkpoint, layer: str, options: Mapping[str, Any], colum
         return 0
     group = options.get("convrot_groupsize", 256)
     if type(group) is not int or group < 4 or group & (group - 1) or not group & 0x5555_5555 or columns % group:
-        raise CheckpointError(f"{checkpoint.path}: {layer!r} rotates groups of {group} of its {columns} columns")
+        raise _faulty(checkpoint, f"{layer!r} rotates groups of {group} of its {columns} columns")
     return group
 
 
@@ -196,7 +208,7 @@ def _options(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
             weights = {name: known.get(f"{name}.weight", f"{name}.weight") for name in layers}
             found = {weights[name].removesuffix(".weight"): _flat(layer) for name, layer in layers.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{checkpoint.path}: its _quantization_metadata is damaged") from error
+            raise _faulty(checkpoint, "its _quantization_metadata is damaged") from error
     for key, entry in checkpoint.entries.items():
         if key.endswith(".comfy_quant"):
             try:
@@ -204,7 +216,7 @@ def _options(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
                     raise ValueError("it is no short text")
                 found[key.removesuffix(".comfy_quant")] = _flat(json.loads(checkpoint.read_bytes(key)))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(f"{checkpoint.path}: {key!r} is damaged") from error
+                raise _faulty(checkpoint, f"{key!r} is damaged") from error
     return found
 
 
@@ -214,5 +226,9 @@ def _flat(layer: Any) -> dict[str, Any]:
 
 
 def _refused(checkpoint: Checkpoint, what: str) -> CheckpointError:
+    return _faulty(checkpoint, f"is quantised as {what}, which is not supported")
+
+
+def _faulty(checkpoint: Checkpoint, what: str) -> CheckpointError:
     fix = f"use a file in {', '.join(_WEIGHT_DTYPES)}, bf16, fp16 or GGUF"
-    return CheckpointError(f"{checkpoint.path}: is quantised as {what}, which is not supported", fix=fix)
+    return CheckpointError(f"{checkpoint.path}: {what}", fix=fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,32 @@ def test_alpha_over_rank_scales_the_update(tmp_path: Path, shape: tuple[int, ...
     stack = open_one(tmp_path, tensors, strength=0.5)
     weight = draw(6, 4, seed=2)
     assert relative_error(stack.merge(KEY, weight), weight + 0.5 * 3 / 2 * UP @ DOWN) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("told", "scale"),
+    [
+        ({"transformer.lora_alpha": 32, "transformer.r": 64}, 0.5),
+        ({"lora_alpha": 16, "r": 16, "text_encoder.lora_alpha": 1, "text_encoder.r": 2}, 1.0),
+        ({"transformer.lora_alpha": 8, "transformer.r": 16, "transformer.use_rslora": True}, 2.0),
+        ({"transformer.lora_alpha": "8", "transformer.r": 0}, 1.0),
+        ([], 1.0),
+    ],
+)
+def test_what_only_the_metadata_says_of_alpha_is_reported_and_not_applied(
+    tmp_path: Path, told: object, scale: float
+) -> None:
+    """As ComfyUI does; where a tensor says alpha, that counts."""
+    file, metadata = tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(told)}
+    tensors = {f"transformer.{Q}.lora_A.weight": DOWN, f"transformer.{Q}.lora_B.weight": UP}
+    save_file(tensors, file, metadata)
+    stack = open_loras([LoraSpec(file)], SHAPES)
+    assert stack.reports[0].told_scale == scale
+    assert relative_error(stack.merge(KEY, torch.zeros(6, 4)), UP @ DOWN) < 1e-6
+    save_file({**tensors, f"transformer.{Q}.alpha": torch.tensor(4.0)}, file, metadata)
+    stack = open_loras([LoraSpec(file)], SHAPES)
+    assert stack.reports[0].told_scale == 1.0
+    assert relative_error(stack.merge(KEY, torch.zeros(6, 4)), 2 * UP @ DOWN) < 1e-6
 
 
 def test_half_precision_factors_are_multiplied_in_float32(tmp_path: Path) -> None:

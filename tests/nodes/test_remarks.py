@@ -247,6 +247,17 @@ def test_a_lora_of_which_little_has_a_home_is_warned_of(
             notes(tmp_path, models, dit={"loras": [{**lora, "allow_partial": False}]}, first=GUIDED)
 
 
+def test_an_alpha_that_only_the_metadata_has_is_warned_of(tmp_path: Path, models: Path) -> None:
+    """As diffusers saves it: ComfyUI does not read it, nor is it applied here."""
+    write_lora(models, "other.safetensors")
+    told = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4, "transformer.r": 8})}
+    save_file(load_file(models / "loras/other.safetensors"), models / "loras/told.safetensors", told)
+    lora = {"id": "one", "file": "told.safetensors", "strength": 0.8}
+    (found,) = about("lora", notes(tmp_path, models, dit={"loras": [lora]}, first=GUIDED))
+    assert found.startswith("warning: lora: told.safetensors says alpha / rank = 0.5 in metadata")
+    assert found.endswith("it is applied with 1; diffusers' result has strength 0.4")
+
+
 def test_plan_tells_how_much_of_each_lora_has_a_home(tmp_path: Path, models: Path) -> None:
     write_lora(models, "other.safetensors", num_foreign=1)
     names = [("one", "other"), ("off", "style"), ("gone", "gone")]

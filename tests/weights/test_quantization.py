@@ -125,6 +125,31 @@ def test_a_packed_weight_counts_its_bytes_and_those_of_its_scales(tmp_path: Path
 
 
 REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
+    "deepseek": (
+        {"x.weight": WEIGHT, "x.weight_scale_inv": torch.ones(1, 1)},
+        {},
+        "quantised as fp8 with a scale for each block ('x.weight_scale_inv')",
+    ),
+    "nunchaku": (
+        {"x.qweight": torch.zeros(4, 2, dtype=torch.int8), "x.wscales": torch.ones(1, 4)},
+        {},
+        "quantised as SVDQuant ('x.wscales')",
+    ),
+    "gptq": (
+        {"x.qweight": torch.zeros(1, 4, dtype=torch.int32), "x.scales": torch.ones(1, 4)},
+        {},
+        "quantised as GPTQ, AWQ or SVDQuant ('x.qweight')",
+    ),
+    "quanto": (
+        {"x.weight._data": WEIGHT, "x.weight._scale": torch.ones(4, 1)},
+        {},
+        "quantised as optimum-quanto's ('x.weight._data')",
+    ),
+    "nf4": (
+        {"x.weight": torch.zeros(8, 1, dtype=torch.uint8), "x.weight.absmax": SCALE},
+        {},
+        "quantised as bitsandbytes' ('x.weight.absmax')",
+    ),
     "awq": ({"x.weight": WEIGHT}, {"_quantization_metadata": metadata("awq_w4a16")}, "quantised as awq_w4a16"),
     "w4a4": (
         {"x.weight": torch.zeros(4, 2, dtype=torch.int8), "x.comfy_quant": tag("convrot_w4a4")},
@@ -182,6 +207,7 @@ def test_other_formats_are_refused_by_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         read(tmp_path, tensors, **text)
     assert message in caught.value.message
+    assert caught.value.fix
 
 
 def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
