@@ -249,7 +249,7 @@ def translate(graph: Graph, mistakes: Mistakes, folder: Path, wanted: Collection
             for slot, meaning in enumerate(_TRANSLATORS[node.type](context, node)):
                 context.meanings[Link(name, slot)] = meaning
         except SkipError:
-            continue
+            context.skipped.add(name)
     mistakes.raise_any()
     return context.draft
 

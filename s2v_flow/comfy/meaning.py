@@ -206,6 +206,9 @@ class UnknownSide:
     guess: int | None
 
 
+UNKNOWN = object()  # an output that recipes have no word for
+
+
 class SkipError(Exception):
     """This node cannot be translated; why has been recorded already."""
 
@@ -219,6 +222,7 @@ class Context:
         self.draft = draft
         self.mistakes = mistakes
         self.meanings: dict[Link, Any] = {}
+        self.skipped: set[str] = set()
         self._counts: dict[str, int] = {}
 
     def refuse(self, node: ComfyNode, message: str, fix: str | None = None) -> SkipError:
@@ -324,9 +328,9 @@ class Context:
         return self._counts[prefix]
 
     def _follow(self, link: Link) -> Any:
-        if link not in self.meanings:
+        if link.node in self.skipped:
             raise SkipError
-        return self.meanings[link]
+        return self.meanings.get(link, UNKNOWN)
 
 
 Translator = Callable[[Context, ComfyNode], tuple[Any, ...]]

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
-from s2v_flow.comfy.meaning import Context, FramesMade, Made, NodeRef, Translator, UnknownSide
+from s2v_flow.comfy.meaning import UNKNOWN, Context, FramesMade, Made, NodeRef, Translator, UnknownSide
 from s2v_flow.nodes.scale import Method
 from s2v_flow.wording import shortened
 
@@ -117,10 +117,10 @@ def _kj(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     if target is None:
         guess = [_divisible((side, side), step)[0] or None for side in box]
         sides = (UnknownSide(_file_of(context, node, "image"), side) for side in guess)
-        return (_to_size(context, node, "image", None, method, "disabled"), *sides, None)
+        return (_to_size(context, node, "image", None, method, "disabled"), *sides, UNKNOWN)
     target = _divisible(target, step)
     made = _to_size(context, node, "image", target, method, "center" if mode == "crop" else "disabled")
-    return made, Value(target[0]), Value(target[1]), None
+    return made, Value(target[0]), Value(target[1]), UNKNOWN
 
 
 def _measured(context: Context, node: ComfyNode) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
-from s2v_flow.comfy.meaning import Context, FramesMade, Latent, Made, Model, NodeRef, Translator, Video, Zeroed
+from s2v_flow.comfy.meaning import UNKNOWN, Context, FramesMade, Latent, Made, Model, NodeRef, Translator, Video, Zeroed
 from s2v_flow.nodes.encode import weighted_parts
 
 WHOLE_SECONDS = 86_400.0  # a day: TrimAudioDuration cannot be told "to the end"
@@ -215,6 +215,8 @@ def _save_animation(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     rate = "frame_rate" if node.type == "VHS_VideoCombine" else "fps"
     if node.type == "VHS_VideoCombine" and context.value(node, "pingpong").value:
         raise context.refuse(node, "pingpong: recipes play no video backwards at its end", "switch pingpong off")
+    if getattr(node.inputs.get("trim_to_audio"), "value", False):
+        context.mistakes.note(f"{node.described()}: trim_to_audio is left out: trim: audio of decode does that")
     _save_frames(context, node, context.meaning(node, "images", object), sound, context.value(node, rate))
     return ()
 
@@ -257,6 +259,8 @@ def _trim(context: Context, node: ComfyNode) -> tuple[Any, ...]:
         before = fields.get("max_duration", Value(float("inf"))).value - start.value
         start = Value(start.value + fields.get("start", Value(0.0)).value)
         duration = duration if duration.value <= before else Value(before)
+    if duration.value <= 0:
+        raise context.refuse(node, f"duration: {duration.value:g} seconds are left", "let it keep some of the sound")
     fields |= {"start": start} if start.value else {}
     fields |= {"max_duration": duration} if duration.value < WHOLE_SECONDS else {}
     return (Made(context.draft.add("load_audio", voice.usual, fields, node), "audio"),)
@@ -318,13 +322,13 @@ def _vhs_video(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     sound |= {"start": Value(begin or first.value / 16)} if first.value or begin else {}
     sound |= {"max_duration": Value(count.value / 16)} if count.value else {}
     audio = context.draft.add("load_audio", "clip_sound", sound, node, titled=False)
-    return FramesMade(ref), None, Made(audio, "audio"), None
+    return FramesMade(ref), UNKNOWN, Made(audio, "audio"), UNKNOWN
 
 
 def _vhs_image(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     fields = {"file": file_name(context, node, "image"), "background": "ignore"}
     ref = _vhs_scaled(context, node, context.draft.add("load_image", "portrait", fields, node), "image")
-    return Made(ref, "image"), None
+    return Made(ref, "image"), UNKNOWN
 
 
 def _vhs_scaled(context: Context, node: ComfyNode, ref: NodeRef, port: str) -> NodeRef:

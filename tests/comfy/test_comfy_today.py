@@ -140,6 +140,35 @@ def test_pingpong_is_refused_by_name(tmp_path: Path) -> None:
     assert "node 900 (VHS_VideoCombine): pingpong" in mistake(workflow, tmp_path)
 
 
+def test_trimming_to_the_sound_is_noted(tmp_path: Path) -> None:
+    """Only where it is on."""
+    for is_on in (True, False):
+        workflow = golden()
+        inputs = {"frame_rate": 16, "trim_to_audio": is_on, "filename_prefix": "v"}
+        add(workflow, "900", "VHS_VideoCombine", images=["96", 0], **inputs)
+        assert any("trim_to_audio is left out" in note for note in imported(workflow, tmp_path).notes) == is_on
+
+
+@pytest.mark.parametrize(
+    ("class_type", "slot", "node", "name", "message"),
+    [
+        ("VHS_LoadAudio", 1, "93", "length", "node 93 (WanSoundImageToVideo): length is computed by a node"),
+        ("VHS_LoadAudio", 1, "82", "audio", "node 82 (CreateVideo): audio: a recipe needs audio here"),
+        ("VHS_LoadImagePath", 1, "93", "ref_image", "ref_image: a recipe needs image here"),
+        ("LoadImage", 1, "93", "ref_image", "ref_image: a recipe needs image here"),
+        ("LoadImage", 9, "93", "ref_motion", "ref_motion: a recipe needs frames here"),
+    ],
+)
+def test_an_output_without_a_meaning_is_refused_where_it_is_used(
+    class_type: str, slot: int, node: str, name: str, message: str, tmp_path: Path
+) -> None:
+    """It is never taken for an input that is not connected."""
+    workflow = golden()
+    values = {"image": "a.png", "audio_file": "v.wav"}
+    workflow[node]["inputs"][name] = [add(workflow, "950", class_type, **values)[0], slot]
+    assert message in mistake(workflow, tmp_path)
+
+
 def joined(workflow: Workflow, first: list[Any], second: list[Any], direction: str = "after") -> Workflow:
     """Put two sounds together, for the speech and for the video's sound."""
     sound = add(workflow, "600", "AudioConcat", audio1=first, audio2=second, direction=direction)
@@ -312,6 +341,16 @@ def test_what_is_no_arithmetic_is_refused(text: str, tmp_path: Path) -> None:
     workflow = golden()
     workflow["93"]["inputs"]["width"] = add(workflow, "701", "SimpleMath+", value=text)
     assert "node 701 (SimpleMath+)" in mistake(workflow, tmp_path)
+
+
+def test_a_seed_for_all_is_a_parameter(tmp_path: Path) -> None:
+    """Use Everywhere's node, which gives it by a link in the API format."""
+    workflow = golden()
+    for name in ("3", "201"):
+        workflow[name]["inputs"]["seed"] = add(workflow, "702", "Seed Everywhere", seed=7)
+    made = recipe_of(workflow, tmp_path)
+    assert made.params["seed"] == 7
+    assert {made.nodes[name].node.model_dump()["seed"] for name in ("first", "talk")} == {7}
 
 
 def test_a_random_seed_is_asked_for(tmp_path: Path) -> None:

@@ -140,6 +140,9 @@ def test_a_trimmed_voice_is_a_part_of_its_file(tmp_path: Path) -> None:
     recipe = recipe_of(workflow, tmp_path)
     voices = [spec.node.model_dump() for spec in recipe.nodes.values() if spec.kind == "load_audio"]
     assert [(voice["start"], voice["max_duration"]) for voice in voices] == [(1.5, 4.0), (2.5, 3.0)]
+    for number in (4.0, 5.0):
+        workflow["601"]["inputs"]["start_index"] = number
+        assert f"node 601 (TrimAudioDuration): duration: {4 - number:g} seconds" in mistake(workflow, tmp_path)
 
 
 def test_a_pose_video_begins_anew_in_every_chunk_as_in_comfyui(tmp_path: Path) -> None:
