@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from s2v_flow.cache.store import Entry, Store, StoredObject, entry_text, file_sha256, parse_entry
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.files.atomic import CannotWriteError, cannot_write
 
 ResultT = TypeVar("ResultT")
 
@@ -43,6 +44,7 @@ class RemoteStore(Store):
             raise S2VFlowError(f"--cache-remote {url}: {error}", fix, exit_code=ExitCode.USAGE) from error
         self._url, self._warn = url, warn
         self._absent: set[str] = set()
+        self._damaged: set[str] = set()  # objects over there that are to be written again
         self._can_read = True
         self._failure = ""
         self._waiting: queue.Queue[Entry | None] = queue.Queue()
@@ -71,6 +73,8 @@ class RemoteStore(Store):
     ) -> Entry:
         """Store a node's outputs here, and write them behind; see `Store.publish`."""
         made = super().publish(fingerprint, preimage, outputs, facts, replaces=replaces, items=items)
+        if "http" in self._files.protocol:  # fsspec would post to whatever answers there
+            return made
         if self._writer is None:
             self._writer = threading.Thread(target=self._write, daemon=True)
             self._writer.start()
@@ -98,20 +102,30 @@ class RemoteStore(Store):
                     if not self._has(item):
                         self._files.get_file(self._object(item), str(paths[port]))
                         if file_sha256(folder / item.file_name) != item.sha256:
+                            self._damaged.add(item.file_name)
                             return None
-                return super().publish(fingerprint, entry.preimage, paths, entry.facts, items=entry.outputs)
-        except FileNotFoundError:
+                found = super().publish(fingerprint, entry.preimage, paths, entry.facts, items=entry.outputs)
+                self.on_fetched(sum(item.size for item in set(entry.outputs.values())))
+                return found
+        except (FileNotFoundError, CannotWriteError):
             return None
+        except OSError as error:
+            if cannot_write(self.root, error).is_full:  # the disk here, of which the run will tell
+                return None
+            raise
 
     def _write(self) -> None:
         while (entry := self._waiting.get()) is not None:
             if not self._failure:
-                self._failure = _attempt(partial(self._send, entry))[1]
+                failure = _attempt(partial(self._send, entry))[1]
+                is_here = all(map(self._has, entry.outputs.values()))  # else it has been evicted meanwhile
+                self._failure = failure if is_here else ""
 
     def _send(self, entry: Entry) -> None:
         for item in entry.outputs.values():
             there = self._object(item)
-            if not self._files.exists(there) or self._files.size(there) != item.size:
+            is_damaged = item.file_name in self._damaged
+            if is_damaged or not self._files.exists(there) or self._files.size(there) != item.size:
                 self._files.makedirs(self._files._parent(there), exist_ok=True)
                 self._files.put_file(str(self.object_path(item)), there)
         there = self._record(entry.fingerprint)

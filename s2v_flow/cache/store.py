@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.on_fetched: Callable[[int], None] = lambda size: None  # told how many bytes came from another store
         self._unusable: set[str] = set()  # bad objects that cannot be moved away: they count as not there
 
     def lookup(self, fingerprint: str) -> Entry | None:

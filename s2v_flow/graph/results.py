@@ -47,6 +47,7 @@ class Results:
         self.store = store
         self._emit = emit
         self.budget = Budget(store.root, limit, lambda text: emit(Noted("", text)))
+        store.on_fetched = self.budget.added
         self._payloads: dict[StoredObject, bytes | Path] = {}
         self._held: dict[str, Entry] = {}  # by plan node, as long as somebody needs it
         self._not_kept: dict[str, None] = {}

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults_for_tests import forked, needs_small_disks, small_disk
 from runs_for_tests import Place, copied
 
 from s2v_flow.errors import S2VFlowError
@@ -70,9 +76,9 @@ def test_what_is_not_whole_over_there_is_a_miss(tmp_path: Path, fault: str) -> N
     store = RemoteStore(tmp_path / "b", url, pytest.fail)
     assert store.lookup(KEY) is None
     assert not list((tmp_path / "b").glob("objects/??/*"))
-    if fault not in ("object changed",):
-        assert stored(tmp_path / "c", url) == []
-        assert RemoteStore(tmp_path / "b", url, pytest.fail).lookup(KEY) is not None
+    store.publish(KEY, IMAGE, {"latent": b"latent"}, {})
+    store.close()
+    assert RemoteStore(tmp_path / "c", url, pytest.fail).lookup(KEY) is not None
 
 
 @pytest.mark.parametrize("sha256", ["{folder}/mine", "AB" * 32])
@@ -101,6 +107,96 @@ def test_a_remote_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None
     assert RemoteStore(tmp_path / "a", (tmp_path / "empty").as_uri(), pytest.fail).lookup(KEY) is not None
 
 
+def test_what_is_evicted_before_it_is_written_there_is_no_fault_of_the_remote(tmp_path: Path) -> None:
+    """What comes after it is written."""
+    shared = tmp_path / "shared"
+    store = RemoteStore(tmp_path / "a", shared.as_uri(), pytest.fail)
+    shared.mkdir()
+    os.mkfifo(shared / "gate")  # the writer waits at it, until the second result has been evicted
+    record = shared / "entries" / KEY[:2] / f"{KEY}.json"
+    record.parent.mkdir(parents=True)
+    record.symlink_to(shared / "gate")
+    store.publish(KEY, IMAGE, {"latent": b"latent"}, {}, replaces=True)
+    evicted = store.publish("cd" * 32, IMAGE, {"latent": b"evicted"}, {})
+    store.publish("ef" * 32, IMAGE, {"latent": b"next"}, {})
+    store.object_path(evicted.outputs["latent"]).unlink()
+    (shared / "gate").read_bytes()
+    store.close()
+    other = RemoteStore(tmp_path / "b", shared.as_uri(), pytest.fail)
+    assert other.lookup("cd" * 32) is None
+    assert other.lookup("ef" * 32) is not None
+
+
+def test_what_is_fetched_counts_against_the_caches_limit(tmp_path: Path) -> None:
+    url, fetched = (tmp_path / "shared").as_uri(), list[int]()
+    stored(tmp_path / "a", url, bytes(5000))
+    store = RemoteStore(tmp_path / "b", url, pytest.fail)
+    store.on_fetched = fetched.append
+    assert [store.lookup(KEY) is not None for _ in range(2)] == [True, True]
+    assert fetched == [5000]
+
+
+@needs_small_disks()
+def test_a_full_disk_here_is_no_fault_of_the_remote(tmp_path: Path) -> None:
+    """It is a miss, and the next result is looked for over there again; what a fault cuts off there is written anew."""
+    url = (tmp_path / "shared").as_uri()
+    stored(tmp_path / "a", url, bytes(500_000))
+    (tmp_path / "small").mkdir()
+
+    def act() -> None:
+        small_disk(tmp_path / "small")
+        store = RemoteStore(tmp_path / "small", url, pytest.fail)
+        assert store.lookup(KEY) is None
+        assert store.publish("cd" * 32, IMAGE, {"latent": b"small"}, {})
+        store.close()
+        over_there = tmp_path / "small" / "shared"
+        (text,) = stored(tmp_path / "c", over_there.as_uri(), bytes(500_000))
+        assert "cannot be written, what was computed is here only: " in text
+        assert "No space left" in text
+        assert RemoteStore(tmp_path / "d", over_there.as_uri(), pytest.fail).lookup(KEY) is None
+        (tmp_path / "small" / "filler").unlink()
+        assert stored(tmp_path / "e", over_there.as_uri(), bytes(200_000)) == []
+        assert RemoteStore(tmp_path / "d", over_there.as_uri(), pytest.fail).lookup(KEY) is not None
+
+    forked(act)
+
+
+@pytest.mark.slow
+def test_a_web_server_is_only_read_and_may_go_in_the_middle(tmp_path: Path) -> None:
+    """Nothing is posted to it; half of an object is a miss, and told where the server said how much is to come."""
+    pytest.importorskip("aiohttp", reason="the extra remote is not installed")
+    stored(tmp_path / "a", (tmp_path / "shared").as_uri(), bytes(300_000))
+    asked: list[str] = []
+
+    class Server(SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            asked.append(self.command)
+
+        def do_GET(self) -> None:
+            if fault == "none" or "objects" not in self.path:
+                super().do_GET()
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", "300000") if fault == "cut" else None
+            self.end_headers()
+            with suppress(OSError):
+                self.wfile.write(bytes(100_000))
+            self.close_connection = True
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(tmp_path / "shared"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for fault, is_there, count in (("short", False, 0), ("cut", False, 1), ("none", True, 0)):
+            told: list[str] = []
+            store = RemoteStore(tmp_path / fault, f"http://127.0.0.1:{server.server_port}", told.append)
+            assert (store.lookup(KEY) is not None) == is_there
+            store.publish("cd" * 32, IMAGE, {"latent": b"own"}, {})
+            store.close()
+            assert [" cannot be read, the run goes on without it" in text for text in told] == [True] * count
+            assert list((tmp_path / fault / "tmp").iterdir()) == []
+        server.shutdown()
+    assert set(asked) == {"GET"}
+
+
 @pytest.mark.slow
 def test_a_run_takes_what_is_there_and_gives_what_it_makes(quick_run: Place, tmp_path: Path) -> None:
     """A machine with an empty cache computes nothing; the video is the same."""
@@ -119,7 +215,7 @@ def test_a_run_takes_what_is_there_and_gives_what_it_makes(quick_run: Place, tmp
     assert second.video.read_bytes() == first.video.read_bytes()
 
 
-def test_an_unknown_kind_of_url_is_a_mistake_of_the_command_line(quick_run: Place, tmp_path: Path) -> None:
+def test_an_unknown_kind_of_url_is_a_mistake_of_the_command_line(tmp_path: Path) -> None:
     """Exit code 2, before anything is computed."""
     with pytest.raises(S2VFlowError, match="nosuch"):
         RemoteStore(tmp_path, "nosuch://bucket/cache", pytest.fail)
