@@ -4,7 +4,8 @@ Both stand in JSON tables. A damaged table is as good as none, one that cannot b
 writers at once one may be forgotten: then something is computed again.
 
 A digest is remembered only once a file has rested for two seconds: a later change within the clock's granularity
-would go unseen (the "racily clean" problem of version control).
+would go unseen (the "racily clean" problem of version control). A time that lies ahead is another clock's: no write
+gives it again.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def _identity(status: os.stat_result) -> dict[str, int]:
 
 
 def _is_at_rest(identity: dict[str, int], now_ns: int) -> bool:
-    return max(identity["mtime_ns"], identity["ctime_ns"]) <= now_ns - REST_NS
+    return min(abs(now_ns - identity[name]) for name in ("mtime_ns", "ctime_ns")) >= REST_NS
 
 
 def _digests(memory_path: Path) -> dict[str, Any]:

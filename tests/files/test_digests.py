@@ -56,6 +56,17 @@ def test_a_file_younger_than_two_seconds_is_not_remembered(file: Path, tmp_path:
     assert known_digest(file, memory) is not None
 
 
+def test_a_file_from_a_clock_that_was_ahead_is_remembered(file: Path, tmp_path: Path) -> None:
+    """Copied with its times from a camera, or written before this machine's clock was put right."""
+    memory = tmp_path / "digests.json"
+    os.utime(file, (time.time() + 86400, time.time() + 86400))
+    assert file_digest(file, memory, clock_ns=rested) == known_digest(file, memory)
+    file.write_bytes(b"WEIGHTS")
+    assert known_digest(file, memory) is None
+    file_digest(file, memory, clock_ns=lambda: time.time_ns() - 3600 * 10**9)
+    assert known_digest(file, memory) == hashlib.sha256(b"WEIGHTS").hexdigest()
+
+
 def test_a_changed_file_is_read_again_even_with_its_old_time_and_size(file: Path, tmp_path: Path) -> None:
     memory = tmp_path / "digests.json"
     before = os.stat(file)
