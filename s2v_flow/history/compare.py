@@ -56,7 +56,7 @@ def compare_latents(store: Store, node: str, a: str, b: str) -> Measure:
         return Measure(node, "latent", False, note=f"{sizes[0]} cannot be compared with {sizes[1]}")
     gap = one - other
     scale = float((one**2).mean()) ** 0.5
-    relative = round(float((gap**2).mean()) ** 0.5 / scale, 6) if scale else None
+    relative = float(f"{float((gap**2).mean()) ** 0.5 / scale:.4g}") if scale else None
     return Measure(node, "latent", False, float(abs(gap).max()), relative=relative)
 
 

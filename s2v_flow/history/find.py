@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from s2v_flow.cache.housekeeping import is_running
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
@@ -103,8 +102,8 @@ def _stored(path: Path) -> Manifest:
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}", "check its permissions") from error
     try:
-        return Manifest.model_validate_json(content)
-    except ValidationError as error:
+        return Manifest.model_validate(json.loads(content))  # it may hold names that are no UTF-8, escaped
+    except (ValueError, RecursionError) as error:
         raise MissingError(f"{path}: is damaged, or of another version of s2vflow") from error
 
 

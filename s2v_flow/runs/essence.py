@@ -17,7 +17,7 @@ from s2v_flow.recipe.config import portable_text
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.manifest import Essence, EssenceNode, FileRecord, to_note
 from s2v_flow.runs.values import alone, file_records, home_hidden, part_of, without_nodes
-from s2v_flow.wording import WARNING
+from s2v_flow.wording import WARNING, shortened
 
 SOFTWARE = ("s2vflow", "torch")  # the facts of a stored result that say what computed it
 
@@ -121,8 +121,16 @@ def essence_in(path: Path) -> Essence | None:
 
 
 def likely_folders(video: Path, recipe: Recipe, node: str) -> list[Path]:
-    """Return where the recipe's inputs may be: where the recipe stood if the video still does, beside it, and here."""
-    text = next(text for _, mark, text in recipe.nodes[node].node.files() if mark.role == "output")
+    """Return where the recipe's inputs may be: where the recipe stood if the video still does, beside it, and here.
+
+    Raises:
+        MediaError: The video's node does not stand in its recipe, or writes no file.
+    """
+    files = recipe.nodes[node].node.files() if node in recipe.nodes else ()
+    text = next((text for _, mark, text in files if mark.role == "output"), None)
+    if text is None:
+        message = f"{video}: its note says that {shortened(node)} wrote it, which writes no file in the recipe there"
+        raise MediaError(message, fix="use a video as s2vflow wrote it")
     file, folders, below = video.absolute(), [video.absolute().parent, Path.cwd()], Path(text).parent.parts
     is_there = (
         not os.path.isabs(os.path.expanduser(text)) and file.parts[:-1][len(file.parts) - 1 - len(below) :] == below

@@ -131,8 +131,11 @@ def test_a_run_is_shown_by_its_id_its_beginning_or_its_file(done: Place, ids: li
     for name in (str(path), str(path.parent)):
         assert done.call("show", name)[1] == text
     moved = done.folder / "moved.json"
-    moved.write_text(path.read_text().replace('"finished"', '"running"', 1).replace(ids[0], "a**b"))
-    assert done.call("show", moved)[1].startswith("run a**b: killed")
+    changed = path.read_text().replace('"finished"', '"running"', 1).replace(ids[0], "a**b")
+    moved.write_text(changed.replace('"path": "', '"path": "/no utf-8: \\udcff', 1))
+    text = done.call("show", moved)[1]
+    assert text.startswith("run a**b: killed")
+    assert "\nrecipe: /no utf-8: \\udcff" in text
     assert json.loads(done.call("show", ids[0], "--json")[1]) == json.loads(path.read_text())
     assert done.call("show", "last")[1].startswith("run 2")
 

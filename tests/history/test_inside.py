@@ -95,6 +95,18 @@ def test_a_note_that_cannot_be_read_is_told_as_before(done: Place, tmp_path: Pat
     assert (code, "its note cannot be read" in err) == (4, True)
 
 
+@pytest.mark.parametrize("node", ["nobody", "dit", "a=b]["])
+def test_a_note_of_a_node_that_writes_nothing_is_refused(node: str, done: Place) -> None:
+    """Somebody has changed it."""
+    note = read_note(done.video) or b""
+    told = note.replace(b'"node":"video"', f'"node":"{node}"'.encode())
+    content = done.video.read_bytes()
+    done.video.write_bytes(content[: -len(note_box(note))] + note_box(told))
+    for command in ("plan", "reproduce", "recipe"):
+        code, out, err = call(command, done.video, *(done.where if command != "recipe" else ()))
+        assert (code, out, f"its note says that {node} wrote it" in err) == (4, "", True), err
+
+
 def test_parameters_stay_and_files_given_from_elsewhere_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
