@@ -268,9 +268,9 @@ def _held(planned: Planned, vram: int | None, models: Callable[[], Any]) -> Any:
 
 
 def _refuse_files(planned: Planned, options: Options, digests: FileDigests) -> None:
-    """Refuse models that a run cannot use, plug-ins that cannot be imported, and files that are not as locked."""
+    """Refuse models, plug-ins and places that a run cannot use, and files that are not as locked."""
     for node in planned.plan.nodes:
-        if planned.statuses[node.name].status == "LOAD":
+        if planned.statuses[node.name].status == "LOAD" or node.node.is_sink:
             node.node.check(node.files)
     if options.locked:
         with digests.hashing(item.file for item in files_of(planned.plan.nodes)):

@@ -30,6 +30,9 @@ _ADVICE = {
     errno.ENFILE: "end programs that hold many files open",
     errno.EFBIG: "let a process write larger files (`ulimit -f unlimited`)",
     errno.EIO: "check the disk",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "name another place: a part of this path is a file",
+    errno.ENAMETOOLONG: "give it a shorter name",
     errno.ESTALE: "mount the network folder again",
 }
 _NAME = re.compile(r"\.s2vflow-(?P<machine>[0-9a-f]{8})-(?P<pid>[0-9]+)-")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from s2v_flow.errors import S2VFlowError
+from s2v_flow.files.atomic import writing
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import FileField, Neutral, Value
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
@@ -27,14 +31,35 @@ Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium
 Files = Mapping[tuple[str | int, ...], Path]
 
 
-class SaveVideo(Node):
-    """Write an mp4 (H.264, yuv420p) with sound (AAC), frame by frame; nothing half-written stands under the name."""
+class Sink(Node):
+    """A kind that writes its stored result to a file."""
 
-    kind: ClassVar[str] = "save_video"
     stage: ClassVar[int] = 2
     outputs: ClassVar = {}
     is_sink: ClassVar[bool] = True
     is_stored: ClassVar[bool] = True
+
+    def check(self, files: Files) -> None:
+        """Refuse a place to which nothing can be written, before anything is computed for it.
+
+        Raises:
+            CannotWriteError: It is a folder, lies below a file or where nobody may write, or its name is too long.
+        """
+        path = next(iter(self.targets(files).values()))
+        with writing(path):
+            try:
+                if stat.S_ISDIR(path.stat().st_mode):
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            except FileNotFoundError:
+                folder = next(folder for folder in path.absolute().parents if folder.exists())
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+
+
+class SaveVideo(Sink):
+    """Write an mp4 (H.264, yuv420p) with sound (AAC), frame by frame; nothing half-written stands under the name."""
+
+    kind: ClassVar[str] = "save_video"
 
     frames: FramesInput = Field(description="The frames.")
     audio: AudioInput | None = Field(None, description="The sound, from its start; without one the video is silent.")
@@ -110,14 +135,10 @@ class SaveVideo(Node):
         return [(files["file",], artifacts["file"].copy_to(files["file",], note))]
 
 
-class SaveImages(Node):
+class SaveImages(Sink):
     """Write every frame as a PNG file."""
 
     kind: ClassVar[str] = "save_images"
-    stage: ClassVar[int] = 2
-    outputs: ClassVar = {}
-    is_sink: ClassVar[bool] = True
-    is_stored: ClassVar[bool] = True
 
     frames: FramesInput = Field(description="The frames.")
     file: Annotated[str, FileField("output", "image"), Neutral()] = Field(
@@ -147,14 +168,10 @@ class SaveImages(Node):
         return {number: pattern.with_name(f"{pattern.stem}_{number}{pattern.suffix}") for number in ports or ["00001"]}
 
 
-class SaveLatent(Node):
+class SaveLatent(Sink):
     """Write a video's latent as one safetensors file, as ComfyUI's SaveLatent does."""
 
     kind: ClassVar[str] = "save_latent"
-    stage: ClassVar[int] = 2
-    outputs: ClassVar = {}
-    is_sink: ClassVar[bool] = True
-    is_stored: ClassVar[bool] = True
 
     latent: LatentInput = Field(description="The video: a sample, an extend or a load_latent node.")
     file: Annotated[str, FileField("output", "latent"), Neutral()] = Field(description="Where to write.", min_length=1)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -306,9 +307,14 @@ def test_the_home_folder_is_written_as_a_tilde(
     assert found["recipe"]["path"] == "~/recipe.yaml"
     assert "file: '~/voice.wav'" in found["recipe"]["text"]
     assert made.run("--set", f"nodes.voice.file={voice}")[0] == 0
-    (home / "out" / "talk.mp4").unlink()
-    (home / "out" / "talk.mp4").mkdir()
-    assert made.run()[0] == 1
+    size = made.video.stat().st_size
+    made.video.unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
+    try:
+        assert made.run()[0] == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     again, failed = (json.loads(path.read_text(encoding="utf-8")) for path in made.manifests()[1:])
     assert again["given"]["overrides"] == ["--set nodes.voice.file=~/voice.wav"]
     assert failed["error"].startswith("cannot write under ~/out/talk.mp4")
