@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import soundfile
 
 from s2v_flow import api
 from s2v_flow.cli import main
+from s2v_flow.media.audio import Audio, open_audio
 from s2v_flow.media.writer import VideoWriter
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -93,6 +95,12 @@ def write_voice(path: Path, seconds: float, rate_hz: int = RATE_HZ) -> Path:
     wave = 0.3 * np.sin(2 * np.pi * 220 * time) * np.sin(2 * np.pi * 3 * time)
     soundfile.write(path, wave.astype(np.float32), rate_hz, subtype="PCM_16")
     return path
+
+
+def read_audio(path: Path) -> Audio:
+    """Return a file's sound whole, without the gain that keeps what was mixed within full scale."""
+    clip = replace(open_audio(path), gain=1.0)
+    return Audio(np.concatenate([*clip.blocks()], axis=1), clip.sample_rate_hz)
 
 
 def write_clip(path: Path, num_frames: int, seed: int = 0) -> Path:

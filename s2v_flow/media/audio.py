@@ -15,7 +15,6 @@ from s2v_flow.errors import MediaError, RefusedError
 from s2v_flow.media.audio_blocks import HALF_POWER, Block, decode_blocks
 from s2v_flow.media.source import (
     MAX_AUDIO_SECONDS,
-    MAX_AUDIO_VALUES,
     MAX_SAMPLE_RATE_HZ,
     MIN_SAMPLE_RATE_HZ,
     Remark,
@@ -103,12 +102,17 @@ class AudioInfo:
 
 
 def probe_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SECONDS) -> AudioInfo:
-    """Measure a sound file by decoding it, keeping nothing: the length is the decoded one, whatever the header says.
+    """Measure a sound by decoding it, keeping nothing: the length is the decoded one, whatever the header says.
 
-    It takes a few milliseconds for each minute of sound, and finds every mistake that `read_audio` would find.
+    wav, flac, ogg, mp3, aac, m4a, or the sound of an mp4, mov, mkv or webm file, told by content; at its own rate, more
+    than two channels mixed to stereo. Encoder delay is removed where the file says how long it is; where timestamps
+    leave holes there is silence. It takes a few milliseconds for each minute of sound.
 
     Raises:
-        MissingError, MediaError, RefusedError: as `read_audio`.
+        MissingError: the file is not there, or may not be read.
+        MediaError: it is not a sound file, is damaged, cut short or empty, holds NaN or infinity, has more than 8
+            channels or a rate outside 8 to 192 kHz.
+        RefusedError: it is longer than `max_seconds`.
     """
     rate, num_channels, num_samples, peak, is_silent = 0, 0, 0, 1.0, True
     notes: list[str] = []
@@ -152,7 +156,7 @@ class AudioClip:
         """Yield the samples in order, [channels, n] each.
 
         Raises:
-            MissingError, MediaError, RefusedError: as `read_audio`.
+            MissingError, MediaError, RefusedError: as `probe_audio`.
         """
         yield from silence(self.num_channels, min(self.num_lead, self.num_samples))
         length = min(self.num_samples - self.num_lead, self.last - self.first)
@@ -191,37 +195,16 @@ def open_audio(path: str | os.PathLike[str]) -> AudioClip:
     """Return all of a file's sound, once its length is measured.
 
     Raises:
-        MissingError, MediaError, RefusedError: as `read_audio`.
+        MissingError, MediaError, RefusedError: as `probe_audio`.
     """
     info = probe_audio(path)
     return AudioClip(path, info.sample_rate_hz, info.num_channels, 0, info.num_samples, gain=info.gain)
-
-
-def read_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SECONDS) -> Audio:
-    """Read wav, flac, ogg, mp3, aac, m4a, or the sound of an mp4, mov, mkv or webm file, at its own rate.
-
-    The format is found by content, not by suffix; of several sound tracks the first that has a decoder is read. Encoder
-    delay is removed where the file says how long it is; where timestamps leave holes there is silence. Integer samples
-    are divided by their full scale. More than two channels are mixed to stereo, without the probe's gain.
-
-    Raises:
-        MissingError: the file is not there, or may not be read.
-        MediaError: it is not a sound file, is damaged, cut short or empty, holds NaN or infinity, has more than 8
-            channels or a rate outside 8 to 192 kHz.
-        RefusedError: it is longer than `max_seconds`, or too large for the memory.
-    """
-    rate, blocks = 0, []
-    for block in _checked_blocks(path, max_seconds, max_values=MAX_AUDIO_VALUES):
-        rate = block.rate
-        blocks.append(block.samples)
-    return Audio(np.concatenate(blocks, axis=1), rate)
 
 
 def _checked_blocks(
     path: str | os.PathLike[str],
     max_seconds: float,
     note: Callable[[str], None] = lambda text: None,
-    max_values: float = float("inf"),
 ) -> Iterator[Block]:
     """Yield the decoded blocks: all within the limits, of one rate and channel count, one sample or more in all."""
     rate, num_channels, num_samples = 0, 0, 0
@@ -234,10 +217,10 @@ def _checked_blocks(
             raise MediaError(f"{path}: its rate or channels change on the way", "re-encode it by ffmpeg")
         start = num_samples
         num_samples += samples.shape[1]
-        if num_samples > max_seconds * rate or num_samples * num_channels > max_values:
+        if num_samples > max_seconds * rate:
             raise RefusedError(
                 f"{path}: the sound is too long (over {num_samples / rate:.0f} s, {num_channels} channels, {rate} Hz)",
-                f"cut it to {max_seconds:g} s or less, or save it as mono at a lower rate",
+                f"cut it to {max_seconds:g} s or less",
             )
         finite = np.isfinite(samples)
         if not finite.all():

@@ -27,10 +27,6 @@ MAX_AUDIO_SECONDS = 24 * 3600
 """Length of a sound that is read as it is used."""
 
 
-MAX_AUDIO_VALUES = 1_500_000_000
-"""Samples times channels of a sound that is held whole: 4 hours of 48 kHz stereo fit; float32 takes 6 GB."""
-
-
 MAX_AUDIO_CHANNELS = 8
 MIN_SAMPLE_RATE_HZ = 8_000
 MAX_SAMPLE_RATE_HZ = 192_000

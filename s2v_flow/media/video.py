@@ -96,8 +96,6 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
             notes.append(f"its picture starts {float(late):.3f} s late: the first frame stands still until then")
         if _is_mirrored(first):
             notes.append("it is shown mirrored, as its metadata says")
-        if (wide := stream.sample_aspect_ratio) not in (None, 0, 1):
-            notes.append(Remark(f"its pixels are {float(wide):.3g} times as wide as tall, and taken as square"))
         if first.color_trc in _HDR_CURVES:
             notes.append(Remark("it is HDR, and taken as SDR: colours look pale; convert it to SDR by ffmpeg"))
         duration = max(end - start, 1 / fps) + late

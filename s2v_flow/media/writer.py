@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,18 +16,13 @@ import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
 
-from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.files.atomic import temporary_prefix
+from s2v_flow.files.atomic import temporary_prefix, writing
 from s2v_flow.media.audio import Sound
 from s2v_flow.media.resample import Resampled
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 """x264's presets, from the quickest to the smallest file."""
 
-MIN_FPS = Fraction(1, 1000)
-"""Of an mp4: x264 takes no frame that is shown for days."""
-
-_MAX_PARTS = 1_000_000
 _AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _OTHER_AUDIO_RATE_HZ = 48_000
 _AUDIO_BITS_PER_SECOND = 192_000
@@ -60,7 +54,7 @@ class VideoWriter:
 
     Raises:
         ValueError: a setting is out of range.
-        S2VFlowError: the file cannot be written; `exit_code` tells a full disk.
+        CannotWriteError: the file cannot be written; `exit_code` tells a full disk.
     """
 
     def __init__(
@@ -78,14 +72,14 @@ class VideoWriter:
             raise ValueError(f"width and height must be even, got {width}x{height}")
         if audio is not None and audio.num_channels > 2:
             raise ValueError(f"sound must be mono or stereo, got {audio.num_channels} channels")
-        if fps < MIN_FPS or not 0 <= crf <= 51 or preset not in PRESETS:
+        if fps * 1000 < 1 or not 0 <= crf <= 51 or preset not in PRESETS:
             raise ValueError(
-                f"fps {fps} must be at least {MIN_FPS}, crf {crf} from 0 to 51, preset {preset!r} one of {PRESETS}"
+                f"fps {fps} must be at least 0.001, crf {crf} from 0 to 51, preset {preset!r} one of {PRESETS}"
             )
         self.path = Path(path)
         self.num_frames = 0
         self._width, self._height = width, height
-        self._fps = Fraction(fps).limit_denominator(_MAX_PARTS)  # FFmpeg's numbers have 31 bits
+        self._fps = Fraction(fps).limit_denominator(1_000_000)  # FFmpeg's numbers have 31 bits
         # x264's macroblock tree now and then gives other bytes for the same frames (88 of 300 runs at 128x96, 0 of 850
         # without it), and a run that was killed ends in the same bytes. Without it files are larger at the same crf: of
         # a moving portrait by 16 % (33 % with grain) at 640x640, by 2 % (-6 %) at 192x192.
@@ -129,7 +123,7 @@ class VideoWriter:
 
         Raises:
             ValueError: they have another type or size.
-            S2VFlowError: the file cannot be written.
+            CannotWriteError: the file cannot be written.
         """
         assert self._container is not None, "a VideoWriter is used in a with statement"
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (self._height, self._width, 3):
@@ -207,7 +201,7 @@ def write_images(directory: str | os.PathLike[str], name: str, frames: Iterable[
 
     Raises:
         ValueError: the name has a folder in it, or a frame is of another type or shape.
-        S2VFlowError: a file cannot be written; `exit_code` tells a full disk.
+        CannotWriteError: a file cannot be written; `exit_code` tells a full disk.
     """
     if name in ("", ".", "..") or Path(name).name != name:
         raise ValueError(f"name must be a file name without a folder, got {name!r}")
@@ -272,16 +266,8 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn an error of the file system, or of FFmpeg while it writes, into one that says what to do."""
-    try:
+    with writing(path), _system_errors():
         yield
-    except (OSError, av.error.FFmpegError) as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise S2VFlowError(
-            f"{path}: cannot be written ({error.strerror})",
-            "free some space on that disk" if is_full else "check that the folder is there and may be written to",
-            "whatever stood under that name before",
-            exit_code=ExitCode.DISK_FULL if is_full else ExitCode.FAILED,
-        ) from error
 
 
 class LosslessWriter:

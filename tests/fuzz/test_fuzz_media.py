@@ -25,9 +25,10 @@ import soundfile
 from byte_mutation import mended, spoilt
 from limited import survey
 from PIL import Image, PngImagePlugin
+from recipes_for_tests import read_audio
 
 from s2v_flow.errors import ExitCode, MediaError, MissingError, RefusedError, S2VFlowError
-from s2v_flow.media.audio import Audio, probe_audio, read_audio
+from s2v_flow.media.audio import Audio, probe_audio
 from s2v_flow.media.image import probe_image, read_image
 from s2v_flow.media.provenance import note_box
 from s2v_flow.media.source import (

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
+from recipes_for_tests import read_audio
 
 from s2v_flow.errors import MediaError, MissingError, RefusedError
-from s2v_flow.media.audio import Audio, AudioClip, AudioInfo, open_audio, probe_audio, read_audio
+from s2v_flow.media.audio import Audio, AudioClip, AudioInfo, open_audio, probe_audio
 
 INPUTS = Path(__file__).parents[2] / "recipes" / "inputs"
 
@@ -215,9 +216,9 @@ def test_a_sound_without_samples_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_sound_that_is_too_long_is_refused() -> None:
-    assert read_audio(INPUTS / "speech16k.wav", max_seconds=6).num_samples == 94_162
+    assert probe_audio(INPUTS / "speech16k.wav", max_seconds=6).num_samples == 94_162
     with pytest.raises(RefusedError, match="too long"):
-        read_audio(INPUTS / "speech16k.wav", max_seconds=5.8)
+        probe_audio(INPUTS / "speech16k.wav", max_seconds=5.8)
 
 
 def test_a_mutated_file_gives_a_sound_or_a_typed_error(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from recipes_for_tests import read_audio
 
 from s2v_flow.errors import MediaError
-from s2v_flow.media.audio import open_audio, probe_audio, read_audio
+from s2v_flow.media.audio import open_audio, probe_audio
 
 RATE = 48_000
 HOLE = (0.3, 0.6)  # seconds after the sound's start

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
+from recipes_for_tests import read_audio
 
-from s2v_flow.media.audio import open_audio, probe_audio, read_audio
+from s2v_flow.media.audio import open_audio, probe_audio
 from s2v_flow.media.audio_blocks import HALF_POWER, to_stereo
 from s2v_flow.media.resample import speech_blocks
 from s2v_flow.media.writer import VideoWriter

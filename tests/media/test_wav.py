@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from recipes_for_tests import read_audio
 
 from s2v_flow.errors import MediaError
-from s2v_flow.media.audio import AudioInfo, probe_audio, read_audio
+from s2v_flow.media.audio import AudioInfo, probe_audio
 
 INPUTS = Path(__file__).parent / "inputs"
 RATE, LENGTH = 8_000, 3_000

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
+from recipes_for_tests import read_audio
 
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.media import writer as writer_module
-from s2v_flow.media.audio import Audio, open_audio, read_audio
+from s2v_flow.media.audio import Audio, open_audio
 from s2v_flow.media.image import read_image
 from s2v_flow.media.video import VideoReader, probe_video
 from s2v_flow.media.writer import VideoWriter, write_images
@@ -194,7 +195,7 @@ def test_folders_are_made_and_permissions_follow_the_umask(tmp_path: Path) -> No
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(S2VFlowError, match=r"file/a\.mp4: cannot be written"):
+    with pytest.raises(S2VFlowError, match=r"cannot write under .*file/a\.mp4"):
         VideoWriter(tmp_path / "file" / "a.mp4", WIDTH, HEIGHT).__enter__()
 
 
@@ -216,7 +217,7 @@ def test_a_disk_that_takes_no_more_is_an_error_and_leaves_nothing(tmp_path: Path
         with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, crf=1, preset="ultrafast") as writer:
             writer.write(frames)
 
-    with pytest.raises(S2VFlowError, match="cannot be written"):
+    with pytest.raises(S2VFlowError, match="cannot write"):
         fill()
     assert list(tmp_path.iterdir()) == []
 
@@ -226,7 +227,7 @@ def test_a_full_disk_has_its_own_exit_code(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer_module.os, "fsync", full)
-    with pytest.raises(S2VFlowError, match="No space left") as caught:
+    with pytest.raises(S2VFlowError, match="no space left") as caught:
         write_images(tmp_path, "frame", [moving_frames(1)[0]])
     assert caught.value.exit_code is ExitCode.DISK_FULL
     assert list(tmp_path.iterdir()) == []

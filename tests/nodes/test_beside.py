@@ -68,7 +68,7 @@ def test_a_failure_of_the_work_ends_the_making(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, old[1]))
     try:
-        with pytest.raises(S2VFlowError, match="cannot be written"):
+        with pytest.raises(S2VFlowError, match="cannot write"):
             beside(repeat(next(noise(1))), lambda groups: film(tmp_path / "a.mp4", groups))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recipes_for_tests import options, tiny, write_recipe
+from recipes_for_tests import options, read_audio, tiny, write_recipe
 
 from s2v_flow import api
 from s2v_flow.comfy.exporter import export_workflow
 from s2v_flow.errors import MissingError, RecipeError
-from s2v_flow.media.audio import read_audio
 
 
 def recipe(folder: Path, **fields: Any) -> Path:
