@@ -29,6 +29,7 @@ from s2v_flow.files.facts import file_digest
 from s2v_flow.version import __version__
 from s2v_flow.weights.header import is_pickle
 from s2v_flow.weights.layout import TOKENIZER_KEY
+from s2v_flow.weights.quantization import read_quantization
 from s2v_flow.weights.reader import Checkpoint, refuse_shard
 from s2v_flow.weights.tensor_stream import Progress
 
@@ -171,6 +172,11 @@ def _verify(path: Path, request: Request, metadata: Mapping[str, str]) -> tuple[
     if checkpoint.metadata != metadata or not all(name.isprintable() for name in names):
         raise RefusedError(f"{request.source}: the result is not what was asked for, and was removed")
     kind = kind_of(checkpoint.shapes, request.kind)
+    try:
+        read_quantization(checkpoint)
+    except CheckpointError as error:
+        error.message = error.message.replace(str(path), str(request.source))
+        raise
     if kind == "text_encoder":
         from s2v_flow.models.text_encoder import read_tokenizer
 

@@ -35,7 +35,7 @@ ITEM_BYTES: Mapping[str, int] = {
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".pt2")
 _FOREIGN_STARTS: Sequence[tuple[int, bytes, str]] = (  # where in the file, what stands there, what that means
-    (0, b"GGUF", "a GGUF file, which is not supported"),
+    (0, b"GGUF", "a GGUF file, which is loaded as it is and not converted"),
     (0, b"PK", "a zip archive without a model of PyTorch's: unpack it, and name the file that was in it"),
     (0, b"\x1f\x8b", "an archive (gzip): unpack it, and name the file that was in it"),
     (0, b"7z\xbc\xaf", "an archive (7z): unpack it, and name the file that was in it"),

@@ -205,8 +205,7 @@ def _options(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         try:
             layers = json.loads(text)["layers"]
             known = {stored: key for key, stored in checkpoint.file_keys.items()}
-            weights = {name: known.get(f"{name}.weight", f"{name}.weight") for name in layers}
-            found = {weights[name].removesuffix(".weight"): _flat(layer) for name, layer in layers.items()}
+            found = {_layer(checkpoint, known, name): _flat(layer) for name, layer in layers.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _faulty(checkpoint, "its _quantization_metadata is damaged") from error
     for key, entry in checkpoint.entries.items():
@@ -218,6 +217,13 @@ def _options(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise _faulty(checkpoint, f"{key!r} is damaged") from error
     return found
+
+
+def _layer(checkpoint: Checkpoint, known: Mapping[str, str], name: str) -> str:
+    """Return a layer of the metadata as its weight is called here; its prefix may be one that the file has no more."""
+    key = known.get(f"{name}.weight", f"{name}.weight")
+    ends = (key[place + 1 :] for place, letter in enumerate(key) if letter == ".")
+    return next((end for end in (key, *ends) if end in checkpoint.entries), key).removesuffix(".weight")
 
 
 def _flat(layer: Any) -> dict[str, Any]:

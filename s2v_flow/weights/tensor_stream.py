@@ -59,12 +59,13 @@ def in_dtype(piece: Piece, wanted: str) -> Piece:
     `wanted`: "keep", "bf16", "fp16" or "fp32".
 
     Raises:
-        CheckpointError: It is in fp8, whose values mean nothing without their scales.
+        CheckpointError: It is in fp8 or int8, whose values mean nothing without their scales.
     """
     if wanted == "keep" or DTYPES[wanted] == piece.dtype:
         return piece
-    if piece.dtype.startswith("F8_"):
-        raise CheckpointError(f"{piece.name!r} is in fp8, which is not expanded", fix="leave --dtype out")
+    if piece.dtype.startswith("F8_") or piece.dtype == "I8":
+        name = "int8" if piece.dtype == "I8" else "fp8"
+        raise CheckpointError(f"{piece.name!r} is in {name}, which is not expanded", fix="leave --dtype out")
     if piece.dtype not in _CAST:
         return piece
     return Piece(piece.name, DTYPES[wanted], piece.shape, lambda: _cast(piece, DTYPES[wanted]))

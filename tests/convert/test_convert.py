@@ -167,6 +167,28 @@ def test_metadata_of_the_source_is_kept(tmp_path: Path, tiny_models: Path) -> No
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors"]
 
 
+def test_a_quantised_model_stays_readable(tmp_path: Path, tiny_models: Path) -> None:
+    """Its formats are named with a prefix that the converted file has no more; what cannot be read is not made."""
+    tensors = weights(tiny_models, "diffusion_models/tiny_s2v.safetensors")
+    layer, source = "blocks.0.ffn.0", tmp_path / "prefixed.safetensors"
+    tensors[f"{layer}.weight"] = torch.full(tensors[f"{layer}.weight"].shape, 3, dtype=torch.int8)
+    tensors[f"{layer}.weight_scale"] = torch.tensor(0.3)
+    for name, is_read in (("int8_tensorwise", True), ("int8_blockwise", False)):
+        told = json.dumps({"layers": {f"model.diffusion_model.{layer}": {"format": name}}})
+        prefixed = {f"model.diffusion_model.{key}": value for key, value in tensors.items()}
+        save_file(prefixed, source, {"_quantization_metadata": told})
+        request = Request(source, tmp_path / f"{name}.safetensors")
+        if is_read:
+            state = dit_state(convert(request).target)
+            assert state[f"{layer}.weight"].equal(torch.full(tensors[f"{layer}.weight"].shape, 3 * torch.tensor(0.3)))
+            with pytest.raises(CheckpointError, match="is in int8, which is not expanded"):
+                convert(Request(source, tmp_path / "b.safetensors", dtype="bf16"))
+        else:
+            with pytest.raises(CheckpointError, match=r"prefixed\.safetensors: is quantised as int8_blockwise"):
+                convert(request)
+    assert sorted(os.listdir(tmp_path)) == ["int8_tensorwise.safetensors", "prefixed.safetensors"]
+
+
 def test_a_text_encoder_needs_its_tokenizer(tmp_path: Path, tiny_models: Path) -> None:
     """Named, or where the release has it; a damaged one is found before the target appears."""
     state = weights(tiny_models, "text_encoders/tiny_umt5.safetensors")
@@ -242,7 +264,11 @@ def test_what_is_no_model_or_another_kind_is_said(tmp_path: Path, tiny_models: P
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"GGUF\x03" + bytes(50), "a GGUF file"), (b"hello" * 20, "is text, not a model"), (b"", "it has 0 bytes")],
+    [
+        (b"GGUF\x03" + bytes(50), "a GGUF file, which is loaded as it is"),
+        (b"hello" * 20, "is text, not a model"),
+        (b"", "it has 0 bytes"),
+    ],
     ids=["gguf", "text", "empty"],
 )
 def test_other_files_are_called_by_their_names(tmp_path: Path, content: bytes, message: str) -> None:
