@@ -198,14 +198,16 @@ Any Switch (rgthree)|Any Switch (rgthree)|any_01:*? any_02:*? any_03:*? any_04:*
 
 IGNORED: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("MultiGPU_WorkUnits", "SelectModelDevice", "ModelAttentionBackend"), "model:MODEL"),
+        **dict.fromkeys(
+            ("MultiGPU_WorkUnits", "SelectModelDevice", "ModelAttentionBackend", "wanBlockSwap"), "model:MODEL"
+        ),
         **dict.fromkeys(("PathchSageAttentionKJ", "ModelPatchTorchSettings", "TorchCompileModel"), "model:MODEL"),
         **dict.fromkeys(("TorchCompileModelWanVideoV2", "TorchCompileModelAdvanced"), "model:MODEL"),
         "LazyCache": "model:MODEL",
         **dict.fromkeys(("SelectCLIPDevice", "OverrideCLIPDevice"), "clip:CLIP"),
         **dict.fromkeys(("SelectVAEDevice", "OverrideVAEDevice"), "vae:VAE"),
         "VRAM_Debug": "any_input:*? image_pass:IMAGE? model_pass:MODEL?",
-        "easy cleanGpuUsed": "anything:*",
+        **dict.fromkeys(("easy cleanGpuUsed", "LayerUtility: PurgeVRAM V2", "VRAMCleanup", "RAMCleanup"), "anything:*"),
         "PreviewAny": "source:*",
     }
 )

@@ -200,22 +200,19 @@ def _group(checkpoint: Checkpoint, layer: str, options: Mapping[str, Any], colum
 def _options(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Return each layer's format and options, by layer."""
     found: dict[str, dict[str, Any]] = {}
-    text = checkpoint.metadata.get("_quantization_metadata")
-    if text is not None:
-        try:
-            layers = json.loads(text)["layers"]
+    text, where = checkpoint.metadata.get("_quantization_metadata"), "its _quantization_metadata"
+    try:
+        if text is not None:
             known = {stored: key for key, stored in checkpoint.file_keys.items()}
-            found = {_layer(checkpoint, known, name): _flat(layer) for name, layer in layers.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _faulty(checkpoint, "its _quantization_metadata is damaged") from error
-    for key, entry in checkpoint.entries.items():
-        if key.endswith(".comfy_quant"):
-            try:
-                if entry.dtype != "U8" or math.prod(entry.shape) > _MAX_TAG_BYTES:
-                    raise ValueError("it is no short text")
-                found[key.removesuffix(".comfy_quant")] = _flat(json.loads(checkpoint.read_bytes(key)))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise _faulty(checkpoint, f"{key!r} is damaged") from error
+            layers = json.loads(text)["layers"].items()
+            found = {_layer(checkpoint, known, name): _flat(layer) for name, layer in layers}
+        for key in (key for key in checkpoint.entries if key.endswith(".comfy_quant")):
+            entry, where = checkpoint.entries[key], repr(key)
+            if entry.dtype != "U8" or math.prod(entry.shape) > _MAX_TAG_BYTES:
+                raise ValueError("it is no short text")
+            found[key.removesuffix(".comfy_quant")] = _flat(json.loads(checkpoint.read_bytes(key)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _faulty(checkpoint, f"{where} is damaged") from error
     return found
 
 
