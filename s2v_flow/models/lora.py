@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # planning matches files by their headers, without torch
     from torch import Tensor
 
 _FIX = "download the file again, or use another"
+_OTHER_FILE = "use a LoRA, LoKr, LoHa or DoRA"
 _LOW_RANK = {"down", "up", "alpha"}
 LIVE_AVATAR_RANK = 128
 _LIVE_AVATAR_NAME = re.compile(r"live[-_ ]?avatar", re.IGNORECASE)
@@ -221,7 +222,7 @@ def open_loras(specs: Iterable[LoraSpec], shapes: Shapes) -> LoraStack:
         checkpoint = Checkpoint.open(spec.path)
         mismatch = describe_mismatch("lora", checkpoint.shapes)
         if mismatch:
-            raise CheckpointError(f"{spec.path}: {mismatch}")
+            raise CheckpointError(f"{spec.path}: {mismatch}", _OTHER_FILE)
         _match(spec, checkpoint, shapes, stack)
     return stack
 
@@ -275,8 +276,8 @@ def _targets(checkpoint: Checkpoint, shapes: Shapes, unmatched: list[str]) -> li
     for key in checkpoint.entries:
         method = other_method(key)
         if method is not None:
-            what = f"{checkpoint.path}: is a {method} file ({key!r}), which is not supported"
-            raise CheckpointError(what, "use a LoRA, LoKr, LoHa or DoRA")
+            what = f"{checkpoint.path}: is {method} ({key!r}), which is not supported"
+            raise CheckpointError(what, _OTHER_FILE)
         found = read_key(key)
         parameter = None if found is None else layers.parameter(*found)
         if found is None or parameter is None:

@@ -111,9 +111,13 @@ _ROLES = {
     "b_norm": "diff_b",
 }
 _METHODS = re.compile(
-    r"\.(?:(?P<oft>oft_)|(?P<boft>boft_)|(?P<glora>[ab][12]\.weight$)|(?P<tucker>lokr_t[12]|hada_t[12]|lora_mid))"
+    r"\.(?:(?P<oft>oft_)|(?P<boft>boft_)|(?P<glora>[ab][12]\.weight$)|(?P<tucker>lokr_t[12]|hada_t[12]|lora_mid)"
+    r"|(?P<adalora>lora_E\b)|(?P<ia3>on_input$)|(?P<vera>vera_lambda_)|(?P<scalar>scalar$)|(?P<set>(?:set|reshape)_weight$))"
 )
-_METHOD_NAMES = {"oft": "OFT", "boft": "BOFT", "glora": "GLoRA", "tucker": "LoRA with a Tucker core"}
+_METHOD_NAMES = {
+    "oft": "OFT", "boft": "BOFT", "glora": "GLoRA", "adalora": "AdaLoRA", "ia3": "(IA)^3", "vera": "VeRA",
+    "tucker": "LoRA with a Tucker core", "scalar": "LoRA with a scalar", "set": "LoRA that sets or reshapes weights",
+}  # fmt: skip
 
 _LORA_PREFIXES = re.compile(
     r"(?:(?:base_model|model|diffusion_model|transformer|pipe|dit|unet|module|net|generator|state_dict)[._]"
