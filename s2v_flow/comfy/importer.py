@@ -91,7 +91,10 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False, as_of
     """
     mistakes = Mistakes(path.name)
     document = _unwrapped(read_workflow(path), path, mistakes)
-    graph, draft = _drafted(document, mistakes, path)
+    graph = read_editor(document, mistakes) if is_editor(document) else read_prompt(document, mistakes)
+    if not graph.nodes:
+        raise bad_file(path, "it has no nodes")
+    draft = translate(graph, mistakes, path.parent)
     if as_of == 2025:
         round_as_2025(draft)
     changes = modernise(draft) if modernises else []
@@ -154,13 +157,6 @@ def _workflows(value: Any, path: Path, depth: int, name: str = "") -> Iterator[t
         for key, item in value.items():
             if (isinstance(item, Mapping) and "prompt" in item) or key in _WRAPPERS:
                 yield from _workflows(item, path, depth - 1, str(key))
-
-
-def _drafted(document: Any, mistakes: Mistakes, path: Path) -> tuple[Graph, Draft]:
-    graph = read_editor(document, mistakes) if is_editor(document) else read_prompt(document, mistakes)
-    if not graph.nodes:
-        raise bad_file(path, "it has no nodes")
-    return graph, translate(graph, mistakes, path.parent)
 
 
 def _profile(

@@ -266,10 +266,6 @@ def _trim(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     return (Made(context.draft.add("load_audio", voice.usual, fields, node), "audio"),)
 
 
-def _silence(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    return (context.value(node, "duration"),)
-
-
 def _concat(context: Context, node: ComfyNode) -> tuple[Any, ...]:
     """Two sounds, one after the other; silence becomes a field of the sound that it stands beside."""
     names = ("audio1", "audio2") if context.value(node, "direction").value == "after" else ("audio2", "audio1")
@@ -373,7 +369,7 @@ SOURCES: Mapping[str, Translator] = MappingProxyType(
         "SaveLatent": _save_latent,
         **dict.fromkeys(("LoadAudio", "VHS_LoadAudio", "VHS_LoadAudioUpload"), _load_audio),
         "TrimAudioDuration": _trim,
-        "EmptyAudio": _silence,
+        "EmptyAudio": lambda context, node: (context.value(node, "duration"),),
         "AudioConcat": _concat,
         "AudioAdjustVolume": _volume,
         **dict.fromkeys((f"VHS_LoadVideo{which}" for which in ("", "Path", "FFmpeg", "FFmpegPath")), _vhs_video),
