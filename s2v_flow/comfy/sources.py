@@ -15,6 +15,7 @@ from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
 from s2v_flow.comfy.meaning import UNKNOWN, Context, FramesMade, Latent, Made, Model, NodeRef, Translator, Video, Zeroed
 from s2v_flow.nodes.encode import weighted_parts
+from s2v_flow.wording import shortened
 
 WHOLE_SECONDS = 86_400.0  # a day: TrimAudioDuration cannot be told "to the end"
 GGUF_MODELS = ("UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "GGUFLoaderKJ", "LoaderGGUF")
@@ -161,7 +162,7 @@ def _prefix(context: Context, node: ComfyNode) -> str:
     text: str = context.value(node, "filename_prefix").value.replace("\\", "/")
     plain = re.sub(r"/{2,}", "/", _TOKEN.sub("", text)).strip("/ ") or "ComfyUI"
     if plain != text:
-        context.mistakes.note(f"{node.described()}: files are named {plain}, without what stands between % signs")
+        context.mistakes.note(f"{node.described()}: files are named {plain} instead of {shortened(text)}")
     return plain
 
 

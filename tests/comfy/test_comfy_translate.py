@@ -196,6 +196,7 @@ def test_what_is_saved_is_numbered_as_comfyui_does(tmp_path: Path) -> None:
     files = [spec.node.model_dump()["file"] for spec in recipe.nodes.values() if spec.kind == "save_video"]
     assert files == ["video/ComfyUI_00001_.mp4", "video/ComfyUI_00002_.mp4", "w_00001_.mp4"]
     assert any("node 116 (PreviewImage) is left out" in note for note in made.notes)
+    assert "node 115 (SaveAnimatedWEBP): files are named w instead of %date:yyyy%/w" in made.notes
 
 
 def test_a_preview_is_all_there_is_to_save(tmp_path: Path) -> None:
