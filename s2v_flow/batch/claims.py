@@ -23,7 +23,10 @@ STALE_SECONDS = 30.0  # without a beat: its process, or its machine, is gone
 
 
 class Claims:
-    """The jobs that this process has taken, and those of others, in a folder that all of them see."""
+    """The jobs that this process has taken, and those of others, in a folder that all of them see.
+
+    A job's key is equal in two processes where both mean the same work: see `Job.key`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / f"claims-{machine_id()}-{os.getpid()}.json"
@@ -32,31 +35,31 @@ class Claims:
         self._seen: dict[Path, tuple[bytes, float, bool]] = {}  # what, since when, whether it has ever changed
         self._others: dict[str, list[str]] = {}
 
-    def take(self, number: int) -> bool:
+    def take(self, key: str) -> bool:
         """Take a job, unless another process has it, or has ended it."""
-        if str(number) in self._look():
+        if key in self._look():
             return False
-        self.note(number, "running")
-        if self._look(before=self._path).get(str(number)) is None:
+        self.note(key, "running")
+        if self._look(before=self._path).get(key) is None:
             return True
-        self.note(number, "")
+        self.note(key, "")
         return False
 
-    def note(self, number: int, state: str, message: str = "") -> None:
+    def note(self, key: str, state: str, message: str = "") -> None:
         """Say that a job runs here, or how it ended: done, failed; "": that it may be taken."""
-        self._own.pop(str(number), None)
+        self._own.pop(key, None)
         if state:
-            self._own[str(number)] = [state, message, platform.node()]
+            self._own[key] = [state, message, platform.node()]
         self._write()
 
-    def elsewhere(self) -> dict[int, list[str]]:
-        """Give a sign of life, and return what others say of jobs by number: state, message, host. Quick to ask."""
+    def elsewhere(self) -> dict[str, list[str]]:
+        """Give a sign of life, and return what others say of jobs by key: state, message, host. Quick to ask."""
         now = time.monotonic()
         if now - self._written > BEAT_SECONDS:
             self._write()
         if now - self._looked > BEAT_SECONDS / 2:
             self._look()
-        return {int(number): told for number, told in self._others.items()}
+        return self._others
 
     def close(self) -> None:
         """Give everything back."""
@@ -95,4 +98,4 @@ class Claims:
                 elif path != self._path:
                     # what a process ended counts once it has been seen to live: its file may be an old one
                     jobs = told["jobs"].items()
-                    yield path, {number: job for number, job in jobs if before[2] or job[0] == "running"}
+                    yield path, {key: job for key, job in jobs if before[2] or job[0] == "running"}

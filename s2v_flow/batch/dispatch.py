@@ -14,7 +14,7 @@ from s2v_flow.batch.claims import Claims
 from s2v_flow.batch.job import NEVER_AGAIN, Job
 from s2v_flow.batch.record import Batch
 from s2v_flow.batch.worker import Outcome, Report, Setup
-from s2v_flow.errors import ExitCode
+from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, StopRequest, exit_code_of, never
 
 GRACE_SECONDS = 60.0  # between SIGTERM, which waits for the end of a step, and SIGKILL
@@ -182,22 +182,27 @@ class BatchRun:
         """
         others = {other.group for other in self._slots.values() if other is not slot}
         taken = self._claims.elsewhere()
-        free = [job for job in self._queue if job.number not in taken]
+        free = [job for job in self._queue if job.key not in taken]
         free.sort(key=lambda job: (slot is None or job.group != slot.group, job.group in others))
-        return next((job for job in free if self._claims.take(job.number)), None)
+        return next((job for job in free if self._claims.take(job.key)), None)
 
     def _hear(self) -> None:
         """Take note of jobs that others have ended meanwhile."""
-        ended = {number: told for number, told in self._claims.elsewhere().items() if told[0] != "running"}
-        for job in [job for job in self._queue if job.number in ended]:
-            state, message, host = ended[job.number]
+        ended = {key: told for key, told in self._claims.elsewhere().items() if told[0] != "running"}
+        for job in [job for job in self._queue if job.key in ended]:
+            state, message, host = ended[job.key]
             self._queue.remove(job)
             self._states[job.number] = state
             self._tell(Told(job, state, 0, 0, host, 0.0, Outcome(ExitCode.OK, message, job.outputs)))
 
     def _start(self, index: int) -> _Slot:
         device = self._engine.setups[index].options.device
-        self._slots[index] = _Slot(index + 1, device, self._engine.start(index))
+        try:
+            self._slots[index] = _Slot(index + 1, device, self._engine.start(index))
+        except OSError as error:
+            text = f"worker {index + 1} ({device}) cannot be started: {error.strerror}"
+            fix = "take fewer workers, or let a user have more processes and open files (`ulimit -u`, `ulimit -n`)"
+            raise S2VFlowError(text, fix, "what was stored before") from error
         return self._slots[index]
 
     def _listen(self) -> None:
@@ -231,7 +236,7 @@ class BatchRun:
         self._say(slot, state, outcome)
         slot.job, slot.kill_at, slot.is_late = None, None, False
         self._states[job.number] = "waiting" if state == "again" else state
-        self._claims.note(job.number, state if state in ("done", "failed") else "", outcome.message)
+        self._claims.note(job.key, state if state in ("done", "failed") else "", outcome.message)
         if state == "again":
             self._queue.append(job)
         if state == "failed" and self._policy.fails_fast:

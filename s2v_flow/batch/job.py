@@ -32,6 +32,12 @@ class Job:
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # of plan nodes, as far as they are known
     outputs: tuple[str, ...] = ()
     is_done: bool = False  # stored and delivered before the batch began
+    asked: str = ""  # a digest of the plan's nodes and their fields: what is to be computed, on whatever device
+
+    @property
+    def key(self) -> str:
+        """What the job is among processes that run the batch: its number, and what is asked."""
+        return f"{self.number} {self.asked}"
 
     @property
     def name(self) -> str:

@@ -151,7 +151,14 @@ def _described(job: Job, planned: Planned) -> Job:
         fingerprints=found,
         outputs=tuple(outputs),
         is_done=is_done and bool(outputs),
+        asked=asked_of(planned),
     )
+
+
+def asked_of(planned: Planned) -> str:
+    """Return a digest of what a plan is to compute: see `Job.asked`."""
+    nodes = [(node.name, node.kind, node.node, node.inputs) for node in planned.plan.nodes]
+    return hashlib.sha256(repr(nodes).encode()).hexdigest()[:12]
 
 
 def _failure(mistakes: Mapping[Diagnostic | str, Sequence[Job]], first: S2VFlowError) -> S2VFlowError:

@@ -26,6 +26,7 @@ NAME = "batch.json"
 _PROCESS = f"-{machine_id()}-{os.getpid()}"
 _PATHS = ("override_files", "models_dirs", "extra_model_paths", "input_dirs")
 _PATH = ("output_dir", "cache_dir")
+_CHANGES = ("profiles", "override_files", "overrides", "axes")  # of every recipe
 _PLAIN = ("profiles", "axes", "cache_remote", "cache_limit", "device", "vram", "overwrite")
 
 
@@ -73,8 +74,8 @@ class Batch:
         for path in self.logs.glob("running*.json"):
             try:
                 found = json.loads(path.read_bytes())
-                if found["host"] != platform.node():
-                    elsewhere.append(str(found["host"]))
+                if not path.name.startswith(f"running-{machine_id()}-"):  # its process ids mean others here
+                    elsewhere += [str(found["host"])] if found["host"] != platform.node() or is_held(path) else []
                 elif is_held(path) is not False:
                     os.kill(found["pid"], signal.SIGTERM)
                     pids.append(int(found["pid"]))
@@ -98,10 +99,12 @@ class Batch:
         found: dict[int, dict[str, Any]] = {job.number: {"state": "waiting"} for job in self.jobs}
         entries = []
         for path in self.logs.glob("results*.jsonl"):
+            latest = 0.0  # a clock that is set back changes nothing in one process
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, KeyError, TypeError):  # the last line of a process that was killed
                     entry = json.loads(line)
-                    entries.append((datetime.fromisoformat(entry["time"]), entry["job"], entry))
+                    latest = max(latest, datetime.fromisoformat(entry["time"]).timestamp())
+                    entries.append((latest, entry["job"], entry))
         found |= {number: entry for _, number, entry in sorted(entries, key=itemgetter(0)) if number in found}
         return found | {job.number: {"state": "done"} for job in self.jobs if job.is_done}
 
@@ -172,4 +175,4 @@ def _identity(path: Path) -> object:
 
 def _identity_of(head: Any, jobs: Sequence[Any]) -> object:
     asked = [json.dumps([job[name] for name in ("recipe", "overrides", "axes")]) for job in jobs]
-    return head["folder"], head["options"]["profiles"], json.dumps(head["options"]["overrides"]), asked
+    return head["folder"], json.dumps([head["options"][name] for name in _CHANGES]), asked

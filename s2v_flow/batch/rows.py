@@ -47,7 +47,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, tuple[Override, ...]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    first = text.partition("\n")[0]
+    delimiter = ";" if ";" in first and "," not in first else ","  # where the comma stands in numbers
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     try:
         for cells in reader:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from s2v_flow.batch.job import Job
 from s2v_flow.batch.local import ProcessWorker
 from s2v_flow.batch.worker import Outcome, Setup
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.files.atomic import temporary
+from s2v_flow.files.atomic import temporary, writing
 
 CHECKPOINT_SECONDS = 100.0  # of the 120 between Slurm's signal and its end
 _POLL_SECONDS = 0.25
@@ -177,7 +178,6 @@ class SlurmEngine:
             raise S2VFlowError("--engine slurm: submitit is not installed", fix, exit_code=ExitCode.USAGE) from error
         self.setups = setups
         self._logs = logs.absolute()
-        self._count = 0
         self._tasks: list[Any] = []
         self._array: dict[int, SlurmWorker] = {}
         on_gpus = {"gpus_per_node": 1} if setups[0].options.device.startswith("cuda") else {}
@@ -190,8 +190,12 @@ class SlurmEngine:
             raise S2VFlowError(f"Slurm cannot be used: {error}", fix, exit_code=ExitCode.USAGE) from error
 
     def start(self, index: int) -> SlurmWorker:
-        """Submit the array at the first call; a task alone where one has been lost."""
-        if not self._count:
+        """Submit the array at the first call; a task alone where one has been lost.
+
+        Raises:
+            S2VFlowError: Slurm refuses it, or does not answer.
+        """
+        if not self._tasks:
             tasks = [self._task(setup) for setup in self.setups]
             pairs = zip(self._submit(tasks), tasks, strict=True)
             self._array = {place: SlurmWorker(job, task.folder) for place, (job, task) in enumerate(pairs)}
@@ -211,14 +215,21 @@ class SlurmEngine:
             time.sleep(_POLL_SECONDS)
 
     def _task(self, setup: Setup) -> Task:
-        self._count += 1
-        folder = self._logs / "slurm" / f"worker-{os.getpid()}-{self._count}"
-        folder.mkdir(parents=True)
-        return Task(setup, folder)
+        folder = self._logs / "slurm"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            return Task(setup, Path(tempfile.mkdtemp(prefix=f"worker-{os.getpid()}-", dir=folder)))
 
     def _submit(self, tasks: Sequence[Task]) -> list[Any]:
-        with self._executor.batch():
-            jobs = [self._executor.submit(task) for task in tasks]
+        from submitit.core.utils import FailedJobError
+
+        try:
+            with self._executor.batch():
+                jobs = [self._executor.submit(task) for task in tasks]
+        except FailedJobError as error:
+            said = "; ".join(str(error).split("\n")).strip("; ")
+            fix = "check --slurm KEY=VALUE, and whether `sinfo` answers"
+            raise S2VFlowError(f"Slurm takes no tasks: {said}", fix, "what was stored before") from error
         self._tasks += jobs
         return jobs
 
@@ -238,7 +249,7 @@ def _has_accounting() -> bool:
 
 
 def _write(path: Path, value: Any) -> None:
-    with temporary(path.parent, ".tmp") as (file, name):
+    with writing(path), temporary(path.parent, ".tmp") as (file, name):
         file.write(json.dumps(value).encode())
         file.flush()
         os.replace(name, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -48,7 +49,7 @@ class BatchFile(BaseModel):
 
     def patterns(self) -> list[str]:
         """Return the recipes, from the current folder."""
-        return [os.path.join(self._folder, name) for name in self.recipes]
+        return [os.path.join(glob.escape(self._folder), name) for name in self.recipes]
 
     def overrides(self) -> list[Override]:
         """Return what it changes in every recipe."""

@@ -10,15 +10,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from s2v_flow.api.session import Session
 from s2v_flow.batch.job import Job
+from s2v_flow.batch.plan import asked_of
 from s2v_flow.errors import ExitCode, RecipeError, S2VFlowError
-from s2v_flow.graph.events import Event
+from s2v_flow.graph.events import Event, Noted
 from s2v_flow.graph.interrupt import StoppedError, StopRequest
 from s2v_flow.machine import free_memory_bytes
 from s2v_flow.options import Options
+
+_OTHER = "the recipe, or a file that it extends, is another one than when the batch was planned"
 
 
 class Report(Protocol):
@@ -106,8 +109,12 @@ def _serve(pipe: Connection, setup: Setup, stop: StopRequest) -> None:
 def _run(session: Session, job: Job, report: Callable[[str], Report]) -> Outcome:
     told = report(job.name)
     given = job.options(session.options)
+    fields: dict[str, Any] = {"overrides": given.overrides, "axes": given.axes}
     try:
-        result = session.run(job.recipe, told, overrides=given.overrides, axes=given.axes)
+        is_other = job.asked not in ("", asked_of(session.plan(job.recipe, **fields)))
+        if is_other:
+            told(Noted("", _OTHER, is_warning=True))
+        result = session.run(job.recipe, told, **fields)
     except S2VFlowError as error:
         told.error(error)
         message = str(error) if isinstance(error, RecipeError) else error.message
@@ -123,7 +130,7 @@ def _run(session: Session, job: Job, report: Callable[[str], Report]) -> Outcome
     outputs = tuple(str(path) for paths in result.outputs.values() for path in paths)
     if result.failures:
         return Outcome(ExitCode.FAILED, "; ".join(f"{name}: {why}" for name, why in result.failures.items()), outputs)
-    return Outcome(ExitCode.OK, "", outputs)
+    return Outcome(ExitCode.OK, _OTHER if is_other else "", outputs)
 
 
 def _tell(text: str) -> None:

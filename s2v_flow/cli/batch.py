@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from s2v_flow.cli.options import FILE, FOLDER, OrderedGroup, change_options, folder_options, make_options, remote_option
-from s2v_flow.errors import S2VFlowError
+from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.wording import counted, duration_text, visible
 
 if TYPE_CHECKING:
@@ -156,6 +156,9 @@ def retry(path: Path, as_json: bool, devices: str | None, workers: int | None, *
     from s2v_flow.graph.interrupt import StopRequest
 
     found = read_batch(path)
+    if not found.folder.is_dir():
+        text = f"{found.path}: its jobs' paths start at {found.folder}, which is gone"
+        raise MissingError(text, fix="plan the batch again where its files are now: s2vflow batch RECIPE...")
     states = found.states()
     jobs = tuple(replace(job, is_done=states[job.number]["state"] == "done") for job in found.jobs)
     stop = click.get_current_context().find_object(StopRequest)

@@ -26,6 +26,7 @@ from s2v_flow.batch.record import read_batch
 from s2v_flow.batch.spec import BatchFile
 from s2v_flow.batch.worker import Outcome
 from s2v_flow.cli.board import Board, status_lines
+from s2v_flow.files.lock import held
 
 FILE = """batch: 1
 recipes: [rec*.yaml]
@@ -42,7 +43,8 @@ def asked(made: Place, text: str, *arguments: object) -> tuple[int, str, str]:
 
 def test_a_batch_file_says_what_the_options_say(tiny_models: Path, tmp_path: Path) -> None:
     """Recipes beside the file, axes and changes; the command line's are laid over them."""
-    made = seeded(tmp_path, tiny_models)
+    (tmp_path / "of [2026]").mkdir()
+    made = seeded(tmp_path / "of [2026]", tiny_models)
     code, _, err = asked(made, FILE, "--dry-run", "--set", "nodes.first.steps=3")
     assert code == 0, err
     assert [Path(job["outputs"][0]).name for job in written(made)["jobs"]] == ["talk_1.seed=1.mp4", "talk_2.seed=2.mp4"]
@@ -119,6 +121,9 @@ def test_what_does_not_run_cannot_be_cancelled(stored: Place) -> None:
     left = stored.video.parent / "batch" / "running.json"
     left.write_text(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}), encoding="utf-8")
     assert "nothing runs this batch" in call("batch", "cancel", stored.video.parent)[2]
+    with held(left):  # by a container whose name is ours, and whose process numbers are not
+        code, _, err = call("batch", "cancel", stored.video.parent)
+        assert (code, f"the batch runs on {os.uname().nodename}" in err) == (1, True)
     left.write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}), encoding="utf-8")
     code, _, err = call("batch", "cancel", stored.video.parent)
     assert (code, "the batch runs on elsewhere" in err) == (1, True)

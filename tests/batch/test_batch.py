@@ -15,6 +15,7 @@ import pytest
 from recipes_for_tests import call, tiny, write_recipe
 from runs_for_tests import QUICK, Place, copied, copy_encoded, place
 
+from s2v_flow.batch.record import read_batch
 from s2v_flow.cache.housekeeping import verify
 
 SEEDED = {
@@ -91,6 +92,46 @@ def test_another_batch_in_the_same_folder_is_numbered(tiny_models: Path, tmp_pat
     assert batch(made, "--dry-run")[1] == batch(made, "--dry-run")[1]
     (tmp_path / "jobs.csv").write_text("seed\n3\n", encoding="utf-8")
     assert batch(made, "--dry-run")[1] == f"{tmp_path / 'out' / 'batch.2.json'}\n"
+    (tmp_path / "more.yaml").write_text("nodes: {first: {steps: 3}}\n", encoding="utf-8")
+    assert batch(made, "--dry-run", "-f", tmp_path / "more.yaml")[1] == f"{tmp_path / 'out' / 'batch.3.json'}\n"
+
+
+def test_a_job_of_a_changed_recipe_is_another_one(tiny_models: Path, tmp_path: Path) -> None:
+    """What another process says of the job before the change does not count; its file keeps its name."""
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n")
+    path = Path(batch(made, "--dry-run")[1].strip())
+    (before,) = read_batch(path).jobs
+    text = made.recipe.read_text(encoding="utf-8")
+    made.recipe.write_text(text.replace('"steps": 2', '"steps": 3'), encoding="utf-8")
+    assert batch(made, "--dry-run")[1].strip() == str(path)
+    (after,) = read_batch(path).jobs
+    assert before.key != after.key
+    assert batch(made, "--dry-run")[1].strip() == str(path)
+    assert read_batch(path).jobs[0].key == after.key
+
+
+def test_the_jobs_of_a_folder_that_is_gone_are_not_run_again(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their paths start there: exit code 4, and no worker."""
+    (tmp_path / "here").mkdir()
+    made = seeded(tmp_path / "here", tiny_models)
+    monkeypatch.chdir(made.folder)
+    assert batch(made, "--dry-run")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    made.folder.rename(tmp_path / "there")
+    code, _, err = call("batch", "retry", tmp_path / "there" / "out")
+    assert (code, f"start at {made.folder}, which is gone" in err) == (4, True), err
+
+
+def test_states_follow_the_lines_of_a_process_whatever_its_clock_does(tiny_models: Path, tmp_path: Path) -> None:
+    """A clock that is set back an hour makes no job run for ever."""
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n")
+    found = read_batch(Path(batch(made, "--dry-run")[1].strip()))
+    entries = [("running", "12:00"), ("done", "11:00")]
+    lines = [json.dumps({"job": 1, "state": state, "time": f"2026-11-29T{at}:00+00:00"}) for state, at in entries]
+    (found.logs / "results-00000000-1.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert found.states()[1]["state"] == "done"
 
 
 def test_cells_are_jobs_with_the_names_that_run_gives(tiny_models: Path, tmp_path: Path) -> None:
@@ -161,6 +202,13 @@ def test_a_faulty_table_is_a_mistake_with_its_line(
     assert (code, said in err) == (3, True), err
 
 
+def test_a_table_may_have_semicolons(tiny_models: Path, tmp_path: Path) -> None:
+    """As spreadsheets write it where the comma stands in numbers."""
+    made = seeded(tmp_path, tiny_models, rows="seed;nodes.positive.text\n1;Hello, you\n")
+    assert batch(made, "--dry-run")[0] == 0
+    assert written(made)["jobs"][0]["overrides"] == [["set", "seed=1"], ["set", "nodes.positive.text=Hello, you"]]
+
+
 def test_json_lines_keep_their_types_and_an_empty_cell_changes_nothing(tiny_models: Path, tmp_path: Path) -> None:
     """A text with quotes, a list, a number."""
     made = seeded(tmp_path, tiny_models, rows="seed,nodes.positive.text\n1,\n")
@@ -187,8 +235,11 @@ def test_a_job_that_cannot_succeed_is_not_tried_again(stored: Place) -> None:
     assert (code, job["state"], job["code"], job["attempt"]) == (1, "failed", 4, 1), err
     assert "missing: voice.wav" in err
     (stored.folder / "gone.wav").rename(voice)
+    text = stored.recipe.read_text(encoding="utf-8")
+    stored.recipe.write_text(text.replace('"preset": "ultrafast"', '"preset": "fast"'), encoding="utf-8")
     code, _, err = call("batch", "retry", path)
     assert (code, stored.video.is_file()) == (0, True), err
+    assert "another one than when the batch was planned" in err
 
 
 def test_what_is_no_batch_is_said(tmp_path: Path) -> None:
@@ -207,6 +258,16 @@ def program(made: Place, *arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_be_started_is_an_error_with_its_reason(tiny_models: Path, tmp_path: Path) -> None:
+    """Where a user may have 12 open files."""
+    made = seeded(tmp_path, tiny_models)
+    limited = ["prlimit", "--nofile=12", sys.executable, "-m", "s2v_flow", "batch", made.recipe, *made.where]
+    command = [*map(str, limited), "--jobs", str(tmp_path / "jobs.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "worker 1 (cpu) cannot be started: Too many open files" in done.stderr) == (1, True), done
 
 
 def until(condition: Any, process: subprocess.Popen[str], seconds: float = 120.0) -> Any:

@@ -104,6 +104,13 @@ def test_mistakes_are_told_before_an_engine_starts(tiny_models: Path, tmp_path: 
     assert batch(made, *engine)[0] == 3
 
 
+@pytest.mark.parametrize("engine", [REAL_SLURM], ids=["slurm"], indirect=True)
+def test_what_slurm_refuses_is_told_in_its_words(tiny_models: Path, tmp_path: Path, engine: tuple[str, ...]) -> None:
+    """Such as a partition that is not there; nothing of it is a defect."""
+    code, _, err = batch(seeded(tmp_path, tiny_models), *engine, "--slurm", "slurm_partition=nowhere")
+    assert (code, "Slurm takes no tasks: sbatch: error: " in err, "nowhere" in err) == (1, True, True), err
+
+
 @pytest.mark.parametrize("engine", [SLURM], ids=["submitit"], indirect=True)
 def test_a_task_that_slurm_takes_away_is_queued_again_and_goes_on(
     tiny_models: Path, quick_run: Place, tmp_path: Path, engine: tuple[str, ...]

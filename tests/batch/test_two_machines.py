@@ -93,20 +93,20 @@ def digests(folder: Path) -> dict[str, str]:
 def test_a_job_is_taken_once_and_comes_back_from_a_process_that_is_gone(tmp_path: Path) -> None:
     """Another's claim is passed by; one of a process that has died counts no more; old ends do not count."""
     mine = Claims(tmp_path)
-    assert mine.take(1)
+    assert mine.take("1")
     other = json.loads(next(tmp_path.glob("claims-*.json")).read_bytes())
     other |= {"jobs": {"2": ["running", "", "there"], "3": ["done", "", "there"]}}
     path = tmp_path / "claims-00000000-1.json"  # of another machine
     path.write_text(json.dumps(other), encoding="utf-8")
-    assert (mine.take(2), mine.take(3)) == (False, True)
+    assert (mine.take("2"), mine.take("3")) == (False, True)
     path.write_text(json.dumps({**other, "beat": 9, "jobs": {"4": ["done", "", "there"]}}), encoding="utf-8")
-    assert (mine.take(2), mine.take(4)) == (True, False)
+    assert (mine.take("2"), mine.take("4")) == (True, False)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     own = next(file for file in tmp_path.glob("claims-*.json") if file != path)
     left = own.with_name(own.name.replace(str(os.getpid()), str(gone.pid)))
     left.write_text(json.dumps({"pid": gone.pid, "beat": 1, "jobs": {"5": ["running", "", "here"]}}), encoding="utf-8")
-    assert mine.take(5)
+    assert mine.take("5")
     assert not left.exists()
     mine.close()
     assert list(tmp_path.glob("claims-*.json")) == [path]
