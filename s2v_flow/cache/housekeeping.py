@@ -24,6 +24,7 @@ from s2v_flow.files.atomic import STALE_SECONDS, is_alive, machine_id, make_root
 from s2v_flow.files.lock import held, is_held, remove_unused
 
 YOUNG_SECONDS = 3600.0
+_TICK_SECONDS = 0.02  # a new file may be given a time by as much before what `time` told earlier
 _QUARANTINE_SECONDS = 7 * 24 * 3600.0
 _RESUME_POINT_SECONDS = 30 * 24 * 3600.0
 _KEY = re.compile("[0-9a-f]{64}")
@@ -331,7 +332,7 @@ def _goes(path: Path, started: float) -> bool:
     """Remove a file unless it was touched since; tell whether this removed it."""
     try:
         touched = path.stat().st_mtime
-        return not (touched >= started and _seconds_since(touched) < YOUNG_SECONDS) and _remove(path)
+        return not (touched >= started - _TICK_SECONDS and _seconds_since(touched) < YOUNG_SECONDS) and _remove(path)
     except OSError:
         return False
 
