@@ -7,7 +7,8 @@ import ctypes
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,28 +99,56 @@ def as_a_user(action: Callable[[], None], folder: Path) -> None:
     forked(act)
 
 
+def _checked(result: int) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _mount_for_us_alone(folder: Path, size: int) -> None:
+    """Mount a disk that this process and its children see, and nobody else; it is gone with them.
+
+    Raises:
+        OSError: The system grants nobody but root mounts of their own.
+    """
+    new_mounts, new_user, private = 0x20000, 0x10000000, 0x44000
+    system = ctypes.CDLL(None, use_errno=True)
+    uid, gid = os.geteuid(), os.getegid()
+    _checked(system.unshare(new_mounts | (0 if uid == 0 else new_user)))
+    if uid != 0:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+    _checked(system.mount(b"none", b"/", None, private, None))
+    _checked(system.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, f"size={size},mode=0777".encode()))
+
+
 def small_disk(folder: Path, free: int = 100_000) -> None:
     """Put a disk of 400 kB with so many bytes free at a folder, for this process and its children alone.
 
     Raises:
         OSError: The system grants nobody but root mounts of their own.
     """
-    new_mounts, new_user, private, size = 0x20000, 0x10000000, 0x44000, 400 << 10
-    system = ctypes.CDLL(None, use_errno=True)
-    uid, gid = os.geteuid(), os.getegid()
-
-    def checked(result: int) -> None:
-        if result != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-    checked(system.unshare(new_mounts | (0 if uid == 0 else new_user)))
-    if uid != 0:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
-        Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
-    checked(system.mount(b"none", b"/", None, private, None))
-    checked(system.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, f"size={size},mode=0777".encode()))
+    size = 400 << 10
+    _mount_for_us_alone(folder, size)
     (folder / "filler").write_bytes(bytes(size - free))
+
+
+@contextmanager
+def own_disk(folder: Path, size: int) -> Iterator[bool]:
+    """Put a disk of so many bytes at a folder inside this block; False: none can be mounted by who runs the tests.
+
+    Killed tests leave no mount: nobody else has it.
+    """
+    is_mounted = False
+    if os.geteuid() == 0:  # whoever else would become another user for good
+        with suppress(OSError):
+            _mount_for_us_alone(folder, size)
+            is_mounted = True
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            _checked(ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(folder), 2))  # even where it is in use
 
 
 def needs_small_disks() -> pytest.MarkDecorator:

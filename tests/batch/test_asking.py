@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from faults_for_tests import own_disk
 from recipes_for_tests import call
 from runs_for_tests import Place
 from terminal import run_in_terminal
@@ -163,10 +163,9 @@ def test_a_disk_that_is_too_small_is_told_before_anything_runs(tiny_models: Path
     """Exit code 6 where one job alone does not fit; a warning where they do not fit together."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no small disk can be mounted here")
-    try:
+    with own_disk(disk, 16 << 10) as is_mounted:
+        if not is_mounted:
+            pytest.skip("only root can mount a small disk for these tests")
         made = seeded(tmp_path, tiny_models)
         made = replace(made, where=tuple(part.replace(str(made.cache), str(disk / "cache")) for part in made.where))
         assert batch(made, "--dry-run")[0] == 6
@@ -174,8 +173,6 @@ def test_a_disk_that_is_too_small_is_told_before_anything_runs(tiny_models: Path
         subprocess.run(["mount", "-o", "remount,size=300k", str(disk)], check=True)
         code, _, err = batch(made, "--dry-run")
         assert (code, "warning: the jobs need " in err) == (0, True), err
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from faults_for_tests import own_disk
 from runs_for_tests import Place
 from test_batch import batch, program, running, seeded
 from test_engines import worker_pids
@@ -30,11 +31,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Return a folder on a disk of 48 MB that can be filled, where one can be mounted; else an ordinary one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)]
-    is_mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
-    yield folder
-    if is_mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    with own_disk(folder, 48 << 20):
+        yield folder
 
 
 def fill(folder: Path, chance: random.Random) -> None:

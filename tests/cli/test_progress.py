@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -85,13 +86,19 @@ def test_a_pace_is_that_of_the_last_steps_and_the_rest_is_estimated_from_like_no
 def test_what_lasts_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also hashing, which is no node's; nothing is said any more once it is closed."""
     monkeypatch.setattr(shown, "LINE_EVERY_SECONDS", 0.0)
-    stream = io.StringIO()
+    is_told = threading.Event()
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            written = super().write(text)
+            if "still running" in self.getvalue():
+                is_told.set()
+            return written
+
+    stream = Stream()
     progress = shown.Progress("talk", stream=stream)
     progress(events.StageStarted("", "hashing dit.safetensors (15.3 GB), once"))
-    for _ in range(100):
-        if "still running" in stream.getvalue():
-            break
-        time.sleep(0.05)
+    assert is_told.wait(60)
     progress.close()
     assert re.match(
         r"\d\d:\d\d:\d\d talk: hashing dit\.safetensors \(15\.3 GB\), once: still running, \d+\.\d s\n",

@@ -52,7 +52,8 @@ def test_no_more_than_a_few_are_held(tmp_path: Path) -> None:
     def work(given: Iterator[int]) -> list[int]:
         seen = []
         for number in given:
-            time.sleep(0.002)
+            while made[0] < min(number + MAX_HANDED_OVER + 1, 40):
+                time.sleep(0.0001)
             held.append(made[0] - done[0])
             seen.append(number)
             done[0] += 1
@@ -92,12 +93,19 @@ def test_a_failure_of_the_making_leaves_no_thread_and_no_file(tmp_path: Path) ->
 
 def test_a_signal_ends_both_sides(tmp_path: Path) -> None:
     """Also while the making waits for room."""
+    made: list[Group] = []
+
+    def endless() -> Iterator[Group]:
+        for group in repeat(next(noise(1)), 1000):
+            made.append(group)
+            yield group
 
     def work(groups: Iterator[Group]) -> bytes:
         def passing() -> Iterator[Group]:
             for number, group in enumerate(groups):
                 if number == 2:
-                    time.sleep(0.02)  # the other side waits by now
+                    while len(made) < number + MAX_HANDED_OVER + 1:  # then the other side waits
+                        time.sleep(0.0001)
                     os.kill(os.getpid(), signal.SIGINT)
                 yield group
 
@@ -107,7 +115,7 @@ def test_a_signal_ends_both_sides(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
     try:
         with pytest.raises(KeyboardInterrupt):
-            beside(repeat(next(noise(1)), 1000), work)
+            beside(endless(), work)
     finally:
         signal.signal(signal.SIGINT, handler)
     assert list(tmp_path.iterdir()) == []
