@@ -40,10 +40,14 @@ def _nibbles(part: Tensor) -> Tensor:
     return torch.cat([part & 15, part >> 4], dim=-1)
 
 
+def _shifts(step: int, part: Tensor) -> Tensor:
+    """Return 0, step, ..., below 8: uint8 [n, 1]; made on the device, where a list would be waited for."""
+    return torch.arange(0, 8, step, dtype=torch.uint8, device=part.device)[:, None]
+
+
 def _bits(part: Tensor) -> Tensor:
     """Read single bits, the lowest of each byte first: uint8 [n, k] to uint8 [n, 8k]."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=part.device)
-    return ((part[..., None] >> shifts) & 1).flatten(-2)
+    return ((part[..., None] >> _shifts(1, part)[:, 0]) & 1).flatten(-2)
 
 
 def _q8_0(b: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ def _q5_1(b: Tensor) -> Tensor:
 
 def _two_bits(part: Tensor) -> Tensor:
     """Read 2-bit numbers: in each 32 bytes, the lowest pairs of all, then the next ones; uint8 [n, k] to [n, 4k]."""
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=part.device)[:, None]
+    shifts = _shifts(2, part)
     return ((part.reshape(len(part), -1, 1, 32) >> shifts) & 3).flatten(1)  # [n, k/32, 4, 32]
 
 
@@ -87,7 +91,7 @@ def _q2_k(b: Tensor) -> Tensor:
 
 def _q3_k(b: Tensor) -> Tensor:
     low, high = b[:, 96:104], b[:, 104:108]
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=b.device)[:, None]
+    shifts = _shifts(2, b)
     tops = ((high[:, None] >> shifts) & 3).flatten(1)  # [n, 16]
     scales = (_nibbles(low) | (tops << 4)).float() - 32
     mask = _bits_by_plane(b[:, :32])  # [n, 256]
@@ -97,7 +101,7 @@ def _q3_k(b: Tensor) -> Tensor:
 
 def _bits_by_plane(part: Tensor) -> Tensor:
     """Read single bits, the lowest of all bytes first: uint8 [n, 32] to uint8 [n, 256]."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=part.device)[:, None]
+    shifts = _shifts(1, part)
     return ((part[:, None] >> shifts) & 1).flatten(1)
 
 
@@ -111,7 +115,7 @@ def _six_bit_pairs(part: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nibbles_by_32(part: Tensor) -> Tensor:
     """Read 4-bit numbers: of each 32 bytes, the low ones, then the high ones; uint8 [n, k] to [n, 2k]."""
-    shifts = torch.tensor([0, 4], dtype=torch.uint8, device=part.device)[:, None]
+    shifts = _shifts(4, part)
     return ((part.reshape(len(part), -1, 1, 32) >> shifts) & 15).flatten(1)
 
 
@@ -131,7 +135,7 @@ def _with_minima(b: Tensor, q: Tensor) -> Tensor:
 
 def _q6_k(b: Tensor) -> Tensor:
     low = b[:, :128].reshape(-1, 2, 1, 64)
-    shifts = torch.tensor([0, 4], dtype=torch.uint8, device=b.device)[:, None]
+    shifts = _shifts(4, b)
     low = ((low >> shifts) & 15).flatten(1)  # of each 64 bytes, the low ones, then the high ones
     q = (low | (_two_bits(b[:, 128:192]) << 4)).float() - 32
     return _grouped(_halves(b[:, 208:210]) * _signed(b[:, 192:208]), q).flatten(1)

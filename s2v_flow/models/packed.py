@@ -8,7 +8,6 @@ GGUF: gguf_blocks.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,6 @@ from s2v_flow.errors import CheckpointError
 from s2v_flow.models.gguf_blocks import dequantize_blocks
 from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, Quantization
 from s2v_flow.weights.reader import Checkpoint
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class PackedWeight(nn.Module):
@@ -162,14 +159,13 @@ def _int8(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     if not group:
         return value
     rows, columns = value.shape
-    rotated = value.float().reshape(rows, columns // group, group) @ _hadamard(group).to(value.device)
+    rotated = value.float().reshape(rows, columns // group, group) @ _hadamard(group, value.device)
     return rotated.reshape(rows, columns).to(dtype)
 
 
-@cache
-def _hadamard(size: int) -> Tensor:
+def _hadamard(size: int, device: torch.device) -> Tensor:
     """Return the regular Hadamard matrix, symmetric and orthonormal, float32 [size, size]; size is a power of 4."""
-    seed = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    seed = 1 - 2 * torch.eye(4, device=device).flip(0)  # made there: a copy from the host would be waited for
     matrix = seed
     while len(matrix) < size:
         matrix = torch.kron(matrix, seed)
@@ -183,7 +179,9 @@ def _nvfp4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     assert weight.scale_2 is not None
     rows, columns = weight.packing.shape
     codes = torch.stack([weight.data >> 4, weight.data & 15], dim=-1).reshape(rows, columns).long()
-    table = torch.tensor((*_E2M1, *(-value for value in _E2M1)), dtype=dtype, device=weight.data.device)
+    low = torch.arange(8, device=codes.device)  # e2m1: halves up to 1.5, then 2, 3, 4, 6; made there, not copied
+    table = torch.where(low < 4, low / 2, (2 + low % 2) * (low // 2 - 1)).to(dtype)
+    table = torch.cat([table, -table])
     scales = _unswizzled(weight.scale.view(torch.float8_e4m3fn), rows, columns // 16).to(dtype)
     factors = weight.scale_2.reshape(()).to(dtype) * scales  # [rows, columns / 16]
     values = table[codes].reshape(rows, -1, 16)
