@@ -1,20 +1,21 @@
 """`python -m benchmarks.gpu --json FILE [--toy]`: all that a machine with a GPU must show, in one call.
 
-Weights are random, made on the device, in bf16 at full size. Every part stands on its own: one that fails costs its own
-row, with the error's text. `--toy` runs every part on the CPU at toy size: it shows that the script works, and nothing
-about speed.
+Weights are random, made on the device, in bf16 at full size. Every part has a process of its own: what fails or hangs
+costs its own row, with the error's text, and when the time for all is over, what is left is ended. `--toy` runs every
+part on the CPU at toy size: it shows that the script works, and nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from s2v_flow.sampling.sampler import denoised_from_velocity, initial_noise, mak
 from s2v_flow.weights.quantization import Packing
 
 FP8_MAX = 448.0
+LONGEST_SECONDS = 460  # for all parts: a call is to end within eight minutes
 Row = dict[str, Any]
 
 
@@ -253,9 +255,38 @@ def rows_of(part: Callable[[Scale], Iterator[Row]], scale: Scale) -> Iterator[Ro
             yield {"part": name, "status": "ok", **row}
     except Exception as error:
         yield {"part": name, "status": "failed", "error": f"{type(error).__name__}: {error}"}
-    gc.collect()
-    if scale.is_cuda:
-        torch.cuda.empty_cache()
+
+
+def send_rows(part: Callable[[Scale], Iterator[Row]], scale: Scale, rows: Connection) -> None:
+    """Send a part's rows, and what the device is called, from a process of its own."""
+    device = torch.cuda.get_device_name() if scale.is_cuda and torch.cuda.is_available() else "cpu"
+    for row in rows_of(part, scale):
+        rows.send((device, row))
+
+
+def rows_apart(part: Callable[[Scale], Iterator[Row]], scale: Scale, left: float) -> Iterator[tuple[str, Row]]:
+    """Run a part in a process of its own, for `left` seconds at most: its rows, each with the device's name.
+
+    What a kernel breaks for its process, or hangs in, costs the part alone.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_rows, args=(part, scale, sender), daemon=True)
+    process.start()
+    sender.close()
+    end = time.monotonic() + left
+    error = None
+    try:
+        while receiver.poll(max(end - time.monotonic(), 0)):
+            yield receiver.recv()
+        error = f"it was ended: {LONGEST_SECONDS} s for all parts are over"
+        process.kill()
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            error = f"its process ended with {process.exitcode}"
+    if error is not None:
+        yield "", {"part": part.__name__, "status": "failed", "error": error}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -264,15 +295,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="where the rows are written")
     parser.add_argument("--toy", action="store_true", help="every part at toy size, on the CPU")
     given = parser.parse_args(arguments)
-    scale = TOY if given.toy else WHOLE
-    found: dict[str, Any] = {**origin(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    found |= {"is_toy": given.toy, "rows": []}
+    scale, end = TOY if given.toy else WHOLE, time.monotonic() + LONGEST_SECONDS
+    found: dict[str, Any] = {**origin(), "device": "", "is_toy": given.toy, "rows": []}
     for part in PARTS:
-        for row in rows_of(part, scale):
+        for device, row in rows_apart(part, scale, end - time.monotonic()):
+            found["device"] = device or found["device"]
             found["rows"].append(row)
-            given.json.write_text(
-                json.dumps(found, indent=1) + "\n", encoding="utf-8"
-            )  # what is there survives a crash
+            text = json.dumps(found, indent=1) + "\n"
+            given.json.write_text(text, encoding="utf-8")  # what is there survives a crash
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
     return int(any(row["status"] == "failed" for row in found["rows"]))
