@@ -1,0 +1,238 @@
+"""What would break on a GPU, by a device that only pretends to be one; see `pretend_cuda` for what that shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pretend_cuda import RaceError, WaitedError, pretend_cuda
+from recipes_for_tests import options, tiny, write_recipe, write_voice
+from reference import load_golden, relative_error
+from safetensors.torch import load_file, save_file
+
+from benchmarks import gpu
+from benchmarks.models import Size, preparation, random_dit
+from s2v_flow import api
+from s2v_flow.graph.events import Noted, StepDone
+from s2v_flow.graph.interrupt import StoppedError
+from s2v_flow.models.dit import S2VConfig
+from s2v_flow.models.fp8 import multiply_in_fp8
+from s2v_flow.models.gguf_blocks import dequantize_blocks
+from s2v_flow.models.packed import read_packed
+from s2v_flow.models.streaming import WeightStream
+from s2v_flow.nodes.resuming import FiniteWatch
+from s2v_flow.nodes.tensors import each_to_frames, to_frames
+from s2v_flow.weights.gguf import BLOCK_SIZES
+from s2v_flow.weights.quantization import read_quantization
+from s2v_flow.weights.reader import Checkpoint
+
+LATENT = {"kind": "save_latent", "latent": "$talk", "file": "out/talk.latent"}
+SMALL = S2VConfig(dim=128, ffn_dim=128, num_layers=2, text_dim=32, audio_dim=32)
+EXACT = {name: {"precision": "fp32"} for name in ("dit", "umt5", "vae")}
+
+
+def test_it_refuses_what_a_gpu_refuses() -> None:
+    with pretend_cuda(limit=2**20) as device:
+        x, host = torch.ones(2, 3, device="cuda"), torch.ones(2, 3)
+        assert x.is_cuda
+        assert str(x.device) == "cuda:0"
+        assert float((x * torch.tensor(2.0)).sum()) == 12
+        for mixed in (lambda: x + host, lambda: host.add_(x), lambda: torch.cat([x, host]), lambda: F.linear(x, host)):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+        with pytest.raises(TypeError, match="can't convert cuda:0"):
+            x.numpy()
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(2, device="cuda", generator=torch.Generator().manual_seed(0))
+        assert device.allocated == 512
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**21, device="cuda", dtype=torch.uint8)
+    assert not torch.cuda.is_available()
+
+
+def test_it_finds_where_the_host_waits() -> None:
+    with pretend_cuda():
+        x = torch.ones(3, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        for waits in (x.cpu, x.sum().item, lambda: x[x > 0], lambda: torch.tensor([1.0], device="cuda")):
+            with pytest.raises(WaitedError):
+                waits()
+        x.to("cpu", non_blocking=True)
+        torch.full((2,), 3.0, device="cuda")
+
+
+def test_it_finds_what_nothing_waits_for() -> None:
+    """Copies to and from the host, and another stream, before a wait for them and after."""
+    with pretend_cuda():
+        x, side = torch.ones(3, device="cuda"), torch.cuda.Stream()
+        copied = x.to("cpu", non_blocking=True)
+        with pytest.raises(RaceError, match="add"):
+            copied + 1
+        torch.cuda.current_stream().record_event().synchronize()
+        assert (copied + 1).tolist() == [2, 2, 2]
+        x.mul_(2)
+        with torch.cuda.stream(side), pytest.raises(RaceError, match="add_"):
+            x.add_(1)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.add_(1)
+        with pytest.raises(RaceError, match="sum"):
+            x.sum()
+
+
+def test_it_finds_memory_that_is_freed_while_another_stream_may_use_it() -> None:
+    def free_early() -> None:
+        with pretend_cuda():
+            x, side = torch.empty(3, device="cuda"), torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                x.zero_()
+            del x
+
+    with pytest.raises(RaceError, match="is freed while"):
+        free_early()
+
+
+@pytest.mark.parametrize("name", ["int8_tensor", "int8_row", "int8_convrot", "nvfp4", "mxfp8"])
+def test_packed_weights_are_expanded_without_a_wait(name: str, tmp_path: Path) -> None:
+    """And to the CPU's bits."""
+    inputs, _, case = load_golden(f"components/quant_{name}")
+    save_file(inputs, tmp_path / "a.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "a.safetensors")
+    quantization = read_quantization(checkpoint)
+    for layer, item in case["layers"].items():
+        given: Any = (checkpoint, quantization, f"{layer}.weight", tuple(item["shape"]))
+        expected = read_packed(*given, "cpu").expand(torch.bfloat16)
+        with pretend_cuda():
+            packed = read_packed(*given, "cuda")
+            torch.cuda.set_sync_debug_mode("error")
+            found = packed.expand(torch.bfloat16)
+            torch.cuda.set_sync_debug_mode("default")
+            assert torch.equal(found.cpu(), expected)
+
+
+def test_blocks_of_gguf_are_expanded_without_a_wait() -> None:
+    generator = torch.Generator().manual_seed(0)
+    with pretend_cuda():
+        for name, (_, size) in BLOCK_SIZES.items():
+            if name.startswith("Q"):
+                rows = torch.randint(0, 256, (4, 3 * size), dtype=torch.uint8, generator=generator)
+                given = rows.cuda()
+                torch.cuda.set_sync_debug_mode("error")
+                found = dequantize_blocks(given, name)
+                torch.cuda.set_sync_debug_mode("default")
+                assert torch.equal(found.cpu().nan_to_num(), dequantize_blocks(rows, name).nan_to_num())
+
+
+@pytest.mark.parametrize("way", [pytest.param("resident", marks=pytest.mark.slow), "streamed", "fp8"])
+def test_a_forward_never_waits_and_is_the_cpus(way: str) -> None:
+    """In bfloat16, with what watches for bad numbers; streamed weights are copied beside it, each in time."""
+
+    def velocity(device: str) -> torch.Tensor:
+        model = random_dit(SMALL, torch.bfloat16, "cpu").to(device)
+        if way == "streamed":
+            model.stream_weights(device)
+        if way == "fp8":
+            multiply_in_fp8(model.blocks)
+        forward = preparation(model, Size(8, 8, 2), device, num_branches=2)()
+        torch.cuda.set_sync_debug_mode("error")
+        found, watch = forward()[1], FiniteWatch()
+        watch.add(1, found)
+        torch.cuda.set_sync_debug_mode("default")
+        assert watch.first_bad(waits=True) is None
+        return found.cpu()
+
+    with pretend_cuda() as device:
+        assert relative_error(velocity("cuda"), velocity("cpu")) < 0.01
+    assert device.attention
+
+
+def test_streamed_weights_are_right_whatever_the_streams_do_first() -> None:
+    """Six units through two places: each is copied once the one before last is used, and used once it is there."""
+    layers = [torch.nn.Linear(8, 8).requires_grad_(False) for _ in range(6)]
+    x = torch.ones(1, 8)
+    expected = x
+    for layer in layers:
+        expected = layer(expected)
+    with pretend_cuda() as device:
+        stream = WeightStream([[layer] for layer in layers], "cuda", is_pinned=True)
+        found = x.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        for index in stream:
+            found = layers[index](found)
+        torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(found.cpu(), expected)
+        assert device.peak <= 2 * stream.largest_bytes + 4 * 512
+
+
+def test_frames_that_are_copied_beside_the_next_decoding_are_right() -> None:
+    groups = [torch.rand(1, 3, 4, 16, 16) * 2.2 - 1.1 for _ in range(4)]
+    with pretend_cuda():
+        torch.cuda.set_sync_debug_mode("error")
+        copied = [frames.numpy().copy() for frames in each_to_frames(group.cuda(non_blocking=True) for group in groups)]
+    assert all((found == to_frames(group).numpy()).all() for found, group in zip(copied, groups, strict=True))
+
+
+@pytest.mark.slow
+def test_the_gpus_script_runs_at_toy_size() -> None:
+    """Every part but that of torch's compiler, which makes its code for a real device."""
+    for part in (part for part in gpu.PARTS if part is not gpu.compiled):
+        with pretend_cuda():
+            rows = [*gpu.rows_of(part, replace(gpu.TOY, device="cuda"))]
+        assert {row["status"] for row in rows if row["case"] != "sage"} == {"ok"}, rows
+
+
+def latent(recipe: Path, chosen: api.Options, *, device: str, on_event: Any = lambda event: None) -> torch.Tensor:
+    """Run a recipe and return its latent."""
+    result = api.run(recipe, chosen, on_event, device=device)
+    return load_file(result.outputs["all"][0])["latent_tensor"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Two chunks of four steps with guidance, and their latent as a file."""
+    write_voice(tmp_path / "voice.wav", 0.4)
+    return write_recipe(tmp_path, tiny(**EXACT, first={"steps": 4, "cfg": 2.0}, talk={"chunks": 1}, all=LATENT))
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_the_cpus(recipe: Path, tiny_models: Path, tmp_path: Path) -> None:
+    """In float32; streamed to the same bits; stopped at a step, too; steps wait for nothing."""
+    on_cpu = latent(recipe, options(tmp_path, tiny_models, tmp_path / "cpu"), device="cpu")
+    waits: list[int] = []
+    with pretend_cuda() as device:
+
+        def count(event: object) -> None:
+            if isinstance(event, StepDone):
+                waits.append(len(device.waits))
+
+        resident = latent(recipe, options(tmp_path, tiny_models), device="cuda", on_event=count)
+        assert waits[0] == waits[3] < waits[4] == waits[7]
+        sets = ["nodes.dit.placement=streamed"]
+        chosen = options(tmp_path, tiny_models, tmp_path / "b", sets=sets, should_stop=lambda: len(waits) == 10)
+        with pytest.raises(StoppedError):
+            latent(recipe, chosen, device="cuda", on_event=count)
+        streamed = latent(recipe, replace(chosen, should_stop=lambda: False), device="cuda")
+    assert relative_error(resident, on_cpu) < 1e-5
+    assert torch.equal(resident, streamed)
+
+
+@pytest.mark.slow
+def test_where_memory_runs_out_a_run_goes_on_with_less(recipe: Path, tiny_models: Path, tmp_path: Path) -> None:
+    """The transformer's weights do not fit beside a step: to the same bits."""
+    chosen, told = options(tmp_path, tiny_models, sets=["nodes.dit.placement=auto"]), list[str]()
+    with pretend_cuda() as device:
+        whole = latent(recipe, chosen, device="cuda")
+    with pretend_cuda(device.peak - 2**20):
+        less = latent(
+            recipe,
+            options(tmp_path, tiny_models, tmp_path / "b"),
+            device="cuda",
+            on_event=lambda event: told.append(event.text) if isinstance(event, Noted) else None,
+        )
+    assert any("streamed" in text or "memory ran out" in text for text in told)
+    assert torch.equal(whole, less)
