@@ -60,7 +60,7 @@ def peak_device_bytes() -> int | None:
     return max(int(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count()))
 
 
-_NAMES = re.compile(r"cpu|cuda(:\d{1,3})?")
+_NAMES = re.compile(r"cpu|cuda(:(0|[1-9]\d{0,2}))?")
 _VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
@@ -83,10 +83,12 @@ def resolve_device(asked: str) -> str:
     if not _NAMES.fullmatch(asked):
         raise S2VFlowError(f"unknown device {asked!r}", fix="use auto, cpu, cuda or cuda:N", exit_code=ExitCode.USAGE)
     index = int(asked.partition(":")[2] or 0)
-    if asked.startswith("cuda") and index >= num_gpus():
+    if asked.startswith("cuda") and index >= (count := num_gpus()):
         raise S2VFlowError(
-            f"there is no device {asked}: torch and the driver see {num_gpus()} GPUs",
-            fix="use --device cpu, or install a torch build for your GPU",
+            f"there is no device {asked}: torch and the driver see {count} GPU{'' if count == 1 else 's'}",
+            fix=f"use --device cuda:{count - 1}"
+            if count
+            else "use --device cpu, or install a torch build for your GPU",
             exit_code=ExitCode.USAGE,
         )
     return asked
