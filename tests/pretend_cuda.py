@@ -78,6 +78,7 @@ class Device:
         self.limit = self.total = limit
         self.capability, self.stream, self.debug_mode = capability, DEFAULT, "default"
         self.allocated = self.peak = self.reserved = 0
+        self.has_biased_cudnn = True
         self.waits, self.attention, self.faults = list[str](), list[str](), list[str]()
         self.clocks: dict[int, Clock] = {HOST: Clock(), DEFAULT: Clock()}
         self.blocks: WeakValueDictionary[int, Memory] = WeakValueDictionary()
@@ -315,6 +316,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *gi
     chosen = next((each for each in map(SDPBackend, torch._C._get_sdp_priority_order()) if able.get(each)), None)
     if chosen is None:
         raise RuntimeError("No available kernel. Aborting execution.")
+    if chosen == SDPBackend.CUDNN_ATTENTION and attn_mask is not None and not device.has_biased_cudnn:
+        raise RuntimeError("cuDNN Frontend error: No valid execution plans built.")
     device.attention.append(chosen.name.partition("_")[0].lower())
     tensors = [each for each in (q, k, v, attn_mask) if each is not None]
     if not all(isinstance(each, DeviceTensor) for each in tensors):

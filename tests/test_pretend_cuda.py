@@ -17,8 +17,11 @@ from safetensors.torch import load_file, save_file
 from benchmarks import gpu
 from benchmarks.models import Size, preparation, random_dit
 from s2v_flow import api
+from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.events import Noted, StepDone
 from s2v_flow.graph.interrupt import StoppedError
+from s2v_flow.machine import resolve_device
+from s2v_flow.models.attention import backends_for, usable_backend
 from s2v_flow.models.dit import S2VConfig
 from s2v_flow.models.fp8 import multiply_in_fp8
 from s2v_flow.models.gguf_blocks import dequantize_blocks
@@ -30,6 +33,7 @@ from s2v_flow.weights.gguf import BLOCK_SIZES
 from s2v_flow.weights.quantization import read_quantization
 from s2v_flow.weights.reader import Checkpoint
 
+BF16 = torch.bfloat16
 LATENT = {"kind": "save_latent", "latent": "$talk", "file": "out/talk.latent"}
 SMALL = S2VConfig(dim=128, ffn_dim=128, num_layers=2, text_dim=32, audio_dim=32)
 EXACT = {name: {"precision": "fp32"} for name in ("dit", "umt5", "vae")}
@@ -106,11 +110,11 @@ def test_packed_weights_are_expanded_without_a_wait(name: str, tmp_path: Path) -
     quantization = read_quantization(checkpoint)
     for layer, item in case["layers"].items():
         given: Any = (checkpoint, quantization, f"{layer}.weight", tuple(item["shape"]))
-        expected = read_packed(*given, "cpu").expand(torch.bfloat16)
+        expected = read_packed(*given, "cpu").expand(BF16)
         with pretend_cuda():
             packed = read_packed(*given, "cuda")
             torch.cuda.set_sync_debug_mode("error")
-            found = packed.expand(torch.bfloat16)
+            found = packed.expand(BF16)
             torch.cuda.set_sync_debug_mode("default")
             assert torch.equal(found.cpu(), expected)
 
@@ -133,7 +137,7 @@ def test_a_forward_never_waits_and_is_the_cpus(way: str) -> None:
     """In bfloat16, with what watches for bad numbers; streamed weights are copied beside it, each in time."""
 
     def velocity(device: str) -> torch.Tensor:
-        model = random_dit(SMALL, torch.bfloat16, "cpu").to(device)
+        model = random_dit(SMALL, BF16, "cpu").to(device)
         if way == "streamed":
             model.stream_weights(device)
         if way == "fp8":
@@ -149,6 +153,33 @@ def test_a_forward_never_waits_and_is_the_cpus(way: str) -> None:
     with pretend_cuda() as device:
         assert relative_error(velocity("cuda"), velocity("cpu")) < 0.01
     assert device.attention
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((7, 5), "sdpa"), ((8, 6), "flash"), ((9, 0), "cudnn"), ((12, 0), "sdpa")]
+)
+def test_attention_is_chosen_by_what_the_gpu_can_do(capability: tuple[int, int], chosen: str) -> None:
+    with pretend_cuda(capability=capability):
+        assert usable_backend("auto", backends_for(capability, BF16), "cuda", BF16) == (chosen, "")
+
+
+def test_a_backend_that_fails_with_a_bias_is_passed_over() -> None:
+    """The text's attention has one; flash leaves it to cuDNN."""
+    with pretend_cuda() as device:
+        device.has_biased_cudnn = False
+        found, told = usable_backend("auto", backends_for((9, 0), BF16), "cuda", BF16)
+    assert found == "sdpa"
+    assert "cudnn does not work on cuda (RuntimeError: cuDNN Frontend error" in told
+
+
+def test_a_device_that_is_not_there_is_refused_by_name() -> None:
+    with pretend_cuda():
+        assert resolve_device("auto") == "cuda"
+        assert resolve_device("cuda:0") == "cuda:0"
+        for name, fix in (("cuda:1", "use --device cuda:0"), ("cuda:00", "use auto, cpu, cuda or cuda:N")):
+            with pytest.raises(S2VFlowError) as caught:
+                resolve_device(name)
+            assert caught.value.fix == fix
 
 
 def test_streamed_weights_are_right_whatever_the_streams_do_first() -> None:

@@ -161,14 +161,24 @@ def backends_for(capability: tuple[int, int] | None, dtype: torch.dtype) -> tupl
 
 
 def try_backend(backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Compute a small tensor with a backend alone; return why it cannot be used on a device, None if it can."""
+    """Compute small tensors with a backend alone, and a bias of scores, as the text has it, with the backend first.
+
+    Returns:
+        Why it cannot be used on a device, None if it can.
+    """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, HEAD_WIDTH, generator=generator).to(device, dtype) for _ in range(3))
-    expected = F.scaled_dot_product_attention(q, k, v)
+    bias = torch.arange(-4.0, 5).to(device, dtype)[None]
+    short = q, k[:, :, :9], v[:, :, :9]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = attention(q, k, v), F.scaled_dot_product_attention(*short, attn_mask=bias)
     try:
         with sdpa_kernel(_BACKENDS[backend]) if backend in _BACKENDS else nullcontext():
-            found = attention(q, k, v, kernel_of(backend))
-        is_right = torch.allclose(found, expected.transpose(1, 2).flatten(2), rtol=0.05, atol=0.05)
+            alone = attention(q, k, v, kernel_of(backend))
+        with preferring(backend):
+            biased = F.scaled_dot_product_attention(*short, attn_mask=bias)
+        pairs = zip((alone, biased), expected, strict=True)
+        is_right = all(torch.allclose(*pair, rtol=0.05, atol=0.05) for pair in pairs)
     except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0] or 'no text'}"
     return None if is_right else "it gives wrong numbers"
