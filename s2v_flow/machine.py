@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -186,12 +187,37 @@ def hardware(device: str, root: Path = Path("/proc")) -> str:
     return (", ".join(sorted(names)) or f"{platform.machine()} {device_class(device)}") + count
 
 
-def free_memory_bytes(device: str, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Return how much memory is free where a device computes; None where that is not known without asking a driver."""
+def free_memory_bytes(
+    device: str, meminfo: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Return how much memory is free where a device computes; None where that is not known without asking a driver.
+
+    On Linux, of the machine, or of the control groups that the process is in: a container's, a Slurm job's.
+    """
     if device_class(device) != "cpu":
         return None
     try:
         match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(encoding="ascii"), re.MULTILINE)
     except (OSError, ValueError):
         return None
-    return None if match is None else int(match[1]) * 1024
+    return None if match is None else min([int(match[1]) * 1024, *_free_in_groups(meminfo.parent, groups)])
+
+
+def _free_in_groups(proc: Path, root: Path) -> Iterator[int]:
+    """Yield what each control group, of either version, has left of its limit; file caches count as free."""
+    version_2 = ("memory.max", "memory.current", "inactive_file")
+    version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    with suppress(OSError, ValueError):
+        for line in (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            limit, used, cached = version_1 if controllers else version_2
+            group = root / controllers / path.strip("/")
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError):  # no limit, or not to be seen in a container
+                    left = int((folder / limit).read_text("ascii")) - int((folder / used).read_text("ascii"))
+                    found = re.search(rf"^{cached} (\d+)$", (folder / "memory.stat").read_text("ascii"), re.MULTILINE)
+                    yield max(left + (int(found[1]) if found else 0), 0)
+                if folder == root / controllers:
+                    break

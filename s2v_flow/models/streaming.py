@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from s2v_flow.machine import free_memory_bytes
 
 ALIGNMENT = 512  # what torch's own allocations have: kernels are chosen by it, too
 PINNED_BYTES = 2**31
@@ -164,20 +165,8 @@ def can_pin(num_bytes: int, device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return False
-    available = available_host_bytes()
+    available = free_memory_bytes("cpu")
     return available is None or num_bytes + HOST_RESERVE_BYTES <= available
-
-
-def available_host_bytes() -> int | None:
-    """Return how much memory programs may still take before the system swaps; None where it does not say."""
-    path = Path("/proc/meminfo")
-    if not path.is_file():
-        return None
-    for line in path.read_text(encoding="ascii").splitlines():
-        name, _, amount = line.partition(":")
-        if name == "MemAvailable":
-            return 1024 * int(amount.split()[0])
-    return None
 
 
 def pinned_slabs(sizes: Sequence[int]) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.machine import free_memory_bytes
 from s2v_flow.wording import size_text
 
 if TYPE_CHECKING:
@@ -244,9 +245,7 @@ def memory_text(device: str) -> str:
 
         free, total = torch.cuda.mem_get_info(device)
         return f"; {size_text(free, is_memory=True)} of {size_text(total, is_memory=True)} are free on {device}"
-    from s2v_flow.models.streaming import available_host_bytes
-
-    available = available_host_bytes()
+    available = free_memory_bytes("cpu")
     return "" if available is None else f"; {size_text(available, is_memory=True)} of memory are free"
 
 

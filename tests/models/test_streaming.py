@@ -240,10 +240,10 @@ def test_slabs_are_cut_from_pieces_that_are_powers_of_two() -> None:
 
 
 def test_memory_is_pinned_on_a_gpu_only_and_if_the_host_keeps_2_gib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "available_host_bytes", lambda: 10 * 2**30)
+    monkeypatch.setattr(streaming, "free_memory_bytes", lambda device: 10 * 2**30)
     cuda = torch.device("cuda")
     assert can_pin(8 * 2**30, cuda)
     assert not can_pin(8 * 2**30 + 1, cuda)
     assert not can_pin(1, torch.device("cpu"))
-    monkeypatch.setattr(streaming, "available_host_bytes", lambda: None)
+    monkeypatch.setattr(streaming, "free_memory_bytes", lambda device: None)
     assert can_pin(2**40, cuda)

@@ -122,7 +122,7 @@ def test_what_fits_once_the_unused_is_freed_is_not_marked() -> None:
 
 def test_when_the_smallest_does_not_fit_the_message_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 7, the size, what is free, what is kept."""
-    monkeypatch.setattr("s2v_flow.models.streaming.available_host_bytes", lambda: 3 * 2**29)
+    monkeypatch.setattr("s2v_flow.nodes.shortage.free_memory_bytes", lambda device: 3 * 2**29)
     words = r"decode, with one latent frame of 16x16 at once; 1\.5 GiB of memory are free: tried to allocate 20 GiB"
     with pytest.raises(S2VFlowError, match=words) as caught:
         decode(SmallVae(0), 4)
