@@ -121,6 +121,18 @@ def test_two_kinds_of_output_on_stdout_are_refused(done: Place) -> None:
     assert "give --events a file" in err
 
 
+def test_events_replace_earlier_events_and_no_other_file(done: Place, tmp_path: Path) -> None:
+    """Such as the recipe, named by mistake."""
+    before = done.recipe.read_bytes()
+    code, out, err = done.run("--events", done.recipe)
+    assert (code, out, done.recipe.read_bytes()) == (2, "", before)
+    assert f"--events {done.recipe}: another file is there, and stays" in err
+    (tmp_path / "events.jsonl").touch()
+    for _ in range(3):
+        assert done.run("--events", tmp_path / "events.jsonl")[0] == 0
+        assert [line["type"] for line in checked((tmp_path / "events.jsonl").read_text())].count("version") == 1
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_the_run(done: Place, tmp_path: Path) -> None:
     before = len(done.manifests())
     code, out, err = done.run("--events", tmp_path / "no" / "such" / "folder")

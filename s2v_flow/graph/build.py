@@ -5,6 +5,7 @@ Several plans become one: what they have in common stands there once, so that a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from s2v_flow.graph.link import sort
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.node import Plan, Planner, PlanNode, Remember, Spec
 from s2v_flow.wording import worded
+
+_MAX_NAME_BYTES = 255  # on every usual file system
 
 
 def build_plan(
@@ -34,7 +37,7 @@ def build_plan(
     planner = Planner(specs, locations, remember)
     for name in order:
         planner.values[name] = specs[name].node.plan(planner, name)
-    _refuse_shared_outputs(planner)
+    _check_outputs(planner)
     if planner.diagnostics:
         raise worded(RecipeError("", diagnostics=sorted(planner.diagnostics, key=Diagnostic.sort_key)))
     graph = _graph(planner.nodes.values())
@@ -47,11 +50,20 @@ def build_plan(
     return Plan(nodes, tuple(missing), tuple(notes))
 
 
-def _refuse_shared_outputs(planner: Planner) -> None:
+def _check_outputs(planner: Planner) -> None:
+    """Refuse a file that two nodes write, and one that cannot be written under its name."""
     writers: dict[Path, str] = {}
     for node in planner.nodes.values():
         for path, mark, _ in node.node.files():
             if mark.role == "output" and path in node.files:
+                target = next(iter(node.node.targets(node.files).values()))
+                above = next(folder for folder in target.parents if os.path.lexists(folder))
+                wrong = "a folder has this name" if os.path.isdir(target) else ""
+                wrong = wrong if os.path.isdir(above) else f"{above} is no folder"
+                wrong = "its name is too long" if len(os.fsencode(target.name)) > _MAX_NAME_BYTES else wrong
+                if wrong:
+                    message, fix = f"{path[-1]}: {target} cannot be written: {wrong}", "give it another name"
+                    planner.problem(node.recipe_node, str(path[-1]), "R136", message, fix)
                 first = writers.setdefault(node.files[path], node.name)
                 if first != node.name:
                     message = f"{path[-1]}: {first} writes the same file"

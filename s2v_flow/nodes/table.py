@@ -54,6 +54,7 @@ PLANNING_CODES: Mapping[str, str] = MappingProxyType(
         "R133": "nothing is left of a picture that is scaled",
         "R134": "a video that goes on has a side that is too small, or no multiple of 16",
         "R135": "shift and steps give no falling schedule",
+        "R136": "a file cannot be written under its name",
     }
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import typing
@@ -21,6 +22,7 @@ from s2v_flow.version import __version__
 VERSION = 1  # raised when a type or a field goes away or changes its meaning; new ones may come at any time
 _TIME = {"type": "string", "format": "date-time", "description": "UTC, ISO 8601."}
 _RUN = {"type": "string", "description": "The run's id, under which its manifest is kept."}
+_HEAD = b'{"type": "version", '
 _WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
@@ -38,6 +40,9 @@ def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[
     elif target == "-":
         yield (EventStream(sys.stdout, run),)
     else:
+        if not _may_be_written(target):
+            text = f"--events {target}: another file is there, and stays"
+            raise S2VFlowError(text, fix="name a new one, or remove it", exit_code=ExitCode.USAGE)
         try:
             file = open(target, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -50,6 +55,15 @@ def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[
         finally:
             with suppress(OSError):  # what was still to be written: it has been told
                 file.close()
+
+
+def _may_be_written(target: str) -> bool:
+    """Tell whether no file of the user's is lost: there is none, or it is empty, a device, or holds a run's events."""
+    if not os.path.isfile(target):
+        return True
+    with suppress(OSError), open(target, "rb") as file:
+        return file.read(len(_HEAD)) in (b"", _HEAD)
+    return True  # opening it says why not
 
 
 def to_all(*listeners: Listener) -> Listener:

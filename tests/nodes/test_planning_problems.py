@@ -156,3 +156,25 @@ def test_no_code_is_given_to_two_mistakes() -> None:
     """The recipe layer's codes and those of planning do not overlap."""
     ours = {case[0] for case in CASES} | {"R120", "R127"}
     assert not {code for code in CODES if "R050" <= code <= "R059"} & ours
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("folder.mp4", "a folder has this name"),
+        ("voice.wav/a.mp4", "voice.wav is no folder"),
+        ("voice.wav/b/a.mp4", "voice.wav is no folder"),
+        (f"{'ä' * 126}.mp4", "its name is too long"),
+    ],
+)
+def test_a_file_that_cannot_be_written_under_its_name_is_found_before_the_run(
+    file: str, why: str, tmp_path: Path
+) -> None:
+    """Not after everything has been computed; a name of 255 bytes can be."""
+    (tmp_path / "folder.mp4").mkdir()
+    (problem,) = problems(tmp_path, {"video": {"file": file}})
+    assert (problem.code, problem.fix) == ("R136", "give it another name")
+    assert problem.message.startswith(f"file: {tmp_path.resolve()}")
+    assert problem.message.endswith(why)
+    recipe = write_recipe(tmp_path, {"video": {"file": f"new/{'a' * 251}.mp4"}})
+    assert api.plan(recipe, options(tmp_path, tmp_path / "models"))
