@@ -88,6 +88,12 @@ class S2VFlowError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    @property
+    def __notes__(self) -> list[str]:
+        """What a traceback shows below the message, from Python 3.11 on."""
+        about = {"in": self.inside, "kept": self.kept, "fix": self.fix}
+        return [f"{name}: {text}" for name, text in about.items() if text]
+
 
 @dataclass(eq=False)
 class RecipeError(S2VFlowError):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from s2v_flow.cache.budget import parse_size
 from s2v_flow.demo.catalog import demo_paths
+from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.context import Watch
 from s2v_flow.graph.interrupt import ShouldStop, never
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.selection import Selection
 from s2v_flow.library.needs import HOMES, find_extra_models, models_folder, read_extra_models
 from s2v_flow.recipe.argument import Changes, Override
+from s2v_flow.wording import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,13 @@ class Options:
     watch: Watch | None = None
 
     def __post_init__(self) -> None:
-        """Take paths as text too, and one where several may be given."""
-        for name in ("override_files", "models_dirs", "extra_model_paths", "input_dirs"):
-            given = getattr(self, name)
-            paths = [given] if isinstance(given, (str, os.PathLike)) else given
-            object.__setattr__(self, name, tuple(map(Path, paths)))
-        for name in ("output_dir", "output", "cache_dir"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in ("profiles", "sets", "axes"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, (getattr(self, name),))
-        vram: Any = self.vram
-        if isinstance(vram, str):
-            object.__setattr__(self, "vram", None if vram == "auto" else parse_size(vram, "vram"))
+        """Take paths as text too, one where several may be given, sizes as text, None for an empty list.
+
+        Raises:
+            S2VFlowError: A value is of the wrong type, or a path is empty.
+        """
+        for each in fields(self):
+            object.__setattr__(self, each.name, _read(each.name, getattr(self, each.name), each.default))
 
     @cached_property
     def changes(self) -> Changes:
@@ -84,7 +79,7 @@ class Options:
         if self.cache_dir is not None:
             return self.cache_dir
         if os.environ.get("S2VFLOW_CACHE_DIR"):
-            return Path(os.environ["S2VFLOW_CACHE_DIR"])
+            return Path(os.path.expanduser(os.environ["S2VFLOW_CACHE_DIR"]))
         from platformdirs import user_cache_path
 
         return user_cache_path("s2vflow")
@@ -126,4 +121,61 @@ class Options:
 
 def _paths_in(variable: str) -> list[Path]:
     """Return the paths that an environment variable lists."""
-    return [Path(text) for text in os.environ.get(variable, "").split(os.pathsep) if text]
+    return [Path(os.path.expanduser(text)) for text in os.environ.get(variable, "").split(os.pathsep) if text]
+
+
+_EXPECTED: Mapping[str, tuple[type, str]] = {
+    **dict.fromkeys(("override_files", "models_dirs", "extra_model_paths", "input_dirs"), (Path, "paths")),
+    **dict.fromkeys(("output_dir", "output", "cache_dir"), (Path, "a path")),
+    **dict.fromkeys(("profiles", "sets", "axes"), (str, "texts")),
+    **dict.fromkeys(("vram", "cache_limit"), (int, "a number of bytes, or text like '12GiB'")),
+    **dict.fromkeys(("overwrite", "fail_fast", "locked", "record_host", "share_gpu"), (bool, "True or False")),
+    "overrides": (Override, "Overrides (sets and params take text and values)"),
+    "params": (Mapping, "a dict"),
+    "cache_remote": (str, "a URL"),
+    "device": (str, "text"),
+    "gpus": (int, "a whole number from 1 on"),
+    "selection": (Selection, "a Selection"),
+    "should_stop": (Callable, "a function"),  # type: ignore[dict-item]
+    "watch": (Callable, "a function"),  # type: ignore[dict-item]
+}
+_LISTS = ("override_files", "models_dirs", "extra_model_paths", "input_dirs", "profiles", "sets", "axes", "overrides")
+
+
+def _read(name: str, given: Any, default: Any) -> Any:
+    """Return the value of a field, as it is kept."""
+    kind, words = _EXPECTED[name]
+    if given is None and (default is None or name in _LISTS):
+        return () if name in _LISTS else None
+    if name in ("vram", "cache_limit") and isinstance(given, str):
+        return None if given == "auto" else parse_size(given, name)
+    is_one = name not in _LISTS or isinstance(given, (str, os.PathLike))
+    try:
+        items = [given] if is_one else list(given)
+        if kind is Path:
+            items = [Path(os.path.expanduser(item)) if item != "" else None for item in items]
+        if not all(isinstance(item, kind) for item in items):
+            raise TypeError
+        if kind is int and (isinstance(given, bool) or given < (name == "gpus")):
+            raise TypeError
+    except TypeError:
+        shown = f"{given!r:.80}"
+        raise S2VFlowError(f"{name}: expected {words}, got {shown}", exit_code=ExitCode.USAGE) from None
+    return tuple(items) if name in _LISTS else items[0]
+
+
+def with_fields(options: Any, given: Mapping[str, Any]) -> Options:
+    """Return options, or the defaults, with single fields laid over them.
+
+    Raises:
+        TypeError: These are no options, or there is no such field.
+        S2VFlowError: A value is of the wrong type.
+    """
+    if not isinstance(options, Options | None):
+        advice = "give its fields as keywords: device='cpu', params={'seed': 7}"
+        raise TypeError(f"options: expected s2v_flow.Options, got {type(options).__name__}; {advice}")
+    known = [each.name for each in fields(Options)]
+    for name in given.keys() - set(known):
+        advice = f"a recipe's own values: params={{{name!r}: VALUE}}; {did_you_mean(name, known, 'options')}"
+        raise TypeError(f"there is no option {name}; {advice}")
+    return replace(options or Options(), **given)

@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     # runs and the Python face
     "runs": {"recipe", "graph", "cache", "files", "media", "quality", "plugins", "version", "wording", "errors"},
     "parallel": {"nodes", "models", "graph", "files", "machine", "wording", "errors"},
-    "options": {"recipe", "nodes", "graph", "cache", "demo", "library"},
+    "options": {"recipe", "nodes", "graph", "cache", "demo", "library", "wording", "errors"},
     "api": {
         *("options", "recipe", "nodes", "graph", "cache", "files", "media", "models", "demo", "machine", "library"),
         "parallel",

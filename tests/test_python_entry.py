@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,6 +57,53 @@ def test_an_unknown_option_or_name_is_refused() -> None:
         s2v_flow.plam  # noqa: B018
     with pytest.raises(RecipeError):
         s2v_flow.check(DEMO, sets=["stepz=3"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"params": "steps=2"},
+        {"sets": [3]},
+        {"device": 0},
+        {"gpus": "2"},
+        {"gpus": 0},
+        {"vram": -1},
+        {"vram": "12"},
+        {"cache_limit": 20.5},
+        {"cache_dir": ""},
+        {"models_dirs": [None]},
+        {"overwrite": "no"},
+        {"should_stop": True},
+        {"selection": "first"},
+        {"overrides": ["steps=2"]},
+    ],
+    ids=str,
+)
+def test_an_option_of_the_wrong_type_is_named(given: dict[str, Any]) -> None:
+    """Before anything is computed: "no" would be true, a limit of 12 bytes would evict all that is stored."""
+    with pytest.raises(S2VFlowError, match=f"^{next(iter(given))}: "):
+        s2v_flow.plan(DEMO, **given)
+
+
+def test_none_is_the_default_and_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S2VFLOW_CACHE_DIR", "~/cache")
+    options = s2v_flow.Options(sets=None, models_dirs="~/models", cache_limit="20G")  # type: ignore[arg-type]
+    assert (options.sets, options.cache_limit) == ((), 20 * 10**9)
+    assert (options.models_dirs, options.cache_root) == ((Path.home() / "models",), Path.home() / "cache")
+
+
+@pytest.mark.parametrize("recipe", [None, 3, ["recipes/demo.yaml"], b"demo.yaml", "s2vflow: 1\nnodes: {}"], ids=repr)
+def test_what_is_neither_a_path_nor_a_dict_is_no_recipe(recipe: Any) -> None:
+    with pytest.raises(S2VFlowError, match=r"^expected a recipe's file or a dict, got ") as caught:
+        s2v_flow.check(recipe)
+    assert "yaml.safe_load" in (caught.value.fix or "")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="earlier tracebacks have no notes")
+def test_a_traceback_shows_the_fix() -> None:
+    with pytest.raises(S2VFlowError) as caught:
+        s2v_flow.plan(DEMO, device="gpu")
+    assert traceback.format_exception(caught.value)[-1] == "fix: use auto, cpu, cuda or cuda:N\n"
 
 
 def test_every_path_among_the_options_may_be_text_and_stand_alone(tmp_path: Path) -> None:

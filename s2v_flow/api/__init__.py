@@ -36,6 +36,7 @@ from s2v_flow.nodes.memory import needs, require_room
 from s2v_flow.nodes.precision import check_fit, precision_notes
 from s2v_flow.nodes.table import KINDS as KINDS
 from s2v_flow.options import Options as Options
+from s2v_flow.options import with_fields
 from s2v_flow.parallel import shared_models
 from s2v_flow.parallel.layout import check_ranks, rank_device
 from s2v_flow.quality.gates import unmet
@@ -66,7 +67,7 @@ def check(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> 
         RecipeError: With every mistake that was found; also where a recipe's file cannot be read.
     """
     written = _written(recipe)
-    changes = _changes(written, replace(options or Options(), **fields))
+    changes = _changes(written, with_fields(options, fields))
     return load_recipe(written, kinds=KINDS, changes=changes)
 
 
@@ -83,7 +84,13 @@ load = check  # the name that some look for first
 
 
 def _written(recipe: RecipeLike) -> Written:
-    return recipe if isinstance(recipe, Mapping) else Path(recipe)
+    if isinstance(recipe, Mapping):
+        return recipe
+    if isinstance(recipe, (str, os.PathLike)) and "\n" not in str(recipe):
+        return Path(recipe)
+    what = "its text" if isinstance(recipe, str) else type(recipe).__name__
+    fix = "give the path, or the text as a dict: yaml.safe_load(text)"
+    raise S2VFlowError(f"expected a recipe's file or a dict, got {what}", fix, exit_code=ExitCode.USAGE)
 
 
 def model_needs(path: Path | None, options: Options | None = None) -> list[ModelNeed]:
@@ -105,7 +112,7 @@ def plan(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> P
         RecipeError: With every mistake that was found.
         S2VFlowError: A file that is there cannot be used, or the device is not there.
     """
-    options = replace(options or Options(), **fields)
+    options = with_fields(options, fields)
     written = _written(recipe)
     changes = _changes(written, options)
     return _plan(*load_cells(written, kinds=KINDS, changes=changes, axes=options.axes), options)
@@ -205,7 +212,7 @@ def run(recipe: RecipeLike, options: Options | None = None, on_event: Listener =
         MissingError: A model or an input is missing; nothing was run.
         S2VFlowError: A node failed; what was finished before is stored.
     """
-    options = replace(options or Options(), **fields)
+    options = with_fields(options, fields)
     return run_planned(plan(recipe, options), options, on_event)
 
 
@@ -226,6 +233,8 @@ def run_planned(
         models: A `lazy_registry` that runs share; without, none stays live that no node needs.
         goes_on: The run has begun under this id, with a first look; its manifest is written anew.
     """
+    if not callable(on_event):
+        raise S2VFlowError(f"on_event: expected a function, got {on_event!r}", exit_code=ExitCode.USAGE)
     if models is not None and options.gpus > 1:
         raise S2VFlowError("a Session's runs are on one GPU", "s2v_flow.run(recipe, gpus=N)")
     require_files(planned)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +11,7 @@ from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.events import Listener, ignore
 from s2v_flow.machine import free_memory_bytes
 from s2v_flow.nodes.handle import free_device_bytes
-from s2v_flow.options import Options
+from s2v_flow.options import Options, with_fields
 
 
 class Session:
@@ -23,13 +22,13 @@ class Session:
 
     Args:
         options: See `Options`; what all runs have in common.
-        memory: How many bytes of models that no node needs may stay loaded. Unless given, three quarters of what is
-            free at the first model on the device of that run; no limit where that is not known.
+        memory: How many bytes (or "8GiB") of models that no node needs may stay loaded. Unless given, three quarters
+            of what is free at the first model on the device of that run; no limit where that is not known.
     """
 
-    def __init__(self, options: Options | None = None, *, memory: int | None = None, **fields: Any) -> None:
-        self.options = replace(options or Options(), **fields)
-        self._memory = memory
+    def __init__(self, options: Options | None = None, *, memory: Any = None, **fields: Any) -> None:
+        self.options = with_fields(options, fields)
+        self._memory = Options(vram=memory).vram
         self._device = "cpu"
         self._models = lazy_registry(self._budget)
 
@@ -45,7 +44,7 @@ class Session:
         """
         if self._models is None:
             raise S2VFlowError("this session is closed", fix="begin another: with s2v_flow.Session() as session:")
-        options = replace(self.options, **fields)
+        options = with_fields(self.options, fields)
         planned = plan(recipe, options)
         self._device = planned.device
         return run_planned(planned, options, on_event, models=self._models)

@@ -23,7 +23,12 @@ MIN_RESERVE_BYTES = 5 * 10**9
 LOW_WATER = 0.8  # of the limit: once something goes, so much goes that the next results fit
 _WAIT = 0.05  # of the limit: what has to come before trying again where little could go
 _LIMIT_SHARE, _RESERVE_SHARE, _MAX_RESERVE_SHARE = 0.2, 0.05, 0.1
+<<<<<<< HEAD
 _SIZE = re.compile(r"(.*?)\s*([KMGT]I?|)\s*B?", re.DOTALL)
+=======
+_LEAST_BYTES = 100_000  # without a unit: below, another one was meant
+_SIZE = re.compile(r"(.*?)\s*([KMGT]I?|)\s*B?")
+>>>>>>> 73b2404 (Refuse options of the wrong type, and sizes and paths that say too little)
 
 
 def default_limit(root: Path) -> int:
@@ -68,6 +73,9 @@ def parse_size(text: str, option: str = "--limit") -> int:
         size = -1
     if not 0 <= size < NO_LIMIT:
         raise S2VFlowError(f"{option}: {text!r} is no size", fix="write it like 20G, or none", exit_code=ExitCode.USAGE)
+    if 0 < size < _LEAST_BYTES and not match[2]:
+        fix = f"write the unit: {text.strip()}G, or {text.strip()}GiB"
+        raise S2VFlowError(f"{option}: {text.strip()} would be bytes", fix, exit_code=ExitCode.USAGE)
     return size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -72,8 +73,20 @@ class OrderedGroup(click.Group):
 
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path)
+
+
+class _Path(click.Path):
+    """A path that is not empty, as a variable of the shell without a value is; ~ is the home folder in all of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if not str(value):
+            self.fail("an empty path: is a variable of the shell not set?", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+FOLDER = _Path(path_type=Path, file_okay=False)
+FILE = _Path(path_type=Path)
 
 
 class Decorate(Protocol):

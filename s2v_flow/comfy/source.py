@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.recipe.species import similar_file
 
 MAX_BYTES = 50 << 20
 _MAX_DIGITS = 20  # 2**64 - 1, the largest seed, has as many
@@ -36,7 +37,7 @@ def read_workflow(path: Path) -> Any:
             texts = _texts(file, head, path)
     except (OSError, ValueError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        raise MissingError(f"{path}: cannot be read: {reason}", "check the path") from error
+        raise MissingError(f"{path}: cannot be read: {reason}", similar_file(path)) from error
     for name in _NAMES:
         if name in texts:
             return parse(texts[name], path)

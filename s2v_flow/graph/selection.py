@@ -27,6 +27,12 @@ class Selection:
     is_fresh: bool = False
     is_cached_only: bool = False
 
+    def __post_init__(self) -> None:
+        """Take one name where several may be given."""
+        for name in ("until", "only", "force"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+
     def cut(self, plan: Plan) -> Plan:
         """Return the plan without what comes after `until` and `only`.
 

@@ -104,6 +104,7 @@ def _unfit(argument: Argument, value: Any, takes: Sequence[Accepts], problems: P
     expected = " and ".join(dict.fromkeys(use.described() for use in takes))
     message = f"{shortened(argument.path)}: expected {expected}, got {shown(value)}"
     fixes = [use.advice(value) for use in takes] if isinstance(value, str) else []
+    fixes += [f"write {int(value)}"] if isinstance(value, float) and value.is_integer() else []
     fix = next(filter(None, fixes), None)
     if fix is None and isinstance(value, str) and any(use.has_list for use in takes):
         fix = "write a list in brackets: [1, 2]"

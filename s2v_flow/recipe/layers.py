@@ -298,7 +298,7 @@ def _base_name(extends: Scalar, name: str, problems: Problems) -> str:
     is_absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).drive or text.startswith("~")
     if not text or is_absolute or "://" in text:
         message = f"extends: expected a path relative to this file, got '{shortened(text)}'"
-        raise problems.stop("R040", message, extends.origin)
+        raise problems.stop("R040", message, extends.origin, fix="write it as seen from here: base.yaml, ../base.yaml")
     return posixpath.normpath(posixpath.join(Path(name).parent.as_posix(), text))
 
 

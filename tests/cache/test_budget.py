@@ -82,6 +82,14 @@ def test_sizes_are_read() -> None:
             parse_size(text)
 
 
+@pytest.mark.parametrize("text", ["12", "20 ", "16000"])
+def test_a_few_bytes_are_a_unit_left_out(text: str) -> None:
+    """A cache held to 20 bytes would lose everything."""
+    with pytest.raises(S2VFlowError, match="would be bytes") as caught:
+        parse_size(text, "--cache-limit")
+    assert caught.value.fix == f"write the unit: {text.strip()}G, or {text.strip()}GiB"
+
+
 def test_nothing_goes_within_the_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     disk(monkeypatch, 100_000, 90_000)
     said: list[str] = []

@@ -108,6 +108,13 @@ def test_an_option_that_is_written_wrong_is_told_how_it_is_written(words: list[s
     assert (code, said in err, "One recipe" in err) == (2, True, False), err
 
 
+@pytest.mark.parametrize("words", [["", "--set", "steps=4"], ["talk.yaml", "-f", ""]])
+def test_an_empty_path_is_a_mistake(words: list[str]) -> None:
+    """It is that of a variable of the shell that is not set, and not the current folder."""
+    code, _, err = call("check", *words)
+    assert (code, "an empty path: is a variable of the shell not set?" in err) == (2, True)
+
+
 def test_a_recipe_is_read_from_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its relative paths start in the current folder."""
     text = write_recipe(tmp_path).read_bytes()
