@@ -23,12 +23,8 @@ MIN_RESERVE_BYTES = 5 * 10**9
 LOW_WATER = 0.8  # of the limit: once something goes, so much goes that the next results fit
 _WAIT = 0.05  # of the limit: what has to come before trying again where little could go
 _LIMIT_SHARE, _RESERVE_SHARE, _MAX_RESERVE_SHARE = 0.2, 0.05, 0.1
-<<<<<<< HEAD
-_SIZE = re.compile(r"(.*?)\s*([KMGT]I?|)\s*B?", re.DOTALL)
-=======
 _LEAST_BYTES = 100_000  # without a unit: below, another one was meant
-_SIZE = re.compile(r"(.*?)\s*([KMGT]I?|)\s*B?")
->>>>>>> 73b2404 (Refuse options of the wrong type, and sizes and paths that say too little)
+_SIZE = re.compile(r"(.*?)\s*([KMGT]I?|)\s*B?", re.DOTALL)
 
 
 def default_limit(root: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from types import MappingProxyType
 from typing import ClassVar
 
 from s2v_flow.errors import S2VFlowError
@@ -27,36 +26,6 @@ from s2v_flow.nodes.save import SaveImages, SaveLatent, SaveVideo
 from s2v_flow.nodes.scale import FramesScale, ImageScale
 from s2v_flow.plugins import NODES, SAMPLERS, Plugin, plugins
 from s2v_flow.sampling import catalog
-
-PLANNING_CODES: Mapping[str, str] = MappingProxyType(
-    {
-        "R100": "motion: pixels cannot follow chunks that hand over latents",
-        "R101": "the length of chunks changes under motion: pixels",
-        "R102": "there are not as many seeds as chunks",
-        "R103": "chunks: auto without a voice",
-        "R104": "a reference has another size than the video",
-        "R105": "two videos cannot be joined, because their sizes differ",
-        "R106": "a prompt of a timeline has weights that cannot be computed",
-        "R110": "picture and sound cannot be kept in time with this prefix and warm-up",
-        "R111": "no frame is left to show",
-        "R120": "an input is missing and cannot be inherited",
-        "R121": "the video's size is unknown",
-        "R122": "guidance without a negative prompt",
-        "R123": "the VAE is missing",
-        "R124": "the reference is missing",
-        "R125": "two settings exclude each other",
-        "R126": "too few steps for this sampler and scheduler",
-        "R127": "a setting is missing and cannot be inherited",
-        "R128": "a size contradicts the reference's",
-        "R130": "nothing is left of the sound",
-        "R131": "two nodes write the same file",
-        "R132": "a side of an mp4 is odd",
-        "R133": "nothing is left of a picture that is scaled",
-        "R134": "a video that goes on has a side that is too small, or no multiple of 16",
-        "R135": "shift and steps give no falling schedule",
-        "R136": "a file cannot be written under its name",
-    }
-)
 
 NODE_KINDS: tuple[type[Node], ...] = (
     LoadDiffusionModel,

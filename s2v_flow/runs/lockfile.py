@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from s2v_flow.errors import Diagnostic, ExitCode, MissingError, RecipeError, S2VFlowError
@@ -20,14 +19,6 @@ from s2v_flow.runs.values import NamedFile, files_of, without_home
 from s2v_flow.wording import shown, worded
 
 VERSION = 1
-LOCK_CODES: Mapping[str, str] = MappingProxyType(
-    {
-        "L001": "the lock is not written as `s2vflow lock` writes it",
-        "L002": "the lock does not know a file that the recipe needs",
-        "L003": "a file is not the one that was locked",
-        "L004": "a package is not in the version that was locked",
-    }
-)
 _SECTIONS = ("models", "inputs")
 _PACKAGES = "packages"
 _PREFIX = "sha256:"

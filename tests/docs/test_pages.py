@@ -23,9 +23,7 @@ from s2v_flow.cli.defaults import read_defaults
 from s2v_flow.cli.main import cli
 from s2v_flow.comfy.catalog import VIRTUAL, classes
 from s2v_flow.errors import ExitCode
-from s2v_flow.nodes.table import NODE_KINDS, PLANNING_CODES
-from s2v_flow.recipe.problems import CODES
-from s2v_flow.runs.lockfile import LOCK_CODES
+from s2v_flow.nodes.table import NODE_KINDS
 
 COMMANDS = list(commands())
 NEEDS_MORE = (
@@ -98,10 +96,8 @@ def test_every_error_and_exit_code_has_a_paragraph() -> None:
     assert re.findall(r"^### ([A-Z]\d+)$", text, re.MULTILINE) == in_order
     exits = [int(code) for code in re.findall(r"^### exit (\d+)$", text, re.MULTILINE)]
     assert exits == [code for code in ExitCode if code != ExitCode.OK]
-    for code, meaning in {**CODES, **PLANNING_CODES, **LOCK_CODES}.items():
-        paragraph = text.partition(f"### {code}\n")[2].partition("###")[0]
-        assert len(paragraph.split()) > 12, code
-        assert meaning[1:].replace("`", "") in paragraph.replace("`", ""), code
+    for code in in_order:
+        assert len(text.partition(f"### {code}\n")[2].partition("###")[0].split()) > 12, code
 
 
 def test_what_the_table_of_comfyui_names_exists() -> None:

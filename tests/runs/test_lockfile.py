@@ -12,8 +12,6 @@ import pytest
 from recipes_for_tests import call, without_notes, write_voice
 from runs_for_tests import QUICK, Place, place
 
-from s2v_flow.runs.lockfile import LOCK_CODES
-
 EXTRA = "profiles:\n  fp8: {nodes: {dit: {checkpoint: tiny_s2v_fp8_scaled.safetensors}}}"
 
 
@@ -164,7 +162,3 @@ def test_a_lock_that_is_no_lock_is_told_by_place(here: Place, text: str, place: 
     assert f"{lock_of(here)}:{place}" in err
     assert words in err
     assert call("lock", here.recipe, *here.where, "-p", "fp8")[0] == 3, "nor is it added to"
-
-
-def test_the_codes_are_explained() -> None:
-    assert list(LOCK_CODES) == ["L001", "L002", "L003", "L004"]
