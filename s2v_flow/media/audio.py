@@ -22,6 +22,7 @@ from s2v_flow.media.source import (
 
 _BLOCK_SAMPLES = 65_536
 _SILENT_PEAK = 1e-3  # -60 dB of full scale
+_LOUD_PEAK, _MAX_VALUE = 4.0, 1e9
 
 
 class Sound(Protocol):
@@ -110,18 +111,20 @@ def probe_audio(path: str | os.PathLike[str], max_seconds: float = MAX_AUDIO_SEC
 
     Raises:
         MissingError: the file is not there, or may not be read.
-        MediaError: it is not a sound file, is damaged, cut short or empty, holds NaN or infinity, has more than 8
-            channels or a rate outside 8 to 192 kHz.
+        MediaError: it is not a sound file, is damaged, cut short or empty, holds NaN, infinity or over 1e9, has
+            more than 8 channels or a rate outside 8 to 192 kHz.
         RefusedError: it is longer than `max_seconds`.
     """
-    rate, num_channels, num_samples, peak, is_silent = 0, 0, 0, 1.0, True
+    rate, num_channels, num_samples, peak, loudest = 0, 0, 0, 1.0, 0.0
     notes: list[str] = []
     for block in _checked_blocks(path, max_seconds, notes.append):
         rate, num_channels = block.rate, block.samples.shape[0]
         num_samples += block.samples.shape[1]
         largest = float(np.abs(block.samples).max())
-        peak, is_silent = max(peak, largest) if block.is_mixed else peak, is_silent and largest < _SILENT_PEAK
-    if is_silent:
+        peak, loudest = max(peak, largest) if block.is_mixed else peak, max(loudest, largest)
+    if loudest > _LOUD_PEAK and peak == 1:
+        notes.append(Remark(f"its peak is {loudest:.0f} times full scale, which the video's sound clips: set volume"))
+    if loudest < _SILENT_PEAK:
         notes.append(Remark("it is silent from beginning to end: is the right track recorded?"))
     return AudioInfo(rate, num_channels, num_samples, max(1 / peak, HALF_POWER), tuple(notes))
 
@@ -222,11 +225,12 @@ def _checked_blocks(
                 f"{path}: the sound is too long (over {num_samples / rate:.0f} s, {num_channels} channels, {rate} Hz)",
                 f"cut it to {max_seconds:g} s or less",
             )
-        finite = np.isfinite(samples)
+        finite = np.abs(samples) <= _MAX_VALUE  # encoders fail at 1e16
         if not finite.all():
             second = (start + int(np.argmin(finite.all(axis=0)))) / rate
             raise MediaError(
-                f"{path}: holds NaN or infinity at {second:.3f} s", "export the sound again, as 16-bit wav"
+                f"{path}: holds NaN, infinity or a value over {_MAX_VALUE:g} at {second:.3f} s",
+                "export the sound again, as 16-bit wav",
             )
         if samples.shape[1]:
             yield block

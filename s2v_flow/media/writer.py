@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
 
+from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import temporary_prefix, writing
 from s2v_flow.media.audio import Sound
 from s2v_flow.media.resample import Resampled
@@ -266,8 +268,15 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn an error of the file system, or of FFmpeg while it writes, into one that says what to do."""
-    with writing(path), _system_errors():
-        yield
+    with writing(path):
+        try:
+            with _system_errors():
+                yield
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            fix = "give a sound within full scale, and other settings"
+            raise S2VFlowError(f"{path}: the encoders refuse the frames, the sound or the settings", fix) from error
 
 
 class LosslessWriter:

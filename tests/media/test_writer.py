@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from recipes_for_tests import read_audio
 
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.files.atomic import CannotWriteError
 from s2v_flow.media import writer as writer_module
 from s2v_flow.media.audio import Audio, open_audio
 from s2v_flow.media.image import read_image
@@ -240,6 +241,19 @@ def test_a_full_disk_has_its_own_exit_code(tmp_path: Path, monkeypatch: pytest.M
 def test_settings_out_of_range_are_refused(tmp_path: Path, settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"even|fps"):
         VideoWriter(tmp_path / "a.mp4", **({"width": WIDTH, "height": HEIGHT} | settings))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_encoders_refuse_is_no_matter_of_the_disk(tmp_path: Path) -> None:
+    sound = Audio(np.full((1, 16_000), 1e30, np.float32), 16_000)
+
+    def write() -> None:
+        with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, audio=sound) as writer:
+            writer.write(moving_frames(16))
+
+    with pytest.raises(S2VFlowError, match="the encoders refuse") as caught:
+        write()
+    assert not isinstance(caught.value, CannotWriteError)
     assert list(tmp_path.iterdir()) == []
 
 

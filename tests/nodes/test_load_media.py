@@ -177,6 +177,10 @@ def test_how_a_file_was_always_read_is_noted_and_makes_nothing_stale(tmp_path: P
     assert "voice: file: voice.wav: it is silent from beginning to end: is the right track recorded?" in planned.notes
     assert "portrait: file: bad: of its 3 pictures the first is used" in planned.notes
     assert planned.plan.node("voice").node.version == 1
+    soundfile.write(tmp_path / "voice.wav", np.full(8000, 32_767, np.float32), 16_000, subtype="FLOAT")
+    loud = api.plan(write_recipe(tmp_path), options(tmp_path, tmp_path / "models"))
+    assert [note for note in loud.notes if "its peak is 32767 times full scale" in note]
+    assert loud.plan.node("voice").node.version == 1
 
 
 @pytest.fixture(scope="module")
