@@ -116,7 +116,7 @@ def image_remarks(path: str | os.PathLike[str]) -> Iterator[Remark]:
             right = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
             off = np.abs(np.asarray(right, np.float32) - np.asarray(image.convert("RGB"), np.float32)).max()
             if off > _SEEN_LEVELS:
-                name = ImageCms.getProfileDescription(own).strip()
+                name = "".join(filter(str.isprintable, ImageCms.getProfileDescription(own)))[:60]  # a stranger's text
                 text = f"its colours are in {name}, and taken as sRGB, as ComfyUI does: up to {off:.0f} of 255 off"
                 yield Remark(f"{text}; save it in sRGB")
 

@@ -61,7 +61,7 @@ def test_the_address_is_one_line_on_stdout_and_opens_the_page(tmp_path: Path) ->
         cookie, *rules = headers["set-cookie"].split("; ")
         assert {"HttpOnly", "SameSite=Strict"} <= set(rules)
         assert opened.ask("/page.js", headers={"Cookie": cookie})[0] == 200
-        assert opened.state() == {"jobs": [], "live": None, "log": []}
+        assert opened.state() == {"jobs": [], "live": None, "log": [], "is_whole": True}
     assert program.returncode == 130
     assert program.stdout is not None
     assert program.stdout.closed
