@@ -55,6 +55,7 @@ _WRAPPERS = (
     "output",
 )  # of servers
 _TRANSLATORS = {**SOURCES, **VALUES, **SCALING, **SAMPLING}
+_PLAIN_NAME = re.compile("[A-Za-z_]{2,}")  # not one of a row, such as lora_1 or values.a
 _VALUES = {"INT", "FLOAT", "STRING", "BOOLEAN"}
 _BYPASS = "bypass it (Ctrl+B) or replace it by a node that s2vflow knows, and save the workflow again"
 _LOADERS = {
@@ -241,6 +242,9 @@ def translate(graph: Graph, mistakes: Mistakes, folder: Path, wanted: Collection
     context = Context(graph, Draft(), mistakes, folder)
     for name in order:
         node = graph.nodes[name]
+        known = {item.name for item in classes()[node.type].inputs}
+        for key in (key for key, _ in node.links() if key not in known and _PLAIN_NAME.fullmatch(key)):
+            mistakes.warn(f"{key}: {node.described()}: this input is not known here, and what is linked to it left out")
         try:
             for slot, meaning in enumerate(_TRANSLATORS[node.type](context, node)):
                 context.meanings[Link(name, slot)] = meaning

@@ -169,6 +169,17 @@ def test_an_output_without_a_meaning_is_refused_where_it_is_used(
     assert message in mistake(workflow, tmp_path)
 
 
+def test_a_linked_input_that_is_not_known_is_warned_of(tmp_path: Path) -> None:
+    """As a later version's would be; the recipe is the same without it."""
+    workflow = golden()
+    plain = imported(workflow, tmp_path)
+    workflow["93"]["inputs"]["second_image"] = ["52", 0]
+    made = imported(workflow, tmp_path)
+    assert made.text == plain.text
+    what = "this input is not known here, and what is linked to it left out"
+    assert made.warnings == (f"second_image: node 93 (WanSoundImageToVideo): {what}",)
+
+
 def joined(workflow: Workflow, first: list[Any], second: list[Any], direction: str = "after") -> Workflow:
     """Put two sounds together, for the speech and for the video's sound."""
     sound = add(workflow, "600", "AudioConcat", audio1=first, audio2=second, direction=direction)
