@@ -14,10 +14,12 @@ from s2v_flow.wording import shown
 def widget_values(known: ComfyClass, node: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     """Return the values of a known class's widgets by name, and what is wrong with them, if anything.
 
-    Newer files name all widgets among the inputs; in older ones their places tell, missing values at the end take
-    their defaults, and more than are known are left alone.
+    Newer files name all widgets among the inputs, in an order that may be that in which a person made them inputs: the
+    values are in the class's. In older files their places tell, missing values at the end take their defaults, and more
+    than are known are left alone.
     """
     types = {item.name: item.type for item in known.widgets}
+    order = {name: place for place, name in enumerate(types)}
     values = {item.name: item.default for item in known.widgets}
     given = node.get("widgets_values")
     if isinstance(given, Mapping):  # some custom nodes keep names
@@ -27,6 +29,8 @@ def widget_values(known: ComfyClass, node: Mapping[str, Any]) -> tuple[dict[str,
     values |= {f"lora_{number}": value for number, value in enumerate(loras, start=1)}
     inputs = [item["widget"] for item in maps_in(node, "inputs") if isinstance(item.get("widget"), Mapping)]
     names = [str(widget.get("name")) for widget in inputs]
+    ours = iter(sorted(filter(order.__contains__, names), key=order.__getitem__))
+    names = [next(ours) if name in order else name for name in names]
     pairs = _paired(names, given, known)
     if pairs is None:
         pairs = _paired(_names_by_place(known, given), given, known, is_loose=True) or []

@@ -374,3 +374,21 @@ def test_every_unknown_node_that_feeds_the_video_is_listed(tmp_path: Path) -> No
     assert len(found) == 2
     assert [place.split(", ")[1].split(" ", 2)[2] for place in places] == ["(TeaCache 'Faster')", "(LatentBlur)"]
     assert all("bypass it" in (item.fix or "") for item in caught.value.diagnostics)
+
+
+@pytest.mark.parametrize("first", ["cfg", "scheduler", "denoise"])
+def test_widgets_have_the_classs_order_whatever_that_of_the_inputs(first: str, tmp_path: Path, plain_text: str) -> None:
+    """A person who made inputs of all widgets before 2025's frontends did, in any order; values stay in the class's."""
+    document = editor()
+    for node in document["nodes"]:
+        if node["type"] == "KSampler":
+            inputs = node["inputs"]
+            given = {item["name"] for item in inputs}
+            names = ["seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"]
+            inputs += [{"name": name, "widget": {"name": name}, "link": None} for name in names if name not in given]
+            order = ["seed", first, *sorted(names)]  # a converted seed is first in published files
+            inputs.sort(key=lambda item: order.index(item["name"]) if item["name"] in names else -1)
+            for place, item in enumerate(inputs):
+                if item["link"] is not None:
+                    link(document, item["link"])[4] = place
+    assert imported(document, tmp_path).text == plain_text
