@@ -48,7 +48,7 @@ def heun(denoise: Denoise, sigmas: Sequence[float], state: SolverState, draw: Dr
 def euler_ancestral(denoise: Denoise, sigmas: Sequence[float], state: SolverState, draw: Draw) -> SolverState:
     """Step below the next level and add noise up to it, in the flow model's scaling (eta 1).
 
-    Source: K. Crowson, k-diffusion, sampling.py, sample_euler_ancestral; the flow form after samplers.md.
+    Source: K. Crowson, k-diffusion, sampling.py, sample_euler_ancestral; its form for flow models as in ComfyUI.
     """
     sigma, lower = _levels(sigmas, state)
     m = denoise(state.x, sigma)

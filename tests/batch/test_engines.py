@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -126,6 +128,25 @@ def test_a_task_that_slurm_takes_away_is_queued_again_and_goes_on(
     assert process.returncode == 0, err
     assert [entry["attempt"] for entry in running(made)] == [1, 0, 1, 1]
     assert [entry.get("code") for entry in running(made)] == [None, 75, None, 0]
+
+
+def test_an_exported_array_runs_on_slurm(
+    tiny_models: Path, quick_run: Place, tmp_path: Path, real_slurm: dict[str, str]
+) -> None:
+    """A task a job, each one `s2vflow run`."""
+    made = seeded(tmp_path, tiny_models, known=quick_run)
+    arguments = (made.recipe, "--jobs", tmp_path / "jobs.csv", *made.where, "--format", "slurm", "-o", tmp_path)
+    assert call("batch", "export", *arguments)[0] == 0
+    command = tmp_path / "bin" / "s2vflow"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m s2v_flow "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, **real_slurm, "PYTHONPATH": path, "PATH": f"{command.parent}:{os.environ['PATH']}"}
+    words = ["sbatch", "--wait", "--time=20", "jobs.sbatch"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stderr, [log.read_text() for log in tmp_path.glob("slurm-*.out")])
+    assert all((tmp_path / "out" / f"talk_{seed}.mp4").is_file() for seed in (1, 2))
 
 
 def test_jobs_of_a_node_that_is_lost_run_on_another(tiny_models: Path, quick_run: Place, tmp_path: Path) -> None:
