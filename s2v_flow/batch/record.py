@@ -16,7 +16,7 @@ from typing import Any
 
 from s2v_flow.batch.job import Job
 from s2v_flow.errors import MissingError, S2VFlowError
-from s2v_flow.files.atomic import free_name, machine_id, temporary, writing
+from s2v_flow.files.atomic import free_name, is_alive, machine_id, temporary, writing
 from s2v_flow.files.lock import held, is_held
 from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Override
@@ -95,14 +95,20 @@ class Batch:
             file.write(line + "\n")
 
     def states(self) -> dict[int, dict[str, Any]]:
-        """Return the last state of every job by number: waiting where nothing was noted, else as it was noted."""
+        """Return the last state of every job by number: waiting where nothing was noted, else as it was noted.
+
+        What a process ran that has died on this machine is stopped.
+        """
         found: dict[int, dict[str, Any]] = {job.number: {"state": "waiting"} for job in self.jobs}
         entries = []
         for path in self.logs.glob("results*.jsonl"):
             latest = 0.0  # a clock that is set back changes nothing in one process
+            machine, _, pid = path.stem.removeprefix("results-").partition("-")
+            is_gone = machine == machine_id() and not is_alive(int(pid))
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, KeyError, TypeError):  # the last line of a process that was killed
                     entry = json.loads(line)
+                    entry["state"] = "stopped" if is_gone and entry["state"] == "running" else entry["state"]
                     latest = max(latest, datetime.fromisoformat(entry["time"]).timestamp())
                     entries.append((latest, entry["job"], entry))
         found |= {number: entry for _, number, entry in sorted(entries, key=itemgetter(0)) if number in found}

@@ -134,6 +134,21 @@ def test_states_follow_the_lines_of_a_process_whatever_its_clock_does(tiny_model
     assert found.states()[1]["state"] == "done"
 
 
+def test_what_a_killed_process_ran_is_stopped(tiny_models: Path, tmp_path: Path) -> None:
+    """Once it is dead; what lives, or may live elsewhere, runs."""
+    made = seeded(tmp_path, tiny_models, rows="seed\n1\n")
+    path = Path(batch(made, "--dry-run")[1].strip())
+    note = "from pathlib import Path; import sys; from s2v_flow.batch.record import read_batch\n"
+    note += "made = read_batch(Path(sys.argv[1])); made.note(made.jobs[0], 'running', worker=1)\n"
+    note += "assert made.states()[1]['state'] == 'running'"
+    subprocess.run([sys.executable, "-c", note, str(path)], check=True)
+    assert read_batch(path).states()[1]["state"] == "stopped"
+    (left,) = path.with_suffix("").glob("results-*.jsonl")
+    left.rename(left.with_name("results-00000000-1.jsonl"))
+    assert read_batch(path).states()[1]["state"] == "running"
+    assert call("batch", "status", path)[1].startswith("running   job 1 (")
+
+
 def test_cells_are_jobs_with_the_names_that_run_gives(tiny_models: Path, tmp_path: Path) -> None:
     """Each recipe of a pattern, each value of -m."""
     made = place(tmp_path, tiny_models)
