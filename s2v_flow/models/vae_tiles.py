@@ -162,6 +162,7 @@ def decode_next_tiled(
             past = None if state is None else moved(state.tiles[index], latent.device)
             pixels, after = vae.decode_next(grid.part(latent, row, column, 1), past)
             kept.append(moved(after, "cpu"))
+            del past, after  # each as large as what the next tile brings
             yield pixels
 
     pixels = grid.blend(parts(), SPATIAL_STRIDE)

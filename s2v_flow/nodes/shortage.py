@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.machine import free_memory_bytes
+from s2v_flow.nodes.handle import free_device_bytes
 from s2v_flow.wording import size_text
 
 if TYPE_CHECKING:
@@ -231,20 +232,27 @@ def no_memory(context: RunContext, what: str, failure: str, *, kept: str, fix: s
     """Return the error for memory that ran out for good, with figures: exit code 7."""
     advice = "a smaller width and height" + (f", {fix}" if fix else "")
     return S2VFlowError(
-        f"out of memory in {what}{memory_text(context.device)}: {failure.splitlines()[0]}",
+        f"out of memory in {what}{memory_text(context)}: {failure.splitlines()[0]}",
         fix=f"{advice}; or end other programs that use this memory",
         kept=kept,
         exit_code=ExitCode.OUT_OF_MEMORY,
     )
 
 
-def memory_text(device: str) -> str:
-    """Say how much memory is free: "; 1.2 GiB of 24.0 GiB are free on cuda:0"; nothing where it is unknown."""
+def memory_text(context: RunContext) -> str:
+    """Say how much memory is free: "; 1.2 GiB of 24.0 GiB are free on cuda:0"; nothing where it is unknown.
+
+    With `--vram` that is the budget's.
+    """
+    device = context.device
     if device.startswith("cuda"):
         import torch
 
-        free, total = torch.cuda.mem_get_info(device)
-        return f"; {size_text(free, is_memory=True)} of {size_text(total, is_memory=True)} are free on {device}"
+        limit = context.models().device_limit
+        free = free_device_bytes(device, limit) or 0
+        total = torch.cuda.mem_get_info(device)[1] if limit is None else limit
+        text = f"; {size_text(free, is_memory=True)} of {size_text(total, is_memory=True)} are free on {device}"
+        return text if limit is None else f"{text} (vram)"
     available = free_memory_bytes("cpu")
     return "" if available is None else f"; {size_text(available, is_memory=True)} of memory are free"
 
