@@ -221,17 +221,8 @@ def import_(workflow: Path, output: Path | None, modernise: bool, as_of: str | N
     from s2v_flow.api import KINDS
     from s2v_flow.cli import report
     from s2v_flow.comfy.importer import import_workflow
-    from s2v_flow.runs.essence import essence_in
 
-    ours = f"s2vflow recipe {shlex.quote(str(workflow))} prints the recipe that s2vflow left in it"
-    has_note = workflow.suffix != ".json" and essence_in(workflow) is not None
-    try:
-        imported = import_workflow(workflow, KINDS, modernises=modernise, as_of=int(as_of) if as_of else None)
-    except S2VFlowError as error:
-        error.fix = ours if has_note else error.fix
-        raise
-    if has_note:
-        report.print_message(f"note: this is ComfyUI's graph; {ours}")
+    imported = import_workflow(workflow, KINDS, modernises=modernise, as_of=int(as_of) if as_of else None)
     for warning in imported.warnings:
         report.print_message(f"warning: {warning}")
     for note in imported.notes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -40,20 +39,16 @@ class Sink(Node):
     is_stored: ClassVar[bool] = True
 
     def check(self, files: Files) -> None:
-        """Refuse a place to which nothing can be written, before anything is computed for it.
+        """Refuse a folder in which nobody may write, before anything is computed for it.
 
         Raises:
-            CannotWriteError: It is a folder, lies below a file or where nobody may write, or its name is too long.
+            CannotWriteError: It is such a one.
         """
         path = next(iter(self.targets(files).values()))
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
         with writing(path):
-            try:
-                if stat.S_ISDIR(path.stat().st_mode):
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            except FileNotFoundError:
-                folder = next(folder for folder in path.absolute().parents if folder.exists())
-                if not os.access(folder, os.W_OK | os.X_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+            if not path.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 class SaveVideo(Sink):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults_for_tests import as_a_user
 from recipes_for_tests import call, tiny, write_recipe, write_voice
+
+from s2v_flow.files.atomic import CannotWriteError
+from s2v_flow.nodes.save import SaveVideo
 
 
 def folder(path: Path) -> Path:
@@ -26,24 +31,36 @@ def below_a_circle(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("make", "why", "fix"),
+    ("make", "why"),
     [
-        (folder, "Is a directory", "name a file"),
-        (below_a_file, "Not a directory", "a part of this path is a file"),
-        (below_a_circle, "Too many levels", "or name another folder"),
-        (lambda path: path.with_name("n" * 300 + ".mp4"), "File name too long", "a shorter name"),
+        (folder, "a folder has this name"),
+        (below_a_file, "a.mp4 is no folder"),
+        (below_a_circle, "a.mp4 is no folder"),
+        (lambda path: path.with_name("n" * 300 + ".mp4"), "its name is too long"),
     ],
 )
 def test_a_place_that_takes_no_file_is_refused_at_once(
-    tmp_path: Path, tiny_models: Path, make: Callable[[Path], Path], why: str, fix: str
+    tmp_path: Path, tiny_models: Path, make: Callable[[Path], Path], why: str
 ) -> None:
     write_voice(tmp_path / "voice.wav", 0.5)
     recipe = write_recipe(tmp_path, tiny(video={"file": str(make(tmp_path / "a.mp4"))}))
     where = ("--models-dir", tiny_models, "--cache-dir", tmp_path / "cache")
     code, _, err = call("run", recipe, *where)
-    assert code == 1
-    assert why in err
-    assert fix in err
+    assert (code, "error[R136]: file: " in err, why in err) == (3, True, True), err
     assert not list((tmp_path / "cache").glob("objects/**/*.safetensors")), "nothing was computed"
-    assert call("run", recipe, *where, "--until", "reference")[0] == 0, "what needs no such file runs"
-    assert list((tmp_path / "cache").glob("objects/**/*.safetensors"))
+
+
+def test_a_folder_where_nobody_may_write_is_refused_at_once() -> None:
+    node = SaveVideo.model_construct(file="talk.mp4")
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        (Path(name) / "shut").mkdir()
+        os.chmod(Path(name) / "shut", 0o555)
+
+        def act() -> None:
+            node.check({("file",): Path(name) / "talk.mp4"})
+            for file in ("talk.mp4", "new/talk.mp4"):
+                with pytest.raises(CannotWriteError, match="Permission denied"):
+                    node.check({("file",): Path(name) / "shut" / file})
+
+        as_a_user(act, Path(name))
