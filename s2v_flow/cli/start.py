@@ -49,7 +49,7 @@ def doctor(as_json: bool, precision: bool, **given: Any) -> None:
     from s2v_flow.cli.doctor import examine, findings_json, findings_text, precision_json, precision_text
 
     if precision:
-        table = precision_json(resolve_device("auto"))
+        table = precision_json(resolve_device(make_options(**given).device))
         report.print_json(table) if as_json else report.print_result(precision_text(table))
         return
     findings = examine(make_options(**given))

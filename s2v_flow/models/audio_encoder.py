@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -115,12 +116,12 @@ def build_wav2vec2(shapes: Shapes) -> nn.Module:
     Raises:
         KeyError: A key that gives a size is missing.
     """
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
+    transformers = import_module("transformers")  # `from` fails in a thread that waits for another's import
 
     convolutions = [shapes[f"feature_extractor.conv_layers.{i}.conv.weight"] for i in range(len(STRIDES))]
     is_merged = MERGED_NORM_KEY in shapes
     width, group_width, kernel = shapes[MERGED_NORM_KEY if is_merged else _DIRECTION_KEY]
-    config = Wav2Vec2Config(
+    config = transformers.Wav2Vec2Config(
         hidden_size=width,
         num_hidden_layers=_count_layers(shapes),
         num_attention_heads=max(4, width // 64),
@@ -141,7 +142,7 @@ def build_wav2vec2(shapes: Shapes) -> nn.Module:
         attn_implementation="sdpa",
     )
     with torch.device("meta"):
-        model: nn.Module = Wav2Vec2Model(config)
+        model: nn.Module = transformers.Wav2Vec2Model(config)
         if is_merged:
             merge_weight_norm(model)
     return model

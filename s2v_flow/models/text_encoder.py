@@ -7,6 +7,7 @@ the same rows, for a fraction of the work.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,12 +93,12 @@ def build_umt5(shapes: Shapes) -> nn.Module:
     Raises:
         KeyError: A key that gives a size is missing.
     """
-    from transformers import UMT5Config, UMT5EncoderModel
+    transformers = import_module("transformers")  # `from` fails in a thread that waits for another's import
 
     attention = "encoder.block.0.layer.0.SelfAttention."
     buckets, num_heads = shapes[attention + "relative_attention_bias.weight"]
     inner, width = shapes[attention + "q.weight"]
-    config = UMT5Config(
+    config = transformers.UMT5Config(
         vocab_size=shapes[EMBEDDING_KEY][0],
         d_model=width,
         d_kv=inner // num_heads,
@@ -112,7 +113,7 @@ def build_umt5(shapes: Shapes) -> nn.Module:
         attn_implementation="eager",
     )
     with torch.device("meta"):
-        model: nn.Module = UMT5EncoderModel(config)
+        model: nn.Module = transformers.UMT5EncoderModel(config)
     _as_any(model).set_input_embeddings(_as_any(model).shared)
     return model
 
