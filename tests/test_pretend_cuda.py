@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ from s2v_flow.nodes.tensors import each_to_frames, to_frames
 from s2v_flow.weights.gguf import BLOCK_SIZES
 from s2v_flow.weights.quantization import read_quantization
 from s2v_flow.weights.reader import Checkpoint
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or torch.cuda.is_available(),
+    reason="needs a build of torch for Linux, and no GPU: with one, `pytest -m gpu` shows more",
+)
 
 BF16 = torch.bfloat16
 LATENT = {"kind": "save_latent", "latent": "$talk", "file": "out/talk.latent"}
