@@ -15,7 +15,7 @@ from s2v_flow.api import Options, plan, require_files
 from s2v_flow.cache.store import Entry
 from s2v_flow.demo.catalog import demo_root
 from s2v_flow.errors import MediaError, MissingError
-from s2v_flow.files.atomic import temporary_prefix, writing
+from s2v_flow.files.atomic import make_root, temporary_prefix, writing
 from s2v_flow.graph.events import Listener, ignore
 from s2v_flow.graph.run import RunResult
 from s2v_flow.graph.selection import Selection
@@ -79,7 +79,8 @@ def reproduce(
     if essence.frames_sha256 is None:
         raise MediaError(f"{video} does not say which frames it had", fix="it was written by an older version")
     with writing(options.cache_root):
-        (options.cache_root / "tmp").mkdir(parents=True, exist_ok=True)
+        make_root(options.cache_root)
+        (options.cache_root / "tmp").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=temporary_prefix(), dir=options.cache_root / "tmp") as name:
         folder = Path(name)
         recipe = folder / "recipe.yaml"

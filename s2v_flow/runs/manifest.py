@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # it makes a file's name in the cache
 NodeState = Literal["computed", "stored", "live", "skipped", "failed", "interrupted", "not_reached"]
@@ -142,6 +142,13 @@ class Manifest(Part):
     quality: dict[str, JsonValue] | None = Field(
         None, description="As `quality --json` prints it; by plan node in `videos` where there are several."
     )
+
+    @model_validator(mode="after")
+    def check_outputs(self) -> Manifest:
+        """Refuse an output of a node that is not there."""
+        if {item.node for item in self.outputs} - {node.name for node in self.nodes}:
+            raise ValueError("an output is of no node")
+        return self
 
 
 class EssenceNode(Part):

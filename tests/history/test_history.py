@@ -247,6 +247,7 @@ def test_a_strangers_manifest_moves_no_file(done: Place, ids: list[str], tmp_pat
         ("first", {"outputs": {"latent": str(mine[0].with_suffix(""))}}),
         ("video", {"outputs": {"file": str(mine[1].with_suffix(""))}}),
         ("video", {"fingerprint": str(mine[2].with_suffix(""))}),
+        ("video", {"name": "nobody's, though it has an output"}),
     ):
         manifest = json.loads(kept)
         next(item for item in manifest["nodes"] if item["name"] == node).update(change)

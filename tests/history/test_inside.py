@@ -107,6 +107,9 @@ def test_a_note_of_a_node_that_writes_nothing_is_refused(node: str, done: Place)
     for command in ("plan", "reproduce", "recipe"):
         code, out, err = call(command, done.video, *(done.where if command != "recipe" else ()))
         assert (code, out, f"its note says that {node} wrote it" in err) == (4, "", True), err
+    cache = done.folder / "new"
+    assert call("reproduce", done.video, "--cache-dir", cache)[0] == 4
+    assert (cache.stat().st_mode & 0o777, list((cache / "tmp").iterdir())) == (0o700, []), "its owner's alone"
 
 
 def test_parameters_stay_and_files_given_from_elsewhere_are_found(

@@ -22,6 +22,7 @@ from runs_for_tests import QUICK, Place, copied, place
 from s2v_flow import __version__, api
 from s2v_flow.cli.describe import schema_text
 from s2v_flow.errors import S2VFlowError
+from s2v_flow.files.atomic import CannotWriteError
 from s2v_flow.graph.events import Delivered, Event, NodeStarted, Noted, RunFinished
 from s2v_flow.history.find import read_manifest
 from s2v_flow.runs.environment import git_state
@@ -291,7 +292,7 @@ def test_two_runs_of_one_name_do_not_meet(done: Place, tiny_models: Path) -> Non
 
 
 def test_the_home_folder_is_written_as_a_tilde(
-    tmp_path: Path, quick_run: Place, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, quick_run: Place, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody's name stands in a manifest or a video because of where files are."""
     home = tmp_path / "home" / "maria"
