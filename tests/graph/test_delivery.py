@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from toy import Save, Word, Workshop, plan_toys
 
-from s2v_flow.files.atomic import CannotWriteError
+from s2v_flow.errors import RecipeError
 from s2v_flow.graph.events import Delivered, Noted
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import Ref
@@ -111,7 +111,7 @@ def test_the_same_result_takes_no_number(shop: Workshop) -> None:
 
 def test_a_folder_under_the_name_is_an_error(shop: Workshop) -> None:
     (shop.folder / "out.txt").mkdir()
-    with pytest.raises(CannotWriteError, match=r"out.txt: Is a directory"):
+    with pytest.raises(RecipeError, match=r"out.txt cannot be written: a folder has this name"):
         run(shop, "w")
     assert [path.name for path in shop.folder.glob("*out*")] == ["out.txt"]
 
