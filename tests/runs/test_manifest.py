@@ -22,7 +22,6 @@ from runs_for_tests import QUICK, Place, copied, place
 from s2v_flow import __version__, api
 from s2v_flow.cli.describe import schema_text
 from s2v_flow.errors import S2VFlowError
-from s2v_flow.files.atomic import CannotWriteError
 from s2v_flow.graph.events import Delivered, Event, NodeStarted, Noted, RunFinished
 from s2v_flow.history.find import read_manifest
 from s2v_flow.runs.environment import git_state
