@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -57,10 +58,17 @@ def test_0_and_10(here: Here) -> None:
 
 @pytest.mark.slow
 def test_1_a_node_failed(here: Here) -> None:
-    """Its output cannot be written: a file stands where the folder should."""
-    (here.folder / "out").write_text("")
-    code, err = here.run()
-    assert (code, "Traceback" in err, "cannot write" in err) == (1, False, True)
+    """Its output cannot be written: it is larger than the process's files may be."""
+    assert here.run()[0] == 0
+    video = here.folder / "out" / "talk.mp4"
+    size, before = video.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    video.unlink()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
+    try:
+        code, err = here.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, "Traceback" in err, "cannot write" in err) == (1, False, True), err
 
 
 @pytest.mark.parametrize("words", [["no-such-command"], ["run"], ["run", "r.yaml", "--no-such-option"]])

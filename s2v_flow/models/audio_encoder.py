@@ -116,12 +116,13 @@ def build_wav2vec2(shapes: Shapes) -> nn.Module:
     Raises:
         KeyError: A key that gives a size is missing.
     """
-    transformers = import_module("transformers")  # `from` fails in a thread that waits for another's import
+    import_module("transformers")  # another thread's import is waited for; `from` alone fails where it waits
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
 
     convolutions = [shapes[f"feature_extractor.conv_layers.{i}.conv.weight"] for i in range(len(STRIDES))]
     is_merged = MERGED_NORM_KEY in shapes
     width, group_width, kernel = shapes[MERGED_NORM_KEY if is_merged else _DIRECTION_KEY]
-    config = transformers.Wav2Vec2Config(
+    config = Wav2Vec2Config(
         hidden_size=width,
         num_hidden_layers=_count_layers(shapes),
         num_attention_heads=max(4, width // 64),
@@ -142,7 +143,7 @@ def build_wav2vec2(shapes: Shapes) -> nn.Module:
         attn_implementation="sdpa",
     )
     with torch.device("meta"):
-        model: nn.Module = transformers.Wav2Vec2Model(config)
+        model: nn.Module = Wav2Vec2Model(config)
         if is_merged:
             merge_weight_norm(model)
     return model

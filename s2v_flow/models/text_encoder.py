@@ -93,12 +93,13 @@ def build_umt5(shapes: Shapes) -> nn.Module:
     Raises:
         KeyError: A key that gives a size is missing.
     """
-    transformers = import_module("transformers")  # `from` fails in a thread that waits for another's import
+    import_module("transformers")  # another thread's import is waited for; `from` alone fails where it waits
+    from transformers import UMT5Config, UMT5EncoderModel
 
     attention = "encoder.block.0.layer.0.SelfAttention."
     buckets, num_heads = shapes[attention + "relative_attention_bias.weight"]
     inner, width = shapes[attention + "q.weight"]
-    config = transformers.UMT5Config(
+    config = UMT5Config(
         vocab_size=shapes[EMBEDDING_KEY][0],
         d_model=width,
         d_kv=inner // num_heads,
@@ -113,7 +114,7 @@ def build_umt5(shapes: Shapes) -> nn.Module:
         attn_implementation="eager",
     )
     with torch.device("meta"):
-        model: nn.Module = transformers.UMT5EncoderModel(config)
+        model: nn.Module = UMT5EncoderModel(config)
     _as_any(model).set_input_embeddings(_as_any(model).shared)
     return model
 

@@ -59,10 +59,17 @@ MANIFEST = {
     "loras": [{"node": "first", "id": "lightning", "matched": 1, "total": 2}],
     "environment": dict.fromkeys(("s2vflow", "python", "torch", "system", "machine", "device"), "x"),
     "nodes": [
-        {"name": "first", "kind": "sample", "status": "computed", "fingerprint": "ab", "seconds": 1.5, "outputs": {}}
+        {
+            "name": "first",
+            "kind": "sample",
+            "status": "computed",
+            "fingerprint": "ab" * 32,
+            "seconds": 1.5,
+            "outputs": {},
+        }
         | {"peak_bytes": 1 << 30}
     ],
-    "outputs": [{"name": "talk.mp4", "sha256": "ab", "node": "video", "size": 3, "changed": True, "frames": 20}],
+    "outputs": [{"name": "talk.mp4", "sha256": "ab", "node": "first", "size": 3, "changed": True, "frames": 20}],
 }
 OURS = (MediaError, MissingError, RefusedError)
 

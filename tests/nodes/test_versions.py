@@ -56,7 +56,7 @@ def stored_kinds() -> set[str]:
     while pending:
         kind = pending.pop()
         pending += kind.__subclasses__()
-        if kind.__module__.startswith("s2v_flow.") and kind.is_stored:
+        if kind.__module__.startswith("s2v_flow.") and kind.is_stored and hasattr(kind, "kind"):
             found.add(kind.kind)
     return found
 
