@@ -12,13 +12,25 @@ from benchmarks import gpu
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's own compiler, about torch
-def test_every_part_runs_at_toy_size(tmp_path: Path) -> None:
-    assert gpu.main(["--toy", "--json", str(tmp_path / "rows.json")]) == 0
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+def test_every_part_runs_at_toy_size() -> None:
+    rows = [row for part in gpu.PARTS for row in gpu.rows_of(part, gpu.TOY)]
+    assert [row for row in rows if row["status"] == "failed"] == []
     assert {row["part"] for row in rows} == {part.__name__ for part in gpu.PARTS}
     assert [row["case"] for row in rows if row["part"] == "correctness"] == ["bf16", "fp16", "fp8"]
     tried = {row["case"]: row["status"] for row in rows if row["part"] == "backends"}
     assert tried == {"sdpa": "ok", "cudnn": "skipped", "flash": "ok", "efficient": "skipped", "sage": "skipped"}
+
+
+@pytest.mark.slow
+def test_parts_have_a_process_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows come into one file; once the time is over, what is left is told as failed."""
+    monkeypatch.setattr(gpu, "PARTS", (gpu.correctness,))
+    assert gpu.main(["--toy", "--json", str(tmp_path / "rows.json")]) == 0
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["case"] for row in found["rows"]] == ["bf16", "fp16", "fp8"]
+    assert (found["device"], found["is_toy"]) == ("cpu", True)
+    ((_, row),) = gpu.rows_apart(gpu.correctness, gpu.TOY, left=0)
+    assert (row["status"], "for all parts are over" in row["error"]) == ("failed", True)
 
 
 def test_a_part_that_fails_costs_its_own_row() -> None:
