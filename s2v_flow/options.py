@@ -64,7 +64,7 @@ class Options:
             S2VFlowError: A value is of the wrong type, or a path is empty.
         """
         for each in fields(self):
-            object.__setattr__(self, each.name, _read(each.name, getattr(self, each.name), each.default))
+            object.__setattr__(self, each.name, read_option(each.name, getattr(self, each.name), each.default))
 
     @cached_property
     def changes(self) -> Changes:
@@ -128,7 +128,7 @@ _EXPECTED: Mapping[str, tuple[type, str]] = {
     **dict.fromkeys(("override_files", "models_dirs", "extra_model_paths", "input_dirs"), (Path, "paths")),
     **dict.fromkeys(("output_dir", "output", "cache_dir"), (Path, "a path")),
     **dict.fromkeys(("profiles", "sets", "axes"), (str, "texts")),
-    **dict.fromkeys(("vram", "cache_limit"), (int, "a number of bytes, or text like '12GiB'")),
+    **dict.fromkeys(("vram", "cache_limit", "memory"), (int, "a number of bytes, or text like '12GiB'")),
     **dict.fromkeys(("overwrite", "fail_fast", "locked", "record_host", "share_gpu"), (bool, "True or False")),
     "overrides": (Override, "Overrides (sets and params take text and values)"),
     "params": (Mapping, "a dict"),
@@ -142,12 +142,16 @@ _EXPECTED: Mapping[str, tuple[type, str]] = {
 _LISTS = ("override_files", "models_dirs", "extra_model_paths", "input_dirs", "profiles", "sets", "axes", "overrides")
 
 
-def _read(name: str, given: Any, default: Any) -> Any:
-    """Return the value of a field, as it is kept."""
+def read_option(name: str, given: Any, default: Any = None) -> Any:
+    """Return the value of an option as it is kept: paths as `Path`, lists as tuples, sizes in bytes.
+
+    Raises:
+        S2VFlowError: It is of the wrong type, or a path is empty.
+    """
     kind, words = _EXPECTED[name]
     if given is None and (default is None or name in _LISTS):
         return () if name in _LISTS else None
-    if name in ("vram", "cache_limit") and isinstance(given, str):
+    if kind is int and name != "gpus" and isinstance(given, str):
         return None if given == "auto" else parse_size(given, name)
     is_one = name not in _LISTS or isinstance(given, (str, os.PathLike))
     try:

@@ -326,6 +326,7 @@ def test_a_session_frees_its_models_and_keeps_to_its_memory(tiny_models: Path, t
     assert all(model() is None for model in found)
     found.clear()
     with s2v_flow.Session(**given, memory=1) as session:
-        session.run(here.recipe, look, sets="nodes.first.seed=5")
+        planned = session.plan(here.recipe, sets="nodes.first.seed=5")
+        session.run(planned, look)  # not planned again
         assert found
         assert all(model() is None for model in found)

@@ -11,7 +11,7 @@ from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.events import Listener, ignore
 from s2v_flow.machine import free_memory_bytes
 from s2v_flow.nodes.handle import free_device_bytes
-from s2v_flow.options import Options, with_fields
+from s2v_flow.options import Options, read_option, with_fields
 
 
 class Session:
@@ -28,7 +28,7 @@ class Session:
 
     def __init__(self, options: Options | None = None, *, memory: Any = None, **fields: Any) -> None:
         self.options = with_fields(options, fields)
-        self._memory = Options(vram=memory).vram
+        self._memory: int | None = read_option("memory", memory)
         self._device = "cpu"
         self._models = lazy_registry(self._budget)
 
@@ -36,8 +36,13 @@ class Session:
         """Plan with the session's options, and single fields laid over them; see `s2v_flow.plan`."""
         return plan(recipe, self.options, **fields)
 
-    def run(self, recipe: RecipeLike, on_event: Listener = ignore, **fields: Any) -> Result:
+    def run(self, recipe: RecipeLike | Planned, on_event: Listener = ignore, **fields: Any) -> Result:
         """Run with the session's options, and single fields laid over them; see `s2v_flow.run`.
+
+        Args:
+            recipe: The file, a dict, or what `plan` has just returned for the same fields: it is not planned again.
+            on_event: See `s2v_flow.run`.
+            fields: Of `Options`.
 
         Raises:
             S2VFlowError: As `s2v_flow.run`, after which the session can go on; or the session is closed.
@@ -45,7 +50,7 @@ class Session:
         if self._models is None:
             raise S2VFlowError("this session is closed", fix="begin another: with s2v_flow.Session() as session:")
         options = with_fields(self.options, fields)
-        planned = plan(recipe, options)
+        planned = recipe if isinstance(recipe, Planned) else plan(recipe, options)
         self._device = planned.device
         return run_planned(planned, options, on_event, models=self._models)
 

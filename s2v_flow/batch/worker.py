@@ -111,10 +111,11 @@ def _run(session: Session, job: Job, report: Callable[[str], Report]) -> Outcome
     given = job.options(session.options)
     fields: dict[str, Any] = {"overrides": given.overrides, "axes": given.axes}
     try:
-        is_other = job.asked not in ("", asked_of(session.plan(job.recipe, **fields)))
+        planned = session.plan(job.recipe, **fields)
+        is_other = job.asked not in ("", asked_of(planned))
         if is_other:
             told(Noted("", _OTHER, is_warning=True))
-        result = session.run(job.recipe, told, **fields)
+        result = session.run(planned, told, **fields)
     except S2VFlowError as error:
         told.error(error)
         message = str(error) if isinstance(error, RecipeError) else error.message

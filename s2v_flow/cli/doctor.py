@@ -32,14 +32,8 @@ DEPENDENCIES = (
 _PYTHONS = ((3, 10), (3, 14))  # the first that will do, the first that will not
 _ENCODERS = ("libx264", "aac")
 _DECODERS = ("h264", "hevc", "vp9", "aac", "mp3", "opus")
-_IMPORT_ERRORS = (
-    ImportError,
-    OSError,
-    RuntimeError,
-    AttributeError,
-    TypeError,
-    ValueError,
-)  # what a broken installation raises
+# what a broken installation raises
+_IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
 _LOW_SPACE_BYTES = 5 * 10**9
 
 

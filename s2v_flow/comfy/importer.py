@@ -45,15 +45,7 @@ from s2v_flow.wording import shortened
 
 _MAX_PROFILES = 8
 _MAX_WRAPPERS = 8
-_WRAPPERS = (
-    "history",
-    "queue_running",
-    "queue_pending",
-    "extra_data",
-    "extra_pnginfo",
-    "input",
-    "output",
-)  # of servers
+_OF_SERVERS = ("history", "queue_running", "queue_pending", "extra_data", "extra_pnginfo", "input", "output")
 _TRANSLATORS = {**SOURCES, **VALUES, **SCALING, **SAMPLING}
 _PLAIN_NAME = re.compile("[A-Za-z_]{2,}")  # not one of a row, such as lora_1 or values.a
 _VALUES = {"INT", "FLOAT", "STRING", "BOOLEAN"}
@@ -156,7 +148,7 @@ def _workflows(value: Any, path: Path, depth: int, name: str = "") -> Iterator[t
             yield from _workflows(inner, path, depth - 1, name)
             return
         for key, item in value.items():
-            if (isinstance(item, Mapping) and "prompt" in item) or key in _WRAPPERS:
+            if (isinstance(item, Mapping) and "prompt" in item) or key in _OF_SERVERS:
                 yield from _workflows(item, path, depth - 1, str(key))
 
 

@@ -39,10 +39,10 @@ class Sink(Node):
     is_stored: ClassVar[bool] = True
 
     def check(self, files: Files) -> None:
-        """Refuse a folder in which nobody may write, before anything is computed for it.
+        """Refuse a folder that cannot be written to, before anything is computed for it.
 
         Raises:
-            CannotWriteError: It is such a one.
+            CannotWriteError: Its permissions do not allow it.
         """
         path = next(iter(self.targets(files).values()))
         folder = next(folder for folder in path.absolute().parents if folder.exists())
