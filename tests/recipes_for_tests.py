@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import soundfile
 
@@ -101,6 +102,17 @@ def read_audio(path: Path) -> Audio:
     """Return a file's sound whole, without the gain that keeps what was mixed within full scale."""
     clip = replace(open_audio(path), gain=1.0)
     return Audio(np.concatenate([*clip.blocks()], axis=1), clip.sample_rate_hz)
+
+
+def remux(source: Path, target: Path, **options: str) -> None:
+    """Copy a video's first track into a new file, with the tags, as ffmpeg does; `options` of the container."""
+    with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
+        new.metadata.update(old.metadata)
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
 
 
 def write_clip(path: Path, num_frames: int, seed: int = 0) -> Path:

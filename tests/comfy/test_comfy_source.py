@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from comfy_workflows import editor, golden
 from PIL import Image, PngImagePlugin
+from recipes_for_tests import remux
 from safetensors.numpy import save_file
 
 from s2v_flow.api import KINDS
@@ -124,13 +125,7 @@ def test_a_video_of_ours_is_answered_with_the_command_that_gives_its_recipe(name
     video(file, {}, "mpeg4")
     file.write_bytes(file.read_bytes() + note_box(b'{"essence":2,"recipe":{}}'))
     if copy != file:
-        with av.open(str(file)) as given, av.open(str(copy), "w") as made:
-            made.metadata.update(given.metadata)
-            stream = made.add_stream_from_template(given.streams.video[0])
-            for packet in given.demux(given.streams.video[0]):
-                if packet.dts is not None:
-                    packet.stream = stream
-                    made.mux(packet)
+        remux(file, copy)
     with pytest.raises(S2VFlowError, match="holds no ComfyUI workflow, but the recipe") as caught:
         import_workflow(copy, KINDS)
     assert shlex.join(["s2vflow", "recipe", str(copy), "-o", f"{copy.stem}.yaml"]) in (caught.value.fix or "")

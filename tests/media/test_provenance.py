@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from recipes_for_tests import remux
 
 from s2v_flow.errors import MediaError
 from s2v_flow.media.provenance import BOX_ID, MAX_NOTE_BYTES, note_box, read_note, tags_box
@@ -53,14 +54,7 @@ def test_ffmpeg_reads_the_note_as_a_comment_and_a_remux_keeps_it(tmp_path: Path,
         assert container.metadata["workflow"] == '{"nodes":[]}'
     for name, movflags in (("a.mp4", ""), ("b.mp4", "use_metadata_tags"), ("c.mkv", "")):
         target = tmp_path / name
-        given = {"movflags": movflags} if movflags else {}
-        with av.open(str(source)) as old, av.open(str(target), "w", options=given) as new:
-            new.metadata.update(old.metadata)
-            stream = new.add_stream_from_template(old.streams.video[0])
-            for packet in old.demux(old.streams.video[0]):
-                if packet.dts is not None:
-                    packet.stream = stream
-                    new.mux(packet)
+        remux(source, target, **({"movflags": movflags} if movflags else {}))
         assert b"s2vflow-prov-001" not in target.read_bytes()
         assert read_note(target) == note
         with av.open(str(target)) as container:
