@@ -270,6 +270,12 @@ class Store:
         if not tag.exists():
             tag.write_text("Signature: 8a477f597d28d172789f06886806bc55\n# Artifacts of s2vflow; safe to delete.\n")
 
+    def has_copy(self, path: Path) -> bool:
+        """Tell whether a file's bytes are stored too."""
+        with suppress(OSError):
+            return self._has(described(path))
+        return False
+
     def _has(self, item: StoredObject) -> bool:
         if item.file_name in self._unusable:
             return False

@@ -109,6 +109,10 @@ class Node(BaseModel):
         """Return where a sink's stored outputs go, by port; without `ports`, not known yet, the first of them."""
         return dict.fromkeys(ports or ["file"], files["file",])
 
+    def surplus(self, files: Mapping[FieldPath, Path], ports: Iterable[str] | None = None) -> list[Path]:
+        """Return what stands beside a sink's files, and would seem to be of its result: the rest of a longer one."""
+        return []
+
     def deliver(
         self, files: Mapping[FieldPath, Path], artifacts: Mapping[str, Artifact], note: bytes
     ) -> list[tuple[Path, bool]]:

@@ -13,7 +13,7 @@ from s2v_flow.cache.budget import NO_LIMIT
 from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import MissingError, S2VFlowError
-from s2v_flow.files.atomic import TakenError
+from s2v_flow.files.atomic import TakenError, writing
 from s2v_flow.graph.context import Artifact, Closable, Keep, Numerics, ResumePoint, RunContext, Watch, Way
 from s2v_flow.graph.events import (
     Delivered,
@@ -393,19 +393,23 @@ class Run:
         artifacts = {port: self._artifact(node, port) for port in self.entries[node.name].outputs}
         reap_outputs(node)
         entry, wanted = self.entries[node.name], node.files["file",]
-        others = other_files(node, entry)
-        replaced = described_files(others) if others and self.overwrites else ""
+        others, surplus = other_files(node, entry), node.node.surplus(node.files, entry.outputs)
+        overwrites = self.overwrites and all(map(self.store.has_copy, surplus))  # else something would be lost
+        replaced = described_files(others) if others and overwrites else ""
         note = self.note(node, self.entries)
         delivered: list[tuple[Path, bool]] | None = None
         while delivered is None:
-            path = wanted if self.overwrites else free_place(node, entry)
+            path = wanted if overwrites else free_place(node, entry)
             with suppress(TakenError):  # another run has just taken the name
                 delivered = node.node.deliver({**node.files, ("file",): path}, artifacts, note)
         self._results.forget(node.name)
+        for rest in surplus if overwrites else ():
+            with writing(rest):
+                rest.unlink(missing_ok=True)
         if replaced:
             self.emit(Noted(node.name, f"file: {replaced} was replaced (--overwrite)"))
         elif path != wanted and delivered[0][1]:
-            kept = next(iter(others), wanted).name
+            kept = next(iter(surplus if self.overwrites else others), wanted).name
             self.emit(Noted(node.name, f"{kept} kept: it is another result; written as {delivered[0][0].name}"))
         for path, changed in delivered:
             self.emit(Delivered(node.name, str(path), changed))

@@ -134,7 +134,10 @@ def placing(plan: Plan, statuses: Mapping[str, NodeStatus], *, overwrites: bool 
             files = {**node.files, ("file",): free_place(node, entry)}
             new = next(iter(node.node.targets(files, entry.outputs if entry else None).values()))
             if overwrites:
-                yield f"file: {described_files(others)} will be replaced (--overwrite)"
+                ports = entry.outputs if entry else None
+                held = "; what goes on behind the new ones only if the cache holds it"
+                more = held if node.node.surplus(node.files, ports) else ""
+                yield f"file: {described_files(others)} will be replaced (--overwrite){more}"
             elif entry is None:
                 yield f"file: {described_files(others)} stays, unless it is this result; else written as {new.name}"
             elif not os.path.lexists(new):
@@ -151,9 +154,8 @@ def other_files(node: PlanNode, entry: Entry | None, path: Path | None = None) -
     outputs = entry.outputs if entry else {}
     files = {**node.files, ("file",): path or node.files["file",]}
     targets = node.node.targets(files, outputs or None)
-    return [
-        path for port, path in targets.items() if is_file_there(path) and not (entry and holds(path, outputs[port]))
-    ]
+    others = [path for port, path in targets.items() if not (entry and holds(path, outputs[port]))]
+    return [path for path in (*others, *node.node.surplus(files, outputs or None)) if is_file_there(path)]
 
 
 def described_files(files: Sequence[Path]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -161,6 +163,14 @@ class SaveImages(Sink):
         """Return where the images go, by number."""
         pattern = files["file",]
         return {number: pattern.with_name(f"{pattern.stem}_{number}{pattern.suffix}") for number in ports or ["00001"]}
+
+    def surplus(self, files: Files, ports: Iterable[str] | None = None) -> list[Path]:
+        """Return the images of other numbers: a sequence on the disk is one result."""
+        pattern, own, names = files["file",], set(self.targets(files, ports).values()), list[str]()
+        with suppress(OSError):  # there is no such folder yet
+            names = os.listdir(pattern.parent)
+        numbered = re.compile(rf"{re.escape(pattern.stem)}_[0-9]{{5,}}{re.escape(pattern.suffix)}")
+        return sorted({pattern.with_name(name) for name in names if numbered.fullmatch(name)} - own)
 
 
 class SaveLatent(Sink):

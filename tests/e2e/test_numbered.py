@@ -67,6 +67,33 @@ def test_overwrite_replaces_and_says_so(place: list[object], tmp_path: Path) -> 
     assert (tmp_path / "out" / "32.mp4").read_bytes() != before
 
 
+def test_a_sequence_on_the_disk_is_one_result(place: list[object], tmp_path: Path) -> None:
+    """A shorter one that begins alike goes elsewhere, a longer one completes it; --overwrite removes what is stored."""
+    recipe, out, count = tmp_path / "recipe.yaml", tmp_path / "out", "nodes.still.count="
+    recipe.write_text("".join(line for line in RECIPE.splitlines(keepends=True) if "video" not in line))
+
+    def names(number: str, last: int) -> list[str]:
+        return [f"p{number}_{index:05}.png" for index in range(1, last + 1)]
+
+    call("run", *place)
+    assert "3 more" not in call("plan", *place)[1]
+    assert "p.2_00001.png" in call("plan", *place, "--set", f"{count}2")[1]
+    for _ in range(2):
+        call("run", *place, "--set", f"{count}2")
+        assert files(out) == [*names(".2", 2), *names("", 3)]
+    call("run", *place, "--set", f"{count}4")
+    assert files(out) == [*names(".2", 2), *names("", 4)]
+    _, _, err = call("run", *place, "--set", f"{count}1", "--overwrite")
+    assert files(out) == [*names(".2", 2), *names("", 1)]
+    assert "p_00002.png and 2 more" in err
+    mine = out / "p_00007.png"
+    mine.write_bytes(b"mine")
+    _, _, err = call("run", *place, "--set", f"{count}1", "--overwrite")
+    assert "p_00007.png kept: it is another result; written as p.3_00001.png" in err
+    assert mine.read_bytes() == b"mine"
+    assert files(out) == [*names(".2", 2), *names(".3", 1), *names("", 1), "p_00007.png"]
+
+
 def test_o_names_the_only_output_wherever_it_lies(place: list[object], tmp_path: Path) -> None:
     """Its bytes are those of the recipe's own file; a recipe with two outputs, or another suffix, is refused."""
     code, _, err = call("run", *place, "-o", tmp_path / "x.mp4")
