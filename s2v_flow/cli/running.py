@@ -57,7 +57,7 @@ def execute(
     from s2v_flow.cli import report
     from s2v_flow.cli.progress import Progress
     from s2v_flow.cli.trial import trial
-    from s2v_flow.runs.record import new_run_id
+    from s2v_flow.runs.record import new_run_id, runs_root
     from s2v_flow.runs.stream import open_events, to_all
 
     if has_report:
@@ -78,7 +78,7 @@ def execute(
         progress.note(note)
     if is_measured:
         progress.note(f"nothing like this ran here yet: {report.duration(planned.estimate)}")
-    run_id, seen = new_run_id(), []
+    run_id, seen = new_run_id(runs_root(options.cache_root)), []
     try:
         with open_events(events, progress, run_id) as stream:
             told = to_all(progress, *stream)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,13 @@ from s2v_flow.cache.housekeeping import is_running
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
 from s2v_flow.runs.essence import read_essence
 from s2v_flow.runs.manifest import Essence, Manifest
+from s2v_flow.runs.record import RUN_ID
 from s2v_flow.wording import did_you_mean
 
 LAST = "last"
 _NAME = "manifest.json"
 _MAX_BYTES = 64 << 20
 _MAX_NAMED = 10  # runs that a message names
-_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
     `root`: the folder with a folder for every run; it need not be there. Folders in it that are no runs' stay.
     """
     gone = []
-    for path in [path for path in _paths(root) if _ID.fullmatch(path.parent.name)][keep:]:
+    for path in [path for path in _paths(root) if RUN_ID.fullmatch(path.parent.name)][keep:]:
         with suppress(OSError):  # it cannot be removed
             if not is_dry:
                 path.unlink(missing_ok=True)  # another process may have been first

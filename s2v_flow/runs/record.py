@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +49,8 @@ from s2v_flow.runs.manifest import (
     to_text,
 )
 from s2v_flow.runs.values import file_records, home_hidden, values_of, without_home, written
+
+RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 
 
 def runs_root(cache_root: Path) -> Path:
@@ -100,13 +103,13 @@ class Recorder:
         with suppress(OSError):  # the manifest will say why
             make_root(self.folder.parent)
             for _ in range(3):
-                self.id = self.id or new_run_id()
+                self.id = self.id or new_run_id(self.folder)
                 try:
                     (self.folder / self.id).mkdir(parents=True, exist_ok=self.goes_on)
                     break
                 except FileExistsError:  # another run of the same second and digits
                     self.id = ""
-        self.id = self.id or new_run_id()
+        self.id = self.id or new_run_id(self.folder)
         with suppress(ValueError):  # it began when it got its id
             named = datetime.strptime(f"{self.id[:15]}.999+0000", "%Y%m%d-%H%M%S.%f%z")
             self._started = min(self._started, named)
@@ -265,7 +268,14 @@ class Recorder:
             os.replace(name, self.folder / self.id / "manifest.json")
 
 
-def new_run_id() -> str:
-    """Return an id for a run that begins now: UTC time, and the part of the second in four hexadecimal digits."""
+def new_run_id(folder: Path) -> str:
+    """Return an id for a run that begins now: UTC time, and the part of the second in four hexadecimal digits.
+
+    Where `folder` has a later one, for the clock was set back, it is the next after that: ids sort as runs began.
+    """
     now = datetime.now(timezone.utc)
+    with suppress(OSError, ValueError, OverflowError):  # no folder, or no such time
+        newest = max(filter(RUN_ID.fullmatch, os.listdir(folder)))
+        second = datetime.strptime(f"{newest[:15]}+0000", "%Y%m%d-%H%M%S%z")
+        now = max(now, second + timedelta(seconds=(int(newest[16:], 16) + 1.5) / 0x10000))
     return f"{now:%Y%m%d-%H%M%S}-{now.microsecond * 0x10000 // 1_000_000:04x}"

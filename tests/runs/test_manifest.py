@@ -25,6 +25,7 @@ from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.events import Delivered, Event, NodeStarted, Noted, RunFinished
 from s2v_flow.history.find import read_manifest
 from s2v_flow.runs.environment import git_state
+from s2v_flow.runs.record import new_run_id
 
 SCHEMA = Path(__file__).parents[2] / "schemas" / "manifest.schema.json"
 LORA = {"id": "light", "file": "tiny_lightning_lora.safetensors", "allow_partial": True}
@@ -280,6 +281,31 @@ def test_a_video_that_is_moved_at_once_loses_no_manifest(done: Place, tmp_path: 
     (output,) = kept.outputs
     assert (kept.status, output.name, output.size) == ("finished", "out/talk.mp4", None)
     assert output.sha256 == kept.nodes[-1].outputs["file"]
+
+
+def test_ids_sort_as_runs_began_also_where_the_clock_was_set_back(tmp_path: Path) -> None:
+    """The next after the newest there; what only looks like an id, or like a time, counts for nothing."""
+    assert new_run_id(tmp_path / "none")[:2] == "20"
+    for name, following in (
+        ("20990101-000000-0000", "20990101-000000-0001"),
+        ("20990101-000000-fffe", "20990101-000000-ffff"),
+        ("20991231-235959-ffff", "21000101-000000-0000"),
+        ("99991231-235959-ffff", "20"),
+        ("99999999-000000-0000", "20"),
+        ("zz", "20"),
+    ):
+        folder = tmp_path / following / name
+        folder.mkdir(parents=True)
+        assert new_run_id(folder.parent).startswith(following)
+
+
+def test_the_last_run_is_the_one_that_began_last(quick_run: Place, tmp_path: Path) -> None:
+    made = copied(quick_run, tmp_path)
+    (path,) = made.manifests()
+    path.parent.rename(path.parents[1] / "20990101-000000-0000")
+    ran = json.loads(made.run("--json")[1])["run"]
+    assert ran == "20990101-000000-0001"
+    assert json.loads(made.call("show", "last", "--json")[1])["id"] == ran
 
 
 def test_two_runs_of_one_name_do_not_meet(done: Place, tiny_models: Path) -> None:
