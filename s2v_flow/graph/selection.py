@@ -50,15 +50,30 @@ class Selection:
         """Return the plan nodes that are computed anew.
 
         Raises:
-            S2VFlowError: A name is unknown.
+            S2VFlowError: A name is unknown, or what is to be computed anew may not be computed.
         """
-        if self.is_fresh:
-            return frozenset(node.name for node in plan.nodes if node.node.is_stored or node.node.is_kept)
-        chosen: set[str] = set()
+        chosen = {node.name for node in plan.nodes} if self.is_fresh else set[str]()
         for given in self.force:
             found = members(plan, given.removesuffix("+"))
             chosen |= found | (plan.after(found) if given.endswith("+") else set())
+        barred, why = self._barred(plan)
+        clash = [node.name for node in plan.nodes if node.name in barred & chosen and node.node.is_stored]
+        if clash:
+            anew = "--no-cache" if self.is_fresh else "--force"
+            text = f"{anew} computes anew what {why} takes as it is stored: {listed(clash)}"
+            raise S2VFlowError(text, fix=f"leave out {anew} or {why}", exit_code=ExitCode.USAGE)
         return frozenset(name for name in chosen if plan.node(name).node.is_stored or plan.node(name).node.is_kept)
+
+    def _barred(self, plan: Plan) -> tuple[set[str], str]:
+        """Return the plan nodes that may not be computed, and the option that says so."""
+        if self.is_cached_only:
+            return {node.name for node in plan.nodes}, "--cache-only"
+        if self.only:
+            targets = {name for given in self.only for name in members(plan, given)}
+            return {node.name for node in plan.nodes} - targets, "--only"
+        if self.start is not None:
+            return plan.before(members(plan, self.start)), "--from"
+        return set(), ""
 
     def check(self, plan: Plan, statuses: Mapping[str, NodeStatus]) -> None:
         """Refuse a run that would have to compute what it may not.
@@ -66,14 +81,7 @@ class Selection:
         Raises:
             S2VFlowError: A name is unknown, or something is not stored.
         """
-        barred: set[str] = set()
-        if self.is_cached_only:
-            barred, why = {node.name for node in plan.nodes}, "--cache-only"
-        elif self.only:
-            targets = {name for given in self.only for name in members(plan, given)}
-            barred, why = {node.name for node in plan.nodes} - targets, "--only"
-        elif self.start is not None:
-            barred, why = plan.before(members(plan, self.start)), "--from"
+        barred, why = self._barred(plan)
         lacking = [
             node.name
             for node in plan.nodes

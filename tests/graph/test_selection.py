@@ -53,6 +53,25 @@ def test_what_may_not_be_computed_must_be_stored(tmp_path: Path, selection: Sele
     assert error.value.exit_code == ExitCode.MISSING
 
 
+@pytest.mark.parametrize(
+    ("selection", "text"),
+    [
+        (Selection(is_fresh=True, is_cached_only=True), "--no-cache computes anew what --cache-only takes as it is"),
+        (Selection(force=("talk[2]",), is_cached_only=True), "--force computes anew .* as it is stored: talk\\[2\\]"),
+        (Selection(is_fresh=True, only=("talk",)), "--no-cache computes anew what --only takes"),
+        (Selection(force=("first+",), start="frames"), "--force computes anew what --from takes"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_by_every_plan(
+    tmp_path: Path, selection: Selection, text: str
+) -> None:
+    with pytest.raises(S2VFlowError, match=text) as error:
+        planned(tmp_path, selection)
+    assert error.value.exit_code == ExitCode.USAGE
+    planned(tmp_path, Selection(is_fresh=True, until=("talk",), force=("talk",)))
+    planned(tmp_path, Selection(force=("talk[2]", "vae"), only=("talk[2]",)))
+
+
 def test_an_unknown_name_is_a_mistake_on_the_command_line(tmp_path: Path) -> None:
     """The nearest known name is in the fix."""
     with pytest.raises(S2VFlowError, match="tolk") as error:
