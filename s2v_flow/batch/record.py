@@ -16,7 +16,7 @@ from typing import Any
 
 from s2v_flow.batch.job import Job
 from s2v_flow.errors import MissingError, S2VFlowError
-from s2v_flow.files.atomic import free_name, is_alive, machine_id, temporary, writing
+from s2v_flow.files.atomic import TakenError, free_name, is_alive, machine_id, put_new, temporary, writing
 from s2v_flow.files.lock import held, is_held
 from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Override
@@ -138,14 +138,15 @@ def write_batch(jobs: Sequence[Job], options: Options) -> Batch:
         return not os.path.lexists(path) or _identity(path) == identity
 
     identity = _identity_of(head, json.loads(json.dumps(entries)))
-    path = free_name(folder / NAME, is_free)
-    with writing(path):
-        path.with_suffix("").mkdir(parents=True, exist_ok=True)
-        with temporary(folder, ".json") as (file, name):
-            file.write(text.encode())
-            file.flush()
-            os.replace(name, path)
-    return Batch(path, tuple(jobs), options, Path(head["folder"]))
+    with writing(folder / NAME), temporary(folder, ".json") as (file, name):
+        file.write(text.encode())
+        file.flush()
+        while True:
+            path = free_name(folder / NAME, is_free)
+            path.with_suffix("").mkdir(parents=True, exist_ok=True)
+            with suppress(TakenError):  # by another batch, just now
+                os.replace(name, path) if os.path.lexists(path) else put_new(name, path)
+                return Batch(path, tuple(jobs), options, Path(head["folder"]))
 
 
 def read_batch(path: Path) -> Batch:

@@ -40,11 +40,14 @@ def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[
     elif target == "-":
         yield (EventStream(sys.stdout, run),)
     else:
-        if not _may_be_written(target):
-            text = f"--events {target}: another file is there, and stays"
-            raise S2VFlowError(text, fix="name a new one, or remove it", exit_code=ExitCode.USAGE)
         try:
-            file = open(target, "w", encoding="utf-8")  # noqa: SIM115
+            try:
+                file = open(target, "x", encoding="utf-8")  # noqa: SIM115
+            except FileExistsError:
+                if not _may_be_written(target):
+                    text = f"--events {target}: another file is there, and stays"
+                    raise S2VFlowError(text, fix="name a new one, or remove it", exit_code=ExitCode.USAGE) from None
+                file = open(target, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             fix = "name another file with --events"
             raise S2VFlowError(
@@ -58,7 +61,7 @@ def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[
 
 
 def _may_be_written(target: str) -> bool:
-    """Tell whether no file of the user's is lost: there is none, or it is empty, a device, or holds a run's events."""
+    """Tell whether no file of the user's is lost: it is empty, a device, or holds a run's events."""
     if not os.path.isfile(target):
         return True
     with suppress(OSError), open(target, "rb") as file:

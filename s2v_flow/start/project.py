@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
-from s2v_flow.files.atomic import temporary
+from s2v_flow.files.atomic import TakenError, put_new, temporary
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.library.needs import meant_instead
@@ -180,16 +180,20 @@ def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
             return
         if path.is_file() and path.read_bytes() == text.encode():
             return
-        if path.exists() and not force:
-            raise S2VFlowError(
-                f"{path} is there already, and says something else",
-                fix="name another file with -o, or overwrite it with --force",
-                exit_code=ExitCode.USAGE,
-            )
         with temporary(path.parent, path.suffix) as (file, name):
             file.write(text.encode())
             file.close()
-            os.replace(name, path)
+            if force:
+                os.replace(name, path)
+                return
+            with suppress(TakenError):  # perhaps by another process, of the same
+                put_new(name, path)
+            if path.read_bytes() != text.encode():
+                raise S2VFlowError(
+                    f"{path} is there already, and says something else",
+                    fix="name another file with -o, or overwrite it with --force",
+                    exit_code=ExitCode.USAGE,
+                )
     except OSError as error:
         fix = "name another file with -o"
         raise S2VFlowError(f"{path}: cannot be written: {error.strerror}", fix, exit_code=ExitCode.USAGE) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from recipes_for_tests import PORTRAIT, RECIPES, call, write_voice
 
 from s2v_flow import api
+from s2v_flow.errors import S2VFlowError
 from s2v_flow.start.project import Start, fitting_size, recipe_text, write_recipe
 from s2v_flow.start.recipes import RECIPES as LIKENESSES
 
@@ -128,6 +130,26 @@ def test_init_overwrites_nothing_without_force(tmp_path: Path) -> None:
     assert call("init", "-o", path, "--like", "demo", "--force")[0] == 0
     assert "demo_s2v" in path.read_text()
     assert os.listdir(tmp_path) == ["recipe.yaml"]
+
+
+def test_of_writers_at_once_the_first_counts(tmp_path: Path) -> None:
+    """Nobody's text is lost, whenever the others look; the same text twice is no mistake."""
+    for round_ in range(20):
+        path, starts, refused = tmp_path / f"{round_}.yaml", threading.Barrier(4), list[str]()
+
+        def write(text: str, path: Path = path, starts: threading.Barrier = starts, to: list[str] = refused) -> None:
+            starts.wait()
+            try:
+                write_recipe(path, text)
+            except S2VFlowError:
+                to.append(text)
+
+        threads = [threading.Thread(target=write, args=(text,)) for text in "abbc"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted([*refused, path.read_text(), *path.read_text().replace("a", "").replace("c", "")]) == [*"abbc"]
 
 
 @pytest.mark.parametrize(
