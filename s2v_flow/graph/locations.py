@@ -89,9 +89,13 @@ class Locations:
             root, text, typed_by_user = Path(), str(self.output_file), True
         if self.output_tag:
             text = str(Path(text).with_suffix(f".{self.output_tag}{Path(text).suffix}"))
-        target = Path(os.path.realpath(os.path.abspath(root / os.path.expanduser(text))))
+        named = Path(os.path.abspath(root / os.path.expanduser(text)))
+        target = Path(os.path.realpath(named))
         if typed_by_user or target.is_relative_to(os.path.realpath(root)):
-            return target
+            links = filter(os.path.islink, named.parents)
+            is_lost = any(not os.path.lexists(os.path.realpath(link)) for link in links)
+            is_lost = is_lost or (os.path.islink(named) and not target.parent.is_dir())
+            return named if is_lost else target  # what a link stands for, such as a disk, is never made
         raise RefusedError(
             f"the recipe wants to write outside its folder: {text} is {target}",
             fix=f"use a path inside {root}, or say --output-dir {target.parent}",

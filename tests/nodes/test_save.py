@@ -50,6 +50,20 @@ def test_a_place_that_takes_no_file_is_refused_at_once(
     assert not list((tmp_path / "cache").glob("objects/**/*.safetensors")), "nothing was computed"
 
 
+@pytest.mark.parametrize("where", ["disk/talk.mp4", "disk/more/talk.mp4", "talk.mp4"])
+def test_what_a_link_leads_to_is_not_made(tmp_path: Path, tiny_models: Path, where: str) -> None:
+    """A disk that is not there: the plan refuses; a link under the very name stays, and the result is numbered."""
+    write_voice(tmp_path / "voice.wav", 0.5)
+    os.symlink(tmp_path / "gone" / "away", tmp_path / where.partition("/")[0])
+    recipe = write_recipe(tmp_path, tiny(video={"file": where}))
+    code, out, err = call("plan", recipe, "--models-dir", tiny_models, "--cache-dir", tmp_path / "cache")
+    if "/" in where:
+        assert (code, "error[R136]: file: " in err, "disk is no folder" in err) == (3, True, True), err
+    else:
+        assert (code, "else written as talk.2.mp4" in out) == (0, True), out + err
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_folder_where_nobody_may_write_is_refused_at_once() -> None:
     node = SaveVideo.model_construct(file="talk.mp4")
     with tempfile.TemporaryDirectory() as name:
