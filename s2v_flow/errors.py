@@ -85,6 +85,10 @@ class S2VFlowError(Exception):
     inside: str | None = field(default=None, kw_only=True)
     exit_code: ExitCode = field(default=ExitCode.FAILED, kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Give pickle what makes the error again, however it was made."""
+        self.args = (self.message, self.fix, self.kept)
+
     def __str__(self) -> str:
         return self.message
 

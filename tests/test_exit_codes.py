@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -20,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from s2v_flow.cache import store
 from s2v_flow.cli.main import EXIT_CODES
-from s2v_flow.errors import ExitCode
+from s2v_flow.errors import Diagnostic, ExitCode, MediaError, Place, RecipeError, S2VFlowError
+from s2v_flow.files.atomic import cannot_write
 from s2v_flow.models.vae import WanVAE
 
 
@@ -227,3 +229,20 @@ def test_what_may_not_be_read_is_no_defect(tmp_path: Path) -> None:
         closed.chmod(0o755)
         told = done.stdout + done.stderr
         assert (done.returncode, "check its permissions" in told, "Traceback" in told) == (4, True, False), told
+
+
+def test_errors_reach_other_processes_whole() -> None:
+    """However they were made: with keywords alone, with a cause's fields, changed since."""
+    place = Place("talk.yaml", 3, 5)
+    faults = [Diagnostic("R001", "no", place)]
+    raised = [
+        S2VFlowError(message="no", fix="yes", place=place, exit_code=ExitCode.USAGE),
+        RecipeError(message="no", diagnostics=faults, are_all=False),
+        RecipeError("no", None, "all", faults),
+        MediaError("no", "yes"),
+        cannot_write(Path("out"), OSError(errno.ENOSPC, "full")),
+    ]
+    raised[0].message = "never"
+    for error in raised:
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), vars(again), str(again)) == (type(error), vars(error), str(error))
