@@ -47,6 +47,7 @@ _ALLOWED_GAP_SECONDS = Fraction(1, 4)  # between the length that a header promis
 _QUICKTIME_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _CONVERT = {"video": "convert it to H.264 by ffmpeg", "sound": "convert it to wav by ffmpeg"}
 _PICTURES = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF"}
+_PICTURE_CODECS = ("mjpeg", "png", "bmp", "gif", "webp", "tiff")
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<?xml", b"<smil", b"http:", b"https:")
 
 
@@ -166,8 +167,14 @@ def usable_track(streams: Sequence[Any], what: str, path: str | os.PathLike[str]
 
 
 def films(container: Any) -> list[Any]:
-    """Return a file's video tracks, without pictures of the whole, such as an album's cover."""
-    return [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
+    """Return a file's video tracks, without pictures of the whole, such as an album's cover, marked as one or not."""
+    tracks = [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
+    return [track for track in tracks if not is_picture(track)] or tracks
+
+
+def is_picture(track: Any) -> bool:
+    """Tell whether a video track has a codec of pictures: beside a film it is a cover."""
+    return track.codec_context is not None and track.codec_context.name in _PICTURE_CODECS
 
 
 def origin(container: Any) -> Fraction:

@@ -23,6 +23,7 @@ from s2v_flow.media.source import (
     Remark,
     damaged,
     films,
+    is_picture,
     open_container,
     open_source,
     origin,
@@ -33,13 +34,15 @@ from s2v_flow.media.source import (
 
 _TIMESTAMP_TOLERANCE_SECONDS = Fraction(2, 1000)  # Matroska rounds its times to milliseconds
 _HDR_CURVES = (16, 18)  # ISO/IEC 23091-2: PQ and HLG
+_SEEN_ASPECT = Fraction(1, 100)  # rounded sizes make pixels less square than that
 _NOTICED_SECONDS = Fraction(45, 1000)  # from which on sound before its picture is noticed (ITU-R BT.1359)
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file shows; `width` and `height` are those of the upright picture.
+    """What a video file shows; `width` and `height` are those of the upright picture in square pixels.
 
+    `pixel_aspect` is how wide the file's own pixels are for their height, 1 where that cannot be seen.
     `late_seconds` is for how long the sound goes on before the picture, if that is noticed: the first frame stands
     still then, and that counts in `duration_seconds`.
     """
@@ -52,6 +55,7 @@ class VideoInfo:
     has_audio: bool
     late_seconds: Fraction = Fraction(0)
     notes: tuple[str, ...] = ()
+    pixel_aspect: Fraction = Fraction(1)
 
     def num_frames_at(self, fps: int | Fraction) -> int:
         """Return how many frames at i / fps begin before the video ends; a rest under 2 ms is a rounded timestamp."""
@@ -88,7 +92,8 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
             end = max(end, time + (packet.duration or 0) * packet.time_base)
         if first is None or start is None:
             raise MediaError(f"{path}: the video has no frames", "give a video that has some")
-        height, width = _upright_pixels(first, path).shape[:2]
+        aspect = _pixel_aspect(stream)
+        height, width = _upright_pixels(first, path, aspect).shape[:2]
         fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
         late = start - origin(container) if container.streams.audio else Fraction(0)
         late = late if late > _NOTICED_SECONDS else Fraction(0)
@@ -96,21 +101,24 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
             notes.append(f"its picture starts {float(late):.3f} s late: the first frame stands still until then")
         if _is_mirrored(first):
             notes.append("it is shown mirrored, as its metadata says")
+        if aspect != 1:
+            shape = f"{aspect.numerator}:{aspect.denominator}"
+            notes.append(f"its pixels are {shape}, not square: it is scaled to {width}x{height}, as players show it")
         if first.color_trc in _HDR_CURVES:
             notes.append(Remark("it is HDR, and taken as SDR: colours look pale; convert it to SDR by ffmpeg"))
         duration = max(end - start, 1 / fps) + late
         if duration > MAX_VIDEO_SECONDS:
             raise RefusedError(f"{path}: the video lasts {float(duration):.0f} s", f"cut it to {MAX_VIDEO_SECONDS} s")
         has_audio = bool(container.streams.audio)
-        return VideoInfo(width, height, num_frames, fps, duration, has_audio, late, tuple(notes))
+        return VideoInfo(width, height, num_frames, fps, duration, has_audio, late, tuple(notes), aspect)
 
 
 class VideoReader:
     """A video's frames at a constant rate: frame i is the one shown nearest to i / fps seconds after the start.
 
     Reads forwards from where it stands and begins again when asked for what lies behind, so it never holds more than
-    two decoded frames besides those that it returns. Rotation and mirroring in the file's metadata are applied. Use it
-    in a `with` statement.
+    two decoded frames besides those that it returns. Rotation, mirroring and pixels that are not square, in the file's
+    metadata, are applied. Use it in a `with` statement.
 
     Raises:
         MissingError, MediaError, RefusedError: as `probe_video`.
@@ -180,7 +188,7 @@ class VideoReader:
         if not candidates:
             raise MediaError(f"{self._path}: the video has no frames", "give a video that has some")
         nearest = min(candidates, key=lambda shown: abs(shown[0] - wanted))
-        pixels = _upright_pixels(nearest[1], self._path)
+        pixels = _upright_pixels(nearest[1], self._path, self.info.pixel_aspect)
         if pixels.shape != (self.info.height, self.info.width, 3):
             raise MediaError(f"{self._path}: its frames change their size on the way", "re-encode it by ffmpeg")
         return pixels
@@ -194,8 +202,12 @@ def _opened(path: str | os.PathLike[str], note: Callable[[str], None] = lambda t
         if name not in ("mov", "matroska"):
             raise MediaError(f"{path}: not a video but a sound ({name})", "give an mp4, mov, mkv or webm file")
         with open_container(file, name, path) as container:
-            stream = usable_track(films(container), "video", path, note)
-            if stream.codec_context.width * stream.codec_context.height > MAX_IMAGE_PIXELS:
+            tracks, every = films(container), container.streams.video
+            stream = usable_track(tracks, "video", path, note)
+            if any(track not in tracks and is_picture(track) for track in every[: every.index(stream)]):
+                note(f"its video track {every.index(stream) + 1} is used: before it stands a picture")
+            aspect = _pixel_aspect(stream)
+            if stream.codec_context.width * stream.codec_context.height * max(aspect, 1 / aspect) > MAX_IMAGE_PIXELS:
                 raise RefusedError(
                     f"{path}: its frames have more than {MAX_IMAGE_PIXELS // 2**20} megapixels", "scale the video down"
                 )
@@ -224,10 +236,20 @@ def _decoded(packet: Any, path: str | os.PathLike[str]) -> Iterator[Any]:
         raise damaged(path, error) from error
 
 
-def _upright_pixels(frame: Any, path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Return an `av.VideoFrame` as uint8 [H, W, 3], mirrored and turned as the file's metadata says, in quarters."""
+def _pixel_aspect(stream: Any) -> Fraction:
+    """Return how wide a stream's pixels are for their height; 1 where they are nearly square, or nothing is said."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    return aspect if abs(aspect - 1) > _SEEN_ASPECT else Fraction(1)
+
+
+def _upright_pixels(frame: Any, path: str | os.PathLike[str], aspect: Fraction) -> NDArray[np.uint8]:
+    """Return an `av.VideoFrame` as uint8 [H, W, 3], as the file's metadata says: mirrored, turned in quarters, and with
+    the shorter side of its pixels scaled up, to an even number.
+    """
+    width = frame.width if aspect <= 1 else 2 * round(frame.width * aspect / 2)
+    height = frame.height if aspect >= 1 else 2 * round(frame.height / aspect / 2)
     try:
-        pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+        pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", width=width, height=height)
     except (*AV_ERRORS, OSError) as error:  # a colour space that FFmpeg cannot convert
         raise damaged(path, error) from error
     pixels = pixels[::-1] if _is_mirrored(frame) else pixels

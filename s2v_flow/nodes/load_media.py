@@ -148,7 +148,8 @@ class AudioConcat(Node):
 class LoadVideo(Node):
     """Read a video's frames at 16 frames a second: a pose video, or a clip whose motion is to be continued.
 
-    Rotation and mirroring are obeyed; where its sound begins before its picture, its first frame waits, standing still.
+    Rotation, mirroring and non-square pixels are obeyed; where its sound begins before its picture, its first frame
+    waits, standing still.
     """
 
     kind: ClassVar[str] = "load_video"
@@ -159,7 +160,7 @@ class LoadVideo(Node):
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Decode a frame, and pass on how large they are and how many."""
         values = planner.add_simple(name, self)
-        known = _probed(planner, name, "film", _measure_video)
+        known = _probed(planner, name, "film 2", _measure_video)  # 2: in square pixels
         if known.get("is_anew"):
             planner.add(name, _LoadVideoAnew(**dict(self)), {}, recipe_node=name)
         return with_facts(values, known)
@@ -180,7 +181,7 @@ class LoadVideo(Node):
 
 
 class _LoadVideoAnew(LoadVideo):
-    """A video that earlier versions read otherwise: mirrored, or with a picture that starts late."""
+    """A video that earlier versions read otherwise: mirrored, late, with a cover in front, with pixels not square."""
 
     version: ClassVar[int] = 2
 

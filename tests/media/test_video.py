@@ -189,6 +189,65 @@ def test_a_cover_is_no_video(tmp_path: Path) -> None:
         probe_video(tmp_path / "a.m4a")
 
 
+def coded(path: Path, *tracks: tuple[str, NDArray[np.uint8]], aspect: Fraction | None = None) -> Path:
+    """Write tracks of frames by their codecs, with pixels of a shape."""
+    with av.open(str(path), "w") as file:
+        streams = [file.add_stream(codec, rate=16) for codec, _ in tracks]
+        for stream, (codec, frames) in zip(streams, tracks, strict=True):
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = {"png": "rgb24", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+            if aspect is not None:
+                stream.codec_context.sample_aspect_ratio = aspect
+        for stream, (_, frames) in zip(streams, tracks, strict=True):
+            for frame in frames:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
+            file.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("png", "mov"), ("mjpeg", "mkv")])
+def test_a_cover_in_a_track_of_its_own_is_passed_over(tmp_path: Path, codec: str, suffix: str) -> None:
+    """Wherever it stands; a film that is all the file has may have the same codec."""
+    film, cover = ("libx264", grey_frames(5)), (codec, np.full((1, 64, 64, 3), 255, np.uint8))
+    for name, tracks, notes in (
+        (f"before.{suffix}", (cover, film), ("its video track 2 is used: before it stands a picture",)),
+        (f"behind.{suffix}", (film, cover), ()),
+        (f"alone.{suffix}", ((codec, grey_frames(5)),), ()),
+    ):
+        with VideoReader(coded(tmp_path / name, *tracks)) as reader:
+            assert (reader.info.width, reader.info.height, reader.info.notes) == (WIDTH, HEIGHT, notes)
+            assert indices(reader.read(0, 9)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"),
+    [
+        (Fraction(16, 11), (70, HEIGHT)),
+        (Fraction(8, 9), (WIDTH, 36)),
+        (Fraction(405, 404), (WIDTH, HEIGHT)),
+        (None, (WIDTH, HEIGHT)),
+    ],
+)
+def test_pixels_that_are_not_square_are_made_so(tmp_path: Path, aspect: Fraction | None, size: tuple[int, int]) -> None:
+    """By scaling the shorter side up, to an even number, and told; what nobody can see is left as it is."""
+    frames = grey_frames(3).copy()
+    frames[:, :, : WIDTH // 2] = 0
+    with VideoReader(coded(tmp_path / "a.mp4", ("libx264", frames), aspect=aspect)) as reader:
+        assert (reader.info.width, reader.info.height) == size
+        (frame,) = reader.read(2, 1)
+    assert frame.shape == (size[1], size[0], 3)
+    assert frame[:, : size[0] // 2 - 4].max() < 15
+    assert frame[:, size[0] // 2 + 4 :].min() > 15
+    shown = () if size == (WIDTH, HEIGHT) else (f"it is scaled to {size[0]}x{size[1]}",)
+    assert [note.partition(": ")[2].partition(",")[0] for note in reader.info.notes] == list(shown)
+
+
+def test_pixels_so_wide_that_a_frame_would_be_huge_are_refused(tmp_path: Path) -> None:
+    film = coded(tmp_path / "a.mp4", ("libx264", np.zeros((1, 480, 640, 3), np.uint8)), aspect=Fraction(255))
+    with pytest.raises(RefusedError, match="more than 64 megapixels"):
+        probe_video(film)
+
+
 def test_what_is_not_a_video_is_refused(tmp_path: Path) -> None:
     inputs = Path(__file__).parents[2] / "recipes" / "inputs"
     with pytest.raises(MediaError, match="not a video but a sound"):
