@@ -19,6 +19,7 @@ from s2v_flow.machine import compute_capability, cpu_bf16_units, device_class
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY, num_layers
 from s2v_flow.weights.reader import Checkpoint, Shapes
+from s2v_flow.wording import listed
 
 _LARGE_BYTES = 10**9  # of a file: below, nobody waits
 _SLOW = "no units for it; measured on a CPU with AVX2, one thread: linear layers 6 to 7 times as slow as fp32, "
@@ -124,6 +125,7 @@ def precision_notes(plan: Plan, device: str) -> Iterator[str]:
         S2VFlowError: A precision is refused on this device.
     """
     kind, numerics = kind_of_device(device), Numerics(device_class(device))
+    refused: dict[str, Verdict] = {}
     for node in plan.nodes:
         asked = getattr(node.node, "precision", None)
         path = node.files.get(("checkpoint",))
@@ -139,9 +141,8 @@ def precision_notes(plan: Plan, device: str) -> Iterator[str]:
         computed = "bf16" if precision == "fp8_fast" else precision  # all but the blocks' products
         row = next(row for row in COMPUTED if (row.device, row.precision) == (kind, computed))
         if row.verdict == "refused":
-            fix = f"set precision: fp32 or fp16 in node {node.name}, or use another device"
-            text = f"{node.name} is to compute in {precision} on {device}, which is refused: {row.why}"
-            raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
+            refused[node.name] = row
+            continue
         attention = getattr(node.node, "attention", "auto")
         refusal = attention_refusal(attention, device, precision)
         if refusal is not None:
@@ -155,6 +156,11 @@ def precision_notes(plan: Plan, device: str) -> Iterator[str]:
         elif asked == "auto" and kind.startswith("cpu with") and node.kind == "load_diffusion_model" and is_large:
             units = " and ".join(cpu_bf16_units())
             yield f"precision: this CPU has {units}: bf16 in node {node.name} takes half the memory and may be faster"
+    if refused:
+        names, row = listed(refused), next(iter(refused.values()))
+        text = f"{names}: to compute in {row.precision} on {device} is refused: {row.why}"
+        fix = f"set precision: fp32 or fp16 in {names}, or use another device"
+        raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
 
 
 _Size = Callable[[Shapes], int]

@@ -50,8 +50,10 @@ def test_bf16_is_refused_below_compute_capability_8(
     plan = api.plan(write_recipe(tmp_path, tiny(**changes)), options(tmp_path, tiny_models)).plan
     monkeypatch.setattr(precision, "compute_capability", lambda device: capability)
     if is_refused:
-        with pytest.raises(S2VFlowError, match="refused: bfloat16 arithmetic begins with compute"):
+        with pytest.raises(S2VFlowError, match="refused: bfloat16 arithmetic begins with compute") as caught:
             list(precision_notes(plan, "cuda"))
+        assert caught.value.message.startswith("dit, umt5, vae: to compute in bf16 on cuda is refused: ")
+        assert caught.value.fix == "set precision: fp32 or fp16 in dit, umt5, vae, or use another device"
     else:
         assert list(precision_notes(plan, "cuda")) == []
 
