@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -43,6 +44,7 @@ class Rank:
         self._device = torch.device(rank_device(device, rank))
         self._is_gpu = self._device.type == "cuda"
         self._groups: dict[int, dist.ProcessGroup] = {}
+        self._ending = threading.Lock()
         self._threads = torch.get_num_threads()
         torch.set_num_threads(max(self._threads // size, 1))
         if self._is_gpu:
@@ -51,7 +53,7 @@ class Rank:
     def meet(self) -> None:
         """Wait for the other ranks, and make the groups of those that share a chunk's tokens."""
         rank, size, store = self._rank, self._size, FileStore(str(self._folder / "meeting"), self._size)
-        with _on_loopback():
+        with _environment():
             name, device = ("cpu:gloo,cuda:nccl", self._device) if self._is_gpu else ("gloo", None)
             init = partial(dist.init_process_group, name, store=store, rank=rank, world_size=size)
             init(timeout=_PATIENCE, device_id=device)
@@ -131,8 +133,9 @@ class Rank:
 
     def abandon(self) -> None:
         """End what waits for a rank that is lost, from any thread; over gloo it notices by itself."""
-        if self._is_gpu and dist.is_initialized():
-            dist.distributed_c10d._abort_process_group()
+        with self._ending:
+            if self._is_gpu and dist.is_initialized():
+                dist.distributed_c10d._abort_process_group()
 
     def leave(self) -> None:
         """End the communication; the other ranks are gone."""
@@ -147,14 +150,15 @@ class Rank:
 
 
 @contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Let sockets that are opened inside be this machine's own alone."""
-    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    os.environ.update(dict.fromkeys(names, "lo" if sys.platform == "linux" else "lo0"))
+def _environment() -> Iterator[None]:
+    """Let sockets that are opened inside be this machine's own alone, and NCCL's errors end no process."""
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    values = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    before = {name: os.environ[name] for name in values if name in os.environ}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for name in names:
+        for name in values:
             del os.environ[name]
         os.environ.update(before)
