@@ -179,7 +179,7 @@ def try_backend(backend: str, device: torch.device | str, dtype: torch.dtype) ->
             biased = F.scaled_dot_product_attention(*short, attn_mask=bias)
         pairs = zip((alone, biased), expected, strict=True)
         is_right = all(torch.allclose(*pair, rtol=0.05, atol=0.05) for pair in pairs)
-    except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0] or 'no text'}"
     return None if is_right else "it gives wrong numbers"
 

@@ -104,6 +104,15 @@ def test_sage_computes_self_attention_only(sageattention: Any, monkeypatch: pyte
     monkeypatch.setattr(sageattention, "sageattn", lambda q, k, v, **layout: v)
     assert try_backend("sage", "cpu", torch.float32) == "it gives wrong numbers"
 
+    class CompilationError(Exception):
+        """As triton's, which is an Exception and no more."""
+
+    def fail(*given: Any, **layout: Any) -> None:
+        raise CompilationError("at 3:4")
+
+    monkeypatch.setattr(sageattention, "sageattn", fail)
+    assert try_backend("sage", "cpu", torch.float32) == "CompilationError: at 3:4"
+
 
 @pytest.mark.parametrize("attention", ["cudnn", "efficient", "sage"])
 def test_the_plan_refuses_what_a_cpu_has_not(attention: str, tmp_path: Path, tiny_models: Path) -> None:
