@@ -246,7 +246,7 @@ def run_planned(
         recipe=planned.recipe,
         plan=planned.plan,
         statuses=planned.statuses,
-        numerics=Numerics(device_class(planned.device)),
+        device=planned.device,
         folder=runs_root(options.cache_root),
         given=_given(options),
         cells=planned.labels,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from s2v_flow.files.facts import file_digest, known_digest
 from s2v_flow.graph.events import Listener, StageStarted
 from s2v_flow.graph.node import Plan
+from s2v_flow.machine import device_class
 from s2v_flow.plugins import NODES, SAMPLERS, Plugin, plugins
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.manifest import EnvironmentRecord, GitRecord
@@ -52,11 +53,11 @@ def packages_of(recipe: Recipe, plan: Plan) -> dict[str, str]:
     return {plugin.package: plugin.version for plugin in plugins_of(recipe, plan)}
 
 
-def environment(device_class: str, *, has_host: bool = False) -> EnvironmentRecord:
+def environment(device: str, *, has_host: bool = False) -> EnvironmentRecord:
     """Return what this process runs on.
 
     Args:
-        device_class: "cpu", "cuda" or "mps".
+        device: What the run is on, as torch names it.
         has_host: Whether to name the host and the user.
     """
     return EnvironmentRecord(
@@ -65,17 +66,17 @@ def environment(device_class: str, *, has_host: bool = False) -> EnvironmentReco
         torch=torch_version(),
         system=platform.system(),
         machine=platform.machine(),
-        device=device_class,
-        gpu=_gpu_name() if device_class == "cuda" else None,
+        device=device_class(device),
+        gpu=_gpu_name(device) if device_class(device) == "cuda" else None,
         host=platform.node() if has_host else None,
         user=_user_name() if has_host else None,
     )
 
 
-def _gpu_name() -> str | None:
+def _gpu_name(device: str) -> str | None:
     """Return the GPU's name where torch was needed anyway."""
     torch = sys.modules.get("torch")
-    return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_initialized() else None
+    return str(torch.cuda.get_device_name(device)) if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _user_name() -> str | None:

@@ -33,6 +33,7 @@ from s2v_flow.graph.events import (
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus, preimage
+from s2v_flow.machine import device_class
 from s2v_flow.quality.gates import of_videos
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.runs.environment import environment, git_state, packages_of
@@ -80,7 +81,7 @@ class Recorder:
     recipe: Recipe
     plan: Plan
     statuses: Mapping[str, NodeStatus]
-    numerics: Numerics
+    device: str
     folder: Path
     given: Given
     digest: Callable[[Path], str | None]
@@ -100,6 +101,7 @@ class Recorder:
     _delivered: list[Delivered] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.numerics = Numerics(device_class(self.device))
         with suppress(OSError):  # the manifest will say why
             make_root(self.folder.parent)
             for _ in range(3):
@@ -174,7 +176,7 @@ class Recorder:
             seeds={node.name: node.facts["seed"] for node in self.plan.nodes if "seed" in node.facts},
             files=file_records(self.plan.nodes, self.digest),
             loras=self._loras(),
-            environment=environment(self.numerics.device_class, has_host=self.has_host),
+            environment=environment(self.device, has_host=self.has_host),
             packages=packages_of(self.recipe, self.plan),
             nodes=[self._node(node, status) for node in self.plan.nodes],
             outputs=[record for node in self.plan.nodes for record in self._outputs(node)],
