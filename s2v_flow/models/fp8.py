@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,12 +65,18 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(FP8), scale
 
 
-def multiply_in_fp8(module: nn.Module) -> None:
-    """Put an `Fp8Linear` in the place of every linear layer of a DiT's blocks but those that a prompt is projected by.
+def multiply_in_fp8(module: nn.Module, *paths: str) -> None:
+    """Put `Fp8Linear`s in the place of linear layers, each of which is freed before the next; weights stay in place.
 
-    Weights stay on their devices.
+    `paths`: unless given, those of a DiT's blocks, see `multiplied`.
     """
-    for path, layer in list(module.named_modules()):
-        if isinstance(layer, (nn.Linear, PackedLinear)) and not path.endswith(("cross_attn.k", "cross_attn.v")):
-            parent, _, leaf = path.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, Fp8Linear(layer))
+    for path in paths or multiplied(module):
+        layer: Any = module.get_submodule(path)
+        parent, _, leaf = path.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, Fp8Linear(layer))
+
+
+def multiplied(blocks: nn.Module) -> list[str]:
+    """Name every linear layer of a DiT's blocks but those that a prompt is projected by."""
+    layers = ((path, layer) for path, layer in blocks.named_modules() if isinstance(layer, (nn.Linear, PackedLinear)))
+    return [path for path, _ in layers if not path.endswith(("cross_attn.k", "cross_attn.v"))]

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from s2v_flow.errors import CheckpointError, broken_package
 from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2, merge_weight_norm
-from s2v_flow.models.fp8 import multiply_in_fp8
+from s2v_flow.models.fp8 import multiplied, multiply_in_fp8
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
 from s2v_flow.models.packed import PackedEmbedding, PackedLinear, PackedWeight, read_packed
 from s2v_flow.models.text_encoder import TextEncoder, build_umt5, umt5_shapes
@@ -58,7 +58,7 @@ class _Target:
     Parameters named in `wide` are never made narrower than the file has them: the module computes with them in float32.
     Those named in `rounded` lose what fp8 cannot hold, unless the file has them in fp8 with a scale. Those whose names
     begin like one of `streamed` are offloaded to host memory; what has to be computed of them the device does, one at a
-    time.
+    time. Linear layers named in `fast` become `Fp8Linear`s, one at a time.
     """
 
     dtype: torch.dtype
@@ -67,6 +67,7 @@ class _Target:
     wide: frozenset[str] = frozenset()
     rounded: frozenset[str] = frozenset()
     streamed: tuple[str, ...] = ()
+    fast: tuple[str, ...] = ()
 
     def keeps(self, packing: Packing | None) -> bool:
         if packing is None or self.quantized is None:
@@ -143,10 +144,10 @@ def load_dit(
     wide = frozenset(key for key in module.state_dict() if key.rpartition(".")[0] not in linear)
     is_fp8 = any(packing.format == "float8_e4m3fn" for packing in source.quantization.packings.values())
     rounded = frozenset(module.state_dict()) - wide if rounds_linears and is_fp8 else frozenset()
-    target = _Target(dtype, torch.device(device), quantized, wide, rounded, STREAMED if streamed else ())
+    fast = tuple(f"blocks.{name}" for name in multiplied(module.blocks)) if fp8_fast else ()
+    offloaded = STREAMED if streamed else ()
+    target = _Target(dtype, torch.device(device), quantized, wide, rounded, offloaded, fast)
     num_packed = _fill("wan s2v", module, _shapes_of(module), source, target)
-    if fp8_fast:
-        multiply_in_fp8(module.blocks)
     if streamed:
         module.stream_weights(device)
     report = LoadReport(source.checkpoint.path, len(source.keys), num_packed, tuple(stack.reports))
@@ -246,7 +247,7 @@ def _fill(family: str, module: nn.Module, expected: Shapes, source: _Source, tar
     compare(source.checkpoint.path, family, {**source.shapes, **padded}, expected)
     module.eval().requires_grad_(False)
     packed = _packed_layers(module, source, target)
-    left_out = {f"{name}.weight" for name in packed}
+    left_out = {f"{name}.weight" for name in [*packed, *target.fast]}
     weights = {key: _weight(key, expected[key], source, target) for key in expected if key not in left_out}
     if EMBEDDING_COPY_KEY in module.state_dict():
         if EMBEDDING_KEY in left_out:
@@ -258,6 +259,11 @@ def _fill(family: str, module: nn.Module, expected: Shapes, source: _Source, tar
     assert not outcome.unexpected_keys
     for name, layer in packed.items():
         _pack(module, name, layer, source, target)
+    for name in target.fast:
+        if name not in packed:
+            weight = _weight(f"{name}.weight", expected[f"{name}.weight"], source, target)
+            module.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+        multiply_in_fp8(module, name)
     left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
     assert not left, f"not loaded: {left}"
     return len(packed)
