@@ -147,8 +147,8 @@ def keeps_fp8(context: RunContext) -> bool:
 def lacks_room(context: RunContext, asked: str, lora_bytes: int, num_tokens: int, num_branches: int) -> bool:
     """Return whether a diffusion model's weights and activations are too much for what is free on a GPU."""
     limit = context.models().device_limit
-    free = free_device_bytes(context.device, limit)
-    if free is None:
+    free, beyond = free_device_bytes(context.device, limit), free_device_bytes(context.device)
+    if free is None or beyond is None or free < beyond:  # a budget that is there: the plan has chosen for it
         return False
     precision = context.numerics.precision(context.kind, asked)
     dit = read_weights(context.files["checkpoint",], context.kind, precision, on_cpu=not keeps_fp8(context))

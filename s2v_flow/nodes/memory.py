@@ -8,6 +8,7 @@ stands in docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -191,7 +192,12 @@ class _Needs:
                 placement = self._ways.get(name, vars(loader.node)).get("placement", "auto")
                 is_streamed = not on_cpu and placement == "streamed"
                 precision = self._numerics.precision(kind, asked)
-                self._weights[name] = read_weights(path, kind, precision, on_cpu=on_cpu, is_streamed=is_streamed)
+                found = read_weights(path, kind, precision, on_cpu=on_cpu, is_streamed=is_streamed)
+                if found.is_packed and found.num_blocks:  # LoRAs stay beside such weights, streamed ones two blocks at a time
+                    files = (file for field, file in loader.files.items() if field[0] == "loras" and file.is_file())
+                    loras = sum(file.stat().st_size for file in files) * (2 if is_streamed else found.num_blocks)
+                    found = replace(found, num_bytes=found.num_bytes + loras // found.num_blocks)
+                self._weights[name] = found
         return self._weights[name]
 
     def _model(self, node: PlanNode, key: str) -> Weights | None:

@@ -61,6 +61,21 @@ def test_on_a_gpu_weights_are_streamed_first_and_branches_run_in_turn_only_where
     assert least["speech"] == free["speech"]
 
 
+def test_loras_beside_packed_weights_are_counted(tmp_path: Path, tiny_models: Path) -> None:
+    """Whole where the weights are resident, two of five blocks' where they are streamed; merged ones add nothing."""
+    lora: dict[str, Any] = {"id": "l", "file": "tiny_lightning_lora.safetensors", "allow_partial": True}
+    size = (tiny_models / "loras" / lora["file"]).stat().st_size
+    for name, placement, expected in (
+        ("tiny_s2v_fp8_scaled", "resident", size),
+        ("tiny_s2v_fp8_scaled", "streamed", 2 * size // 5),
+        ("tiny_s2v", "resident", 0),
+    ):
+        dit = {"checkpoint": f"{name}.safetensors", "placement": placement}
+        both = [{"dit": {**dit, "loras": loras}} for loras in ([], [lora])]
+        alone, beside = (peak(needed(planned(tmp_path, tiny_models, changes=each), "cuda")["first"]) for each in both)
+        assert beside - alone == expected
+
+
 @pytest.mark.parametrize("field", [{"placement": "resident"}, {"compile": "blocks"}])
 def test_what_is_asked_to_stay_on_the_device_stays_there(
     field: dict[str, str], tmp_path: Path, tiny_models: Path
