@@ -1,7 +1,8 @@
 """A CUDA device that computes on the CPU, and refuses what a GPU refuses: what would break on one is found without one.
 
-Inside `pretend_cuda()` torch has a device cuda:0. Its tensors hold one of the CPU, and every operation on them is
-computed there, in the thread that entered. The rules are a GPU's:
+Inside `pretend_cuda()` torch has a device cuda:0, or one with another number beside those that nothing may use. Its
+tensors hold one of the CPU, and every operation on them is computed there, in the thread that entered. The rules are a
+GPU's:
 
 - Tensors of two devices do not mix; only pointwise operations take a number that lies on the CPU.
 - Where the host waits for the device is counted, and an error under `torch.cuda.set_sync_debug_mode("error")`.
@@ -22,20 +23,23 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 from weakref import WeakValueDictionary
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2v_flow import machine
+from s2v_flow.parallel import peer
 
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+CPU = torch.device("cpu")
 HOST, DEFAULT = 0, 1  # who works: the host, the device's first stream; others are numbered from 2
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount", "repeat_interleave"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # they take indices from the host, and wait
@@ -45,6 +49,10 @@ Clock = Counter[int]  # of each who works, up to where it is known to be over
 
 class WaitedError(RuntimeError):
     """The host waited for the device where that is forbidden."""
+
+
+class OtherDeviceError(AssertionError):
+    """Something is for another device than the one that there is."""
 
 
 class RaceError(AssertionError):
@@ -74,8 +82,9 @@ class Memory:
 class Device:
     """The device's state. `attention`: the backends that computed; `waits`: what the host waited for."""
 
-    def __init__(self, limit: int, capability: tuple[int, int]) -> None:
+    def __init__(self, limit: int, capability: tuple[int, int], index: int) -> None:
         self.limit = self.total = limit
+        self.index, self.current = index, 0  # its number, and the one that "cuda" means at present
         self.capability, self.stream, self.debug_mode = capability, DEFAULT, "default"
         self.allocated = self.peak = self.reserved = 0
         self.has_biased_cudnn = True
@@ -101,6 +110,16 @@ class Device:
             if other != memory.owner and self.clocks[memory.owner][other] < count:
                 self.faults.append(f"memory of stream {memory.owner} is freed while {other} may use it")
 
+    def is_meant(self, asked: Any) -> bool:
+        """Tell whether a device is this one; "cuda" and None: the present one."""
+        asked = torch.device(asked).index if isinstance(asked, (str, torch.device)) else asked
+        return (self.current if asked is None else asked) == self.index
+
+    def require(self, asked: Any) -> None:
+        """Refuse what is for another device."""
+        if not self.is_meant(asked):
+            raise OtherDeviceError(f"cuda:{self.index} is meant, not {asked} (at present cuda:{self.current})")
+
     def launch(self) -> None:
         """Begin a piece of work on the present stream, behind all that the host knows."""
         clock = self.clocks[self.stream]
@@ -115,6 +134,7 @@ class Device:
         self.clocks[HOST] |= self.clocks[self.stream]
 
     def synchronize(self, device: object = None) -> None:
+        self.require(device)
         for clock in self.clocks.values():
             self.clocks[HOST] |= clock
 
@@ -128,13 +148,21 @@ class Device:
             return tensor.memory
         return self.pinned.get(address(tensor), (None, Memory(self, 0, HOST)))[1]
 
+    def choose(self, device: torch.device | int) -> None:
+        self.current = device if isinstance(device, int) else device.index
+
     def reset_peak(self, device: object = None) -> None:
-        self.peak = self.allocated
+        self.peak = self.allocated if device in (None, self.index) else self.peak
+
+    def figure(self, name: str, device: object = None) -> int:
+        """Return one of the allocator's figures: 0 for another device."""
+        return getattr(self, name) if self.is_meant(device) else 0
 
     def empty_cache(self) -> None:
         self.reserved = self.allocated
 
     def hold_to(self, share: float, device: object = None) -> None:
+        self.require(device)
         self.limit = round(share * self.total)
 
 
@@ -151,7 +179,9 @@ class DeviceTensor(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor, device: Device) -> DeviceTensor:
         layout = held.size(), held.stride(), held.storage_offset()
-        made: DeviceTensor = Tensor._make_wrapper_subclass(cls, *layout, dtype=held.dtype, device=CUDA)
+        made: DeviceTensor = Tensor._make_wrapper_subclass(
+            cls, *layout, dtype=held.dtype, device=torch.device("cuda", device.index)
+        )
         size = held.untyped_storage().nbytes()
         memory = device.blocks.get(address(held)) if size else None
         if memory is None:
@@ -163,7 +193,7 @@ class DeviceTensor(Tensor):
         return self.held.data_ptr()
 
     def numpy(self, *, force: bool = False) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor first.")
+        raise TypeError("can't convert cuda device type tensor to numpy. Use Tensor.cpu() to copy the tensor first.")
 
     def __array__(self, *given: Any) -> Any:
         return self.numpy()
@@ -226,6 +256,8 @@ class Computing(TorchDispatchMode):
         comes_from_device = any(isinstance(each, DeviceTensor) for each in given)
         target = args[0].device if name == "copy_" else kwargs.get("device")
         is_on_device = comes_from_device if target is None else target.type == "cuda"
+        if target is not None and is_on_device:
+            device.require(target)
         is_pinned = kwargs.pop("pin_memory", None) and not is_on_device
         is_view, marks = written_by(func)
         written = {id(each) for each in tensors_in(args[at] if at < len(args) else kwargs.get(to) for at, to in marks)}
@@ -269,7 +301,9 @@ class Computing(TorchDispatchMode):
         others = [each for each in given if not isinstance(each, DeviceTensor) and not each.is_meta]
         takes_numbers = torch.Tag.pointwise in func.tags and all(each.dim() == 0 for each in others)
         if others and (others[0] is args[0] or not (takes_numbers or name in INDEXING)):
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu! ({name})")
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda and cpu! ({name})")
+        if func.namespace == "c10d" and not all(each.is_contiguous() for each in given):
+            raise RuntimeError(f"Tensors must be contiguous ({name})")
         if "generator" in kwargs and kwargs["generator"]._cdata not in self.device.generators:
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         if name in ONE_DTYPE and len({each.dtype for each in given}) > 1:
@@ -351,6 +385,8 @@ class Stream:
     """A stream of the device."""
 
     def __init__(self, device: object = None, *, number: int | None = None) -> None:
+        if number is None:
+            _present[-1].require(device)
         self.number = len(_present[-1].clocks) if number is None else number
         _present[-1].clocks.setdefault(self.number, Clock())
 
@@ -367,6 +403,7 @@ class Stream:
 
 
 def current_stream(device: object = None) -> Stream:
+    _present[-1].require(device)
     return Stream(number=_present[-1].stream)
 
 
@@ -416,36 +453,45 @@ def guard_device() -> None:
         torch._C._ensureCUDADeviceGuardSet()
 
 
+def meet_over_gloo(meet: Any, name: str, *, device_id: torch.device | None = None, **options: Any) -> None:
+    """Let processes that would meet over NCCL, too, send all of it over gloo."""
+    assert (name, device_id) == ("cpu:gloo,cuda:nccl", torch.device("cuda", _present[-1].index))
+    meet("gloo", **options)
+
+
 _present: list[Device] = []
 
 
 @contextmanager
-def pretend_cuda(limit: int = 2**34, capability: tuple[int, int] = (9, 0)) -> Iterator[Device]:
-    """Let torch have one GPU of `limit` bytes inside.
+def pretend_cuda(limit: int = 2**34, capability: tuple[int, int] = (9, 0), index: int = 0) -> Iterator[Device]:
+    """Let torch have one GPU of `limit` bytes inside, with a number that may be another than 0.
 
     Raises:
         RaceError: At the end: memory was freed while another stream might use it.
     """
     guard_device()
-    device = Device(limit, capability)
+    device = Device(limit, capability, index)
     facts = {"name": "pretended", "total_memory": limit, "major": capability[0], "minor": capability[1]}
     changes: list[tuple[Any, dict[str, Any]]] = [
         (torch.cuda, {
             "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": lambda: None,
-            "device_count": lambda: 1, "current_device": lambda: 0, "set_device": lambda _: None,
+            "device_count": lambda: index + 1, "current_device": lambda: device.current, "set_device": device.choose,
             "get_device_name": lambda *_: "pretended", "get_device_capability": lambda *_: capability,
             "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=1, **facts),
-            "mem_get_info": lambda *_: (limit - device.reserved, limit), "memory_reserved": lambda *_: device.reserved,
-            "memory_allocated": lambda *_: device.allocated, "max_memory_allocated": lambda *_: device.peak,
+            "mem_get_info": lambda of=None: (limit - device.figure("reserved", of), limit),
+            "memory_reserved": partial(device.figure, "reserved"),
+            "memory_allocated": partial(device.figure, "allocated"),
+            "max_memory_allocated": partial(device.figure, "peak"),
             "reset_peak_memory_stats": device.reset_peak, "empty_cache": device.empty_cache,
             "set_per_process_memory_fraction": device.hold_to, "synchronize": device.synchronize,
             "set_sync_debug_mode": partial(setattr, device, "debug_mode"),
             "Stream": Stream, "Event": Event, "stream": on_stream, "current_stream": current_stream,
         }),
         (torch, {"Event": type("Event", (Event,), {}), "Generator": Generator}),
+        (dist, {"init_process_group": partial(meet_over_gloo, dist.init_process_group)}),
         (Tensor, {"data": property(Tensor.detach, set_data)}),
     ]  # fmt: skip
-    for name, value in (("num_gpus", lambda: 1), ("compute_capability", lambda _: capability)):
+    for name, value in (("num_gpus", lambda: index + 1), ("compute_capability", lambda _: capability)):
         known = getattr(machine, name)
         changes += [(module, {name: value}) for module in sys.modules.values() if vars(module).get(name) is known]
     with ExitStack() as stack:
@@ -460,3 +506,9 @@ def pretend_cuda(limit: int = 2**34, capability: tuple[int, int] = (9, 0)) -> It
         gc.collect()
         if device.faults:
             raise RaceError("; ".join(device.faults))
+
+
+def serve_on_pretended(rank: int, size: int, device: str, folder: Path) -> None:
+    """Be a rank with a GPU of its own, in the place of `parallel.peer.serve`."""
+    with pretend_cuda(index=rank):
+        peer.serve(rank, size, device, folder)

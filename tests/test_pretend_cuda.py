@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pretend_cuda import RaceError, WaitedError, pretend_cuda
+from pretend_cuda import OtherDeviceError, RaceError, WaitedError, pretend_cuda, serve_on_pretended
 from recipes_for_tests import options, tiny, write_recipe, write_voice
 from reference import fill_module, load_golden, relative_error
 from safetensors.torch import load_file, save_file
@@ -26,12 +26,15 @@ from s2v_flow.models.attention import backends_for, usable_backend
 from s2v_flow.models.dit import S2VConfig
 from s2v_flow.models.fp8 import multiply_in_fp8
 from s2v_flow.models.gguf_blocks import dequantize_blocks
+from s2v_flow.models.load import load_dit
 from s2v_flow.models.packed import read_packed
+from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.streaming import WeightStream
 from s2v_flow.models.vae import VAEConfig, WanVAE
 from s2v_flow.models.vae_tiles import decode_next_tiled
 from s2v_flow.nodes.resuming import FiniteWatch
 from s2v_flow.nodes.tensors import each_to_frames, to_frames
+from s2v_flow.parallel import layout, team
 from s2v_flow.weights.gguf import BLOCK_SIZES
 from s2v_flow.weights.quantization import read_quantization
 from s2v_flow.weights.reader import Checkpoint
@@ -56,7 +59,7 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
         for mixed in (lambda: x + host, lambda: host.add_(x), lambda: torch.cat([x, host]), lambda: F.linear(x, host)):
             with pytest.raises(RuntimeError, match="same device"):
                 mixed()
-        with pytest.raises(TypeError, match="can't convert cuda:0"):
+        with pytest.raises(TypeError, match="can't convert cuda"):
             x.numpy()
         with pytest.raises(RuntimeError, match="generator"):
             torch.randn(2, device="cuda", generator=torch.Generator().manual_seed(0))
@@ -64,6 +67,15 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(2**21, device="cuda", dtype=torch.uint8)
     assert not torch.cuda.is_available()
+
+
+def test_it_refuses_what_is_for_another_gpu() -> None:
+    """Where the one that there is has another number than 0, which is the present one."""
+    with pretend_cuda(index=1):
+        assert float(torch.ones(2, device="cuda:1").sum()) == 2
+        for wrong in (lambda: torch.ones(2, device="cuda"), torch.cuda.current_stream, torch.cuda.Stream):
+            with pytest.raises(OtherDeviceError, match="cuda:1 is meant"):
+                wrong()
 
 
 def test_it_finds_where_the_host_waits() -> None:
@@ -142,7 +154,8 @@ def test_blocks_of_gguf_are_expanded_without_a_wait() -> None:
 
 @pytest.mark.parametrize("way", [pytest.param("resident", marks=pytest.mark.slow), "streamed", "fp8"])
 def test_a_forward_never_waits_and_is_the_cpus(way: str) -> None:
-    """In bfloat16, with what watches for bad numbers; streamed weights are copied beside it, each in time."""
+    """In bfloat16, with what watches for bad numbers; streamed weights, on a second GPU, are copied in time."""
+    index = int(way == "streamed")
 
     def velocity(device: str) -> torch.Tensor:
         model = random_dit(SMALL, BF16, "cpu").to(device)
@@ -158,9 +171,18 @@ def test_a_forward_never_waits_and_is_the_cpus(way: str) -> None:
         assert watch.first_bad(waits=True) is None
         return found.cpu()
 
-    with pretend_cuda() as device:
-        assert relative_error(velocity("cuda"), velocity("cpu")) < 0.01
+    with pretend_cuda(index=index) as device:
+        assert relative_error(velocity(f"cuda:{index}"), velocity("cpu")) < 0.01
     assert device.attention
+
+
+def test_loading_for_products_in_fp8_holds_the_wider_weights_of_one_layer(tiny_models: Path) -> None:
+    """Of a file in 16 or 32 bits, where the device has no room for all of it."""
+    path = tiny_models / "diffusion_models/tiny_s2v.safetensors"
+    with pretend_cuda() as device:
+        model = load_dit(path, dtype=BF16, device="cuda", quantized=True, fp8_fast=True).module
+        assert device.peak <= 1.05 * device.allocated
+        assert weight_bytes(model) <= device.allocated <= 1.05 * weight_bytes(model)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +291,38 @@ def test_a_whole_run_is_the_cpus(recipe: Path, tiny_models: Path, tmp_path: Path
         streamed = latent(recipe, replace(chosen, should_stop=lambda: False), device="cuda")
     assert relative_error(resident, on_cpu) < 1e-5
     assert torch.equal(resident, streamed)
+
+
+@pytest.mark.slow
+def test_a_run_does_what_the_plan_chose_for_a_budget(recipe: Path, tiny_models: Path, tmp_path: Path) -> None:
+    """With exactly what the plan says that it takes, and with less: the same bits, and memory never runs out."""
+    made, placements, least = list[torch.Tensor](), list[str](), None
+    with pretend_cuda():
+        for name in "ab":
+            chosen = options(tmp_path, tiny_models, tmp_path / name, sets=["nodes.first.steps=1"], vram=least)
+            planned = api.plan(recipe, chosen, device="cuda")
+            budget = max(need.peak_bytes or 0 for need in planned.needs.values())
+            result = api.run(recipe, replace(chosen, vram=budget, overwrite=True), device="cuda")
+            facts, least = result.entries["first"].facts, budget - 1
+            assert "retreats" not in facts
+            placements.append(facts["placement"])
+            made.append(load_file(result.outputs["all"][0])["latent_tensor"])
+    assert placements == ["resident", "streamed"]
+    assert torch.equal(*made)
+
+
+@pytest.mark.slow
+def test_two_gpus_make_what_a_cpu_makes(
+    recipe: Path, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes with a GPU each, which share branches, then tokens."""
+    sets = ["nodes.first.steps=2", "nodes.talk.cfg=1"]
+    on_cpu = latent(recipe, options(tmp_path, tiny_models, tmp_path / "cpu", sets=sets), device="cpu")
+    monkeypatch.setattr(team, "serve", serve_on_pretended)
+    with pretend_cuda():
+        monkeypatch.setattr(layout, "num_gpus", lambda: 2)
+        shared = latent(recipe, options(tmp_path, tiny_models, tmp_path / "b", sets=sets, gpus=2), device="cuda")
+    assert relative_error(shared, on_cpu) < 1e-5
 
 
 @pytest.mark.slow
