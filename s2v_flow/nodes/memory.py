@@ -193,7 +193,7 @@ class _Needs:
                 is_streamed = not on_cpu and placement == "streamed"
                 precision = self._numerics.precision(kind, asked)
                 found = read_weights(path, kind, precision, on_cpu=on_cpu, is_streamed=is_streamed)
-                if found.is_packed and found.num_blocks:  # LoRAs stay beside such weights, streamed ones two blocks at a time
+                if found.is_packed and found.num_blocks:  # LoRAs stay beside such weights, of streamed ones two blocks'
                     files = (file for field, file in loader.files.items() if field[0] == "loras" and file.is_file())
                     loras = sum(file.stat().st_size for file in files) * (2 if is_streamed else found.num_blocks)
                     found = replace(found, num_bytes=found.num_bytes + loras // found.num_blocks)
