@@ -36,7 +36,7 @@ from s2v_flow.nodes.resuming import FiniteWatch
 from s2v_flow.nodes.tensors import each_to_frames, to_frames
 from s2v_flow.parallel import layout, team
 from s2v_flow.weights.gguf import BLOCK_SIZES
-from s2v_flow.weights.quantization import read_quantization
+from s2v_flow.weights.quantization import GGUF_FORMATS, read_quantization
 from s2v_flow.weights.reader import Checkpoint
 
 pytestmark = pytest.mark.skipif(
@@ -142,14 +142,13 @@ def test_packed_weights_are_expanded_without_a_wait(name: str, tmp_path: Path) -
 def test_blocks_of_gguf_are_expanded_without_a_wait() -> None:
     generator = torch.Generator().manual_seed(0)
     with pretend_cuda():
-        for name, (_, size) in BLOCK_SIZES.items():
-            if name.startswith("Q"):
-                rows = torch.randint(0, 256, (4, 3 * size), dtype=torch.uint8, generator=generator)
-                given = rows.cuda()
-                torch.cuda.set_sync_debug_mode("error")
-                found = dequantize_blocks(given, name)
-                torch.cuda.set_sync_debug_mode("default")
-                assert torch.equal(found.cpu().nan_to_num(), dequantize_blocks(rows, name).nan_to_num())
+        for name in sorted(GGUF_FORMATS):
+            rows = torch.randint(0, 256, (4, 3 * BLOCK_SIZES[name][1]), dtype=torch.uint8, generator=generator)
+            given = rows.cuda()
+            torch.cuda.set_sync_debug_mode("error")
+            found = dequantize_blocks(given, name)
+            torch.cuda.set_sync_debug_mode("default")
+            assert torch.equal(found.cpu().nan_to_num(), dequantize_blocks(rows, name).nan_to_num())
 
 
 @pytest.mark.parametrize("way", [pytest.param("resident", marks=pytest.mark.slow), "streamed", "fp8"])

@@ -5,6 +5,7 @@ Source: ggml, ggml-quants.c, dequantize_row_*; layouts in ggml-common.h. d and m
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 
 import torch
@@ -141,7 +142,30 @@ def _q6_k(b: Tensor) -> Tensor:
     return _grouped(_halves(b[:, 208:210]) * _signed(b[:, 192:208]), q).flatten(1)
 
 
+def _iq4(q: Tensor) -> Tensor:
+    """Look 4-bit numbers up in the table of IQ4_NL and IQ4_XS."""
+    places = torch.arange(0, 64, 8, device=q.device)
+    table = torch.cat([packed >> places for packed in _IQ4]).to(torch.int8).float()  # made there, not copied
+    return table[q.int()]
+
+
+def _iq4_nl(b: Tensor) -> Tensor:
+    return _halves(b[:, :2]) * _iq4(_nibbles(b[:, 2:]))
+
+
+def _iq4_xs(b: Tensor) -> Tensor:
+    low = ((b[:, 4:8, None] >> _shifts(4, b)[:, 0]) & 15).flatten(1)  # [n, 8]
+    high = ((b[:, 2:4, None] >> _shifts(2, b)[:, 0]) & 3).flatten(1)
+    scales = _halves(b[:, :2]) * ((low | (high << 4)).float() - 32)
+    return _grouped(scales, _iq4(_nibbles(b[:, 8:].reshape(-1, 16)))).flatten(1)
+
+
+_IQ4 = [  # the table's first eight and its last, a byte each
+    int.from_bytes(struct.pack("8b", *values), "little", signed=True)
+    for values in ((-127, -104, -83, -65, -49, -35, -22, -10), (1, 13, 25, 38, 53, 69, 89, 113))
+]
 _TYPES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
 }  # fmt: skip

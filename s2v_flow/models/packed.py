@@ -57,7 +57,7 @@ class PackedWeight(nn.Module):
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the rows [..., in] that `ids` [...] name, in `dtype`; of GGUF blocks only these are expanded."""
-        if self.packing.format in GGUF_FORMATS:
+        if self.packing.format in GGUF_FORMATS and len(self.data) == self.shape[0]:
             return dequantize_blocks(self.data[ids], self.packing.format).to(dtype)
         return self.expand(dtype)[ids]
 
@@ -206,7 +206,7 @@ def _unswizzled(stored: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _blocks(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    return dequantize_blocks(weight.data, weight.packing.format).to(dtype)
+    return dequantize_blocks(weight.data, weight.packing.format).reshape(weight.shape).to(dtype)
 
 
 _EXPANDED: Mapping[str, Callable[[PackedWeight, torch.dtype], Tensor]] = {

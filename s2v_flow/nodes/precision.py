@@ -59,7 +59,7 @@ STORED = (
     ("fp32, fp16, bf16", "in the precision", "in the precision"),
     ("fp8 e4m3fn and e5m2, int8, nvfp4, mxfp8", "expanded at loading", _PACKED),
     ("the same, of a VAE or an audio encoder", "expanded at loading", "expanded at loading"),
-    ("GGUF: F32, F16, BF16, Q2_K to Q6_K, Q4_0 to Q8_0", _PACKED, _PACKED),
+    ("GGUF: F32, F16, BF16, Q2_K to Q6_K, Q4_0 to Q8_0, IQ4_NL, IQ4_XS", _PACKED, _PACKED),
     ("a diffusion model's parameters outside linear layers", *["never narrower than the file"] * 2),
     ("all other formats", "refused by name", "refused by name"),
 )

@@ -7,6 +7,7 @@ Source: ggml, docs/gguf.md; blocks: ggml-common.h.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
@@ -28,16 +29,17 @@ BLOCKS: Mapping[int, tuple[str, int, int]] = {  # type: its name, a block's elem
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2),
     2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34),
     10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
+    14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
 }  # fmt: skip
 BLOCK_SIZES: Mapping[str, tuple[int, int]] = {name: (elements, size) for name, elements, size in BLOCKS.values()}
 _REFUSED = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S",
+    22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
+    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_INT, _FLOAT, _TEXT, _ARRAY = 5, 6, 8, 9
+_TEXT, _ARRAY = 8, 9
+_WHOLE_NUMBERS = (4, 5, 10, 11)
 
 # llama.cpp's names for a T5 encoder, and ComfyUI's
 _T5_NAMES = (
@@ -151,7 +153,8 @@ def _checked(reader: _Reader, metadata: dict[str, Value], found: dict[str, Tenso
     names: dict[str, str] = {}
     end = start
     for name, entry in sorted(found.items(), key=lambda item: item[1].begin):
-        placed = replace(entry, begin=start + entry.begin, end=start + entry.end)
+        shape = reader.own_shape(name, entry.shape, metadata.get(f"comfy.gguf.orig_shape.{name}"))
+        placed = replace(entry, shape=shape, begin=start + entry.begin, end=start + entry.end)
         if placed.begin < end:
             raise reader.damaged(f"{name!r} overlaps the tensor before it")
         end = placed.end
@@ -243,6 +246,17 @@ class _Reader:
             f"<{array.count}{code}", self._data, self.take(array.count * struct.calcsize(f"<{code}"))
         )
 
+    def own_shape(self, name: str, stored: tuple[int, ...], noted: Value | None) -> tuple[int, ...]:
+        """Return a tensor's shape: the noted one, where a converter has rearranged its rows to fill blocks."""
+        if noted is None:
+            return stored
+        shape: tuple[int, ...] = ()
+        if isinstance(noted, Array) and noted.type in _WHOLE_NUMBERS and noted.count <= MAX_RANK:
+            shape = tuple(int(size) for size in self.numbers(noted))
+        if not shape or min(shape) < 0 or math.prod(shape) != math.prod(stored):
+            raise self.damaged(f"{name!r} is {list(stored)}, and was {list(shape)} by comfy.gguf.orig_shape")
+        return shape
+
     def entry(self) -> tuple[str, TensorEntry]:
         """Read one tensor's name, type and shape; its place counts from where the data begins."""
         name = self.text(MAX_NAME_LENGTH)
@@ -253,12 +267,10 @@ class _Reader:
         type_, begin = self.number("I"), self.number("Q")
         if type_ not in BLOCKS:
             what = _REFUSED.get(type_, f"of the unknown type {type_}")
-            fix = "use a file in one of Q2_K to Q6_K, Q4_0 to Q8_0, F16, BF16 or F32"
+            fix = "use a file in one of Q2_K to Q6_K, Q4_0 to Q8_0, IQ4_NL, IQ4_XS, F16, BF16 or F32"
             raise CheckpointError(f"{self.path}: {name!r} is quantised as {what}, which is not supported", fix=fix)
         dtype, elements, block_bytes = BLOCKS[type_]
-        count = 1
-        for size in shape:
-            count *= size
+        count = math.prod(shape)
         if count >= 2**48 or (elements > 1 and (not shape or shape[-1] % elements)):
             raise self.damaged(f"{name!r} has the shape {list(shape)} in blocks of {elements} ({dtype})")
         return name, TensorEntry(dtype, shape, begin, begin + count // elements * block_bytes)

@@ -87,7 +87,7 @@ class Checkpoint:
 
         Returns:
             A CPU tensor in the stored dtype, mapped from the file: pages are read when they are used. Of GGUF's block
-            types its bytes, uint8 [..., bytes of a row].
+            types its bytes, uint8 [..., bytes of a row]; [blocks, bytes] where a row is not made of whole blocks.
 
         Raises:
             KeyError: The file holds no such tensor.
@@ -126,6 +126,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: cannot be read any more: it has become shorter")
         elements, size = BLOCK_SIZES[entry.dtype]
         if elements > 1:
+            if entry.shape[-1] % elements:  # a converter has rearranged its rows to fill blocks
+                return stored.view(-1, size)
             return stored.view(*entry.shape[:-1], entry.shape[-1] // elements * size)
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry.dtype]
         aligned = stored if entry.begin % size == 0 else stored.clone()

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,8 +19,9 @@ from sentencepiece import SentencePieceProcessor
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.models.gguf_blocks import dequantize_blocks
+from s2v_flow.models.packed import read_packed
 from s2v_flow.weights.gguf import BLOCK_SIZES, is_gguf, read_gguf
-from s2v_flow.weights.quantization import GGUF_FORMATS
+from s2v_flow.weights.quantization import GGUF_FORMATS, read_quantization
 from s2v_flow.weights.reader import Checkpoint
 from s2v_flow.weights.tokenizer import sentencepiece_model
 
@@ -89,6 +92,44 @@ def test_rows_are_expanded_alone_as_together(kind: str) -> None:
     assert dequantize_blocks(rows[2:3], kind).nan_to_num().equal(whole[2:3].nan_to_num())
 
 
+@pytest.mark.parametrize("kind", sorted(GGUF_FORMATS))
+def test_any_block_is_expanded_to_the_gguf_packages_bits(kind: str) -> None:
+    """Random blocks, scales that are infinite or no number too."""
+    size = BLOCK_SIZES[kind][1]
+    rows = torch.randint(0, 256, (64, 2 * size), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(rows.numpy(), gguf.GGMLQuantizationType[kind])
+    found = dequantize_blocks(rows, kind).numpy()
+    assert np.array_equal(np.isnan(found), np.isnan(expected))
+    assert np.array_equal(found[~np.isnan(found)].view(np.int32), expected[~np.isnan(found)].view(np.int32))
+
+
+@pytest.mark.parametrize("kind", ["IQ4_XS", "F32"])
+def test_a_tensor_has_the_shape_that_its_converter_noted(tmp_path: Path, kind: str) -> None:
+    """ComfyUI-GGUF's converters rearrange rows that do not fill blocks, and note the shape that they had."""
+    elements, size = BLOCK_SIZES[kind]
+    stored = torch.randint(0, 120, (3 * 256 // elements, size), dtype=torch.uint8)
+    path, shape = tmp_path / "a.gguf", (8, 96)
+    pairs = text("comfy.gguf.orig_shape.x.weight") + struct.pack("<IIQ2i", 9, 5, 2, *shape)
+    flat = tensor("x.weight", (3, 256), {"IQ4_XS": 23, "F32": 0}[kind])
+    path.write_bytes(file_of(flat, 1, pairs, 1, data=stored.numpy().tobytes()))
+    checkpoint = Checkpoint.open(path)
+    assert checkpoint.shapes == {"x.weight": shape}
+    if kind == "F32":
+        assert torch.equal(checkpoint.tensor("x.weight"), stored.view(torch.float32).view(shape))
+        return
+    expected = torch.from_numpy(gguf.quants.dequantize(stored.numpy(), gguf.GGMLQuantizationType.IQ4_XS)).view(shape)
+    packed = read_packed(checkpoint, read_quantization(checkpoint), "x.weight", shape, "cpu")
+    ids = torch.tensor([[7, 0]])
+    assert torch.equal(packed.expand(torch.float32), expected)
+    assert torch.equal(packed.rows(ids, torch.float32), expected[ids])
+
+
+def noted(type_: int, code: str, *sizes: float) -> bytes:
+    pairs = text("comfy.gguf.orig_shape.a") + struct.pack(f"<IIQ{len(sizes)}{code}", 9, type_, len(sizes), *sizes)
+    return file_of(tensor("a", (8,), 0), 1, pairs, 1, data=b"\0" * 32)
+
+
 REFUSED = {
     "version": (b"GGUF" + struct.pack("<IQQ", 7, 0, 0), "its version is 7"),
     "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "is a big-endian GGUF file"),
@@ -107,6 +148,11 @@ REFUSED = {
         file_of(b"", 0, text("k") + struct.pack("<IIQ", 9, 4, 2**50), 1),
         "an array of 1125899906842624 items",
     ),
+    "another shape": (noted(5, "i", 3, 3), "'a' is [8], and was [3, 3] by comfy.gguf.orig_shape"),
+    "a negative shape": (noted(5, "i", -2, -4), "by comfy.gguf.orig_shape"),
+    "a shape of fractions": (noted(6, "f", float("nan"), 2.0), "by comfy.gguf.orig_shape"),
+    "no shape": (noted(5, "i"), "by comfy.gguf.orig_shape"),
+    "a ternary type": (file_of(tensor("a", (1, 256), 34)), "quantised as TQ1_0"),
     "alignment": (file_of(b"", 0, text("general.alignment") + struct.pack("<II", 4, 0), 1), "its alignment is 0"),
 }
 
