@@ -357,6 +357,8 @@ def _check_header(path: Path, name: str, family: str, has_tokenizer: bool) -> No
     checkpoint = Checkpoint.open(path)
     mismatch = describe_mismatch(family, checkpoint.shapes)
     if mismatch is not None:
+        if mismatch.startswith("this is an unknown"):
+            read_quantization(checkpoint)  # names the format, where it hides the keys of the family
         raise CheckpointError(f"{path}: {mismatch}", fix=advice(path, family, checkpoint.shapes, name))
     if family != "lora":
         packings = read_quantization(checkpoint).packings

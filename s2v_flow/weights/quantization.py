@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,10 +40,13 @@ _OTHER_METHODS: Mapping[str, str] = {  # by what stands behind a layer's name
     ".qweight": "GPTQ, AWQ or SVDQuant",
     ".weight._data": "optimum-quanto's",
     ".weight:qdata": "torchao's",
+    "._weight_qdata": "torchao's",
+    "_quantizer._amax": "ModelOpt's",
     ".weight_packed": "compressed-tensors'",
     ".absmax": "bitsandbytes'",
     ".SCB": "bitsandbytes'",
 }
+_SCALE_LIKE = re.compile(r"scale|scalar|zero|amax|quant|qdata|smooth", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -126,12 +130,18 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization:
         if key.endswith((*_SCALES, ".weight_scale_2")):
             weight = key.rpartition(".")[0] + ".weight"
             found = checkpoint.dtypes.get(weight, "missing")
-            raise _faulty(checkpoint, f"{key!r} scales {weight!r}, which is not quantised (it is {found})")
+            why = "has another scale already" if weight in packings else f"is not quantised (it is {found})"
+            raise _faulty(checkpoint, f"{key!r} scales {weight!r}, which {why}")
+    for key in checkpoint.entries.keys() - bookkeeping:
+        layer, _, end = key.rpartition(".")
+        if _SCALE_LIKE.search(end) and not {layer, f"{layer}.weight"}.isdisjoint(checkpoint.entries):
+            raise _faulty(checkpoint, f"has {key!r} beside a weight, a form of quantisation that is not supported")
     return Quantization(packings, bookkeeping)
 
 
 def _packing(checkpoint: Checkpoint, layer: str, key: str, options: Mapping[str, Any]) -> Packing:
     name, entry = str(options["format"]), checkpoint.entries[key]
+    name = name.removesuffix("_rowwise") if name.startswith("float8") else name  # a scale of either shape is read
     if name not in _WEIGHT_DTYPES:
         raise _refused(checkpoint, f"{name} (layer {layer!r})")
     if f"{layer}.pre_quant_scale" in checkpoint.entries:

@@ -111,6 +111,17 @@ def test_a_model_of_another_kind_is_called_by_its_name(tmp_path: Path, tiny_mode
     assert f"fix: name another file in node {node}, such as " in err
 
 
+@pytest.mark.parametrize(("end", "method"), [("_weight_qdata", "torchao's"), ("qweight", "GPTQ, AWQ or SVDQuant")])
+def test_a_form_of_quantisation_that_hides_the_family_is_named(
+    tmp_path: Path, tiny_models: Path, end: str, method: str
+) -> None:
+    save_file(dict(keys("head.modulation", f"blocks.0.ffn.0.{end}")), tmp_path / "x.safetensors")
+    code, err = planned(tmp_path, tiny_models, "dit", tmp_path / "x.safetensors")
+    assert code == 4
+    assert f"is quantised as {method} ('blocks.0.ffn.0.{end}'), which is not supported" in err
+    assert "fix: use a file in float8_e4m3fn" in err
+
+
 @pytest.mark.parametrize(
     ("node", "given", "message", "place"),
     [

@@ -92,6 +92,14 @@ def test_fp8_of_both_kinds_has_one_scale_or_one_a_row(
     assert found.packings["x.weight"].format == str(dtype).removeprefix("torch.")
 
 
+def test_a_scale_for_each_row_may_be_in_the_formats_name(tmp_path: Path) -> None:
+    scale = torch.rand(4)
+    tensors = {"x.weight": WEIGHT, "x.weight_scale": scale, "x.comfy_quant": tag("float8_e4m3fn_rowwise")}
+    checkpoint, found = read(tmp_path, tensors)
+    packed = read_packed(checkpoint, found, "x.weight", (4, 4), "cpu")
+    assert torch.equal(packed.expand(torch.float32), WEIGHT.float() * scale[:, None])
+
+
 def test_a_convolution_in_fp8_may_be_tagged_too(tmp_path: Path) -> None:
     """As every weight of a VAE is."""
     weight = torch.ones(4, 4, 1, 1, 1).to(torch.float8_e4m3fn)
@@ -188,6 +196,34 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
         {},
         "rotates groups of 8 of its 8 columns",
     ),
+    "two scales": (
+        {"x.weight": WEIGHT, "x.weight_scale": SCALE, "x.scale_weight": SCALE.clone()},
+        {},
+        "'x.weight_scale' scales 'x.weight', which has another scale already",
+    ),
+    "blockwise by its name": (
+        {"x.weight": WEIGHT, "x.weight_scale": SCALE, "x.comfy_quant": tag("float8_e4m3fn_blockwise")},
+        {},
+        "quantised as float8_e4m3fn_blockwise",
+    ),
+    "torchao": (
+        {"x._weight_qdata": WEIGHT, "x._weight_scale": torch.ones(4, 1)},
+        {},
+        "quantised as torchao's ('x._weight_qdata')",
+    ),
+    "modelopt": (
+        {"x.weight": WEIGHT, "x.weight_quantizer._amax": SCALE},
+        {},
+        "quantised as ModelOpt's ('x.weight_quantizer._amax')",
+    ),
+    **{
+        f"fp8 with {end}": (
+            {"x.weight": WEIGHT, f"x.{end}": SCALE},
+            {},
+            f"has 'x.{end}' beside a weight, a form of quantisation that is not supported",
+        )
+        for end in ("scale", "weight.scale", "scale_inv", "weight_scales", "weight_zero_point", "input_amax")
+    },
     "no_scale": (
         {"x.weight": WEIGHT, "scaled_fp8": WEIGHT[:0, 0].clone()},
         {},
