@@ -217,7 +217,7 @@ def recipe(video: Path, output: Path | None, force: bool) -> None:
 @click.option("--as-of", type=click.Choice(["2025"]), help="Reproduce how ComfyUI rounded fp8-scaled files in 2025.")
 @click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
 def import_(workflow: Path, output: Path | None, modernise: bool, as_of: str | None, force: bool) -> None:
-    """Make a recipe of a ComfyUI workflow: JSON, or a picture or video with the workflow in it."""
+    """Make a recipe of a ComfyUI workflow: JSON, or a picture, video or sound with the workflow in it."""
     from s2v_flow.api import KINDS
     from s2v_flow.cli import report
     from s2v_flow.comfy.importer import import_workflow

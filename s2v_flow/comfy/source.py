@@ -1,9 +1,10 @@
-"""Where workflows hide: JSON files, PNG and WebP images, mp4 and webm videos, ComfyUI's saved latents."""
+"""Where workflows hide: JSON files, PNG and WebP images, videos and sounds, ComfyUI's saved latents."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import struct
 import zlib
@@ -18,8 +19,15 @@ MAX_BYTES = 50 << 20
 _MAX_DIGITS = 20  # 2**64 - 1, the largest seed, has as many
 _NAMES = ("workflow", "prompt")  # the editor's format first: it has titles and notes
 _PNG = b"\x89PNG\r\n\x1a\n"
+_RECORDINGS = re.compile(  # how they begin, by FFmpeg's name of the format
+    rb"(?P<mov>.{4}ftyp)|(?P<matroska>\x1aE\xdf\xa3)|(?P<flac>fLaC)|(?P<ogg>OggS)|(?P<mp3>ID3|\xff[\xfb\xf3\xf2])"
+    rb"|(?P<wav>RIFF.{4}WAVE)",
+    re.DOTALL,
+)
 _OURS = "essence"  # what the comment of a video of s2vflow's begins with
-_FIX = "give the JSON that ComfyUI saves (Workflow > Save or Export), or an image or video with the workflow in it"
+_FIX = (
+    "give the JSON that ComfyUI saves (Workflow > Save or Export), or an image, video or sound with the workflow in it"
+)
 
 
 def read_workflow(path: Path) -> Any:
@@ -76,8 +84,8 @@ def _texts(file: BinaryIO, head: bytes, path: Path) -> Mapping[str, str | bytes]
         return _wanted(_png_texts(file, path))
     if (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[:3] == b"\xff\xd8\xff":
         return _wanted(_exif_texts(file, path))
-    if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":
-        return _wanted(_video_texts(file, "mov" if head[4:8] == b"ftyp" else "matroska", path))
+    if recording := _RECORDINGS.match(head):
+        return _wanted(_recording_texts(file, recording.lastgroup, path))
     if head.startswith((b"PK", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")):
         raise bad_file(path, "it is an archive: unpack it, and give the workflow that is in it")
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < os.fstat(file.fileno()).st_size:
@@ -151,17 +159,20 @@ def _exif_texts(file: BinaryIO, path: Path) -> Iterator[tuple[str, str]]:
             yield key, text
 
 
-def _video_texts(file: BinaryIO, form: str, path: Path) -> Iterator[tuple[str, str]]:
-    """Yield a container's tags; some nodes put one JSON object with both into the comment."""
+def _recording_texts(file: BinaryIO, form: str | None, path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the tags of a video or sound, in ogg a stream's; some nodes put a JSON object with both into a comment."""
     import av
 
     options = {"protocol_whitelist": "none"}  # nothing but this file is read, and as nothing else than its format
     try:
         with av.open(file, format=form, container_options=options, metadata_errors="replace") as container:
-            tags = dict(container.metadata)
+            tags = [
+                *container.metadata.items(),
+                *(pair for stream in container.streams for pair in stream.metadata.items()),
+            ]
     except (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise bad_file(path, f"a damaged video ({error})") from error
-    for key, text in tags.items():
+        raise bad_file(path, f"a damaged video or sound ({error})") from error
+    for key, text in tags:
         if len(text) > MAX_BYTES:
             raise _too_large(path)
         yield key, text

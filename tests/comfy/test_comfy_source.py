@@ -56,6 +56,18 @@ def video(path: Path, tags: dict[str, str], codec: str) -> None:
         container.mux(stream.encode())
 
 
+def sound(path: Path, tags: dict[str, str], codec: str) -> None:
+    """As ComfyUI's SaveAudio, SaveAudioMP3 and SaveAudioOpus do."""
+    with av.open(str(path), "w") as container:
+        container.metadata.update(tags)
+        stream = container.add_stream(codec, rate=48000, layout="mono")
+        for _ in range(4):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.int16), "s16", "mono")
+            frame.rate = 48000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
 MAKERS = {
     "a.json": lambda path: path.write_text(WORKFLOW),
     "bom.json": lambda path: path.write_bytes(b"\xef\xbb\xbf" + WORKFLOW.encode()),
@@ -71,6 +83,9 @@ MAKERS = {
     "a.mp4": lambda path: video(path, {"workflow": WORKFLOW, "prompt": PROMPT}, "mpeg4"),
     "comment.mp4": lambda path: video(path, {"comment": json.dumps({"prompt": golden()})}, "mpeg4"),
     "a.webm": lambda path: video(path, {"prompt": PROMPT}, "vp9"),
+    "a.flac": lambda path: sound(path, {"prompt": PROMPT, "workflow": WORKFLOW}, "flac"),
+    "a.mp3": lambda path: sound(path, {"prompt": PROMPT, "workflow": WORKFLOW}, "libmp3lame"),
+    "a.opus": lambda path: sound(path, {"prompt": PROMPT, "workflow": WORKFLOW}, "libopus"),
     "a.latent": lambda path: save_file({"latent_tensor": np.zeros(3)}, path, {"prompt": PROMPT}),
 }
 
@@ -86,12 +101,14 @@ def test_a_workflow_is_found_where_comfyui_puts_it(name: str, tmp_path: Path) ->
     assert import_workflow(file, KINDS).text.splitlines()[2:] == expected.splitlines()[2:]
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.mp4", "a.webm"])
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.mp4", "a.webm", "a.wav", "a.flac"])
 def test_media_without_a_workflow_says_so(name: str, tmp_path: Path) -> None:
-    """A picture or a video of anything else."""
+    """A picture, a video or a sound of anything else."""
     file = tmp_path / name
     if file.suffix in (".png", ".webp"):
         PICTURE.save(file)
+    elif file.suffix in (".wav", ".flac"):
+        sound(file, {}, "flac" if file.suffix == ".flac" else "pcm_s16le")
     else:
         video(file, {}, "vp9" if name == "a.webm" else "mpeg4")
     with pytest.raises(S2VFlowError, match="no workflow is in it") as caught:
@@ -99,7 +116,9 @@ def test_media_without_a_workflow_says_so(name: str, tmp_path: Path) -> None:
     assert caught.value.exit_code == ExitCode.RECIPE
 
 
-@pytest.mark.parametrize("head", [b"\x89PNG\r\n\x1a\n", b"RIFF....WEBPxx", b"....ftypisom", b"\x1aE\xdf\xa3"])
+@pytest.mark.parametrize(
+    "head", [b"\x89PNG\r\n\x1a\n", b"RIFF....WEBPxx", b"....ftypisom", b"\x1aE\xdf\xa3", b"OggS", b"ID3"]
+)
 def test_damaged_media_say_so(head: bytes, tmp_path: Path) -> None:
     """Cut short after the first bytes."""
     file = tmp_path / "file"
