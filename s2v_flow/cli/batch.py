@@ -91,6 +91,7 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
 
     policy = {name: given.pop(name) for name in _POLICY}
     policy["slurm"] = _parameters(policy["slurm"])
+    engine_options = {name: policy[name] for name in ("address", "slurm")}
     found, options, rows, file = _asked(recipes, make_options(**given), table)
     if file is not None:
         is_said = {
@@ -99,6 +100,7 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
         is_said |= {"devices", "workers"} if {"devices", "workers"} & is_said else set()
         named = None if file.devices is None else ",".join(file.devices)
         policy = {**file.model_dump(include=set(_POLICY)), "devices": named, **{name: policy[name] for name in is_said}}
+    _refuse_unused(policy["engine"], **engine_options)
     devices = _devices(options, policy.pop("devices"), policy.pop("workers"), policy["engine"])
     jobs, missing = plan_jobs(found, options, rows)
     require_files(missing)
@@ -166,13 +168,14 @@ def retry(path: Path, as_json: bool, devices: str | None, workers: int | None, *
     report.print_message(f"{sum(not job.is_done for job in jobs)} of {counted(len(jobs), 'job')} to run")
     names = _devices(options, devices, workers, policy["engine"])
     policy["slurm"] = _parameters(policy["slurm"])
+    _refuse_unused(policy["engine"], policy["address"], policy["slurm"])
     _run(replace(found, jobs=jobs, options=options), names, as_json=as_json, **policy)
 
 
 @batch.command()
 @_job_options
 @click.option("--format", "form", type=click.Choice(["shell", "slurm", "k8s"]), default="shell", show_default=True)
-@click.option("--image", default="s2vflow", show_default=True, help="k8s: the container's image.")
+@click.option("--image", help="k8s: the container's image; s2vflow unless given.")
 @click.option("-o", "--output", "folder", type=FOLDER, metavar="DIR", help="Write files there instead of to stdout.")
 @click.option("--force", is_flag=True, help="Overwrite the file that is there.")
 def export(
@@ -180,7 +183,7 @@ def export(
     as_json: bool,
     table: Path | None,
     form: str,
-    image: str,
+    image: str | None,
     folder: Path | None,
     force: bool,
     **given: Any,
@@ -191,11 +194,13 @@ def export(
     from s2v_flow.cli import report
     from s2v_flow.start.project import write_recipe
 
+    if image is not None and form != "k8s":
+        raise click.UsageError("--image is for --format k8s")
     found, options, rows, _ = _asked(recipes, make_options(**given), table)
     jobs, missing = plan_jobs(found, options, rows)
     for file, needing in missing.items():
         report.print_message(visible(f"warning: {file} is missing here: {counted(len(needing), 'job')} need it"))
-    text = export_jobs(jobs, options, form, image)
+    text = export_jobs(jobs, options, form, image or "s2vflow")
     if folder is not None:
         write_recipe(folder / FORMATS[form][0], text, force=force)
     facts = {"format": form, "jobs": len(jobs), "file": str(folder / FORMATS[form][0]) if folder else None}
@@ -317,6 +322,13 @@ def _parameters(texts: Sequence[str]) -> dict[str, Any]:
     if wrong is not None:
         raise click.UsageError(f"--slurm {wrong}: expected KEY=VALUE, such as slurm_partition=gpu")
     return {key: read_scalar(value) for key, _, value in pairs}
+
+
+def _refuse_unused(engine: str | None, address: str | None, slurm: Mapping[str, Any]) -> None:
+    """Refuse settings of an engine that is not used."""
+    for option, value, needed in (("--address", address, "ray"), ("--slurm", slurm, "slurm")):
+        if value and engine != needed:
+            raise click.UsageError(f"{option} is for --engine {needed}; the engine is {engine or 'local'}")
 
 
 def _summary(made: Batch) -> Mapping[str, Any]:

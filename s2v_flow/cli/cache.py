@@ -160,6 +160,8 @@ def export(
     """Write results into a tar file: those named, a run's, or all."""
     from s2v_flow.cache.bundle import export_bundle
 
+    if run_id is not None and (fingerprints or nodes):
+        raise click.UsageError("--run takes all results of a run: leave out the other names, or --run")
     root = _root(cache_dir)
     if run_id is not None:
         from s2v_flow.history.find import find

@@ -38,6 +38,7 @@ class OrderedCommand(click.Command):
         try:
             order = self.make_parser(ctx).parse_args(args=list(args))[2]
             ctx.meta[_ORDER] = [parameter.name for parameter in order]
+            _refuse_repeated([item for item in order if isinstance(item, click.Option)])
             return super().parse_args(ctx, args)
         except click.UsageError as error:
             advice = self._advice(ctx, error, words)
@@ -64,6 +65,25 @@ class OrderedCommand(click.Command):
             many = f"`{ctx.find_root().command_path} batch 'recipes/*.yaml'` runs many, each after a check"
             return f"One recipe at a time: {many}; -m seed=1..8 varies a value of one"
         return None
+
+
+def _refuse_repeated(given: Sequence[click.Option]) -> None:
+    """Refuse options that say one thing twice, of which click would take the last in silence.
+
+    Raises:
+        click.UsageError: An option that has one value, or the two sides of a choice, are given more than once.
+    """
+    seen: dict[str | None, click.Option] = {}
+    for option in given:
+        before = seen.setdefault(option.name, option)
+        if option is not before:
+            raise click.UsageError(f"{before.opts[-1]} and {option.opts[-1]} contradict each other: give one of them")
+    for option in seen.values():
+        says_more = not option.is_flag or option.secondary_opts
+        if says_more and (not option.multiple or option.name == "seeds") and given.count(option) > 1:
+            names = " or ".join([*option.opts[-1:], *option.secondary_opts])
+            many = ", or vary it: -m seed=1,2" if option.name == "seeds" else ""
+            raise click.UsageError(f"{names} is given {given.count(option)} times: leave one of them{many}")
 
 
 class OrderedGroup(click.Group):

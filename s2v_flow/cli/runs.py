@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _CACHE = click.option("--cache-dir", type=FOLDER, help="Where artifacts and runs are kept.  [env: S2VFLOW_CACHE_DIR]")
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 @click.option("--keep-last", type=click.IntRange(min=0), metavar="N", help="Forget all runs but the last N.")
 @click.option("--dry-run", is_flag=True, help="With --keep-last: only say which would be forgotten.")
 @json_option
@@ -43,6 +43,8 @@ def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | 
     from s2v_flow.history.text import listing_json, runs_text
     from s2v_flow.runs.record import runs_root
 
+    if dry_run and keep_last is None:
+        raise click.UsageError("--dry-run says what --keep-last would forget: runs --keep-last 20 --dry-run")
     root = runs_root(make_options(cache_dir=cache_dir, device=None).cache_root)
     if keep_last is not None:
         gone = forget_runs(root, keep_last, is_dry=dry_run)
@@ -54,7 +56,7 @@ def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | 
     report.print_json(listing_json(listing)) if as_json else report.print_table(runs_text(listing))
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 @click.argument("run", shell_complete=complete_run)
 @json_option
 @_CACHE
@@ -84,7 +86,7 @@ class _Box(click.ParamType[tuple[int, int, int, int]]):
         return x, y, width, height
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 @click.argument("video", metavar="VIDEO|RUN", shell_complete=complete_run)
 @click.option("--mouth", type=_Box(), help="Where the mouth is, in pixels, unless it is to be found.")
 @json_option
@@ -98,7 +100,7 @@ def quality(video: str, mouth: tuple[int, int, int, int] | None, as_json: bool, 
     report.print_json(found) if as_json else report.print_result(figures_text(found))
 
 
-@click.command("report")
+@click.command("report", cls=OrderedCommand)
 @click.argument("subject", metavar="VIDEO|RUN", shell_complete=complete_run)
 @click.option("-o", "--output", type=FILE, default="report.html", help="The page to write.", show_default=True)
 @click.option("--embed", is_flag=True, help="Put small copies of the videos inside, as far as they fit.")
@@ -117,7 +119,7 @@ def report_(subject: str, output: Path, embed: bool, as_json: bool, cache_dir: P
     report.print_json({"report": str(page)}) if as_json else report.print_result(str(page))
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 @click.argument("a", shell_complete=complete_run)
 @click.argument("b", shell_complete=complete_run)
 @click.option("--exit-code", is_flag=True, help="Leave with 1 if anything but times differs.")
@@ -142,7 +144,7 @@ def diff(a: str, b: str, exit_code: bool, page: Path | None, as_json: bool, cach
         sys.exit(ExitCode.FAILED)
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 @click.argument("video", type=FILE)
 @json_option
 @click.option("-o", "--output", type=FOLDER, metavar="DIRECTORY", help="Keep the new video there.")

@@ -14,12 +14,12 @@ import click
 
 from s2v_flow import __version__
 from s2v_flow.cli.completion import SHELLS, completion_script
-from s2v_flow.cli.options import FILE, folder_options, json_option, make_options, start_options
+from s2v_flow.cli.options import FILE, OrderedCommand, folder_options, json_option, make_options, start_options
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.machine import resolve_device
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 @click.argument("portrait", type=FILE, required=False)
 @click.argument("voice", type=FILE, required=False)
 @click.option("-o", "--output", type=FILE, default="recipe.yaml", help="The recipe to write.", show_default=True)
@@ -39,7 +39,7 @@ def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | 
     report.print_result(str(output))
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 @json_option
 @click.option("--precision", is_flag=True, help="Show what is stored and computed in which precision, by device.")
 @folder_options
@@ -58,7 +58,7 @@ def doctor(as_json: bool, precision: bool, **given: Any) -> None:
         sys.exit(ExitCode.FAILED)
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
     """Print a shell's completion script, to be put where it reads such scripts.
@@ -73,7 +73,7 @@ def completion(shell: str) -> None:
     report.print_result(completion_script(shell, click.get_current_context().find_root().command, "s2vflow"))
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 @click.argument("code")
 def explain(code: str) -> None:
     """Print what an error code (R051) or an exit code (7) means, and what to do."""
@@ -88,7 +88,7 @@ def explain(code: str) -> None:
     report.print_result(textwrap.fill(f"{title}: {known[wanted]}", 100, break_on_hyphens=False, break_long_words=False))
 
 
-@click.command("help")
+@click.command("help", cls=OrderedCommand)
 @click.argument("command", nargs=-1)
 def help_(command: tuple[str, ...]) -> None:
     """Print what --help prints, of the program or of a COMMAND."""
@@ -96,7 +96,7 @@ def help_(command: tuple[str, ...]) -> None:
     root.command.main([*command, "--help"], prog_name=root.info_name, standalone_mode=False)
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 def version() -> None:
     """Print the version."""
     from s2v_flow.cli import report
@@ -104,7 +104,7 @@ def version() -> None:
     report.print_result(f"s2vflow, version {__version__}")
 
 
-@click.command()
+@click.command(cls=OrderedCommand)
 @click.option("--port", type=click.IntRange(0, 65_535), default=0, help="On 127.0.0.1; any free one unless given.")
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
 @folder_options

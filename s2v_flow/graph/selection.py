@@ -28,10 +28,17 @@ class Selection:
     is_cached_only: bool = False
 
     def __post_init__(self) -> None:
-        """Take one name where several may be given."""
+        """Take one name where several may be given.
+
+        Raises:
+            S2VFlowError: Nodes are chosen in two ways of which one would not count.
+        """
         for name in ("until", "only", "force"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
+        if self.only and self.start is not None:
+            fix = "--only runs a node alone; --from X --until Y runs a part"
+            raise S2VFlowError("--only and --from are both given", fix, exit_code=ExitCode.USAGE)
 
     def cut(self, plan: Plan) -> Plan:
         """Return the plan without what comes after `until` and `only`.

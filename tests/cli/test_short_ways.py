@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from recipes_for_tests import call, write_recipe
 
 from s2v_flow import __version__
+from s2v_flow.cli.main import cli
+from s2v_flow.cli.options import OrderedCommand
 
 PARAMS = "params: {seed: 1}"
 
@@ -126,3 +130,42 @@ def test_profile_has_a_long_form(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, extra="profiles: {fast: {nodes: {first: {steps: 3}}}}")
     out = call("config", recipe, "--json", "--profile", "fast")[1]
     assert json.loads(out)["nodes"]["first"]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "r.yaml", "-o", "a.mp4", "--output=b.mp4"], "--output is given 2 times: leave one of them"),
+        (["plan", "r.yaml", "--seed", "1", "--seed", "2"], "--seed is given 2 times: leave one of them, or vary it: -m"),
+        (["run", "r.yaml", "--previews", "--no-previews"], "--previews or --no-previews is given 2 times"),
+        (["run", "r.yaml", "-q", "-v"], "--quiet and --verbose contradict each other"),
+        (["show", "last", "--cache-dir", "a", "--cache-dir", "b"], "--cache-dir is given 2 times"),
+        (["runs", "--dry-run"], "--dry-run says what --keep-last would forget"),
+        (["cache", "export", "a.tar", "--run", "last", "--node", "first"], "--run takes all results of a run"),
+        (["batch", "r.yaml", "--slurm", "slurm_partition=gpu"], "--slurm is for --engine slurm; the engine is local"),
+        (["batch", "r.yaml", "--engine", "slurm", "--address", "auto"], "--address is for --engine ray"),
+        (["batch", "export", "r.yaml", "--image", "me/it"], "--image is for --format k8s"),
+        (["plan", "r.yaml", "--only", "first", "--from", "next"], "--only and --from are both given"),
+    ],
+)
+def test_options_that_say_two_things_or_nothing_are_refused(words: list[str], said: str) -> None:
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_a_flag_may_be_said_again(tmp_path: Path) -> None:
+    """And options that take several values: what scripts put together stays allowed."""
+    recipe = write_recipe(tmp_path, extra=PARAMS)
+    code, out, _ = call("check", recipe, "--json", "--json", "--set", "seed=2", "--set", "seed=3")
+    assert (code, json.loads(out)["ok"]) == (0, True)
+
+
+def test_every_command_knows_what_is_given_twice() -> None:
+    def commands(command: click.Command) -> Iterator[click.Command]:
+        if not isinstance(command, click.Group):
+            yield command
+        for part in getattr(command, "commands", {}).values():
+            yield from commands(part)
+
+    assert {type(command) for command in commands(cli)} == {OrderedCommand}
