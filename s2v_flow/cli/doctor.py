@@ -29,6 +29,13 @@ DEPENDENCIES = (
     *("av", "click", "imageio", "networkx", "numpy", "pillow", "platformdirs", "pydantic", "pyyaml", "rich"),
     *("safetensors", "sentencepiece", "soundfile", "soxr", "torch", "transformers"),
 )
+_USED: Mapping[str, tuple[str, ...]] = {  # what of a package is used, where its top alone does not show that it works
+    "imageio": ("imageio.v3",),
+    "pillow": ("PIL.Image", "PIL.ImageCms", "PIL.ImageDraw", "PIL.ImageFont", "PIL.ImageOps", "PIL.PngImagePlugin"),
+    "rich": ("rich.console", "rich.live", "rich.progress_bar", "rich.table"),
+    "safetensors": ("safetensors.numpy", "safetensors.torch"),
+    "transformers": ("transformers.models.umt5.modeling_umt5", "transformers.models.wav2vec2.modeling_wav2vec2"),
+}
 _PYTHONS = ((3, 10), (3, 14))  # the first that will do, the first that will not
 _ENCODERS = ("libx264", "aac")
 _DECODERS = ("h264", "hevc", "vp9", "aac", "mp3", "opus")
@@ -55,7 +62,9 @@ class Finding:
 
 def examine(options: Options) -> list[Finding]:
     """Look at Python, torch, the codecs, the cache folder, the models and the dependencies. Imports torch."""
-    return [_python(), *_torch(), *_codecs(), _cache(options.cache_root), *_models(options), _dependencies()]
+    torch = [*_torch()]
+    packages = _dependencies(has_torch=torch[0].status == "ok")
+    return [_python(), *torch, *_codecs(), _cache(options.cache_root), *_models(options), packages]
 
 
 def findings_json(findings: list[Finding]) -> dict[str, Any]:
@@ -91,8 +100,10 @@ def _python() -> Finding:
 def _torch() -> Iterator[Finding]:
     try:
         import torch
+
+        torch.zeros(1).numpy()  # a build for another numpy fails here
     except _IMPORT_ERRORS as error:
-        yield Finding("torch", "problem", f"cannot be imported: {_private(str(error))}", "install torch again")
+        yield Finding("torch", "problem", f"cannot be used: {_private(str(error))}", "install torch again")
         return
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     if torch.version.hip:
@@ -122,19 +133,20 @@ def _gpu(torch: Any, index: int) -> dict[str, Any]:
 
 
 def _codecs() -> Iterator[Finding]:
+    missing: dict[str, list[str]] = {"w": [], "r": []}
     try:
         import av
         from av.codec.codec import UnknownCodecError
+
+        for mode, names in (("w", _ENCODERS), ("r", _DECODERS)):
+            for name in names:
+                try:
+                    av.Codec(name, mode)
+                except UnknownCodecError:
+                    missing[mode].append(name)
     except _IMPORT_ERRORS as error:
-        yield Finding("video", "problem", f"PyAV cannot be imported: {_private(str(error))}", "install av again")
+        yield Finding("video", "problem", f"PyAV cannot be used: {_private(str(error))}", "install av again")
         return
-    missing: dict[str, list[str]] = {"w": [], "r": []}
-    for mode, names in (("w", _ENCODERS), ("r", _DECODERS)):
-        for name in names:
-            try:
-                av.Codec(name, mode)
-            except UnknownCodecError:
-                missing[mode].append(name)
     ffmpeg = getattr(av, "ffmpeg_version_info", "unknown")
     text = f"PyAV {av.__version__} with FFmpeg {ffmpeg}"
     facts = {
@@ -197,7 +209,7 @@ def _models(options: Options) -> Iterator[Finding]:
     yield Finding("models", "ok" if found else "note", text, fix, facts)
 
 
-def _dependencies() -> Finding:
+def _dependencies(*, has_torch: bool) -> Finding:
     versions: dict[str, str | None] = {}
     for name in DEPENDENCIES:
         try:
@@ -208,9 +220,12 @@ def _dependencies() -> Finding:
     if missing:
         fix = f"pip install {' '.join(missing)}"
         return Finding("packages", "problem", f"missing: {', '.join(missing)}", fix, versions)
-    for name in versions.keys() - {"torch", "av"}:  # which have lines of their own
+    modules = {package: module for module, package in PACKAGES.items()}
+    others = {"torch", "av"} if has_torch else {"torch", "av", "safetensors", "transformers"}
+    for name in versions.keys() - others:  # which have lines of their own, or need torch
         try:
-            import_module({package: module for module, package in PACKAGES.items()}.get(name, name))
+            for module in _USED.get(name, (modules.get(name, name),)):
+                import_module(module)
         except _IMPORT_ERRORS as error:
             broken = broken_package(error) or MissingError(f"the package {name} cannot be imported: {error}")
             return Finding("packages", "problem", _private(broken.message), _private(broken.fix or ""), versions)

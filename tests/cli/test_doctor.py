@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import av
 import pytest
 import torch
 from recipes_for_tests import call
@@ -137,6 +138,32 @@ def test_a_package_that_is_there_and_cannot_be_imported_is_a_problem(
         "the package soundfile cannot be imported: sndfile library not found",
     )
     assert (found.fix or "").endswith("-m pip install --upgrade --force-reinstall soundfile")
+
+
+@pytest.mark.parametrize("module", ["transformers.models.umt5.modeling_umt5", "safetensors.torch", "PIL.ImageOps"])
+def test_a_package_whose_top_alone_can_be_imported_is_a_problem(
+    options: Options, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """A half-installed package: what recipes use of it is imported, too."""
+    monkeypatch.setitem(sys.modules, module, None)
+    (found,) = by_topic(options, "packages")
+    assert found.status == "problem"
+    assert "cannot be imported" in found.text
+    assert module in found.text
+
+
+def test_torch_without_numpy_and_pyav_without_codecs_are_problems(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setattr(torch.Tensor, "numpy", refuse)
+    monkeypatch.delattr(av, "Codec")
+    problems = {finding.topic: finding.text for finding in examine(options) if finding.status == "problem"}
+    assert problems["torch"] == "cannot be used: Numpy is not available"
+    assert problems["video"].startswith("PyAV cannot be used: ")
+    assert problems.keys() == {"torch", "video"}
 
 
 def test_an_encoder_or_a_decoder_that_is_not_there_is_named(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:

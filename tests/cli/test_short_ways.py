@@ -136,7 +136,10 @@ def test_profile_has_a_long_form(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["run", "r.yaml", "-o", "a.mp4", "--output=b.mp4"], "--output is given 2 times: leave one of them"),
-        (["plan", "r.yaml", "--seed", "1", "--seed", "2"], "--seed is given 2 times: leave one of them, or vary it: -m"),
+        (
+            ["plan", "r.yaml", "--seed", "1", "--seed", "2"],
+            "--seed is given 2 times: leave one of them, or vary it",
+        ),
         (["run", "r.yaml", "--previews", "--no-previews"], "--previews or --no-previews is given 2 times"),
         (["run", "r.yaml", "-q", "-v"], "--quiet and --verbose contradict each other"),
         (["show", "last", "--cache-dir", "a", "--cache-dir", "b"], "--cache-dir is given 2 times"),
