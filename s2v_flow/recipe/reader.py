@@ -10,8 +10,9 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -311,54 +312,53 @@ def _syntax(error: Exception, text: str, source: Source, problems: Problems) -> 
     return problems.stop("R001", f"this is not YAML: {problem}", origin, fix=fix)
 
 
-@dataclass
-class _Frame:
-    """A map or list that is still open."""
-
-    start: Any  # the event that began it
-    origin: Origin
-    is_map: bool
-    is_key: bool  # of the map around it, which is refused once it is closed
-    items: list[Tree] = field(default_factory=list)
-    entries: dict[str, Entry] = field(default_factory=dict)
-    key: tuple[str | None, Origin] | None = None  # the key whose value comes next; None: a key that was refused
-
-
 class _Builder:
-    """Makes a tree of events, with a stack of its own instead of recursion."""
+    """Makes a tree of events; they nest no deeper than `MAX_DEPTH`, so that recursion is safe."""
 
     def __init__(self, source: Source, problems: Problems) -> None:
         self.source = source
         self.problems = problems
-        self.frames: list[_Frame] = []
+        self.events: Iterator[Any] = iter(())
         self.anchors: dict[str, Tree] = {}
-        self.root: Tree | None = None
+        self.open: list[str | None] = []  # the anchors of the maps and lists around
 
     def build(self, events: list[Any]) -> Tree:
-        for event in events:
-            if isinstance(event, yaml.ScalarEvent):
-                self._scalar(event)
-            elif isinstance(event, yaml.AliasEvent):
-                self._alias(event)
-            elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
-                self._begin(event)
-            elif isinstance(event, yaml.CollectionEndEvent):
-                self._end()
-        return self.root if self.root is not None else Scalar(None, self.source.start())
+        values = [event for event in events if isinstance(event, (yaml.NodeEvent, yaml.CollectionEndEvent))]
+        self.events = iter(values)
+        return self._tree(next(self.events)) if values else Scalar(None, self.source.start())
+
+    def _inside(self) -> Iterator[Any]:
+        """Yield the events that begin what is in a map or a list, up to its end."""
+        while not isinstance(event := next(self.events), yaml.CollectionEndEvent):
+            yield event
 
     def _origin(self, event: Any) -> Origin:
         start, end = event.start_mark, event.end_mark
+        if isinstance(event, yaml.CollectionStartEvent):
+            return self.source.origin(start.line, start.column)
         width = end.column - start.column if start.line == end.line else MAX_BYTES  # to the end of the line
         return self.source.origin(start.line, start.column, width)
 
-    def _check_tag(self, event: Any, origin: Origin) -> None:
+    def _tree(self, event: Any, *, is_key: bool = False) -> Tree:
+        origin = self._origin(event)
+        if isinstance(event, yaml.AliasEvent):
+            return self._named(event.anchor, origin)
         if event.tag is not None:
             message = f"tags like {shortened(event.tag)} are not used in recipes"
             self.problems.add("R005", message, origin, fix="remove the tag; quotes make text of anything")
+        tree: Tree
+        if isinstance(event, yaml.ScalarEvent):
+            tree = self._scalar(event, origin)
+        else:
+            self.open.append(event.anchor)
+            is_map = isinstance(event, yaml.MappingStartEvent)
+            tree = self._map(origin) if is_map else ListValue(tuple(map(self._tree, self._inside())), origin)
+            self.open.pop()
+        if event.anchor is not None and not is_key:
+            self.anchors[event.anchor] = tree
+        return tree
 
-    def _scalar(self, event: Any) -> None:
-        origin = self._origin(event)
-        self._check_tag(event, origin)
+    def _scalar(self, event: Any, origin: Origin) -> Scalar:
         is_quoted = bool(event.style)  # None or empty, by which parser it is
         value: Any = event.value
         found = FORBIDDEN.search(value)  # an escape in quotes may have made what may not be written
@@ -371,79 +371,41 @@ class _Builder:
                 value = read_scalar(value)
             except ValueError as error:
                 self.problems.add("R008", str(error), origin, fix="put it in quotes if it is text")
-        scalar = Scalar(value, origin, is_quoted)
-        if self._expects_key():
-            self._key(scalar)
-        else:
-            self._attach(scalar, event.anchor)
+        return Scalar(value, origin, is_quoted)
 
-    def _alias(self, event: Any) -> None:
-        origin = self._origin(event)
-        if self._expects_key():
-            self._refuse_key(origin)
-            return
-        anchor = self.anchors.get(event.anchor)
-        if anchor is None:
-            is_open = any(frame.start.anchor == event.anchor for frame in self.frames)
-            name = f"*{shortened(event.anchor)}"
-            message = f"{name} stands inside what it names" if is_open else f"there is no &{name[1:]} before {name}"
-            raise self.problems.stop("R009", message, origin)
-        self._attach(anchor, None)
+    def _named(self, anchor: Any, origin: Origin) -> Tree:
+        if anchor in self.anchors:
+            return self.anchors[anchor]
+        name = f"*{shortened(anchor)}"
+        is_open = anchor in self.open
+        message = f"{name} stands inside what it names" if is_open else f"there is no &{name[1:]} before {name}"
+        raise self.problems.stop("R009", message, origin)
 
-    def _begin(self, event: Any) -> None:
-        origin = self.source.origin(event.start_mark.line, event.start_mark.column)
-        self._check_tag(event, origin)
-        is_key = self._expects_key()
-        self.frames.append(_Frame(event, origin, isinstance(event, yaml.MappingStartEvent), is_key))
+    def _map(self, origin: Origin) -> MapValue:
+        entries: dict[str, Entry] = {}
+        for event in self._inside():
+            key_origin = self._origin(event)
+            key = self._key(event, key_origin, entries)
+            value = self._tree(next(self.events))
+            if key is not None:
+                entries[key] = Entry(key_origin, value)
+        return MapValue(entries, origin)
 
-    def _end(self) -> None:
-        frame = self.frames.pop()
-        if frame.is_key:
-            self._refuse_key(frame.origin)
-            return
-        tree: Tree = (
-            MapValue(frame.entries, frame.origin) if frame.is_map else ListValue(tuple(frame.items), frame.origin)
-        )
-        self._attach(tree, frame.start.anchor)
-
-    def _expects_key(self) -> bool:
-        return bool(self.frames) and self.frames[-1].is_map and self.frames[-1].key is None
-
-    def _refuse_key(self, origin: Origin) -> None:
-        decimal = re.search(r"[0-9]+,[0-9]+$", origin.excerpt[: origin.place.column - 1 + origin.width])
-        point = f"write {decimal[0].replace(',', '.')}: a decimal is written with a point" if decimal else None
-        self.problems.add("R007", "a key must be text", origin, fix=point or "write a name, or put the key in quotes")
-        self.frames[-1].key = (None, origin)
-
-    def _key(self, scalar: Scalar) -> None:
-        key, frame = scalar.value, self.frames[-1]
+    def _key(self, event: Any, origin: Origin, entries: Mapping[str, Entry]) -> str | None:
+        """Return a key; None where it is refused, and what is under it left out."""
+        written = None if isinstance(event, yaml.AliasEvent) else self._tree(event, is_key=True)
+        key = written.value if isinstance(written, Scalar) else None
         if not isinstance(key, str):
-            self._refuse_key(scalar.origin)
+            decimal = re.search(r"[0-9]+,[0-9]+$", origin.excerpt[: origin.place.column - 1 + origin.width])
+            fix = "write a name, or put the key in quotes"
+            fix = f"write {decimal[0].replace(',', '.')}: a decimal is written with a point" if decimal else fix
+            self.problems.add("R007", "a key must be text", origin, fix=fix)
         elif key == "<<":
             fix = "write the fields out, or let a recipe extend another"
-            self.problems.add("R005", "merge keys (<<) are not used in recipes", scalar.origin, fix=fix)
-            frame.key = (None, scalar.origin)
-        elif key in frame.entries:
-            first = frame.entries[key].key_origin.place.line
-            message = f"{shortened(key)} is given twice, first on line {first}"
-            self.problems.add("R006", message, scalar.origin, fix="remove one of the two")
-            frame.key = (None, scalar.origin)
+            self.problems.add("R005", "merge keys (<<) are not used in recipes", origin, fix=fix)
+        elif key in entries:
+            message = f"{shortened(key)} is given twice, first on line {entries[key].key_origin.place.line}"
+            self.problems.add("R006", message, origin, fix="remove one of the two")
         else:
-            frame.key = (key, scalar.origin)
-
-    def _attach(self, value: Tree, anchor: str | None) -> None:
-        """Put a finished value where it belongs: under its key, into its list, or at the top."""
-        if anchor is not None:
-            self.anchors[anchor] = value
-        if not self.frames:
-            self.root = value
-            return
-        frame = self.frames[-1]
-        if not frame.is_map:
-            frame.items.append(value)
-            return
-        assert frame.key is not None
-        key, origin = frame.key
-        frame.key = None
-        if key is not None:
-            frame.entries[key] = Entry(origin, value)
+            return key
+        return None
