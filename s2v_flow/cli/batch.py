@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from s2v_flow.cli.options import FILE, FOLDER, OrderedGroup, change_options, folder_options, make_options, remote_option
+from s2v_flow.cli import report
+from s2v_flow.cli.options import (
+    FILE,
+    FOLDER,
+    OrderedGroup,
+    all_of,
+    change_options,
+    folder_options,
+    json_option,
+    make_options,
+    remote_option,
+)
 from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.wording import counted, duration_text, visible
 
@@ -20,8 +31,6 @@ if TYPE_CHECKING:
     from s2v_flow.batch.record import Batch
     from s2v_flow.batch.rows import Row
     from s2v_flow.batch.spec import BatchFile
-    from s2v_flow.cli.options import CommandT
-    from s2v_flow.graph.events import Event
 
 _POLICY = ("engine", "address", "slurm", "notify", "fail_fast", "timeout", "retries", "devices", "workers")
 
@@ -40,40 +49,34 @@ def batch() -> None:
     """Run many jobs: recipes x rows of a table x values of -m; `batch RECIPE...` is short for `batch run`."""
 
 
-def _job_options(command: CommandT) -> CommandT:
-    for decorate in (
-        click.option("--overwrite", is_flag=True, help="Replace other files instead of numbering the new ones."),
-        click.option("-m", "axes", multiple=True, metavar="PATH=VALUES", help="Vary a value: -m seed=1..8."),
-        click.option(
-            "--jobs", "table", type=FILE, metavar="FILE", help="A .csv (header: paths of --set) or .jsonl; a row a job."
-        ),
-        remote_option,
-        folder_options,
-        change_options,
-        click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...|batch.yaml"),
-    ):
-        command = decorate(command)
-    return command
+_job_options = all_of(
+    click.option("--overwrite", is_flag=True, help="Replace other files instead of numbering the new ones."),
+    click.option("-m", "axes", multiple=True, metavar="PATH=VALUES", help="Vary a value: -m seed=1..8."),
+    click.option(
+        "--jobs", "table", type=FILE, metavar="FILE", help="A .csv (header: paths of --set) or .jsonl; a row a job."
+    ),
+    remote_option,
+    folder_options,
+    change_options,
+    click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...|batch.yaml"),
+)
 
 
-def _policy_options(command: CommandT) -> CommandT:
-    for decorate in (
-        click.option(
-            "--slurm", multiple=True, metavar="KEY=VALUE", help="slurm: a parameter of submitit: slurm_partition=gpu."
-        ),
-        click.option("--address", metavar="ADDRESS", help="ray: the cluster's, else one is started here."),
-        click.option(
-            "--engine", type=click.Choice(["local", "ray", "slurm"]), help="Where workers run; local unless given."
-        ),
-        click.option("--notify", metavar="CMD", help="Run it at the end, with a line of text as its last argument."),
-        click.option("--fail-fast", is_flag=True, help="One job that fails stops the others."),
-        click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Of a job."),
-        click.option("--retries", type=click.IntRange(min=0), help="After a failure; 1 unless given."),
-        click.option("--devices", metavar="NAMES", help="One process each: cuda:0,cuda:1."),
-        click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Processes; 1 unless given."),
-    ):
-        command = decorate(command)
-    return command
+_policy_options = all_of(
+    click.option(
+        "--slurm", multiple=True, metavar="KEY=VALUE", help="slurm: a parameter of submitit: slurm_partition=gpu."
+    ),
+    click.option("--address", metavar="ADDRESS", help="ray: the cluster's, else one is started here."),
+    click.option(
+        "--engine", type=click.Choice(["local", "ray", "slurm"]), help="Where workers run; local unless given."
+    ),
+    click.option("--notify", metavar="CMD", help="Run it at the end, with a line of text as its last argument."),
+    click.option("--fail-fast", is_flag=True, help="One job that fails stops the others."),
+    click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Of a job."),
+    click.option("--retries", type=click.IntRange(min=0), help="After a failure; 1 unless given."),
+    click.option("--devices", metavar="NAMES", help="One process each: cuda:0,cuda:1."),
+    click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Processes; 1 unless given."),
+)
 
 
 @batch.command()
@@ -87,7 +90,6 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
     """
     from s2v_flow.batch.plan import plan_jobs, require_files, require_space
     from s2v_flow.batch.record import write_batch
-    from s2v_flow.cli import report
 
     policy = {name: given.pop(name) for name in _POLICY}
     policy["slurm"] = _parameters(policy["slurm"])
@@ -122,7 +124,6 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
 def cancel(path: Path) -> None:
     """Stop a running batch at the end of a step, as Ctrl-C does: a batch.json, or the one in a folder."""
     from s2v_flow.batch.record import read_batch
-    from s2v_flow.cli import report
 
     pids = read_batch(path).cancel()
     for pid in pids:
@@ -133,11 +134,10 @@ def cancel(path: Path) -> None:
 
 @batch.command()
 @click.argument("path", type=FILE)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@json_option
 def status(path: Path, as_json: bool) -> None:
     """Show what became of a batch's jobs: of a batch.json, or of the one in a folder."""
     from s2v_flow.batch.record import read_batch
-    from s2v_flow.cli import report
     from s2v_flow.cli.board import status_lines
 
     found = read_batch(path)
@@ -150,11 +150,10 @@ def status(path: Path, as_json: bool) -> None:
 @batch.command()
 @click.argument("path", type=FILE)
 @_policy_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@json_option
 def retry(path: Path, as_json: bool, devices: str | None, workers: int | None, **policy: Any) -> None:
     """Run the jobs of a batch.json that failed or never ran, without planning again."""
     from s2v_flow.batch.record import read_batch
-    from s2v_flow.cli import report
     from s2v_flow.graph.interrupt import StopRequest
 
     found = read_batch(path)
@@ -191,7 +190,6 @@ def export(
     """Print the jobs, checked, as a shell script, a Slurm array or a Kubernetes Job; each is one `s2vflow run`."""
     from s2v_flow.batch.export import FORMATS, export_jobs
     from s2v_flow.batch.plan import plan_jobs
-    from s2v_flow.cli import report
     from s2v_flow.start.project import write_recipe
 
     if image is not None and form != "k8s":
@@ -277,15 +275,15 @@ def _run(
     from s2v_flow.batch.dispatch import BatchRun, Policy, setups_of
     from s2v_flow.batch.engines import open_engine
     from s2v_flow.batch.notify import notify_end
-    from s2v_flow.cli import report
     from s2v_flow.cli.board import Board
+    from s2v_flow.cli.progress import Progress
 
     began, board = time.monotonic(), Board(made, len(devices))
     policy = Policy(1 if retries is None else retries, timeout, fail_fast)
     states: Mapping[int, str] = {}
     try:
         with made.running():
-            workers = open_engine(engine or "local", setups_of(made, devices, JobReport), made, address, slurm)
+            workers = open_engine(engine or "local", setups_of(made, devices, Progress), made, address, slurm)
             states = BatchRun(made, workers, policy, board).run()
     finally:
         board.close()
@@ -337,26 +335,3 @@ def _summary(made: Batch) -> Mapping[str, Any]:
         {"name": job.name, "outputs": list(job.outputs), "job": job.number, **states[job.number]} for job in made.jobs
     ]
     return {"batch": str(made.path), "jobs": sorted(jobs, key=lambda entry: entry["job"])}
-
-
-class JobReport:
-    """What a job's log has: the lines of a run without a terminal, and its error."""
-
-    def __init__(self, name: str) -> None:
-        from s2v_flow.cli.progress import Progress
-
-        self._progress = Progress(name)
-
-    def __call__(self, event: Event) -> None:
-        """Take an event."""
-        self._progress(event)
-
-    def error(self, error: S2VFlowError) -> None:
-        """Write an error as `s2vflow run` prints it."""
-        from s2v_flow.cli import report
-
-        report.print_error(error)
-
-    def close(self) -> None:
-        """End."""
-        self._progress.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -10,12 +9,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
 from s2v_flow.cli.progress import left_text
-from s2v_flow.cli.report import for_people, is_terminal, print_message
+from s2v_flow.cli.report import Lines
 from s2v_flow.wording import counted, duration_text, visible
 
 if TYPE_CHECKING:
-    from rich.live import Live
-
     from s2v_flow.batch.dispatch import Told
     from s2v_flow.batch.job import Job
     from s2v_flow.batch.record import Batch
@@ -29,13 +26,12 @@ class Board:
     """Takes what happens in a batch; a line for each begin and end, in a terminal for each end, above the table."""
 
     def __init__(self, made: Batch, num_workers: int, stream: TextIO | None = None) -> None:
-        self._made, self._num_workers, self._stream = made, num_workers, stream or sys.stderr
+        self._made, self._num_workers, self._lines = made, num_workers, Lines(stream)
         self._states: dict[int, dict[str, Any]] = {
             job.number: {"state": "done" if job.is_done else "waiting"} for job in made.jobs
         }
         self._busy: dict[int, tuple[Told, float]] = {}
         self._began = time.monotonic()
-        self._live: Live | None = None
 
     def __call__(self, told: Told) -> None:
         """Show it."""
@@ -47,8 +43,8 @@ class Board:
         if state == "begins":
             self._busy[told.worker] = told, time.monotonic()
             self._states[told.job.number] = {"state": "running"}
-            if is_terminal(self._stream):
-                self._watch()
+            if self._lines.is_terminal:
+                self._lines.show(self._table)
             else:
                 self._say(f"{text}begins")
             return
@@ -57,35 +53,18 @@ class Board:
         text += _WORDS.get(state, state) + (f" after {duration_text(told.seconds)}" if told.worker else "")
         first = told.outcome.message.split("\n")[0]
         text += f": {first}" if first else "".join(f" {path}" for path in told.outcome.outputs[:3])
-        self._say(text if self._live else f"{text}; {standing(self._made, self._states, self._num_workers)}")
+        self._say(text if self._lines.live else f"{text}; {standing(self._made, self._states, self._num_workers)}")
         for line in tail(self._made, told.job) if state == "failed" else ():
             self._say(f"    {line}")
 
     def close(self) -> None:
         """Leave the terminal as it was, with the table's last state."""
-        if self._live is not None:
-            self._live.refresh()
-            self._live.stop()
-            self._live = None
+        self._lines.close()
 
     def _say(self, text: str) -> None:
-        if self._live is None:
-            print_message(visible(text), self._stream)
-            return
-        from rich.text import Text
+        self._lines.say(visible(text))
 
-        self._live.console.print(Text.from_ansi(for_people(visible(text), self._stream)), soft_wrap=True)
-
-    def _watch(self) -> None:
-        if self._live is None:
-            from rich.console import Console
-            from rich.live import Live
-
-            console = Console(file=self._stream, highlight=False)
-            self._live = Live(console=console, get_renderable=self._table, redirect_stdout=False)
-            self._live.start()
-
-    def _table(self) -> Any:
+    def _table(self, console: Any) -> Any:
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from s2v_flow.cli import report
 from s2v_flow.cli.options import FILE, OrderedGroup, all_of, cache_option, json_option, make_options
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.wording import size_text
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options
@@ -44,7 +46,6 @@ def stats(as_json: bool, cache_dir: Path | None) -> None:
     """Print figures about the cache, its limit and what it leaves free on the disk."""
     from s2v_flow.cache.budget import NO_LIMIT, default_reserve, free_bytes
     from s2v_flow.cache.housekeeping import stats as figures
-    from s2v_flow.cli import report
 
     limit, root = _limit(cache_dir), _root(cache_dir)
     has_limit = limit != NO_LIMIT
@@ -65,7 +66,6 @@ def stats(as_json: bool, cache_dir: Path | None) -> None:
 def verify(repair: bool, dry_run: bool, as_json: bool, cache_dir: Path | None) -> None:
     """Read every entry and object and compare digests; leave with 1 if something is damaged."""
     from s2v_flow.cache.housekeeping import verify as verified
-    from s2v_flow.cli import report
 
     found = verified(_root(cache_dir), is_repair=repair and not dry_run)
     damaged = [f"damaged: {item['fingerprint'][:12]}: {item['reason']}" for item in found["damaged"]]
@@ -87,8 +87,6 @@ def gc(limit: str | None, dry_run: bool, as_json: bool, cache_dir: Path | None) 
     """
     from s2v_flow.cache.budget import parse_size
     from s2v_flow.cache.housekeeping import collect
-    from s2v_flow.cli import report
-    from s2v_flow.wording import size_text
 
     found = collect(_root(cache_dir), _limit(cache_dir) if limit is None else parse_size(limit), is_dry=dry_run)
     if as_json:
@@ -265,8 +263,6 @@ def _choose(cache_dir: Path | None, fingerprints: Sequence[str], nodes: Sequence
 
 
 def _show(rows: Sequence[dict[str, Any]], as_json: bool, more: dict[str, Any]) -> None:
-    from s2v_flow.cli import report
-    from s2v_flow.wording import size_text
 
     if as_json:
         report.print_json({**more, "entries": list(rows)})

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from s2v_flow import __version__
+import s2v_flow
+from s2v_flow.cli import report
 from s2v_flow.cli.batch import batch
 from s2v_flow.cli.cache import cache
 from s2v_flow.cli.completion import complete_kind
@@ -76,7 +77,7 @@ EXIT_CODES = "\n".join(
     epilog=f"\b\nExit codes:\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.version_option(__version__, prog_name="s2vflow")
+@click.version_option(s2v_flow.__version__, prog_name="s2vflow")
 def cli() -> None:
     """Talking videos from a portrait, a voice and a prompt, with Wan2.2-S2V, from a recipe that lives in git."""
 
@@ -105,29 +106,25 @@ def run(recipe: Path, as_json: bool, events: str | None, level: Level, **given: 
 @folder_options
 def try_(recipe: Path, as_json: bool, level: Level, **given: Any) -> None:
     """Make the first chunk alone, at half size in few steps, and estimate the whole by it."""
-    from s2v_flow import api
-    from s2v_flow.cli import report
     from s2v_flow.cli.trial import trial
 
     options = make_options(**given)
 
     def estimate() -> dict[str, Any]:
-        return {"estimate": api.plan(recipe, options).to_json()["estimate"]}
+        return {"estimate": s2v_flow.plan(recipe, options).to_json()["estimate"]}
 
     whole = shlex.join(["s2vflow", "run", *(word for word in sys.argv[1:] if word != "try")])
-    execute(*trial(api.plan(recipe, options), options), level, whole, as_json=as_json, also=estimate)
+    execute(*trial(s2v_flow.plan(recipe, options), options), level, whole, as_json=as_json, also=estimate)
     if not as_json:
-        report.print_result(report.whole_text(api.plan(recipe, options)))
+        report.print_result(report.whole_text(s2v_flow.plan(recipe, options)))
 
 
 @cli.command()
 @recipe_options
 def check(recipe: Path, as_json: bool, **given: Any) -> None:
     """Check a recipe, without looking at models or inputs."""
-    from s2v_flow import api
-    from s2v_flow.cli import report
 
-    checked = api.check(recipe, make_options(**given))
+    checked = s2v_flow.check(recipe, make_options(**given))
     if as_json:
         report.print_json({"recipe": str(checked.path), "ok": True, "nodes": list(checked.nodes)})
     else:
@@ -145,7 +142,6 @@ def check(recipe: Path, as_json: bool, **given: Any) -> None:
 def plan(recipe: Path, as_json: bool, detailed_exitcode: bool, calibrate: bool, **given: Any) -> None:
     """Show what a run would do: the order, the chunks, what is stored, what must run and why, what is missing."""
     from s2v_flow import api
-    from s2v_flow.cli import report
 
     options = make_options(**given)
     planned = api.plan(recipe, options)
@@ -164,11 +160,9 @@ def plan(recipe: Path, as_json: bool, detailed_exitcode: bool, calibrate: bool, 
 @click.option("--format", "form", type=click.Choice(["ascii", "mermaid", "dot"]), default="ascii")
 def graph(recipe: Path, as_json: bool, form: str, **given: Any) -> None:
     """Draw the plan, with every node's status."""
-    from s2v_flow import api
-    from s2v_flow.cli import report
     from s2v_flow.cli.describe import DRAWERS
 
-    planned = api.plan(recipe, make_options(**given))
+    planned = s2v_flow.plan(recipe, make_options(**given))
     text = DRAWERS[form](planned.plan, planned.statuses)
     report.print_json({"format": form, "graph": text}) if as_json else report.print_result(text)
 
@@ -179,11 +173,9 @@ def graph(recipe: Path, as_json: bool, form: str, **given: Any) -> None:
 @click.option("--resolved/--references", default=True, help="Put parameters in (the default), or keep $params.NAME.")
 def config(recipe: Path, as_json: bool, with_origins: bool, resolved: bool, **given: Any) -> None:
     """Print a recipe as one text, with everything that is laid over it."""
-    from s2v_flow import api
-    from s2v_flow.cli import report
     from s2v_flow.recipe.config import config_json, config_text
 
-    checked = api.check(recipe, make_options(**given))
+    checked = s2v_flow.check(recipe, make_options(**given))
     if as_json:
         report.print_json(config_json(checked, resolved=resolved, with_origins=with_origins))
     else:
@@ -196,13 +188,11 @@ def config(recipe: Path, as_json: bool, with_origins: bool, resolved: bool, **gi
 @click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
 def recipe(video: Path, output: Path | None, force: bool) -> None:
     """Print the recipe that is inside an mp4 that s2vflow made; its paths are as seen from where it is written."""
-    from s2v_flow import api
-    from s2v_flow.cli import report
     from s2v_flow.recipe.config import portable_text
     from s2v_flow.runs.essence import read_essence
 
     read_essence(video)  # says what is wrong with it
-    checked = api.check(video)
+    checked = s2v_flow.check(video)
     if output is None:
         report.print_message(f"note: its relative paths start at {checked.folder}")
     _deliver(
@@ -219,7 +209,6 @@ def recipe(video: Path, output: Path | None, force: bool) -> None:
 def import_(workflow: Path, output: Path | None, modernise: bool, as_of: str | None, force: bool) -> None:
     """Make a recipe of a ComfyUI workflow: JSON, or a picture, video or sound with the workflow in it."""
     from s2v_flow.api import KINDS
-    from s2v_flow.cli import report
     from s2v_flow.comfy.importer import import_workflow
 
     imported = import_workflow(workflow, KINDS, modernises=modernise, as_of=int(as_of) if as_of else None)
@@ -240,12 +229,10 @@ def import_(workflow: Path, output: Path | None, modernise: bool, as_of: str | N
 @click.option("--force", is_flag=True, help="Overwrite the workflow that is there.")
 def export(recipe: Path, as_json: bool, output: Path | None, form: Literal["editor", "api"], **given: Any) -> None:
     """Make a ComfyUI workflow of a recipe; what ComfyUI does differently is said."""
-    from s2v_flow import api
-    from s2v_flow.cli import report
     from s2v_flow.comfy.exporter import export_workflow
 
     force = given.pop("force")
-    planned = api.plan(recipe, make_options(**given))
+    planned = s2v_flow.plan(recipe, make_options(**given))
     text, notes = export_workflow(planned.recipe, planned.plan, form)
     for note in notes:
         report.print_message(f"note: {note}")
@@ -254,7 +241,6 @@ def export(recipe: Path, as_json: bool, output: Path | None, form: Literal["edit
 
 def _deliver(text: str, output: Path | None, *, force: bool) -> None:
     """Write a text to a file, or print it."""
-    from s2v_flow.cli import report
     from s2v_flow.start.project import write_recipe
 
     if output is None:
@@ -268,7 +254,6 @@ def _deliver(text: str, output: Path | None, *, force: bool) -> None:
 @json_option
 def nodes(kind: str | None, as_json: bool) -> None:
     """List the kinds of nodes; with KIND, its fields."""
-    from s2v_flow.cli import report
     from s2v_flow.cli.describe import describe_kinds, kinds_text
 
     described = describe_kinds(kind)
@@ -319,7 +304,6 @@ def make(
 ) -> None:
     """Make a video without a recipe; one is left beside it, to change and to run again."""
     from s2v_flow import api
-    from s2v_flow.cli import report
     from s2v_flow.start.project import DEFAULT_PROMPT, Start, is_as_written, recipe_path, recipe_text, write_recipe
     from s2v_flow.start.recipes import RECIPES
 
@@ -337,12 +321,11 @@ def make(
 
 def _text_like(start: Start, recipe: Path) -> str:
     """Return the recipe inside a video, for another portrait, voice and prompt."""
-    from s2v_flow import api
     from s2v_flow.recipe.config import portable_text
     from s2v_flow.start.project import changes_like
 
-    changes = changes_like(start, api.check(start.like))
-    return portable_text(replace(api.check(start.like, overrides=changes), path=recipe, folder=None))
+    changes = changes_like(start, s2v_flow.check(start.like))
+    return portable_text(replace(s2v_flow.check(start.like, overrides=changes), path=recipe, folder=None))
 
 
 def main() -> NoReturn:
@@ -376,8 +359,6 @@ def _main(stop: StopRequest, streams: Streams) -> NoReturn:
     except StoppedError as stopped:
         _leave(str(stopped), stopped.exit_code)
     except S2VFlowError as error:
-        from s2v_flow.cli import report
-
         report.print_error(error)
         sys.exit(error.exit_code)
     except Exception as error:
@@ -398,7 +379,7 @@ def _leave(text: str, code: ExitCode) -> NoReturn:
 
 def _explain_unexpected(error: Exception) -> NoReturn:
     """Leave after an error that is not ours: another package, no memory, a file that may not be read; or a defect."""
-    if broken := broken_package(error):  # which `report` may need as well
+    if broken := broken_package(error):
         _leave(f"error: {broken.message}\n  fix: {broken.fix}", broken.exit_code)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         text = f"out of memory: {error}\n  fix: a smaller width and height, or a lower frames_per_call in decode"

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from s2v_flow.cli import report
 from s2v_flow.cli.options import FILE, OrderedGroup, change_options, folder_options, json_option, make_options
 from s2v_flow.errors import ExitCode
 
@@ -48,7 +49,6 @@ def models() -> None:
 def list_(recipe: Path | None, as_json: bool, download: bool, only: tuple[str, ...], **given: Any) -> None:
     """List the model files that a recipe needs (or all that are known), and download them on request."""
     from s2v_flow import api
-    from s2v_flow.cli import report
     from s2v_flow.library import needs
 
     if download and recipe is None and not only:
@@ -95,7 +95,6 @@ def convert(source: Path, output: Path, as_json: bool, force: bool, **given: Any
       s2vflow models convert Wan2.2-S2V-14B/Wan2.1_VAE.pth -o models/vae/wan_2.1_vae.safetensors
       s2vflow models convert Wan2.2-S2V-14B -o models/diffusion_models/wan2.2_s2v_14B_bf16.safetensors
     """
-    from s2v_flow.cli import report
     from s2v_flow.convert.convert import Request, convert
 
     progress = report.DownloadProgress()

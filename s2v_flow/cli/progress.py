@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import deque
@@ -11,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from s2v_flow.cli.report import LINE_EVERY_SECONDS, for_people, is_terminal, length_text, noted, print_message
+from s2v_flow.cli.report import LINE_EVERY_SECONDS, Lines, length_text, noted, print_error
 from s2v_flow.graph import events
 from s2v_flow.wording import duration_text, listed, reused_text, size_text, visible
 
 if TYPE_CHECKING:
-    from rich.live import Live
-
     from s2v_flow.api import Planned
+    from s2v_flow.errors import S2VFlowError
     from s2v_flow.graph.run import RunResult
 
 Level = Literal["quiet", "normal", "verbose"]
@@ -122,15 +120,13 @@ class Progress:
         self, name: str = "", planned: Planned | None = None, level: Level = "normal", stream: TextIO | None = None
     ) -> None:
         self._name, self._planned, self._level = visible(name), planned, level
-        self._stream = stream or sys.stderr
-        self._is_terminal = is_terminal(self._stream)
+        self._lines = Lines(stream)
         self._started = time.monotonic()
         self._rows: dict[str, _Row] = {}  # by plan node; "" is work before any
         self._to_run: tuple[str, ...] = ()
         self._forecast = _Forecast(planned)
         self._told: set[str] = set()
         self._pictured: set[str] = set()  # plan nodes
-        self._live: Live | None = None
         self._ticker: threading.Thread | None = None
         self._closed = threading.Event()
         self._lock = threading.RLock()
@@ -143,22 +139,23 @@ class Progress:
         self._closed.set()
         if self._ticker is not None:
             self._ticker.join()
-        if self._live is not None:
-            self._live.refresh()
-            self._live.stop()
-            self._live = None
+        self._lines.close()
+
+    def error(self, error: S2VFlowError) -> None:
+        """Write an error as the command line prints it."""
+        print_error(error)
 
     def end(self, planned: Planned, result: RunResult, again: str) -> None:
         """Say what has come out, and what to do next."""
         text = _closing(planned, result, time.monotonic() - self._started)
         separator = " · " if len(again) < 40 else "\n"
-        text += f"\nagain: {again}{separator}look closer: s2vflow show last" if self._is_terminal else ""
+        text += f"\nagain: {again}{separator}look closer: s2vflow show last" if self._lines.is_terminal else ""
         try:
-            text.encode(getattr(self._stream, "encoding", None) or "utf-8")
+            text.encode(getattr(self._lines.stream, "encoding", None) or "utf-8")
         except UnicodeError:
             text = text.replace(" · ", ", ")
-        if self._is_terminal and self._level != "quiet":
-            print_message(text, self._stream)
+        if self._lines.is_terminal and self._level != "quiet":
+            self._lines.say(text)
         elif self._level != "quiet":
             self._say(f"end: {text}")
 
@@ -205,12 +202,12 @@ class Progress:
 
     def _show(self, event: events.Preview) -> None:
         """Show a picture of each chunk above the table, once half of its steps are done."""
-        if self._live is not None and 2 * event.step >= event.total and event.node not in self._pictured:
+        if self._lines.live is not None and 2 * event.step >= event.total and event.node not in self._pictured:
             from s2v_flow.cli.picture import show_picture
 
             self._pictured.add(event.node)
             with suppress(OSError, UnicodeError):  # it is gone, or the terminal lacks the character
-                show_picture(Path(event.path), self._live.console)
+                show_picture(Path(event.path), self._lines.live.console)
 
     def _say(self, text: str, *, is_in_table: bool = False, is_detail: bool = False, is_note: bool = False) -> None:
         """Write a line; in a terminal unless the table shows the same, details only where they are asked for.
@@ -218,20 +215,16 @@ class Progress:
         Elsewhere it begins with the clock and the recipe's name, but for notes and warnings: scripts look for these by
         their first word.
         """
-        if (is_in_table and self._is_terminal) or (is_detail and self._level != "verbose"):
+        if (is_in_table and self._lines.is_terminal) or (is_detail and self._level != "verbose"):
             return
         text = visible(text)
-        if self._live is not None:
-            from rich.text import Text
-
-            self._live.console.print(Text.from_ansi(for_people(text, self._stream)), soft_wrap=True)
-        elif self._is_terminal:
-            print_message(text, self._stream)
-        else:
-            with self._lock:
-                self._last_line = time.monotonic()
-                name = f"{self._name}: " if self._name else ""
-                print_message(text if is_note else f"{time.strftime('%H:%M:%S')} {name}{text}", self._stream)
+        if self._lines.is_terminal:
+            self._lines.say(text)
+            return
+        with self._lock:
+            self._last_line = time.monotonic()
+            name = f"{self._name}: " if self._name else ""
+            self._lines.say(text if is_note else f"{time.strftime('%H:%M:%S')} {name}{text}")
 
     def _begin(self, event: events.RunStarted) -> None:
         self._to_run = event.nodes
@@ -246,14 +239,9 @@ class Progress:
 
     def _watch(self) -> None:
         """Begin to show that time passes: by a table that is drawn again and again, or by lines."""
-        if self._is_terminal and self._live is None:
-            from rich.console import Console
-            from rich.live import Live
-
-            console = Console(file=self._stream, highlight=False)  # which obeys NO_COLOR
-            self._live = Live(console=console, get_renderable=lambda: self._table(console), redirect_stdout=False)
-            self._live.start()
-        elif not self._is_terminal and self._ticker is None:
+        if self._lines.is_terminal:
+            self._lines.show(self._table)
+        elif self._ticker is None:
             self._ticker = threading.Thread(target=self._tick, daemon=True)
             self._ticker.start()
 

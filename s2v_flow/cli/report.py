@@ -10,15 +10,17 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, TextIO
 
 from s2v_flow.errors import RecipeError, S2VFlowError
-from s2v_flow.library.needs import help_lines
 from s2v_flow.wording import WARNING, duration_text, mistakes_text, size_text, visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
     from s2v_flow.api import Planned
     from s2v_flow.graph.estimate import Estimate
     from s2v_flow.graph.node import PlanNode
@@ -71,6 +73,8 @@ def noted(text: str) -> str:
 
 def print_plan(planned: Planned) -> None:
     """Print a plan as a table for people, to stdout."""
+    from s2v_flow.library.needs import help_lines
+
     lines = [f"plan of {planned.recipe.path} on {planned.device}", *_rows(planned)]
     counts = [status.status for status in planned.statuses.values()]
     to_run = counts.count("RUN") + counts.count("RESUME")
@@ -199,6 +203,41 @@ class DownloadProgress:
             else ""
         )
         print_message(f"{visible(file)}: {size_text(done)} of {size_text(total)}{pace}")
+
+
+class Lines:
+    """Lines for people on a stream, stderr unless given; in a terminal above a table, once one is shown."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.is_terminal = is_terminal(self.stream)
+        self.live: Live | None = None
+
+    def show(self, table: Callable[[Console], Any]) -> None:
+        """Begin to draw what `table` returns, again and again."""
+        if self.live is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(file=self.stream, highlight=False)  # which obeys NO_COLOR
+            self.live = Live(console=console, get_renderable=lambda: table(console), redirect_stdout=False)
+            self.live.start()
+
+    def say(self, text: str) -> None:
+        """Write a line."""
+        if self.live is None:
+            print_message(text, self.stream)
+            return
+        from rich.text import Text
+
+        self.live.console.print(Text.from_ansi(for_people(text, self.stream)), soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, with the table's last state."""
+        if self.live is not None:
+            self.live.refresh()
+            self.live.stop()
+            self.live = None
 
 
 _CODES = {"bold red": "1;31", "red": "31", "green": "32", "yellow": "33", "cyan": "36", "dim": "2"}

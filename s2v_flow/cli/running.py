@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2v_flow.cli import report
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.events import RunFinished
 
@@ -54,7 +55,6 @@ def execute(
         also: Gives what the JSON object has beside the run's own, once that is done.
     """
     from s2v_flow import api
-    from s2v_flow.cli import report
     from s2v_flow.cli.progress import Progress
     from s2v_flow.cli.trial import trial
     from s2v_flow.runs.record import new_run_id, runs_root
@@ -134,7 +134,6 @@ def _without_end(told: Listener) -> Listener:
 
 def _page(result: RunResult, options: Options, pages: list[Path]) -> list[Path]:
     """Write a page about a run beside its video, or a matrix's sheet; that it fails is no failure of the run."""
-    from s2v_flow.cli import report
     from s2v_flow.views.report import write_report
 
     videos = {name: paths[0] for name, paths in result.outputs.items() if paths and paths[0].suffix == ".mp4"}
@@ -159,7 +158,6 @@ def _summary(planned: Planned, result: RunResult) -> list[Path]:
     """Put a matrix's videos on one page, where there are at least two; that it fails is no failure of the run."""
     if not planned.labels:
         return []
-    from s2v_flow.cli import report
     from s2v_flow.history.side import summarise
 
     try:

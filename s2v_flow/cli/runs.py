@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from s2v_flow.cli import report
 from s2v_flow.cli.completion import complete_run
 from s2v_flow.cli.options import (
     FILE,
@@ -38,7 +39,6 @@ def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | 
     A run is running, finished, failed, interrupted (by Ctrl-C or a signal) or killed. Results and videos do not depend
     on a run's manifest.
     """
-    from s2v_flow.cli import report
     from s2v_flow.history.find import forget_runs, list_runs
     from s2v_flow.history.text import listing_json, runs_text
     from s2v_flow.runs.record import runs_root
@@ -62,7 +62,6 @@ def runs(keep_last: int | None, dry_run: bool, as_json: bool, cache_dir: Path | 
 @_CACHE
 def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
     """Show a run (its id, the beginning of one, or `last`), or how an mp4 was made."""
-    from s2v_flow.cli import report
     from s2v_flow.history.find import find
     from s2v_flow.history.text import show_text
     from s2v_flow.runs.record import runs_root
@@ -93,7 +92,6 @@ class _Box(click.ParamType[tuple[int, int, int, int]]):
 @_CACHE
 def quality(video: str, mouth: tuple[int, int, int, int] | None, as_json: bool, cache_dir: Path | None) -> None:
     """Measure a video, or what a run wrote: lips against voice, drift, seams, pictures that show nothing."""
-    from s2v_flow.cli import report
     from s2v_flow.history.text import figures_of, figures_text
 
     found = figures_of(video, make_options(cache_dir=cache_dir, device=None).cache_root, mouth)
@@ -112,7 +110,6 @@ def report_(subject: str, output: Path, embed: bool, as_json: bool, cache_dir: P
     It shows the video with its film strip, wave, chunks and prompts, lips against voice, drift and seams; of a run also
     time, memory, the graph and what differs from the run before; a matrix as a grid.
     """
-    from s2v_flow.cli import report
     from s2v_flow.views.report import write_report
 
     page = write_report(subject, output, make_options(cache_dir=cache_dir, device=None), embed=embed)
@@ -130,7 +127,6 @@ def report_(subject: str, output: Path, embed: bool, as_json: bool, cache_dir: P
 @_CACHE
 def diff(a: str, b: str, exit_code: bool, page: Path | None, as_json: bool, cache_dir: Path | None) -> None:
     """Compare two runs, mp4s or recipes: values, models, inputs, environment, times, results."""
-    from s2v_flow.cli import report
     from s2v_flow.history.compare import compare
 
     options = make_options(cache_dir=cache_dir, device=None)
@@ -152,7 +148,6 @@ def diff(a: str, b: str, exit_code: bool, page: Path | None, as_json: bool, cach
 @folder_options
 def reproduce(video: Path, as_json: bool, output: Path | None, level: Level, **given: Any) -> None:
     """Make an mp4 again from what it says of itself; leave with 1, and name what differs, if its frames do."""
-    from s2v_flow.cli import report
     from s2v_flow.cli.progress import Progress
     from s2v_flow.history.reproduce import reproduce as make_again
 
@@ -172,7 +167,6 @@ def reproduce(video: Path, as_json: bool, output: Path | None, level: Level, **g
 @folder_options
 def lock(recipe: Path, as_json: bool, output: Path | None, **given: Any) -> None:
     """Write down the digests of a recipe's models and inputs; `run --locked` refuses any others."""
-    from s2v_flow.cli import report
     from s2v_flow.history.reproduce import make_lock
     from s2v_flow.runs.lockfile import lock_path
     from s2v_flow.start.project import write_recipe

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from s2v_flow import __version__
+from s2v_flow.cli import report
 from s2v_flow.cli.completion import SHELLS, completion_script
 from s2v_flow.cli.options import FILE, OrderedCommand, folder_options, json_option, make_options, start_options
 from s2v_flow.errors import ExitCode, S2VFlowError
@@ -27,7 +28,6 @@ from s2v_flow.machine import resolve_device
 @start_options
 def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | None, like: str, force: bool) -> None:
     """Write a first recipe, for a portrait and a voice."""
-    from s2v_flow.cli import report
     from s2v_flow.start.project import DEFAULT_PROMPT, Start, recipe_text, write_recipe
     from s2v_flow.start.recipes import RECIPES
 
@@ -45,7 +45,6 @@ def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | 
 @folder_options
 def doctor(as_json: bool, precision: bool, **given: Any) -> None:
     """Look at this machine: Python, torch and devices, codecs, the cache, models, packages."""
-    from s2v_flow.cli import report
     from s2v_flow.cli.doctor import examine, findings_json, findings_text, precision_json, precision_text
 
     if precision:
@@ -68,8 +67,6 @@ def completion(shell: str) -> None:
       zsh:  s2vflow completion zsh > a folder of $fpath, as _s2vflow
       fish: s2vflow completion fish > ~/.config/fish/completions/s2vflow.fish
     """
-    from s2v_flow.cli import report
-
     report.print_result(completion_script(shell, click.get_current_context().find_root().command, "s2vflow"))
 
 
@@ -77,7 +74,6 @@ def completion(shell: str) -> None:
 @click.argument("code")
 def explain(code: str) -> None:
     """Print what an error code (R051) or an exit code (7) means, and what to do."""
-    from s2v_flow.cli import report
     from s2v_flow.wording import did_you_mean
 
     known = json.loads((Path(__file__).parent / "explanations.json").read_text(encoding="utf-8"))
@@ -99,8 +95,6 @@ def help_(command: tuple[str, ...]) -> None:
 @click.command(cls=OrderedCommand)
 def version() -> None:
     """Print the version."""
-    from s2v_flow.cli import report
-
     report.print_result(f"s2vflow, version {__version__}")
 
 
@@ -113,8 +107,6 @@ def ui(port: int, no_browser: bool, **given: Any) -> None:
 
     The address, with a secret token, is the one line on stdout. Only this machine can open it. (extra: ui)
     """
-    from s2v_flow.cli import report
-
     try:
         from s2v_flow.views.ui.app import serve
     except ModuleNotFoundError as error:

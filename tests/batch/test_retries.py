@@ -12,7 +12,7 @@ from s2v_flow.batch.dispatch import BatchRun, Policy, Told
 from s2v_flow.batch.job import Job
 from s2v_flow.batch.record import Batch
 from s2v_flow.batch.worker import Outcome, Setup
-from s2v_flow.cli.batch import JobReport
+from s2v_flow.cli.progress import Progress
 from s2v_flow.options import Options
 
 
@@ -89,7 +89,7 @@ def test_a_job_is_tried_again_by_its_exit_code(
     batch = Batch(tmp_path / "batch.json", (Job(1, "talk.yaml"),), options, tmp_path)
     batch.logs.mkdir()
     told: list[Told] = []
-    engine = Endings([Setup(options, tmp_path, 1, JobReport)], Ending(list(codes)))
+    engine = Endings([Setup(options, tmp_path, 1, Progress)], Ending(list(codes)))
     assert BatchRun(batch, engine, Policy(retries), told.append).run() == {1: state}
     assert [item.state for item in told].count("begins") == begun
     assert batch.states()[1]["state"] == state
