@@ -8,7 +8,7 @@ environment, which wins over the file.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,14 @@ from s2v_flow.recipe.tree import ListValue, MapValue, Scalar, Tree, plain
 from s2v_flow.wording import did_you_mean, shortened, shown
 
 VARIABLE = "S2VFLOW_DEFAULTS"
+_LISTS = ("models_dirs", "extra_model_paths", "input_dirs")
+_SIZE = "a size like 20G, or none"
+_EXPECTED = {
+    **dict.fromkeys((*_LISTS, "output_dir", "cache_dir"), "a path"),
+    "cache_limit": _SIZE,
+    "device": "auto, cpu, cuda or cuda:N",
+    "vram": _SIZE,
+}
 _IN_ENVIRONMENT = {
     "models_dirs": "S2VFLOW_MODELS_DIR",
     "extra_model_paths": "S2VFLOW_EXTRA_MODEL_PATHS",
@@ -86,58 +94,33 @@ def _read(tree: Tree, problems: Problems) -> dict[str, Any]:
         raise problems.stop("R012", f"defaults are a map, got {shown(plain(tree))}", tree.origin, fix=fix)
     found: dict[str, Any] = {}
     for key, entry in tree.entries.items():
-        if key not in _READERS:
-            advice = did_you_mean(key, _READERS)
+        if key not in _EXPECTED:
+            advice = did_you_mean(key, _EXPECTED)
             problems.add("R010", f"there is no default {shortened(key)}", entry.key_origin, fix=advice)
         else:
-            found[key] = _READERS[key](key, entry.value, problems)
+            found[key] = _value(key, entry.value, problems)
     return found
 
 
-def _folders(key: str, tree: Tree, problems: Problems) -> list[Path]:
-    """Read a list of folders (or files); one may stand for a list of one."""
-    items = tree.items if isinstance(tree, ListValue) else (tree,)
-    return [folder for item in items for folder in [_folder(key, item, problems)] if folder is not None]
+def _value(key: str, tree: Tree, problems: Problems) -> Any:
+    """Read a path, a size or a device; of what may be several, one may stand for a list of one."""
+    if key in _LISTS:
+        items = tree.items if isinstance(tree, ListValue) else (tree,)
+        return [value for item in items if (value := _one(key, item, problems)) is not None]
+    return _one(key, tree, problems)
 
 
-def _folder(key: str, tree: Tree, problems: Problems) -> Path | None:
-    text = _text(key, tree, problems, "a path")
-    return None if text is None else tree.origin.base_dir / os.path.expanduser(text)
-
-
-def _device(key: str, tree: Tree, problems: Problems) -> str | None:
-    return _text(key, tree, problems, "auto, cpu, cuda or cuda:N")
-
-
-def _size(key: str, tree: Tree, problems: Problems) -> int | None:
-    """Read a size: `20G`, a number of bytes, or none; vram may be auto, too."""
+def _one(key: str, tree: Tree, problems: Problems) -> Any:
     value = tree.value if isinstance(tree, Scalar) else None
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    if key == "vram" and value == "auto":
-        return None
-    if isinstance(value, str):
-        with suppress(S2VFlowError):
-            return parse_size(value)
-    problems.add("R012", f"{key}: expected a size like 20G, or none, got {shown(plain(tree))}", tree.origin)
+    if _EXPECTED[key] == _SIZE:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+        if key == "vram" and value == "auto":
+            return None
+        if isinstance(value, str):
+            with suppress(S2VFlowError):
+                return parse_size(value)
+    elif isinstance(value, str) and value:
+        return value if key == "device" else tree.origin.base_dir / os.path.expanduser(value)
+    problems.add("R012", f"{key}: expected {_EXPECTED[key]}, got {shown(plain(tree))}", tree.origin)
     return None
-
-
-def _text(key: str, tree: Tree, problems: Problems, expected: str) -> str | None:
-    if isinstance(tree, Scalar) and isinstance(tree.value, str) and tree.value:
-        return tree.value
-    value = plain(tree)
-    problems.add("R012", f"{key}: expected {expected}, got {shown(value)}", tree.origin)
-    return None
-
-
-_READERS: Mapping[str, Callable[[str, Tree, Problems], Any]] = {
-    "models_dirs": _folders,
-    "extra_model_paths": _folders,
-    "input_dirs": _folders,
-    "output_dir": _folder,
-    "cache_dir": _folder,
-    "cache_limit": _size,
-    "device": _device,
-    "vram": _size,
-}

@@ -78,13 +78,10 @@ def _readings(text: str) -> Iterator[ScalarValue]:
 
 def _read_list(argument: Argument, text: str, problems: Problems) -> Tree:
     assert argument.source is not None, "text comes from the command line"
-    found = Problems()
     try:
-        tree = read_yaml(text.encode(), replace(argument.source, column=argument.column + 1), found)
+        tree = read_yaml(text.encode(), replace(argument.source, column=argument.column + 1), problems)
     except StopReadingError as error:
         raise FaultyOverrideError from error
-    finally:
-        problems.extend(found)
     if not isinstance(tree, ListValue):
         raise faulty(problems, "R052", "expected a list in brackets", argument.value_origin, "write [1, 2]")
     return tree

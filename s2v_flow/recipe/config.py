@@ -92,31 +92,16 @@ def _data(recipe: Recipe, tree: MapValue, resolved: bool) -> dict[str, Any]:
 
 def _resolved(recipe: Recipe) -> MapValue:
     """Return the document with its references to parameters replaced."""
-    params, nodes = recipe.document.get("params"), recipe.document.get("nodes")
-    assert isinstance(params, MapValue)
-    assert isinstance(nodes, MapValue)
-    parameters = Parameters(params, Problems())
+    params, nodes = recipe.document.entries["params"], recipe.document.entries["nodes"]
+    assert isinstance(params.value, MapValue)
+    parameters = Parameters(params.value, Problems())
     values = {
-        name: Entry(params.entries[name].key_origin, _literal(tree)) for name, tree in parameters.resolve_all().items()
+        name: Entry(params.value.entries[name].key_origin, tree) for name, tree in parameters.resolve_all().items()
     }
-    written: dict[str, Entry] = {}
-    for name, entry in nodes.entries.items():
-        assert isinstance(entry.value, MapValue)
-        fields = {
-            field: Entry(value.key_origin, _resolved_field(recipe.nodes[name], field, value.value, parameters))
-            for field, value in entry.value.entries.items()
-        }
-        written[name] = Entry(entry.key_origin, MapValue(fields, entry.value.origin))
-    sections = {"params": MapValue(values, params.origin), "nodes": MapValue(written, nodes.origin)}
-    return MapValue({key: Entry(tree.origin, tree) for key, tree in sections.items()}, recipe.document.origin)
-
-
-def _resolved_field(spec: NodeSpec, field: str, value: Tree, parameters: Parameters) -> Tree:
-    if field == "kind" or field in type(spec.node).input_ports():
-        return value
-    tree = parameters.substitute(value, field)
-    assert tree is not None, "the recipe has been checked"
-    return _literal(tree)
+    written = parameters.substitute(nodes.value, "nodes")
+    assert written is not None, "the recipe has been checked"
+    sections = {"params": MapValue(values, params.value.origin), "nodes": written}
+    return MapValue({key: Entry(tree.origin, _literal(tree)) for key, tree in sections.items()}, recipe.document.origin)
 
 
 def _literal(tree: Tree) -> Tree:

@@ -38,11 +38,6 @@ class Accepts:
     item: Accepts | None = field(default=None)
     model: type[BaseModel] | None = None
 
-    @property
-    def is_optional(self) -> bool:
-        """Whether null is accepted."""
-        return type(None) in self.scalars
-
     def takes(self, value: object) -> bool:
         """Return whether a value has one of the accepted types, whatever its range."""
         if isinstance(value, str):

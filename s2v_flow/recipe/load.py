@@ -117,6 +117,7 @@ class _Reader:
         checked, order = _check_nodes(body.nodes, self.kinds, params, self.problems)
         if not all(node.is_valid for node in checked.values()):
             return None
+        sections = {"params": Entry(body.params.origin, body.params), "nodes": Entry(body.nodes.origin, body.nodes)}
         files = (*self.merged.files, *(argument.file for argument in self.arguments if argument.file is not None))
         return Recipe(
             path=self.path,
@@ -128,7 +129,7 @@ class _Reader:
             },
             order=order,
             files=tuple(Path(file) for file in dict.fromkeys(files)),
-            document=_document(body),
+            document=MapValue(sections, body.nodes.origin),
             profile_places=self.merged.profile_places,
             matrix=self.matrix,
             matrix_text=self.merged.matrix if self.merged.matrix.entries else None,
@@ -169,9 +170,3 @@ def _check_nodes(
         inside = f"nodes.{fault.node}.{fault.field} (kind: {node.node.kind})"
         problems.add(fault.code, fault.message, node.origins[fault.field,], inside=inside, fix=fault.fix)
     return checked, () if faults else tuple(sort(graph))
-
-
-def _document(body: Body) -> MapValue:
-    """Return the merged text as one map."""
-    sections = {"params": body.params, "nodes": body.nodes}
-    return MapValue({key: Entry(tree.origin, tree) for key, tree in sections.items()}, body.nodes.origin)

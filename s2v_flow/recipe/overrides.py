@@ -53,22 +53,12 @@ class _Trail:
     def path(self) -> FieldPath:
         return tuple(step for _, step, _ in self.passed)
 
-    def exchanged(self, value: Tree) -> Tree:
-        """Return the tree at the trail's start with another value at its end."""
+    def exchanged(self, value: Tree | None) -> Tree:
+        """Return the tree at the trail's start with another value at its end, or with None without that."""
         for parent, step, origin in reversed(self.passed):
             value = _with_child(parent, step, value, origin)
+        assert value is not None
         return value
-
-    def removed(self) -> Tree:
-        """Return the tree at the trail's start without the value at its end."""
-        *before, (parent, step, _) = self.passed
-        if isinstance(step, int):
-            assert isinstance(parent, ListValue)
-            shorter: Tree = replace(parent, items=(*parent.items[:step], *parent.items[step + 1 :]))
-        else:
-            assert isinstance(parent, MapValue)
-            shorter = parent.without(step)
-        return _Trail(tuple(before), parent).exchanged(shorter)
 
 
 @dataclass(frozen=True)
@@ -139,7 +129,7 @@ class _Change:
         trail = self._walk(entry.value, None, items)
         if self.argument.kind == "unset":
             if items:
-                return body.params.with_entry(name.text, replace(entry, value=trail.removed()))
+                return body.params.with_entry(name.text, replace(entry, value=trail.exchanged(None)))
             before = self.recipe_params.entries.get(name.text)  # else only a profile or a file has it
             return body.params.with_entry(name.text, before) if before else body.params.without(name.text)
         takes = param_takes(name.text, entry.value, body, self.kinds)
@@ -167,7 +157,7 @@ class _Change:
         trail = self._walk(entry.value, model, fields)
         if is_unset:
             self._check_optional(model, trail.path, fields[-1])
-            value = trail.removed()
+            value = trail.exchanged(None)
         else:
             taken = field_at(model, trail.path)
             takes: list[Accepts] = [taken] if taken is not None else []
@@ -225,9 +215,10 @@ class _Change:
         raise self._faulty(f"there is no item {shortened(step.text)}", step, fix)
 
 
-def _with_child(tree: Tree, key: str | int, value: Tree, origin: Origin) -> Tree:
+def _with_child(tree: Tree, key: str | int, value: Tree | None, origin: Origin) -> Tree:
     if isinstance(key, int):
         assert isinstance(tree, ListValue)
-        return replace(tree, items=(*tree.items[:key], value, *tree.items[key + 1 :]))
+        items = () if value is None else (value,)
+        return replace(tree, items=(*tree.items[:key], *items, *tree.items[key + 1 :]))
     assert isinstance(tree, MapValue)
-    return tree.with_entry(key, Entry(origin, value))
+    return tree.without(key) if value is None else tree.with_entry(key, Entry(origin, value))
