@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from s2v_flow.batch.rows import Row, read_rows
 from s2v_flow.recipe.argument import Override
-from s2v_flow.recipe.problems import Problems, StopReadingError
+from s2v_flow.recipe.problems import Problems, collecting
 from s2v_flow.recipe.reader import MAX_BYTES, read_file
 from s2v_flow.recipe.tree import Origin, Tree, origins_of, plain
 
@@ -90,16 +90,14 @@ def read_batch_file(path: Path) -> BatchFile:
     Raises:
         RecipeError: With every mistake; exit code 3.
     """
-    problems = Problems()
     found: BatchFile | None = None
-    with suppress(StopReadingError):
+    with collecting(str(path)) as problems:
         tree = read_file(path, str(path), problems)
         origins = origins_of(tree)
         try:
             found = BatchFile.model_validate(plain(tree))
         except ValidationError as error:
             _collect(error, tree, origins, problems)
-    problems.raise_any(str(path))
     assert found is not None, "a batch file is wrong, but nothing was said of it"
     count = len(found.jobs) if isinstance(found.jobs, list) else 0
     found._folder = os.path.dirname(path)

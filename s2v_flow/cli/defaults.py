@@ -15,7 +15,7 @@ from typing import Any
 
 from s2v_flow.cache.budget import parse_size
 from s2v_flow.errors import ExitCode, RecipeError, S2VFlowError
-from s2v_flow.recipe.problems import Problems, StopReadingError
+from s2v_flow.recipe.problems import Problems, collecting
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import ListValue, MapValue, Scalar, Tree, plain
 from s2v_flow.wording import did_you_mean, shortened, shown
@@ -59,13 +59,10 @@ def read_defaults() -> dict[str, Any]:
     path = defaults_path()
     if path is None or (VARIABLE not in os.environ and not os.path.exists(path)):
         return {}
-    problems = Problems()
+    found = {}
     try:
-        found = _read(read_file(path, str(path), problems), problems)
-    except StopReadingError:
-        found = {}
-    try:
-        problems.raise_any(str(path))
+        with collecting(str(path)) as problems:
+            found = _read(read_file(path, str(path), problems), problems)
     except RecipeError as error:
         error.exit_code = ExitCode.USAGE
         raise

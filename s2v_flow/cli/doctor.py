@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from s2v_flow import __version__
 from s2v_flow.errors import PACKAGES, MissingError, S2VFlowError, broken_package
 from s2v_flow.library.needs import known_needs
-from s2v_flow.wording import size_text
+from s2v_flow.wording import counted, size_text
 
 if TYPE_CHECKING:
     from s2v_flow.api import Options
@@ -54,11 +54,6 @@ class Finding:
     fix: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what `s2vflow doctor --json` prints of it."""
-        known = {"topic": self.topic, "status": self.status, "text": self.text, "fix": self.fix}
-        return {**known, "facts": dict(self.facts)}
-
 
 def examine(options: Options) -> list[Finding]:
     """Look at Python, torch, the codecs, the cache folder, the models and the dependencies. Imports torch."""
@@ -69,10 +64,8 @@ def examine(options: Options) -> list[Finding]:
 
 def findings_json(findings: list[Finding]) -> dict[str, Any]:
     """Return the object that `s2vflow doctor --json` prints."""
-    return {
-        "ok": all(finding.status != "problem" for finding in findings),
-        "findings": [finding.to_json() for finding in findings],
-    }
+    is_ok = all(finding.status != "problem" for finding in findings)
+    return {"ok": is_ok, "findings": [vars(finding) for finding in findings]}
 
 
 def findings_text(findings: list[Finding]) -> str:
@@ -84,7 +77,7 @@ def findings_text(findings: list[Finding]) -> str:
         if finding.fix is not None:
             lines.append(f"{'':<{width + 11}}fix: {finding.fix}")
     count = sum(finding.status == "problem" for finding in findings)
-    lines.append("no problems" if not count else f"{count} {'problem' if count == 1 else 'problems'}")
+    lines.append(counted(count, "problem") if count else "no problems")
     return "\n".join(lines)
 
 
@@ -176,11 +169,8 @@ def _cache(root: Path) -> Finding:
     fix = "name another folder with --cache-dir or S2VFLOW_CACHE_DIR"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return Finding("cache", "problem", f"{shown}: cannot be written", fix, facts)
-    return (
-        Finding("cache", "ok", text, None, facts)
-        if free >= _LOW_SPACE_BYTES
-        else Finding("cache", "note", text, fix, facts)
-    )
+    is_low = free < _LOW_SPACE_BYTES
+    return Finding("cache", "note" if is_low else "ok", text, fix if is_low else None, facts)
 
 
 def _size(path: Path) -> int:

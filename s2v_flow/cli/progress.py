@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from s2v_flow.cli.report import LINE_EVERY_SECONDS, Lines, length_text, noted, print_error
 from s2v_flow.graph import events
-from s2v_flow.wording import duration_text, listed, reused_text, size_text, visible
+from s2v_flow.wording import counted, duration_text, listed, reused_text, size_text, visible
 
 if TYPE_CHECKING:
     from s2v_flow.api import Planned
@@ -335,8 +335,7 @@ def _closing(planned: Planned, result: RunResult, seconds: float) -> str:
     facts = planned.plan.node(next(iter(result.outputs))).facts if result.outputs else {}
     parts = [f"{facts['seconds']:.1f} s"] if facts.get("seconds") else []
     parts += [f"{facts['width']}x{facts['height']}"] if facts.get("width") else []
-    chunks = planned.num_chunks
-    parts += [f"{chunks} {'chunk' if chunks == 1 else 'chunks'}"] if chunks else []
+    parts += [counted(planned.num_chunks, "chunk")] if planned.num_chunks else []
     parts += [f"{len(result.computed)} computed, {len(result.cached)} stored", duration_text(seconds)]
     parts += filter(None, [reused_text(entry.facts.get("step_cache") for entry in result.entries.values())])
     seeds = dict.fromkeys(str(node.facts["seed"]) for node in planned.plan.nodes if node.facts.get("chunk") == 1)

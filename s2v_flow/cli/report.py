@@ -15,7 +15,7 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, TextIO
 
 from s2v_flow.errors import RecipeError, S2VFlowError
-from s2v_flow.wording import WARNING, duration_text, mistakes_text, size_text, visible
+from s2v_flow.wording import WARNING, counted, duration_text, mistakes_text, size_text, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,8 +114,7 @@ def _rows(planned: Planned) -> Iterator[str]:
 
 def _cost(planned: Planned) -> str:
     cost = planned.estimate
-    files = "1 file" if cost.num_files == 1 else f"{cost.num_files} files"
-    reads = f"{files} to read, {size_text(cost.bytes_to_read)}"
+    reads = f"{counted(cost.num_files, 'file')} to read, {size_text(cost.bytes_to_read)}"
     if cost.seconds is None:
         sizes = f"{size_text(cost.known_disk_bytes)} or more to be stored"
         hint = "" if planned.plan.missing else " (plan --calibrate measures this machine, in two seconds)"
@@ -144,8 +143,7 @@ def duration(cost: Estimate) -> str:
 def _memory(planned: Planned) -> str:
     largest = planned.estimate.largest
     unknown = [name for name, memory in planned.estimate.memory.items() if memory.peak_bytes is None]
-    nodes = "1 node" if len(unknown) == 1 else f"{len(unknown)} nodes"
-    missing = f"; unknown for {nodes}, whose files are missing" if unknown else ""
+    missing = f"; unknown for {counted(len(unknown), 'node')}, whose files are missing" if unknown else ""
     if largest is None:
         return f"no estimate of memory{missing}"
     name, memory = largest
@@ -161,7 +159,7 @@ def length_text(planned: Planned) -> str:
     parts += [] if seconds is None else [f"{seconds:.2f} s"]
     silent = planned.silent_seconds
     parts += [] if not silent else [f"padded with {silent:.2f} s of silence, which is cut"]
-    text = "chunks unknown" if chunks is None else f"{chunks} {'chunk' if chunks == 1 else 'chunks'}"
+    text = "chunks unknown" if chunks is None else counted(chunks, "chunk")
     if not planned.labels:
         return ", ".join([text, *parts])
     return f"{len(planned.labels)} cells: {text}{'; the longest ' if parts else ''}{', '.join(parts)}"

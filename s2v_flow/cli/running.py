@@ -40,18 +40,10 @@ def execute(
     has_report: bool = False,
     also: Callable[[], dict[str, Any]] = dict,
 ) -> None:
-    """Run a plan and report.
+    """Run a plan, made with these options, and report.
 
     Args:
-        planned: The plan.
-        options: What it was planned with.
-        level: How much is told.
         again: The command, to be repeated.
-        as_json: Print one JSON object.
-        events: Where events go.
-        previews: Make pictures of what is sampled.
-        first_look: Write the first chunk alone before the rest.
-        has_report: Write a page about the run.
         also: Gives what the JSON object has beside the run's own, once that is done.
     """
     from s2v_flow import api
@@ -64,6 +56,7 @@ def execute(
         from s2v_flow.views.report import require_jinja
 
         require_jinja()
+    is_told = not as_json and events != "-"
     if planned.plan.missing and events != "-":
         report.print_json(planned.to_json()) if as_json else report.print_plan(planned)
     api.require_files(planned)
@@ -90,17 +83,17 @@ def execute(
             result = _run(planned, options, told, run_id, previews=previews, goes_on=first_look)
     finally:
         progress.close()
-    for path in seen if not as_json and events != "-" else ():
+    for path in seen if is_told else ():
         report.print_result(f"{path}")
     if as_json:
         report.print_json(result.to_json() | also())
-    elif events != "-":
+    elif is_told:
         for paths in result.outputs.values():
             for path in paths[:1] if len(paths) > 3 else paths:
                 report.print_result(f"{path}" + (f" and {len(paths) - 1} more" if len(paths) > 3 else ""))
     pages = _summary(planned, result)
     for path in (*pages, *(_page(result, options, pages) if has_report else ())):
-        if not as_json and events != "-":
+        if is_told:
             report.print_result(f"{path}")
     if not result.failures:
         progress.end(planned, result, again)

@@ -24,7 +24,7 @@ from s2v_flow.recipe.tree import plain
 from s2v_flow.runs.essence import essence_in
 from s2v_flow.runs.manifest import Essence, FileRecord, Manifest, NodeState
 from s2v_flow.runs.record import runs_root
-from s2v_flow.wording import duration_text, listed, reused_text, shortened, size_text, visible
+from s2v_flow.wording import counted, duration_text, listed, reused_text, shortened, size_text, visible
 
 _SHORT = 12  # digits of a digest that people are shown
 _MAX_CHANGES = 4  # of a run that the list shows
@@ -117,7 +117,7 @@ def _run_lines(run: Manifest) -> Iterator[str]:
     loras = Counter((item.id, item.matched, item.total) for item in run.loras)
     for (name, matched, total), count in loras.items():
         share = f" ({matched / total:.0%})".replace("%", " %") if total else ""
-        lines.append(f"LoRA {name}: {matched} of {total} keys{share}, in {count} node{'' if count == 1 else 's'}")
+        lines.append(f"LoRA {name}: {matched} of {total} keys{share}, in {counted(count, 'node')}")
     lines += filter(None, [reused_text(node.step_cache for node in run.nodes)])
     for state in ("failed", "interrupted"):
         names = [node.name for node in run.nodes if node.status == state]
@@ -264,10 +264,6 @@ def figures_text(figures: Mapping[str, Any]) -> str:
     return "\n".join(_lines(figures))
 
 
-def _apart_text(lag: int) -> str:
-    return f"the picture is {abs(lag)} {'frame' if abs(lag) == 1 else 'frames'} {'late' if lag > 0 else 'early'}"
-
-
 def _lines(figures: Mapping[str, Any]) -> Iterator[str]:
     for name, video in figures.get("videos", {}).items():
         yield f"{name}:"
@@ -275,8 +271,8 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[str]:
     if "sync" not in figures:
         return
     sync, lag = figures["sync"], figures["sync"]["lag_frames"]
-    late = "no lag can be told" if lag is None else _apart_text(lag)
-    late = "picture and sound in time" if lag == 0 else late
+    late = "picture and sound in time" if lag == 0 else "no lag can be told"
+    late = f"the picture is {counted(abs(lag), 'frame')} {'late' if lag > 0 else 'early'}" if lag else late
     silent = sync["silence_activity"]
     still = "" if silent is None else f", in silence the mouth moves {silent:.0%} as much".replace("%", " %")
     yield f"sync: {late}, correlation {sync['correlation']:.2f}, confidence {sync['confidence']:.2f}{still}"

@@ -133,26 +133,10 @@ def _conversion(text: str, folder: str, locations: Locations) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class NearFile:
-    """A file that a missing one may be: of that name or one like it, or merely there (`is_like` false).
+def near_files(file: str, kind: str, looked_in: Sequence[str]) -> tuple[list[str], bool]:
+    """Return up to three files that a missing one may be and True, or else five of those that its folders hold.
 
-    `place` says where a model belongs that is of another kind than the missing one.
-    """
-
-    path: Path
-    size: int
-    place: str = ""
-    is_like: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.path.name} ({size_text(self.size)}) in {self.path.parent}{self.place}"
-
-
-def near_files(file: str, kind: str, looked_in: Sequence[str]) -> list[NearFile]:
-    """Return up to three files that a missing one may be, or else up to five of those that its folders hold.
-
-    Those of its very name may lie in folders for other kinds of models too.
+    Those of its very name may lie in folders for other kinds of models too; then where they belong is said.
 
     Args:
         file: What the recipe names.
@@ -171,11 +155,12 @@ def near_files(file: str, kind: str, looked_in: Sequence[str]) -> list[NearFile]
     like = [stems[stem] for stem in difflib.get_close_matches(wanted.stem, stems, n=3)]
     near = [wanted.name] if wanted.name in there else like
     chosen = [there[name] for name in near or sorted(own)[:_SHORT]]
-    return [
-        NearFile(path, path.stat().st_size, _other_place(path, kind) if roots else "", bool(near))
+    texts = [
+        f"{path.name} ({size_text(path.stat().st_size)}) in {path.parent}{_other_place(path, kind) if roots else ''}"
         for path in chosen
         if path.is_file()
     ]
+    return texts, bool(near)
 
 
 def obstacles(file: str, looked_in: Sequence[str]) -> list[str]:
@@ -211,16 +196,18 @@ def misnamed(homes: Sequence[str], kind: str) -> str | None:
 
 def help_lines(file: str, kind: str, homes: Sequence[str], looked_in: Sequence[str]) -> list[str]:
     """Return what there is to say of a missing file: which ones may be it, and where it can be had or belongs."""
-    near = [f"{'near' if one.is_like else 'there'}: {one}" for one in near_files(file, kind, looked_in)]
+    there, are_like = near_files(file, kind, looked_in)
+    near = [f"{'near' if are_like else 'there'}: {text}" for text in there]
     other = misnamed(homes, kind)
     return [*obstacles(file, looked_in), *near, *([other] if other else [f"can be had at {home}" for home in homes])]
 
 
 def meant_instead(file: str, kind: str, looked_in: Sequence[str]) -> str | None:
     """Return the advice on a missing file: what is wrong with its name, or which ones it may be."""
-    near = [str(one) for one in near_files(file, kind, looked_in) if one.is_like]
-    slips = obstacles(file, looked_in)
-    return slips[0] if slips else f"is it {' or '.join(near[:3])}?" if near else None
+    if slips := obstacles(file, looked_in):
+        return slips[0]
+    near, are_like = near_files(file, kind, looked_in)
+    return f"is it {' or '.join(near)}?" if near and are_like else None
 
 
 def _walk(roots: Iterable[Path], depth: int) -> Iterator[Path]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from s2v_flow.recipe.layers import Body, Written, merge_layers, name_of
 from s2v_flow.recipe.matrix import Cell, Matrix, expand, parse_axes, read_matrix, with_axes
 from s2v_flow.recipe.overrides import apply_overrides
 from s2v_flow.recipe.params import Parameters
-from s2v_flow.recipe.problems import Problems, StopReadingError
+from s2v_flow.recipe.problems import Problems, collecting
 from s2v_flow.recipe.tree import Entry, MapValue, plain
 from s2v_flow.recipe.validate import CheckedNode, check_node, check_profile
 from s2v_flow.wording import shortened
@@ -39,7 +38,7 @@ def load_recipe(path: Written, *, kinds: Mapping[str, type[Node]], changes: Chan
     Raises:
         RecipeError: With every mistake, sorted by place. Only what makes a file unreadable hides the rest.
     """
-    with _collecting(path) as problems:
+    with collecting(name_of(path)) as problems:
         recipe = _Reader(path, kinds, changes, problems).checked()
     assert recipe is not None, _UNSAID
     return recipe
@@ -60,7 +59,7 @@ def load_cells(
     Raises:
         RecipeError: With the mistakes of the recipe and of all its cells.
     """
-    with _collecting(path) as problems:
+    with collecting(name_of(path)) as problems:
         reader = _Reader(path, kinds, changes, problems)
         recipe = reader.checked()
         matrix = with_axes(reader.matrix, parse_axes(axes, changes.start, problems), problems)
@@ -69,15 +68,6 @@ def load_cells(
         made = [(cell, reader.recipe(reader.changed(cell.arguments))) for cell in expand(matrix, problems)]
     assert recipe is not None, _UNSAID
     return recipe, tuple(Variant(cell, varied) for cell, varied in made if varied is not None)
-
-
-@contextmanager
-def _collecting(path: Written) -> Iterator[Problems]:
-    """Give a collection of mistakes, and raise at the end what it holds, or what stopped the reading."""
-    problems = Problems()
-    with suppress(StopReadingError):
-        yield problems
-    problems.raise_any(name_of(path))
 
 
 class _Reader:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
 from s2v_flow.errors import Diagnostic, Place, RecipeError
 from s2v_flow.recipe.tree import Origin
 from s2v_flow.wording import worded
@@ -76,3 +79,16 @@ class Problems:
             found = sorted(self._found.values(), key=Diagnostic.sort_key)
             are_all = len(found) <= _MAX_COLLECTED
             raise worded(RecipeError(recipe, diagnostics=found[:_MAX_COLLECTED], are_all=are_all))
+
+
+@contextmanager
+def collecting(recipe: str) -> Iterator[Problems]:
+    """Give a collection of mistakes, and raise at the end what it holds, or what stopped the reading.
+
+    Raises:
+        RecipeError: See `Problems.raise_any`.
+    """
+    problems = Problems()
+    with suppress(StopReadingError):
+        yield problems
+    problems.raise_any(recipe)

@@ -11,9 +11,9 @@ from s2v_flow.errors import Diagnostic, ExitCode, MissingError, RecipeError, S2V
 from s2v_flow.graph.node import Plan
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
-from s2v_flow.recipe.problems import Problems, StopReadingError
+from s2v_flow.recipe.problems import Problems, collecting
 from s2v_flow.recipe.reader import read_file
-from s2v_flow.recipe.tree import MapValue, Origin, Scalar, plain
+from s2v_flow.recipe.tree import MapValue, Origin, Scalar, Tree, plain
 from s2v_flow.runs.environment import packages_of
 from s2v_flow.runs.values import NamedFile, files_of, without_home
 from s2v_flow.wording import shown, worded
@@ -121,16 +121,13 @@ def _name(item: NamedFile) -> tuple[str, str]:
 
 
 def _read(path: Path) -> MapValue:
-    problems = Problems()
-    try:
+    tree: Tree | None = None
+    with collecting(str(path)) as problems:
         tree = read_file(path, str(path), problems)
         if isinstance(tree, MapValue):
             _check(tree, problems)
         else:
             problems.add("L001", f"a lock is a map, got {shown(plain(tree))}", tree.origin)
-    except StopReadingError:
-        tree = None
-    problems.raise_any(str(path))
     assert isinstance(tree, MapValue)
     return tree
 
