@@ -38,10 +38,7 @@ _POLICY = ("engine", "address", "slurm", "notify", "fail_fast", "timeout", "retr
 class BatchGroup(OrderedGroup):
     """`batch RECIPE...` is `batch run RECIPE...`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put `run` in front of what names no command."""
-        is_other = not args or args[0] in self.commands or args[0] in ("-h", "--help")
-        return super().parse_args(ctx, args if is_other else ["run", *args])
+    usual = "run"
 
 
 @click.group(cls=BatchGroup, epilog="Example: s2vflow batch talk.yaml --jobs jobs.csv --workers 2")

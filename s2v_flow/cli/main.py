@@ -35,7 +35,6 @@ from s2v_flow.cli.options import (
     start_options,
     view_options,
 )
-from s2v_flow.cli.running import execute, run_recipe
 from s2v_flow.cli.runs import diff, lock, quality, report_, reproduce, runs, show
 from s2v_flow.cli.start import completion, doctor, explain, help_, init, ui, version
 from s2v_flow.cli.streams import Streams
@@ -93,11 +92,14 @@ def cli() -> None:
 @folder_options
 def run(recipe: Path, as_json: bool, events: str | None, level: Level, **given: Any) -> None:
     """Run a recipe: compute what is not stored yet, and write the results."""
+    from s2v_flow.cli.running import execute
+
     if events == "-" and as_json:
         raise click.UsageError("--events - and --json both write to stdout: give --events a file")
     again = shlex.join(["s2vflow", *sys.argv[1:]])
     view = {name: given.pop(name) for name in ("previews", "first_look", "has_report")}
-    run_recipe(recipe, make_options(**given), level, again, as_json=as_json, events=events, **view)
+    options = make_options(**given)
+    execute(s2v_flow.plan(recipe, options), options, level, again, as_json=as_json, events=events, **view)
 
 
 @cli.command("try")
@@ -106,7 +108,7 @@ def run(recipe: Path, as_json: bool, events: str | None, level: Level, **given: 
 @folder_options
 def try_(recipe: Path, as_json: bool, level: Level, **given: Any) -> None:
     """Make the first chunk alone, at half size in few steps, and estimate the whole by it."""
-    from s2v_flow.cli.trial import trial
+    from s2v_flow.cli.running import execute, trial
 
     options = make_options(**given)
 
@@ -303,20 +305,21 @@ def make(
     **given: Any,
 ) -> None:
     """Make a video without a recipe; one is left beside it, to change and to run again."""
-    from s2v_flow import api
+    from s2v_flow.api import KINDS
+    from s2v_flow.cli.running import execute
     from s2v_flow.start.project import DEFAULT_PROMPT, Start, is_as_written, recipe_path, recipe_text, write_recipe
     from s2v_flow.start.recipes import RECIPES
 
     recipe = recipe_path(output)
     start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, output.name)
     text = recipe_text(start, recipe.parent) if like in RECIPES else _text_like(start, recipe)
-    write_recipe(recipe, text, force=force or is_as_written(recipe, api.KINDS))
+    write_recipe(recipe, text, force=force or is_as_written(recipe, KINDS))
     given["output_dir"] = given["output_dir"] or recipe.parent  # -o says more than the user's defaults
     options = make_options(**given)
     again = " ".join(["s2vflow run", str(recipe), *(f"-p {name}" for name in options.profiles)])
     if level != "quiet":
         report.print_message(f"the recipe is {recipe}; to run it again: {again}")
-    run_recipe(recipe, options, level, again, as_json=as_json)
+    execute(s2v_flow.plan(recipe, options), options, level, again, as_json=as_json)
 
 
 def _text_like(start: Start, recipe: Path) -> str:

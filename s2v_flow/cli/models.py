@@ -15,14 +15,13 @@ from s2v_flow.errors import ExitCode
 
 
 class _ModelsGroup(OrderedGroup):
-    """A group whose command `list` need not be named: `s2vflow models recipe.yaml`."""
+    """`models`, and what follows it, is `models list`."""
+
+    usual = "list"
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put `list` in front where no command is named."""
-        is_named = bool(args) and args[0] in (*self.commands, *ctx.help_option_names)
-        if not is_named and (args or not ctx.resilient_parsing):
-            args = ["list", *args]
-        return super().parse_args(ctx, args)
+        """List also where nothing follows."""
+        return super().parse_args(ctx, args if args or ctx.resilient_parsing else ["list"])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Propose the commands, and what may follow `list`."""

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -87,9 +87,15 @@ def _refuse_repeated(given: Sequence[click.Option]) -> None:
 
 
 class OrderedGroup(click.Group):
-    """A group of such commands."""
+    """A group of such commands, of which one, `usual`, need not be named where something follows."""
 
     command_class = OrderedCommand
+    usual = ""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the usual command in front where none is named."""
+        is_named = not args or args[0] in (*self.commands, *ctx.help_option_names)
+        return super().parse_args(ctx, args if is_named or not self.usual else [self.usual, *args])
 
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -109,17 +115,10 @@ FOLDER = _Path(path_type=Path, file_okay=False)
 FILE = _Path(path_type=Path)
 
 
-class Decorate(Protocol):
-    """Adds options to a command."""
-
-    def __call__(self, command: CommandT, /) -> CommandT:
-        """Return the command with them."""
-
-
-def all_of(*decorators: Callable[[Any], Any]) -> Decorate:
+def all_of(*decorators: Callable[[Any], Any]) -> Callable[[CommandT], CommandT]:
     """Return what adds several options; the help shows the last of them first."""
 
-    def decorate(command: CommandT, /) -> CommandT:
+    def decorate(command: CommandT) -> CommandT:
         for add in decorators:
             command = add(command)
         return command

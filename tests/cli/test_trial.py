@@ -12,7 +12,7 @@ import pytest
 from recipes_for_tests import call, options, tiny, write_clip, write_recipe, write_voice
 
 from s2v_flow import api
-from s2v_flow.cli.trial import trial
+from s2v_flow.cli.running import trial
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.nodes.chunk import Chunk
 
