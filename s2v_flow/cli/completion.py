@@ -106,14 +106,12 @@ def _words(merged: Merged, path: str) -> list[str]:
     from s2v_flow.nodes.table import KINDS
     from s2v_flow.recipe.fields import field_at
     from s2v_flow.recipe.params import param_takes
-    from s2v_flow.recipe.tree import MapValue, Scalar
+    from s2v_flow.recipe.tree import kind_of
 
     body, parts = merged.body, path.split(".")
     takes: list[Accepts | None] = []
     if parts[0] == "nodes" and len(parts) == 3:
-        node = body.nodes.get(parts[1])
-        kind = node.get("kind") if isinstance(node, MapValue) else None
-        known = KINDS.get(str(kind.value)) if isinstance(kind, Scalar) else None
+        known = KINDS.get(kind_of(body.nodes.get(parts[1])))
         takes = [] if known is None else [field_at(known, (parts[2],))]
     elif len(parts) == 1 or (parts[0] == "params" and len(parts) == 2):
         value = body.params.get(parts[-1])
@@ -125,13 +123,11 @@ def _words(merged: Merged, path: str) -> list[str]:
 def _fields(node: Tree) -> Iterator[str]:
     """Yield the fields that a node can have, and those of list items that it has."""
     from s2v_flow.nodes.table import KINDS
-    from s2v_flow.recipe.tree import ListValue, MapValue, path_text, plain
+    from s2v_flow.recipe.tree import ListValue, MapValue, kind_of, path_text
 
     if not isinstance(node, MapValue):
         return
-    given = node.get("kind")
-    kind = None if given is None else plain(given)
-    known = KINDS.get(str(kind))
+    known = KINDS.get(kind_of(node))
     yield from known.model_fields if known else ()
     for key, entry in node.entries.items():
         items = entry.value.items if isinstance(entry.value, ListValue) else ()

@@ -19,7 +19,7 @@ from s2v_flow.graph.selection import Selection
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.document import Recipe
-from s2v_flow.recipe.tree import MapValue, plain
+from s2v_flow.recipe.tree import plain, tree_at
 from s2v_flow.runs.record import new_run_id, runs_root
 from s2v_flow.runs.stream import open_events, to_all
 
@@ -211,9 +211,8 @@ def _changes(recipe: Recipe, halved: Set[tuple[int, int]], steps: int | None) ->
 
 def _file(recipe: Recipe, name: str, output_dir: Path | None, suffix: str) -> Override:
     """Name a trial's video, beside that of the whole: with the parameters that its name is written with."""
-    spec, nodes = recipe.nodes[name], recipe.document.get("nodes")
-    fields = nodes.get(name) if isinstance(nodes, MapValue) else None
-    written = str(plain(fields).get("file")) if isinstance(fields, MapValue) else ""
-    file = written if written.endswith(".mp4") else str(getattr(spec.node, "file", ""))
+    spec, written = recipe.nodes[name], tree_at(recipe.document, ("nodes", name, "file"))
+    text = "" if written is None else str(plain(written))
+    file = text if text.endswith(".mp4") else str(getattr(spec.node, "file", ""))
     path = (output_dir or spec.base_dir("file")).absolute() / os.path.expanduser(file)
     return Override("set", f"nodes.{name}.file={path.with_suffix(suffix)}")

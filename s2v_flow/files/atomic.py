@@ -107,6 +107,18 @@ def temporary(folder: Path, suffix: str, mode: int = 0o644) -> Iterator[tuple[Bi
             os.unlink(name)
 
 
+def write_whole(path: Path, payload: bytes, folder: Path | None = None) -> None:
+    """Write a file, which replaces one that is there; half written, it stands in `folder`, else beside its place.
+
+    Raises:
+        OSError: It cannot be written; what was there stays.
+    """
+    with temporary(folder or path.parent, path.suffix) as (file, name):
+        file.write(payload)
+        finish(file)
+        os.replace(name, path)
+
+
 @dataclass(eq=False)
 class CannotWriteError(S2VFlowError):
     """The operating system refuses to write under `path`; `reason` says why in a few words, `number` is its errno."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from math import log10
@@ -65,8 +63,7 @@ def compare_videos(store: Store, node: str, a: Video, b: Video) -> Measure:
     if a.frames_sha256 is not None and a.frames_sha256 == b.frames_sha256:
         return Measure(node, "video", True, 0.0)
     try:
-        with _file(store, a) as one, _file(store, b) as other:
-            return _compare_files(node, one, other)
+        return _compare_files(node, _file(store, a), _file(store, b))
     except DamagedObjectError:
         return Measure(node, "video", False, note="not both are in the cache any more")
 
@@ -93,16 +90,13 @@ def _compare_files(node: str, a: Path, b: Path) -> Measure:
     return Measure(node, "video", False, float(largest), round(10 * log10(255**2 * count / squares), 2))
 
 
-@contextmanager
-def _file(store: Store, video: Video) -> Iterator[Path]:
-    """Give a video as a file; one of the store is copied, for the store names its files as it likes."""
+def _file(store: Store, video: Video) -> Path:
+    """Return a video's file, one of the store after a check."""
     if video.file is not None:
-        yield video.file
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "video.mp4"
-        path.write_bytes(store.read(StoredObject(video.sha256 or "", 0, ".mp4")))
-        yield path
+        return video.file
+    item = StoredObject(video.sha256 or "", 0, ".mp4")
+    store.check(item)
+    return store.object_path(item)
 
 
 @dataclass(frozen=True)

@@ -306,11 +306,9 @@ def _parse_override(override: Override, source: Source, problems: Problems) -> A
         message = f"'{shortened(override.text)}' has {'an' if is_unset else 'no'} = in it"
         fix = f"write {'PATH alone' if is_unset else 'PATH=VALUE'}, like {example}"
         raise faulty(problems, "R050", message, origin, fix)
-    steps = parse_path(path, source.origin(0, 0, len(path)), problems)
-    value_origin = source.origin(0, len(path) + 1, len(value))
-    argument = Argument(
-        override.kind, path, steps, source.origin(0, 0, len(path)), value, value_origin, source, len(path) + 1
-    )
+    origin, column = source.origin(0, 0, len(path)), len(path) + 1
+    steps, value_origin = parse_path(path, origin, problems), source.origin(0, column, len(value))
+    argument = Argument(override.kind, path, steps, origin, value, value_origin, source, column)
     return _with_file(argument, value, problems) if override.kind == "set-file" else argument
 
 

@@ -16,7 +16,7 @@ from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.layers import Body
 from s2v_flow.recipe.params import param_takes
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, plain, tree_at
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, kind_of, tree_at
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ class _Change:
 
     def _having(self, body: Body, wanted: str) -> dict[str, FieldInfo]:
         """Return a field of each node whose kind has it."""
-        kinds = {name: plain(entry.value) for name, entry in body.nodes.entries.items()}
-        models = {name: self.kinds.get(str(node.get("kind"))) for name, node in kinds.items() if isinstance(node, dict)}
+        models = {name: self.kinds.get(kind_of(entry.value)) for name, entry in body.nodes.entries.items()}
         fields = {name: model.model_fields.get(wanted) for name, model in models.items() if model}
         return {name: field for name, field in fields.items() if field is not None}
 
@@ -144,8 +143,7 @@ class _Change:
         if entry is None:
             fix = did_you_mean(name.text, body.nodes.entries, "nodes") or "the recipe has no nodes"
             raise self._faulty(f"there is no node {shortened(name.text)}", name, fix)
-        kind = entry.value.get("kind") if isinstance(entry.value, MapValue) else None
-        model = self.kinds.get(str(kind.value)) if isinstance(kind, Scalar) else None
+        model = self.kinds.get(kind_of(entry.value))
         if model is None:  # the recipe is wrong, which is said elsewhere
             raise FaultyOverrideError
         is_unset = self.argument.kind == "unset"

@@ -15,7 +15,7 @@ from s2v_flow.graph.ports import NAME, FieldPath
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.layers import Body
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, children, plain
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, children, kind_of, plain
 from s2v_flow.wording import did_you_mean, nearest, shortened, shown
 
 
@@ -56,8 +56,7 @@ def _uses(name: str, body: Body, kinds: Mapping[str, type[Node]]) -> Iterator[Ac
             if whole in aliases:
                 aliases.add(other)
     for entry in body.nodes.entries.values():
-        kind = entry.value.get("kind") if isinstance(entry.value, MapValue) else None
-        model = kinds.get(str(kind.value)) if isinstance(kind, Scalar) else None
+        model = kinds.get(kind_of(entry.value))
         if model is not None:
             for path in _paths_of(aliases, entry.value, ()):
                 found = field_at(model, path)

@@ -149,6 +149,12 @@ def tree_at(tree: Tree | None, path: FieldPath) -> Tree | None:
     return tree
 
 
+def kind_of(node: Tree | None) -> str:
+    """Return the kind that a node's fields name; "" where they name none."""
+    kind = tree_at(node, ("kind",))
+    return str(kind.value) if isinstance(kind, Scalar) else ""
+
+
 def origins_of(tree: Tree, path: FieldPath = ()) -> dict[FieldPath, Origin]:
     """Return where each value inside the tree was written: path -> origin."""
     origins = {path: tree.origin}

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MissingError
-from s2v_flow.files.atomic import finish, make_root, temporary
+from s2v_flow.files.atomic import make_root, write_whole
 from s2v_flow.files.facts import file_digest
 from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.events import (
@@ -264,10 +264,8 @@ class Recorder:
     def _write(self, manifest: Manifest) -> None:
         """Write the manifest whole or not at all, into a folder of its own."""
         (self.folder / self.id).mkdir(parents=True, exist_ok=True)
-        with temporary(self.folder.parent / "tmp", ".json") as (file, name):  # a killed run's is removed there
-            file.write(to_text(manifest).encode())
-            finish(file)
-            os.replace(name, self.folder / self.id / "manifest.json")
+        tmp = self.folder.parent / "tmp"  # where a killed run's is removed
+        write_whole(self.folder / self.id / "manifest.json", to_text(manifest).encode(), tmp)
 
 
 def new_run_id(folder: Path) -> str:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from s2v_flow.api import Options
 from s2v_flow.cache.store import Store, StoredObject
 from s2v_flow.errors import ExitCode, MissingError, RecipeError, S2VFlowError
-from s2v_flow.files.atomic import finish, temporary, writing
+from s2v_flow.files.atomic import write_whole, writing
 from s2v_flow.history.compare import compare
 from s2v_flow.history.find import find, list_runs
 from s2v_flow.history.side import side
@@ -86,10 +86,7 @@ def write_report(
     text = _rendered({**content, "films": list(_sourced(content["films"], target, embed=embed))})
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(target.parent, ".html") as (file, name):
-            file.write(text.encode())
-            finish(file)
-            os.replace(name, target)
+        write_whole(target, text.encode())
     return target
 
 

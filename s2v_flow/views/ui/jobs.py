@@ -19,7 +19,7 @@ from typing import Any
 
 import s2v_flow
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
-from s2v_flow.files.atomic import finish, temporary
+from s2v_flow.files.atomic import write_whole
 
 _MAX_LINE_BYTES = 1 << 26  # of an event: a plan of thousands of nodes is one line
 _LOG_LINES = 500
@@ -215,10 +215,7 @@ class Queue:
         self.jobs = [job for job in self.jobs if job not in over[:-_KEPT]]
         text = json.dumps({"queue": 1, "jobs": [asdict(job) for job in self.jobs]}, indent=1)
         try:
-            with temporary(self._path.parent, ".json") as (file, made):
-                file.write(text.encode())
-                finish(file)
-                os.replace(made, self._path)
+            write_whole(self._path, text.encode())
         except OSError as error:
             self._tell(f"warning: the queue cannot be kept: {error.strerror}")
         self.changes += 1
