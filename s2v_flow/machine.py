@@ -20,6 +20,14 @@ if sys.platform != "win32":
     import resource  # here, not on first use: a process may have no file left to open by then
 
 
+def _found(pattern: str, path: Path) -> str | None:
+    """Return the group of a pattern in a file of the system; None where that is not there, or cannot be read."""
+    with suppress(OSError):
+        match = re.search(pattern, path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        return match and match[1]
+    return None
+
+
 def peak_memory_bytes(status: Path = Path("/proc/self/status")) -> int:
     """Return the process's peak resident memory in bytes; 0 where the system does not say.
 
@@ -27,12 +35,8 @@ def peak_memory_bytes(status: Path = Path("/proc/self/status")) -> int:
     """
     if sys.platform == "win32":
         return 0
-    try:
-        match = re.search(r"^VmHWM:\s+([0-9]+) kB$", status.read_text(encoding="ascii"), re.MULTILINE)
-    except (OSError, ValueError):
-        match = None
-    if match is not None:
-        return 1024 * int(match[1])
+    if peak_kb := _found(r"^VmHWM:\s+([0-9]+) kB$", status):
+        return 1024 * int(peak_kb)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -85,13 +89,9 @@ def resolve_device(asked: str) -> str:
         raise S2VFlowError(f"unknown device {asked!r}", fix="use auto, cpu, cuda or cuda:N", exit_code=ExitCode.USAGE)
     index = int(asked.partition(":")[2] or 0)
     if asked.startswith("cuda") and index >= (count := num_gpus()):
-        raise S2VFlowError(
-            f"there is no device {asked}: torch and the driver see {count} GPU{'' if count == 1 else 's'}",
-            fix=f"use --device cuda:{count - 1}"
-            if count
-            else "use --device cpu, or install a torch build for your GPU",
-            exit_code=ExitCode.USAGE,
-        )
+        text = f"there is no device {asked}: torch and the driver see {count} GPU{'' if count == 1 else 's'}"
+        fix = f"use --device cuda:{count - 1}" if count else "use --device cpu, or install a torch build for your GPU"
+        raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
     return asked
 
 
@@ -152,23 +152,13 @@ def compute_capability(device: str) -> tuple[int, int] | None:
 @cache
 def cpu_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     """Return the CPU's units for bfloat16, as Linux calls them: of amx_bf16, avx512_bf16."""
-    try:
-        match = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-    except OSError:
-        match = None
-    flags = () if match is None else match[1].split()
+    flags = (_found(r"^flags\s*:(.*)$", cpuinfo) or "").split()
     return tuple(name for name in ("amx_bf16", "avx512_bf16") if name in flags)
 
 
 def _amd_gpus(topology: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> int:
     """Count the kernel driver's nodes that have vector units; the CPU's have none."""
-    count = 0
-    for properties in topology.glob("*/properties"):
-        try:
-            match = re.search(r"^simd_count (\d+)$", properties.read_text(encoding="ascii"), re.MULTILINE)
-        except (OSError, ValueError):
-            continue
-        count += match is not None and int(match[1]) > 0
+    count = sum(int(_found(r"^simd_count (\d+)$", each) or 0) > 0 for each in topology.glob("*/properties"))
     for name in _VISIBLE:
         if name in os.environ:
             count = min(count, len([item for item in os.environ[name].split(",") if item.strip()]))
@@ -196,11 +186,8 @@ def free_memory_bytes(
     """
     if device_class(device) != "cpu":
         return None
-    try:
-        match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(encoding="ascii"), re.MULTILINE)
-    except (OSError, ValueError):
-        return None
-    return None if match is None else min([int(match[1]) * 1024, *_free_in_groups(meminfo.parent, groups)])
+    free_kb = _found(r"^MemAvailable:\s+(\d+) kB$", meminfo)
+    return None if free_kb is None else min([int(free_kb) * 1024, *_free_in_groups(meminfo.parent, groups)])
 
 
 def _free_in_groups(proc: Path, root: Path) -> Iterator[int]:
@@ -217,7 +204,6 @@ def _free_in_groups(proc: Path, root: Path) -> Iterator[int]:
             for folder in (group, *group.parents):
                 with suppress(OSError, ValueError):  # no limit, or not to be seen in a container
                     left = int((folder / limit).read_text("ascii")) - int((folder / used).read_text("ascii"))
-                    found = re.search(rf"^{cached} (\d+)$", (folder / "memory.stat").read_text("ascii"), re.MULTILINE)
-                    yield max(left + (int(found[1]) if found else 0), 0)
+                    yield max(left + int(_found(rf"^{cached} (\d+)$", folder / "memory.stat") or 0), 0)
                 if folder == root / controllers:
                     break
