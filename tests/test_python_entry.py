@@ -49,6 +49,12 @@ def test_load_and_check_return_the_recipe(tmp_path: Path) -> None:
     assert s2v_flow.load(DEMO).nodes.keys() == s2v_flow.check(DEMO).nodes.keys()
 
 
+def test_a_recipes_name_may_hold_a_line_break(tmp_path: Path) -> None:
+    """A path is a file whatever its name; only a text with a line break is taken for a recipe's text."""
+    shutil.copy(DEMO, tmp_path / "a\nb.yaml")
+    assert s2v_flow.check(tmp_path / "a\nb.yaml").nodes.keys() == s2v_flow.check(DEMO).nodes.keys()
+
+
 def test_an_unknown_option_or_name_is_refused() -> None:
     """A misspelt keyword is a TypeError, a misspelt name an AttributeError, a wrong recipe a RecipeError."""
     with pytest.raises(TypeError, match="step"):

@@ -86,7 +86,7 @@ load = check  # the name that some look for first
 def _written(recipe: RecipeLike) -> Written:
     if isinstance(recipe, Mapping):
         return recipe
-    if isinstance(recipe, (str, os.PathLike)) and "\n" not in str(recipe):
+    if isinstance(recipe, os.PathLike) or (isinstance(recipe, str) and "\n" not in recipe):
         return Path(recipe)
     what = "its text" if isinstance(recipe, str) else type(recipe).__name__
     fix = "give the path, or the text as a dict: yaml.safe_load(text)"
@@ -399,11 +399,8 @@ def require_files(planned: Planned) -> None:
         fix = "; else ".join([*filter(None, meant[:3]), fix])
         if any(item.homes and not misplaced[item.file] for item in missing):
             fix += f"; or `s2vflow models {planned.recipe.path} --download`"
-        raise MissingError(
-            f"{'a file is' if len(names) == 1 else f'{len(names)} files are'} missing: {', '.join(names)}",
-            fix=fix,
-            exit_code=ExitCode.MISSING,
-        )
+        what = "a file is" if len(names) == 1 else f"{len(names)} files are"
+        raise MissingError(f"{what} missing: {', '.join(names)}", fix)
 
 
 def _demo_models(planned: Planned, options: Options) -> list[Path]:
