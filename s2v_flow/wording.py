@@ -46,21 +46,16 @@ def format_diagnostic(diagnostic: Diagnostic) -> str:
 def mistakes_text(error: RecipeError) -> str:
     """Return every mistake of a recipe as the command line prints them, and how many there are."""
     shown = [format_diagnostic(item) for item in error.diagnostics[:MAX_DIAGNOSTICS]]
-    return "\n\n".join([*shown, f"{count_text(error)}; nothing was run"])
+    count = len(error.diagnostics)
+    number = f"{count}" if error.are_all else f"more than {count}"
+    more = f" (the first {MAX_DIAGNOSTICS} are shown)" if count > MAX_DIAGNOSTICS else ""
+    return "\n\n".join([*shown, f"{number} {'mistake' if count == 1 else 'mistakes'}{more}; nothing was run"])
 
 
 def worded(error: RecipeError) -> RecipeError:
     """Make the mistakes of a recipe the error's message."""
     error.message = mistakes_text(error)
     return error
-
-
-def count_text(error: RecipeError) -> str:
-    """Return how many mistakes a recipe has, and whether all of them are shown: "1 mistake"."""
-    count = len(error.diagnostics)
-    number = f"{count}" if error.are_all else f"more than {count}"
-    more = f" (the first {MAX_DIAGNOSTICS} are shown)" if count > MAX_DIAGNOSTICS else ""
-    return f"{number} {'mistake' if count == 1 else 'mistakes'}{more}"
 
 
 def visible(text: str) -> str:

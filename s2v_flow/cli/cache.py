@@ -218,9 +218,8 @@ def _root(cache_dir: Path | None) -> Path:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise S2VFlowError(
-            f"{root}: the cache cannot be read: {error.strerror}", fix="name another with --cache-dir"
-        ) from error
+        text = f"{root}: the cache cannot be read: {error.strerror}"
+        raise S2VFlowError(text, "name another with --cache-dir") from error
     return root
 
 
@@ -253,11 +252,8 @@ def _choose(cache_dir: Path | None, fingerprints: Sequence[str], nodes: Sequence
         ]
         if not meant or (len(meant) > 1 and not is_node):
             count = "none" if not meant else str(len(meant))
-            raise S2VFlowError(
-                f"{given}: {count} of the stored results are meant",
-                fix="`s2vflow cache ls` lists them",
-                exit_code=ExitCode.USAGE,
-            )
+            text, fix = f"{given}: {count} of the stored results are meant", "`s2vflow cache ls` lists them"
+            raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
         found.update((item.entry.fingerprint, item) for item in meant)
     return list(found.values())
 

@@ -14,7 +14,7 @@ from s2v_flow.graph.node import Node, Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus
 from s2v_flow.nodes.table import KINDS
 from s2v_flow.recipe.fields import accepts
-from s2v_flow.recipe.schema import recipe_schema
+from s2v_flow.recipe.schema import recipe_schema, summary
 from s2v_flow.runs.manifest import manifest_schema
 from s2v_flow.runs.stream import events_schema
 from s2v_flow.wording import did_you_mean
@@ -51,10 +51,10 @@ def kinds_text(described: list[dict[str, Any]], *, in_full: bool) -> str:
     """Return descriptions as text: a line each, or with all fields."""
     width = max(len(item["kind"]) for item in described)
     if not in_full:
-        packages = [f" [{item['package']}]" if item["package"] else "" for item in described]
+        lines = [f"{item['kind']:<{width}}  {item['summary']}" for item in described]
         lines = [
-            f"{item['kind']:<{width}}  {item['summary']}{package}"
-            for item, package in zip(described, packages, strict=True)
+            f"{line} [{item['package']}]" if item["package"] else line
+            for line, item in zip(lines, described, strict=True)
         ]
         return "\n".join([*lines, "", "s2vflow nodes KIND shows a kind's fields."])
     lines = []
@@ -74,26 +74,18 @@ def _describe(name: str, kind: type[Node] | S2VFlowError) -> dict[str, Any]:
         text = f"cannot be used: {kind}"
         return {"kind": name, "package": package, "summary": text, "outputs": {}, "fields": [], "error": str(kind)}
     ports = kind.input_ports()
-    fields = []
-    for name, info in kind.model_fields.items():
-        type_ = f"${ports[name][0].type}" if name in ports else accepts(info.annotation).described()
-        default = None if info.is_required() else info.get_default(call_default_factory=True)
-        fields.append(
-            {
-                "name": name,
-                "type": type_,
-                "required": info.is_required(),
-                "default": default,
-                "description": info.description or "",
-            }
-        )
-    return {
-        "kind": kind.kind,
-        "package": package,
-        "summary": " ".join((kind.__doc__ or "").split()),
-        "outputs": dict(kind.outputs),
-        "fields": fields,
-    }
+    fields = [
+        {
+            "name": name,
+            "type": f"${ports[name][0].type}" if name in ports else accepts(info.annotation).described(),
+            "required": info.is_required(),
+            "default": None if info.is_required() else info.get_default(call_default_factory=True),
+            "description": info.description or "",
+        }
+        for name, info in kind.model_fields.items()
+    ]
+    outputs = dict(kind.outputs)
+    return {"kind": kind.kind, "package": package, "summary": summary(kind), "outputs": outputs, "fields": fields}
 
 
 _COLOURS = {"HIT": "#cfe8cf", "RUN": "#ffe0b0", "RESUME": "#fff0a0", "LOAD": "#d5e3f5", "SKIP": "#eeeeee"}

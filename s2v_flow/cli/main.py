@@ -45,26 +45,22 @@ if TYPE_CHECKING:
     from s2v_flow.cli.progress import Level
     from s2v_flow.start.project import Start
 
-EXIT_CODES = "\n".join(
-    f"  {code}  {meaning}"
-    for code, meaning in (
-        (0, "all is well"),
-        (1, "a node failed while running"),
-        (2, "the command line is wrong"),
-        (3, "the recipe is wrong; nothing was run"),
-        (4, "a model or an input is missing or cannot be used"),
-        (5, "refused for safety (pickles, paths outside the allowed folders, limits)"),
-        (6, "the disk is full"),
-        (7, "out of memory"),
-        (8, "NaN or infinity in a result"),
-        (9, "a defect of s2vflow"),
-        (10, "plan --detailed-exitcode: a run would compute something"),
-        (11, "a video, which is there, does not meet the recipe's require"),
-        (75, "stopped with a resume point by SIGUSR1: the same command goes on"),
-        (130, "interrupted (Ctrl-C); the same command goes on"),
-        (143, "terminated, or the terminal was closed; the same command goes on"),
-    )
-)
+EXIT_CODES = """\
+  0  all is well
+  1  a node failed while running
+  2  the command line is wrong
+  3  the recipe is wrong; nothing was run
+  4  a model or an input is missing or cannot be used
+  5  refused for safety (pickles, paths outside the allowed folders, limits)
+  6  the disk is full
+  7  out of memory
+  8  NaN or infinity in a result
+  9  a defect of s2vflow
+  10  plan --detailed-exitcode: a run would compute something
+  11  a video, which is there, does not meet the recipe's require
+  75  stopped with a resume point by SIGUSR1: the same command goes on
+  130  interrupted (Ctrl-C); the same command goes on
+  143  terminated, or the terminal was closed; the same command goes on"""
 
 
 @click.group(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -176,14 +175,10 @@ def of_run(manifest: Manifest) -> Side:
 
 
 def _of_video(text: str, essence: Essence) -> Side:
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(essence.recipe, encoding="utf-8")
-        values = values_of(api.check(recipe))
     versions = {name: ", ".join(found) for name, found in essence.software.items()}
     return Side(
         name=text,
-        values=values,
+        values=values_of(api.check(Path(text))),
         files={item.at: item for item in essence.files},
         environment={**versions, "device": essence.device},
         latents={

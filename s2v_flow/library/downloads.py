@@ -42,6 +42,7 @@ _REDIRECTS = 5
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FINAL = frozenset({400, 401, 403, 404, 410, 451})  # asking again does not help
 _FIX_NETWORK = "check the network, and run the same command again"
+_FIX_DISK = "free some space, or name another folder with --models-dir"
 _NETWORK_ERRORS = (OSError, http.client.HTTPException)  # URLError, timeouts and TLS errors are OSErrors
 
 Progress = Callable[[int, int], None]  # bytes that are there, bytes in all
@@ -110,11 +111,8 @@ def check_space(files: list[tuple[RemoteFile, Path]]) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise S2VFlowError(
-            f"{folder}: {size_text(needed)} are to be downloaded, {size_text(free)} are free",
-            fix="free some space, or name another folder with --models-dir",
-            exit_code=ExitCode.DISK_FULL,
-        )
+        text = f"{folder}: {size_text(needed)} are to be downloaded, {size_text(free)} are free"
+        raise S2VFlowError(text, _FIX_DISK, exit_code=ExitCode.DISK_FULL)
 
 
 def fetch(
@@ -286,10 +284,9 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise S2VFlowError(
+        code = ExitCode.DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ExitCode.FAILED
+        text, kept = (
             f"{target}: cannot be written: {error.strerror or error}",
-            fix="free some space, or name another folder with --models-dir",
-            kept="what came so far; the same command goes on from there",
-            exit_code=ExitCode.DISK_FULL if is_full else ExitCode.FAILED,
-        ) from error
+            "what came so far; the same command goes on from there",
+        )
+        raise S2VFlowError(text, _FIX_DISK, kept, exit_code=code) from error

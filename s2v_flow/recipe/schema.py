@@ -154,7 +154,7 @@ def _kind(kinds: Mapping[str, type[Node]]) -> Schema:
     return {
         "description": "What the node does.",
         "enum": list(kinds),
-        "enumDescriptions": [_summary(kind) for kind in kinds.values()],  # shown by editors, ignored by validators
+        "enumDescriptions": [summary(kind) for kind in kinds.values()],  # shown by editors, ignored by validators
     }
 
 
@@ -162,7 +162,8 @@ def _is_kind(name: str) -> Schema:
     return {"properties": {"kind": {"const": name}}, "required": ["kind"]}
 
 
-def _summary(kind: type[Node]) -> str:
+def summary(kind: type[Node]) -> str:
+    """Return what a kind does, on one line."""
     return " ".join((kind.__doc__ or "").split())
 
 
@@ -174,7 +175,7 @@ def _definitions(name: str, kind: type[Node]) -> Schema:
     for model, schema in generated.get("$defs", {}).items():
         properties = {field: _with_parameters(_tidy(value)) for field, value in schema["properties"].items()}
         definitions[model] = {**_tidy(schema), "properties": properties}
-    fields: Schema = {"kind": {"const": name, "description": _summary(kind)}}
+    fields: Schema = {"kind": {"const": name, "description": summary(kind)}}
     for field, schema in generated.get("properties", {}).items():
         tidy = _tidy(schema)
         is_input = field in inputs
@@ -182,7 +183,7 @@ def _definitions(name: str, kind: type[Node]) -> Schema:
     definitions[name] = {
         "type": "object",
         "title": name,
-        "description": _summary(kind),
+        "description": summary(kind),
         "properties": fields,
         "additionalProperties": False,
     }
