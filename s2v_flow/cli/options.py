@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -195,8 +196,8 @@ gpus_option = click.option(
 selection_options = all_of(  # a part of the plan
     click.option("--fail-fast", is_flag=True, help="In a matrix: one cell that fails stops the others."),
     click.option("-m", "axes", multiple=True, metavar="PATH=VALUES", help="Vary a value: -m seed=1..8."),
-    click.option("--cache-only", is_flag=True, help="Fail instead of computing anything."),
-    click.option("--no-cache", is_flag=True, help="Compute everything anew."),
+    click.option("--cache-only", "is_cached_only", is_flag=True, help="Fail instead of computing anything."),
+    click.option("--no-cache", "is_fresh", is_flag=True, help="Compute everything anew."),
     click.option(
         "--force",
         multiple=True,
@@ -276,14 +277,8 @@ def make_options(**given: Any) -> Options:
     from s2v_flow.graph.selection import Selection
 
     given["selection"] = Selection(
-        until=given.pop("until", ()),
-        only=given.pop("only", ()),
-        start=given.pop("start", None),
-        force=given.pop("force", ()),
-        is_fresh=given.pop("no_cache", False),
-        is_cached_only=given.pop("cache_only", False),
+        **{each.name: given.pop(each.name) for each in fields(Selection) if each.name in given}
     )
-
     given["profiles"] = [name for names in given.get("profiles", ()) for name in names.split(",") if name]
     given["overrides"] = take_overrides(given)
     if "device" in given:  # the commands that look for files

@@ -16,7 +16,7 @@ from s2v_flow.recipe.overrides import apply_overrides
 from s2v_flow.recipe.params import Parameters
 from s2v_flow.recipe.problems import Problems, collecting
 from s2v_flow.recipe.tree import Entry, MapValue, plain
-from s2v_flow.recipe.validate import CheckedNode, check_node, check_profile
+from s2v_flow.recipe.validate import check_node, check_profile
 from s2v_flow.wording import shortened
 
 _UNSAID = "a node is wrong, but nothing was said of it"
@@ -104,8 +104,8 @@ class _Reader:
         """Check a body and return its recipe, or None where a node is wrong; mistakes are collected."""
         params = Parameters(body.params, self.problems)
         values = {name: plain(tree) for name, tree in params.resolve_all().items()}
-        checked, order = _check_nodes(body.nodes, self.kinds, params, self.problems)
-        if not all(node.is_valid for node in checked.values()):
+        specs, are_valid, order = _check_nodes(body.nodes, self.kinds, params, self.problems)
+        if not are_valid:
             return None
         sections = {"params": Entry(body.params.origin, body.params), "nodes": Entry(body.nodes.origin, body.nodes)}
         files = (*self.merged.files, *(argument.file for argument in self.arguments if argument.file is not None))
@@ -113,10 +113,7 @@ class _Reader:
             path=self.path,
             description=self.merged.description,
             params=values,
-            nodes={
-                name: NodeSpec(name, node.node.kind, node.node, node.origins[()].place, node.origins)
-                for name, node in checked.items()
-            },
+            nodes=specs,
             order=order,
             files=tuple(Path(file) for file in dict.fromkeys(files)),
             document=MapValue(sections, body.nodes.origin),
@@ -143,20 +140,23 @@ class _Reader:
 
 def _check_nodes(
     nodes: MapValue, kinds: Mapping[str, type[Node]], params: Parameters, problems: Problems
-) -> tuple[dict[str, CheckedNode], tuple[str, ...]]:
-    """Validate every node, and the links between them even where some are wrong; return them, and their order."""
-    checked: dict[str, CheckedNode] = {}
+) -> tuple[dict[str, NodeSpec], bool, tuple[str, ...]]:
+    """Validate every node, and the links between them even where some are wrong; return whether all are valid too.
+
+    Last comes their order, where the links are right.
+    """
+    specs: dict[str, NodeSpec] = {}
+    are_valid = True
     for name, entry in nodes.entries.items():
-        node = check_node(name, entry, kinds, params, nodes.entries, problems)
-        if node is not None:
-            checked[name] = node
+        found = check_node(name, entry, kinds, params, nodes.entries, problems)
+        if found is not None:
+            specs[name], is_valid = found
+            are_valid = are_valid and is_valid
     if not nodes.entries and not problems.has("R017"):  # none, not even a badly named one
         fix = "a recipe has `nodes:` with at least one node"
         problems.add("R015", "the recipe has no nodes", nodes.origin, fix=fix)
-    unchecked = nodes.entries.keys() - checked.keys()
-    graph, faults = link({name: node.node for name, node in checked.items()}, unchecked)
+    graph, faults = link({name: spec.node for name, spec in specs.items()}, nodes.entries.keys() - specs.keys())
     for fault in faults:
-        node = checked[fault.node]
-        inside = f"nodes.{fault.node}.{fault.field} (kind: {node.node.kind})"
-        problems.add(fault.code, fault.message, node.origins[fault.field,], inside=inside, fix=fault.fix)
-    return checked, () if faults else tuple(sort(graph))
+        inside = f"nodes.{fault.node}.{fault.field} (kind: {specs[fault.node].kind})"
+        problems.add(fault.code, fault.message, specs[fault.node].origins[fault.field,], inside=inside, fix=fault.fix)
+    return specs, are_valid, () if faults else tuple(sort(graph))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath, Ref
+from s2v_flow.recipe.document import NodeSpec
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.params import Parameters, whole_reference
 from s2v_flow.recipe.problems import Problems
@@ -35,15 +36,6 @@ _RANGES = {
 }
 
 
-@dataclass(frozen=True)
-class CheckedNode:
-    """A node after checking: valid, or with what can still be linked (`node` is then built without checks)."""
-
-    node: Node
-    is_valid: bool
-    origins: Mapping[FieldPath, Origin]
-
-
 def check_node(
     name: str,
     entry: Entry,
@@ -51,28 +43,17 @@ def check_node(
     params: Parameters,
     node_names: Mapping[str, object],
     problems: Problems,
-) -> CheckedNode | None:
-    """Validate one node; None where not even its kind is known. What is wrong is collected."""
+) -> tuple[NodeSpec, bool] | None:
+    """Return a node as far as it can be linked, and whether it is valid; None where not even its kind is known.
+
+    What is wrong is collected. A node that is not valid is built without checks.
+    """
+    inside = f"nodes.{name}"
     if not isinstance(entry.value, MapValue):
         message = f"{name}: a node is a map of fields, got {shown(plain(entry.value))}"
-        problems.add("R012", message, entry.value.origin, inside=f"nodes.{name}", fix="begin with `kind:`")
+        problems.add("R012", message, entry.value.origin, inside=inside, fix="begin with `kind:`")
         return None
-    model = _kind(name, entry, entry.value, kinds, node_names, problems)
-    if model is None:
-        return None
-    return _NodeCheck(name, entry.key_origin, entry.value, model, params, node_names, problems).run()
-
-
-def _kind(
-    name: str,
-    entry: Entry,
-    fields: MapValue,
-    kinds: Mapping[str, type[Node]],
-    node_names: Iterable[str],
-    problems: Problems,
-) -> type[Node] | None:
-    inside = f"nodes.{name}"
-    kind = fields.get("kind")
+    kind = entry.value.get("kind")
     if kind is None:
         match = nearest(name, [other for other in node_names if other != name])
         fix = f"{f'did you mean the node {match}? ' if match else ''}kinds: {listed(kinds)}"
@@ -88,7 +69,7 @@ def _kind(
         advice = f"a kind cannot be a parameter; {advice}" if "$" in value else advice
         problems.add("R018", f"there is no kind {shown(value)}", kind.origin, inside=inside, fix=advice)
         return None
-    return kinds[value]
+    return _NodeCheck(name, entry.key_origin, entry.value, kinds[value], params, node_names, problems).run()
 
 
 def check_profile(
@@ -134,7 +115,7 @@ class _NodeCheck:
         self.refs: dict[str, Ref] = {}
         self.resolved = self.written
 
-    def run(self) -> CheckedNode:
+    def run(self) -> tuple[NodeSpec, bool]:
         values: dict[str, Entry] = {}
         for field, entry in self.written.entries.items():
             if field == "kind":
@@ -149,12 +130,12 @@ class _NodeCheck:
         origins = origins_of(self.resolved)
         origins[()] = self.name_origin
         origins["kind",] = self.written.entries["kind"].value.origin
-        if node is not None:
-            return CheckedNode(node, True, origins)
-        faulty = self.faulty & self.written.entries.keys()
-        origins.update({(field,): self.written.entries[field].value.origin for field in faulty})
-        given = {field: self.refs.get(field) for field in self.inputs}
-        return CheckedNode(self.model.model_construct(None, **given), False, origins)
+        is_valid = node is not None
+        if node is None:
+            faulty = self.faulty & self.written.entries.keys()
+            origins.update({(field,): self.written.entries[field].value.origin for field in faulty})
+            node = self.model.model_construct(None, **{field: self.refs.get(field) for field in self.inputs})
+        return NodeSpec(self.name, node.kind, node, self.name_origin.place, origins), is_valid
 
     def _read_field(self, field: str, entry: Entry) -> Tree | None:
         if field not in self.model.model_fields:
