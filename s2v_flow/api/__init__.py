@@ -239,7 +239,8 @@ def run_planned(
         raise S2VFlowError("a Session's runs are on one GPU", "s2v_flow.run(recipe, gpus=N)")
     require_files(planned)
     options.selection.check(planned.plan, planned.statuses)
-    digests, made = FileDigests(_digest_memory(options), on_event), _demo_models(planned, options)
+    digests, demo = FileDigests(_digest_memory(options), on_event), set(options.locations.made_models.values())
+    made = [file for node in planned.plan.nodes for file in node.files.values() if file in demo]
     if is_made := all(file.is_file() for file in made):
         _refuse_files(planned, options, digests)
     recorder = Recorder(
@@ -401,11 +402,6 @@ def require_files(planned: Planned) -> None:
             fix += f"; or `s2vflow models {planned.recipe.path} --download`"
         what = "a file is" if len(names) == 1 else f"{len(names)} files are"
         raise MissingError(f"{what} missing: {', '.join(names)}", fix)
-
-
-def _demo_models(planned: Planned, options: Options) -> list[Path]:
-    made = set(options.locations.made_models.values())
-    return [file for node in planned.plan.nodes for file in node.files.values() if file in made]
 
 
 def _make_demo_models(needed: list[Path], options: Options, on_event: Listener) -> None:

@@ -58,7 +58,8 @@ def list_(recipe: Path | None, as_json: bool, download: bool, only: tuple[str, .
         progress = report.DownloadProgress()
         needs.download(found, options.locations.models_dirs[0], progress)
         found = needs.choose(api.model_needs(recipe, options), only)
-    report.print_json(needs.needs_json(found)) if as_json else report.print_table(needs.needs_text(found))
+    listed = {"models": [item.to_json() for item in found]}
+    report.print_json(listed) if as_json else report.print_table(needs.needs_text(found))
     if any(item.status == "missing" for item in found):
         sys.exit(ExitCode.MISSING)
 

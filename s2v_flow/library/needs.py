@@ -232,11 +232,6 @@ def choose(needs: Sequence[ModelNeed], names: Sequence[str]) -> list[ModelNeed]:
     return [need for need in needs if not names or need.file in names]
 
 
-def needs_json(needs: Sequence[ModelNeed]) -> dict[str, Any]:
-    """Return the object that `s2vflow models --json` prints."""
-    return {"models": [need.to_json() for need in needs]}
-
-
 def needs_text(needs: Sequence[ModelNeed]) -> str:
     """Return the list for people: a line each, and for what is missing where it was looked for and can be had."""
     if not needs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +53,11 @@ def _read_text(argument: Argument, text: str, takes: Sequence[Accepts], problems
         return Scalar(text, argument.value_origin)  # as in a recipe; the field is checked once it is resolved
     if text.startswith("[") and all(use.has_list for use in takes):
         return _read_list(argument, text, problems)
-    for value in _readings(text):
+    try:
+        readings: tuple[ScalarValue, ...] = (read_scalar(text), text)
+    except ValueError:
+        readings = (text,)
+    for value in readings:
         if all(use.takes(value) for use in takes):
             return Scalar(value, argument.value_origin, is_quoted=True)
     if any(use.is_input for use in takes):
@@ -63,17 +67,6 @@ def _read_text(argument: Argument, text: str, takes: Sequence[Accepts], problems
 
 def _is_reference(text: str) -> bool:
     return "$params." in text or "${" in text
-
-
-def _readings(text: str) -> Iterator[ScalarValue]:
-    """Yield what a text can be read as: the number, truth value or null that YAML makes of it, then the text itself."""
-    try:
-        value = read_scalar(text)
-    except ValueError:
-        value = text
-    if not isinstance(value, str):
-        yield value
-    yield text
 
 
 def _read_list(argument: Argument, text: str, problems: Problems) -> Tree:

@@ -96,17 +96,13 @@ def scalar_text(value: _Data, *, in_flow: bool = False) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float):
-        return _float(value)
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is no number that a recipe can hold")
+        mantissa, e, exponent = repr(value).partition("e")
+        return mantissa + ("" if "." in mantissa else ".0") + e + exponent  # YAML 1.1 takes 1e-05 for text
     if isinstance(value, str):
         return _text(value, in_flow=in_flow)
     raise TypeError(f"YAML has no words for a {type(value).__name__}")
-
-
-def _float(value: float) -> str:
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is no number that a recipe can hold")
-    mantissa, e, exponent = repr(value).partition("e")
-    return mantissa + ("" if "." in mantissa else ".0") + e + exponent  # YAML 1.1 takes 1e-05 for text
 
 
 def _text(text: str, *, in_flow: bool = False) -> str:

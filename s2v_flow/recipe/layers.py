@@ -45,13 +45,12 @@ class Layer:
     """One file: a recipe, a base that it extends, or an override file."""
 
     file: str
-    origin: Origin
     body: Body
+    require: MapValue
     description: str | None = None
     extends: Scalar | None = None
     profiles: Mapping[str, Body] = field(default_factory=dict)
     matrix: MapValue | None = None
-    require: MapValue | None = None
 
 
 def read_layer(tree: Tree, file: str, problems: Problems, *, is_recipe: bool) -> Layer:
@@ -78,7 +77,6 @@ def read_layer(tree: Tree, file: str, problems: Problems, *, is_recipe: bool) ->
     description = _text(top, "description", "text", problems)
     return Layer(
         file=file,
-        origin=top.origin,
         body=_read_body(top, problems),
         description=None if description is None else str(description.value),
         extends=_text(top, "extends", "a file's name", problems),
@@ -231,8 +229,7 @@ def merge_layers(recipe: Written, changes: Changes, problems: Problems) -> Merge
     for layer in (*chain, *overrides):
         if layer.matrix is not None:
             matrix = replace(_merge_maps(matrix, layer.matrix), origin=layer.matrix.origin)
-        if layer.require is not None:
-            require = replace(_merge_maps(require, layer.require), origin=layer.require.origin)
+        require = replace(_merge_maps(require, layer.require), origin=layer.require.origin)
     descriptions = [layer.description for layer in chain if layer.description is not None]
     files = tuple(dict.fromkeys(layer.file for layer in (*chain, *overrides)))
     places = {

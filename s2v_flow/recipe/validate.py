@@ -126,12 +126,16 @@ class _NodeCheck:
             else:
                 values[field] = Entry(entry.key_origin, value)
         self.resolved = MapValue(values, self.written.origin)
-        node = self._validate()
+        node: Node | None = None
+        try:
+            node = self.model.model_validate(plain(self.resolved))
+        except ValidationError as error:
+            self._translate(error)
         origins = origins_of(self.resolved)
         origins[()] = self.name_origin
         origins["kind",] = self.written.entries["kind"].value.origin
-        is_valid = node is not None
-        if node is None:
+        is_valid = node is not None and not self.faulty
+        if node is None or not is_valid:
             faulty = self.faulty & self.written.entries.keys()
             origins.update({(field,): self.written.entries[field].value.origin for field in faulty})
             node = self.model.model_construct(None, **{field: self.refs.get(field) for field in self.inputs})
@@ -169,14 +173,6 @@ class _NodeCheck:
         message = f"{field}: expected a reference like $node or $node.port, got {shown(text)}"
         self.problems.add("R024", message, value.origin, inside=self._inside((field,)), fix=fix)
         return None
-
-    def _validate(self) -> Node | None:
-        try:
-            node = self.model.model_validate(plain(self.resolved))
-        except ValidationError as error:
-            self._translate(error)
-            return None
-        return None if self.faulty else node
 
     def _translate(self, error: ValidationError) -> None:
         """Group pydantic's errors by the value they are about (each member of a union has its own); say each once."""
