@@ -107,7 +107,7 @@ def temporary(folder: Path, suffix: str, mode: int = 0o644) -> Iterator[tuple[Bi
             os.unlink(name)
 
 
-def write_whole(path: Path, payload: bytes, folder: Path | None = None) -> None:
+def write_whole(path: Path, payload: bytes, folder: Path | None = None, *, is_flushed: bool = True) -> None:
     """Write a file, which replaces one that is there; half written, it stands in `folder`, else beside its place.
 
     Raises:
@@ -115,7 +115,7 @@ def write_whole(path: Path, payload: bytes, folder: Path | None = None) -> None:
     """
     with temporary(folder or path.parent, path.suffix) as (file, name):
         file.write(payload)
-        finish(file)
+        finish(file) if is_flushed else file.close()
         os.replace(name, path)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from s2v_flow.errors import MissingError
-from s2v_flow.files.atomic import make_root, temporary
+from s2v_flow.files.atomic import make_root, write_whole
 
 BLOCK_BYTES = 16 * 2**20  # between blocks a thread may wait 5 ms for the interpreter
 REST_NS = 2 * 10**9
@@ -191,7 +191,4 @@ def _write_table(path: Path, table: dict[str, Any]) -> None:
     """Replace a table, written whole or not at all; a full or read-only disk costs time, not the run."""
     with suppress(OSError):
         make_root(path.parent)
-        with temporary(path.parent / "tmp", path.suffix) as (file, name):
-            file.write(json.dumps(table, indent=1).encode())
-            file.close()
-            os.replace(name, path)
+        write_whole(path, json.dumps(table, indent=1).encode(), path.parent / "tmp", is_flushed=False)
