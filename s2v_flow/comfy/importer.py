@@ -6,6 +6,7 @@ import json
 import re
 import tempfile
 import textwrap
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from s2v_flow.comfy.finish import (
     unique,
 )
 from s2v_flow.comfy.graph import ComfyNode, Graph, Link, Mistakes, is_prompt, needed_order, read_prompt
-from s2v_flow.comfy.meaning import Context, Draft, SkipError
+from s2v_flow.comfy.meaning import AtNode, Draft, SkipError
 from s2v_flow.comfy.sampling import SAMPLING
 from s2v_flow.comfy.scaling import SCALING
 from s2v_flow.comfy.source import bad_file, parse, read_workflow
@@ -231,19 +232,21 @@ def translate(graph: Graph, mistakes: Mistakes, folder: Path, wanted: Collection
     mistakes.raise_any()
     if wanted is None:
         _note_dropped(graph, set(order), mistakes)
-    context = Context(graph, Draft(), mistakes, folder)
+    draft, meanings, skipped = Draft(), dict[Link, Any](), set[str]()
+    shared = (graph, mistakes, folder, draft, meanings, skipped, Counter[str]())
     for name in order:
         node = graph.nodes[name]
         known = {item.name for item in classes()[node.type].inputs}
         for key in (key for key, _ in node.links() if key not in known and _PLAIN_NAME.fullmatch(key)):
             mistakes.warn(f"{key}: {node.described()}: this input is not known here, and what is linked to it left out")
         try:
-            for slot, meaning in enumerate(_TRANSLATORS[node.type](context, node)):
-                context.meanings[Link(name, slot)] = meaning
+            made = _TRANSLATORS[node.type](AtNode(node, *shared))
+            for slot, meaning in enumerate(made if isinstance(made, tuple) else (made,)):
+                meanings[Link(name, slot)] = meaning
         except SkipError:
-            context.skipped.add(name)
+            skipped.add(name)
     mistakes.raise_any()
-    return context.draft
+    return draft
 
 
 def _targets(graph: Graph, mistakes: Mistakes, wanted: Collection[str] | None) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,21 +53,10 @@ class Draft:
         """
         given = {name: value for name, value in fields.items() if value is not None}
         identity = repr((kind, sorted(given.items(), key=lambda item: item[0])))
-        key = self._known.get(identity)
-        title = sources[0].title if titled else None
-        if key is None:
-            key = self._known[identity] = len(self.nodes)
-            self.nodes[key] = DraftNode(kind, usual, given, title)
-        node = self.nodes[key]
+        key = self._known.setdefault(identity, len(self.nodes))
+        node = self.nodes.setdefault(key, DraftNode(kind, usual, given, sources[0].title if titled else None))
         node.made_from += [source.id for source in sources if source.id not in node.made_from]
         return NodeRef(key)
-
-    def add_sink(self, kind: str, usual: str, fields: Mapping[str, Any], source: ComfyNode) -> None:
-        """Add a node that writes a file."""
-        key = len(self.nodes)
-        given = {name: value for name, value in fields.items() if value is not None}
-        self.nodes[key] = DraftNode(kind, usual, given, source.title, [source.id])
-        self.sinks.append(key)
 
     def __getitem__(self, ref: NodeRef) -> DraftNode:
         """Return the node that is referred to."""
@@ -161,11 +151,6 @@ class PreparedText:
 
 
 @dataclass(frozen=True)
-class Zeroed:
-    """A conditioning set to zero."""
-
-
-@dataclass(frozen=True)
 class Noise:
     """A seed."""
 
@@ -207,125 +192,155 @@ class UnknownSide:
 
 
 UNKNOWN = object()  # an output that recipes have no word for
+ZEROED = object()  # a conditioning set to zero
 
 
 class SkipError(Exception):
     """This node cannot be translated; why has been recorded already."""
 
 
-class Context:
-    """What a translator of one node may use."""
+@dataclass(frozen=True)
+class AtNode:
+    """What the translator of a node may use: the node, what those before it mean, and the draft that it adds to."""
 
-    def __init__(self, graph: Graph, draft: Draft, mistakes: Mistakes, folder: Path) -> None:
-        self.graph = graph
-        self._folder = folder
-        self.draft = draft
-        self.mistakes = mistakes
-        self.meanings: dict[Link, Any] = {}
-        self.skipped: set[str] = set()
-        self._counts: dict[str, int] = {}
+    node: ComfyNode
+    graph: Graph
+    mistakes: Mistakes
+    folder: Path
+    draft: Draft
+    meanings: dict[Link, Any]
+    skipped: set[str]
+    counts: Counter[str]
 
-    def refuse(self, node: ComfyNode, message: str, fix: str | None = None) -> SkipError:
-        """Record that something in a node cannot be said in a recipe; return what is to be raised."""
-        self.mistakes.add("W004", message, node, fix)
+    @property
+    def class_type(self) -> str:
+        """The node's class."""
+        return self.node.type
+
+    @property
+    def widgets(self) -> list[str]:
+        """The names of its class's widgets."""
+        return [item.name for item in classes()[self.class_type].widgets]
+
+    def add(self, kind: str, usual: str, fields: Mapping[str, Any], *more: ComfyNode, titled: bool = True) -> NodeRef:
+        """Add a recipe's node that is made of this one, and of `more`; see `Draft.add`."""
+        return self.draft.add(kind, usual, fields, self.node, *more, titled=titled)
+
+    def add_sink(self, kind: str, usual: str, fields: Mapping[str, Any]) -> None:
+        """Add a node that writes a file."""
+        self.draft.sinks.append(self.add(kind, usual, fields).key)
+
+    def made(self, kind: str, usual: str, fields: Mapping[str, Any], type_: str) -> Made:
+        """Add a node, and return what it gives."""
+        return Made(self.add(kind, usual, fields), type_)
+
+    def note(self, text: str) -> None:
+        """Record what a person should know of this node."""
+        self.mistakes.note(f"{self.node.described()}: {text}")
+
+    def refuse(self, message: str, fix: str | None = None) -> SkipError:
+        """Record that something in the node cannot be said in a recipe; return what is to be raised."""
+        self.mistakes.add("W004", message, self.node, fix)
         return SkipError()
 
-    def value(self, node: ComfyNode, name: str, type_: str | None = None) -> Value:
+    def value(self, name: str, type_: str | None = None) -> Value:
         """Return an input's value, as the type that the class asks for; `type_` if only a choice brings it along."""
-        item = classes()[node.type].input(name) if type_ is None else Input(name, type_, is_widget=True)
-        given = node.inputs.get(name, Value(item.default))
+        item = classes()[self.class_type].input(name) if type_ is None else Input(name, type_, is_widget=True)
+        given = self.node.inputs.get(name, Value(item.default))
         if isinstance(given, Link):
             found = self._follow(given)
             if isinstance(found, UnknownSide):
-                found = self._guessed(node, item, found)
+                found = self._guessed(item, found)
             if not isinstance(found, Value):
-                raise self.refuse(node, f"{name} is computed by a node that recipes do not know", "type the value in")
+                raise self.refuse(f"{name} is computed by a node that recipes do not know", "type the value in")
             given = found
         try:
             value = as_type(given.value, item.type)
         except (ValueError, OverflowError):
-            raise self.refuse(node, f"{name}: {item.type} expected, got {shown(given.value)}") from None
+            raise self.refuse(f"{name}: {item.type} expected, got {shown(given.value)}") from None
         return Value(value, given.knob, given.title)
 
-    def _guessed(self, node: ComfyNode, item: Input, found: UnknownSide) -> Value:
+    def _guessed(self, item: Input, found: UnknownSide) -> Value:
         what = f"{item.name} is taken from the size of {found.file}, which is not in the workflow"
-        if node.type != "WanSoundImageToVideo":
-            raise self.refuse(node, what, f"put {found.file} beside the workflow, or type the number in")
+        if self.class_type != "WanSoundImageToVideo":
+            raise self.refuse(what, f"put {found.file} beside the workflow, or type the number in")
         guess = found.guess or item.default
-        self.mistakes.warn(f"{item.name}: {node.described()}: {what}: {guess} stands in the recipe; set it as you want")
+        text = f"{self.node.described()}: {what}: {guess} stands in the recipe; set it as you want"
+        self.mistakes.warn(f"{item.name}: {text}")
         return Value(guess)
 
     def size_of(self, ref: NodeRef) -> tuple[int, int] | None:
         """Return the width and height of what a draft's node gives, where the workflow or a picture beside it tells."""
         scalers = []
-        while True:
-            node = self.draft[ref]
-            fields = {name: getattr(value, "value", value) for name, value in node.fields.items()}
+        for node, fields in self._trail(ref):
             if fields.get("width") and fields.get("height"):
-                size = int(fields["width"]), int(fields["height"])
-                break
-            if node.kind == "load_image":
-                found = picture_size(self._folder, fields["file"])
-                if found is None:
-                    return None
-                size = found
-                break
-            if node.kind.endswith("_scale"):
-                scalers.append({name: fields[name] for name in fields if name in ImageScale.model_fields})
-            below = [fields[name] for name in _SIZED if isinstance(fields.get(name), NodeRef)]
-            if not below or fields.get("axis", "t") != "t":
+                size: tuple[int, int] | None = (int(fields["width"]), int(fields["height"]))
+            elif node.kind == "load_image":
+                size = picture_size(self.folder, fields["file"])
+            elif fields.get("axis", "t") != "t":
                 return None
-            ref = below[0]
-        for given in reversed(scalers):
-            size = ImageScale.model_construct(**given).target(*size)
-        return size
+            else:
+                scalers += [fields] if node.kind.endswith("_scale") else []
+                continue
+            for given in reversed(scalers):
+                known = {name: given[name] for name in given if name in ImageScale.model_fields}
+                size = size and ImageScale.model_construct(**known).target(*size)
+            return size
+        return None
 
     def file_of(self, ref: NodeRef) -> str:
         """Return the file that a picture comes from, for messages."""
-        while True:
-            fields = self.draft[ref].fields
-            if "file" in fields:
-                return str(fields["file"].value)
-            below = [fields[name] for name in _SIZED if isinstance(fields.get(name), NodeRef)]
-            if not below:
-                return "a picture"
-            ref = below[0]
+        return next((str(fields["file"]) for _, fields in self._trail(ref) if "file" in fields), "a picture")
 
-    def optional(self, node: ComfyNode, name: str) -> Any:
+    def _trail(self, ref: NodeRef) -> Iterator[tuple[DraftNode, dict[str, Any]]]:
+        """Yield a draft's node and those before it that have its size, each with its fields as plain values."""
+        pending = [ref]
+        while pending:
+            node = self.draft[pending[0]]
+            fields = {name: getattr(value, "value", value) for name, value in node.fields.items()}
+            yield node, fields
+            pending = [fields[name] for name in _SIZED if isinstance(fields.get(name), NodeRef)]
+
+    def optional(self, name: str) -> Any:
         """Return what a linked input means, or None where it is not linked."""
-        given = node.inputs.get(name)
+        given = self.node.inputs.get(name)
         return self._follow(given) if isinstance(given, Link) else None
 
-    def meaning(self, node: ComfyNode, name: str, type_: type[MeaningT]) -> MeaningT:
+    def meaning(self, name: str, type_: type[MeaningT]) -> MeaningT:
         """Return what a linked input means; it must be linked, to something of a type that can stand there."""
-        if not isinstance(node.inputs.get(name), Link):
-            why = "comes from a node that is switched off" if name in node.lacking else "is not connected"
-            raise self.refuse(node, f"{name} {why}", f"connect {name}, or remove the node")
-        found = self.optional(node, name)
+        if not isinstance(self.node.inputs.get(name), Link):
+            why = "comes from a node that is switched off" if name in self.node.lacking else "is not connected"
+            raise self.refuse(f"{name} {why}", f"connect {name}, or remove the node")
+        found = self.optional(name)
         if not isinstance(found, type_):
-            raise self.refuse(node, f"{name} takes something that recipes cannot express here")
+            raise self.refuse(f"{name} takes something that recipes cannot express here")
         return found
 
-    def port(self, node: ComfyNode, name: str, type_: str) -> NodeRef:
+    def port(self, name: str, type_: str) -> NodeRef:
         """Return the recipe node of a required input, of one port type."""
-        return self.typed(node, name, self.meaning(node, name, object), type_)
+        return self.typed(name, self.meaning(name, object), type_)
 
-    def typed(self, node: ComfyNode, name: str, found: Any, type_: str) -> NodeRef:
+    def optional_port(self, name: str, type_: str) -> NodeRef | None:
+        """Return the recipe node of an input, of one port type; None where it is not linked."""
+        found = self.optional(name)
+        return None if found is None else self.typed(name, found, type_)
+
+    def typed(self, name: str, found: Any, type_: str) -> NodeRef:
         """Return the recipe node of a meaning, turning images into frames and back where needed."""
         if isinstance(found, Made) and found.type == type_:
             return found.ref
         if isinstance(found, FramesMade) and type_ == "frames":
             return found.ref
         if isinstance(found, FramesMade) and type_ == "image":
-            return self.draft.add("image_from_frames", "still", {"frames": found.ref}, node, titled=False)
+            return self.add("image_from_frames", "still", {"frames": found.ref}, titled=False)
         if isinstance(found, Made) and found.type == "image" and type_ == "frames":
-            return self.draft.add("frames_from_image", "still_frames", {"image": found.ref}, node, titled=False)
-        raise self.refuse(node, f"{name}: a recipe needs {type_.replace('_', ' ')} here")
+            return self.add("frames_from_image", "still_frames", {"image": found.ref}, titled=False)
+        raise self.refuse(f"{name}: a recipe needs {type_.replace('_', ' ')} here")
 
     def numbered(self, prefix: str) -> int:
         """Return the number that ComfyUI would give the next file of this prefix."""
-        self._counts[prefix] = self._counts.get(prefix, 0) + 1
-        return self._counts[prefix]
+        self.counts[prefix] += 1
+        return self.counts[prefix]
 
     def _follow(self, link: Link) -> Any:
         if link.node in self.skipped:
@@ -333,7 +348,7 @@ class Context:
         return self.meanings.get(link, UNKNOWN)
 
 
-Translator = Callable[[Context, ComfyNode], tuple[Any, ...]]
+Translator = Callable[[AtNode], Any]  # what the node's only output means, or a tuple for several
 
 
 def picture_size(folder: Path, file: str) -> tuple[int, int] | None:

@@ -8,17 +8,12 @@ from typing import Any
 
 from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
+from s2v_flow.comfy.scaling import SCALERS
 from s2v_flow.comfy.sources import WHOLE_SECONDS
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.recipe.document import NodeSpec
-
-_SCALERS = (
-    ("ImageScaleBy", "factor", "scale_by"),
-    ("ImageScaleToTotalPixels", "megapixels", "megapixels"),
-    ("ImageScaleToMaxDimension", "longest_side", "largest_size"),
-)
 
 
 class Sheet:
@@ -250,7 +245,7 @@ class SourceExporter:
     def _scaled(self, planned: PlanNode, node: Any) -> Link:
         image = self.one(planned, "frames" if node.kind == "frames_scale" else "image")
         values: dict[str, Any] = {"image": image, "upscale_method": node.method}
-        for class_type, field, widget in _SCALERS:
+        for class_type, (widget, field) in SCALERS.items():
             if getattr(node, field) is not None:
                 values |= {"resolution_steps": node.multiple_of} if field == "megapixels" else {}
                 return self._add(planned, class_type, **values, **{widget: getattr(node, field)})

@@ -11,14 +11,14 @@ from types import MappingProxyType
 from typing import Any
 
 from s2v_flow.comfy.catalog import IGNORED, classes
-from s2v_flow.comfy.graph import ComfyNode, Link, Value
-from s2v_flow.comfy.meaning import Context, Translator
+from s2v_flow.comfy.graph import Link, Value
+from s2v_flow.comfy.meaning import AtNode, Translator
 from s2v_flow.wording import shortened
 
 PRIMITIVES = (
     *("PrimitiveInt", "PrimitiveFloat", "PrimitiveString", "PrimitiveStringMultiline", "PrimitiveBoolean"),
-    *("INTConstant", "FloatConstant", "BOOLConstant", "StringConstant", "easy int", "easy float", "Seed (rgthree)"),
-    "Seed Everywhere",
+    *("INTConstant", "FloatConstant", "BOOLConstant", "StringConstant", "StringConstantMultiline"),
+    *("easy int", "easy float", "Seed (rgthree)", "Seed Everywhere"),
 )
 _MAX_LETTERS = 1000
 _LARGEST = 2.0**64
@@ -95,68 +95,58 @@ def _number(value: Any) -> int | float | bool:
     return value
 
 
-def _math(context: Context, node: ComfyNode) -> tuple[Any, ...]:
+def _math(at: AtNode) -> Any:
     """Every calculating node: its letters are inputs, named `a` or, in newer ones, `values.a`."""
-    given = context.value(node, classes()[node.type].widgets[0].name)
+    given = at.value(at.widgets[0])
     names: dict[str, Any] = {"pi": math.pi, "euler": math.e}
-    for name in (name for name, item in node.inputs.items() if isinstance(item, Link) or name[-2:-1] in ("", ".")):
-        names[name.rpartition(".")[2]] = context.value(node, name, "NUMBER").value
+    for name in (name for name, item in at.node.inputs.items() if isinstance(item, Link) or name[-2:-1] in ("", ".")):
+        names[name.rpartition(".")[2]] = at.value(name, "NUMBER").value
     try:
         result = calculated(given.value, names)
-        whole = round(result) if node.type == "SimpleMath+" else int(result)
+        whole = round(result) if at.class_type == "SimpleMath+" else int(result)
     except (ValueError, OverflowError) as error:
-        raise context.refuse(
-            node, f"{shortened(given.value)}: {error}", "type the result in where it is used"
-        ) from None
+        raise at.refuse(f"{shortened(given.value)}: {error}", "type the result in where it is used") from None
     numbers = Value(float(result)), Value(whole), Value(bool(result))
-    return numbers if classes()[node.type].outputs[0][0] == "FLOAT" else (numbers[1], numbers[0])
+    return numbers if classes()[at.class_type].outputs[0][0] == "FLOAT" else (numbers[1], numbers[0])
 
 
-def _number_convert(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    number, whole = (context.value(node, "value", type_) for type_ in ("FLOAT", "INT"))
-    return number, whole
+def _primitive(at: AtNode) -> Any:
+    given = at.value(at.widgets[0])
+    value = given.value
+    if at.class_type == "Seed (rgthree)" and value < 0:
+        raise at.refuse(f"seed {value} draws another one for each run", "give it a seed")
+    if "strip_newlines" in at.widgets and at.value("strip_newlines").value:
+        value = "".join(value.splitlines())
+    return Value(value, given.knob or at.node.id, given.title or at.node.title)
 
 
-def _primitive(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    given = context.value(node, classes()[node.type].widgets[0].name)
-    if node.type == "Seed (rgthree)" and given.value < 0:
-        raise context.refuse(node, f"seed {given.value} draws another one for each run", "give it a seed")
-    return (Value(given.value, given.knob or node.id, given.title or node.title),)
+def _concatenate(at: AtNode) -> Any:
+    first, second, between = (at.value(name).value for name in ("string_a", "string_b", "delimiter"))
+    return Value(f"{first}{between}{second}")
 
 
-def _multiline(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    text = context.value(node, "string")
-    lines = "".join(text.value.splitlines()) if context.value(node, "strip_newlines").value else text.value
-    return (Value(lines, text.knob or node.id, text.title or node.title),)
-
-
-def _concatenate(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    parts = [context.value(node, name).value for name in ("string_a", "string_b", "delimiter")]
-    return (Value(f"{parts[0]}{parts[2]}{parts[1]}"),)
-
-
-def _switch(context: Context, node: ComfyNode) -> tuple[Any, ...]:
-    if node.type == "ComfySwitchNode":
-        name = "on_true" if context.value(node, "switch").value else "on_false"
+def _switch(at: AtNode) -> Any:
+    if at.class_type == "ComfySwitchNode":
+        name = "on_true" if at.value("switch").value else "on_false"
     else:  # Any Switch (rgthree): the first input that has something
-        name = min((name for name, _ in node.links()), default="any_01")
-    return (_handed_on(context, node, name),)
+        name = min((name for name, _ in at.node.links()), default="any_01")
+    return _handed_on(at, name)
 
 
-def _ignored(context: Context, node: ComfyNode) -> tuple[Any, ...]:
+def _ignored(at: AtNode) -> Any:
     text = "it changes how and where ComfyUI computes, not what"
-    if node.type.endswith("Cache"):
+    if at.class_type.endswith("Cache"):
         text = "it saves time by leaving steps out; here every step is computed"
-    elif node.type == "PreviewAny":
+    elif at.class_type == "PreviewAny":
         text = "it shows what is there"
-    context.mistakes.note(f"{node.described()} is left out: {text}")
-    names = [item.name for item in classes()[node.type].links]
-    return tuple(_handed_on(context, node, name) if name in node.inputs else None for name in names)
+    at.mistakes.note(f"{at.node.described()} is left out: {text}")
+    names = [item.name for item in classes()[at.class_type].links]
+    return tuple(_handed_on(at, name) if name in at.node.inputs else None for name in names)
 
 
-def _handed_on(context: Context, node: ComfyNode, name: str) -> Any:
-    given = node.inputs.get(name)
-    return given if isinstance(given, Value) else context.meaning(node, name, object)
+def _handed_on(at: AtNode, name: str) -> Any:
+    given = at.node.inputs.get(name)
+    return given if isinstance(given, Value) else at.meaning(name, object)
 
 
 VALUES: Mapping[str, Translator] = MappingProxyType(
@@ -164,8 +154,7 @@ VALUES: Mapping[str, Translator] = MappingProxyType(
         **dict.fromkeys(PRIMITIVES, _primitive),
         **dict.fromkeys(("ComfyMathExpression", "SimpleCalculatorKJ", "SimpleMath+", "MathExpression|pysssss"), _math),
         **dict.fromkeys(IGNORED, _ignored),
-        "ComfyNumberConvert": _number_convert,
-        "StringConstantMultiline": _multiline,
+        "ComfyNumberConvert": lambda at: (at.value("value", "FLOAT"), at.value("value", "INT")),
         "StringConcatenate": _concatenate,
         **dict.fromkeys(("ComfySwitchNode", "Any Switch (rgthree)"), _switch),
     }
