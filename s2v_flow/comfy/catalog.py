@@ -243,6 +243,7 @@ _TITLES: Mapping[str, frozenset[str]] = MappingProxyType(
             {"CLIP Text Encode (Positive Prompt)", "CLIP Text Encode (Negative Prompt)", "Positive Prompt"}
         ),
         "LoadImage": frozenset({"Load Image (from Outputs)"}),
+        "MarkdownNote": frozenset({"Markdown Note"}),
     }
 )
 
@@ -287,10 +288,11 @@ def as_type(value: Any, type_: str) -> Any:
     return int(number) if type_ == "INT" else number
 
 
-def is_stock_title(class_type: str, title: str) -> bool:
-    """Tell whether a title is what ComfyUI or its templates call the node anyway."""
-    known = classes().get(class_type)
-    return title in ({class_type, known.title} if known else {class_type}) | _TITLES.get(class_type, frozenset())
+def own_title(class_type: str, node: Mapping[str, Any]) -> str | None:
+    """Return the title that a person gave to a node; None for what ComfyUI or its templates call it anyway."""
+    title, known = node.get("title"), classes().get(class_type)
+    usual = {"", class_type, known.title if known else ""} | _TITLES.get(class_type, frozenset())
+    return title if isinstance(title, str) and title not in usual else None
 
 
 def _class(name: str, title: str, links: str, widgets: str, outputs: str) -> ComfyClass:

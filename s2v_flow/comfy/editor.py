@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from s2v_flow.comfy.catalog import BROADCASTERS, GETTERS, NOTES, REROUTES, SETTERS, VIRTUAL, classes, is_stock_title
+from s2v_flow.comfy.catalog import BROADCASTERS, GETTERS, NOTES, REROUTES, SETTERS, VIRTUAL, classes, own_title
 from s2v_flow.comfy.graph import MAX_NODES, Box, ComfyNode, Graph, Link, Mistakes, Note, Value, known_class
 from s2v_flow.comfy.widgets import Promoted, list_in, maps_in, promoted_values, widget_values
 from s2v_flow.wording import shortened
@@ -182,11 +182,8 @@ class _Reader:
             yield self._node(scope, f"{scope.name}{key}", type_, node)
 
     def _node(self, scope: Scope, name: str, type_: str, node: Mapping[str, Any]) -> ComfyNode:
-        title = node.get("title")
-        is_own = isinstance(title, str) and bool(title) and not is_stock_title(type_, title)
-        made = ComfyNode(
-            name, known_class(type_, self._mistakes), {}, title if is_own else None, _box(scope.name, node)
-        )
+        class_type = known_class(type_, self._mistakes)
+        made = ComfyNode(name, class_type, {}, own_title(type_, node), _box(scope.name, node))
         inputs: dict[str, Link | Value] = {}
         known = classes().get(made.type)
         if known is not None:
@@ -250,10 +247,8 @@ class _Reader:
         if type_ in REROUTES:
             return self._further(scope, _first_link(node))
         if type_ == "PrimitiveNode":
-            title = node.get("title")
-            is_own = isinstance(title, str) and not is_stock_title("PrimitiveNode", title)
             held = next(iter(scope.promoted.of(node).values()), _first_widget(node, raw=True))
-            return Value(held, name, title if is_own else None)
+            return Value(held, name, own_title(type_, node))
         if type_ in GETTERS:
             setter = self._setters.get(_first_widget(node))
             if setter is None:
@@ -318,9 +313,7 @@ def _notes(scope: Scope) -> Iterator[Note]:
     for node in scope.nodes.values():
         text = _first_widget(node, raw=True)
         if str(node.get("type")) in NOTES and isinstance(text, str) and text.strip():
-            title = node.get("title")
-            is_own = isinstance(title, str) and title not in ("Note", "Markdown Note", "MarkdownNote")
-            yield Note(text.strip(), title if is_own else None, _box(scope.name, node))
+            yield Note(text.strip(), own_title(node["type"], node), _box(scope.name, node))
 
 
 def _groups(scope: Scope) -> Iterator[Box]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from s2v_flow.comfy.catalog import AUTHORS_SAMPLERS, ComfyClass, classes
@@ -57,8 +58,11 @@ class _Exporter:
         self._sources = SourceExporter(plan, self._sheet)
         self._videos: dict[str, tuple[Link, int]] = {}  # recipe node -> its latent and the latent frames
         self._mistakes: list[Diagnostic] = []
-        self._chunks = {name: list(self._chunks_of(name)) for name in recipe.nodes}
-        self.seeds = [_as_chunk(node).seed for nodes in self._chunks.values() for node in nodes]
+        self._chunks: dict[str, list[tuple[PlanNode, Chunk]]] = defaultdict(list)  # by recipe node
+        for planned in plan.nodes:
+            if isinstance(planned.node, Chunk):
+                self._chunks[planned.recipe_node].append((planned, planned.node))
+        self.seeds = [chunk.seed for chunks in self._chunks.values() for _, chunk in chunks]
 
     def export(self) -> Sheet:
         """Return the sheet with all nodes."""
@@ -94,6 +98,7 @@ class _Exporter:
         Raises:
             RecipeError: There is some.
         """
+        lacks_voice = any(item.kind == "audio" for item in self._plan.missing)
         for name in needed:
             node = self._recipe.nodes[name].node
             if getattr(node, "motion", None) == "pixels":
@@ -109,7 +114,7 @@ class _Exporter:
                 self._mistake(name, "sampler", f"ComfyUI has no {sampler}: it is another package's", "try uni_pc")
             elif sampler in AUTHORS_SAMPLERS:
                 self._mistake(name, "sampler", "ComfyUI does not have the authors' samplers", "try uni_pc, shift 8")
-            if getattr(node, "chunks", None) == "auto" and not self._chunks[name] and self._lacks_voice():
+            if getattr(node, "chunks", None) == "auto" and not self._chunks[name] and lacks_voice:
                 fix = "put the voice's file where it is looked for (--input-dir), or give chunks a number"
                 self._mistake(name, "chunks", "chunks: auto needs the voice's length, and its file is missing", fix)
         if self._mistakes:
@@ -117,12 +122,6 @@ class _Exporter:
 
     def _mistake(self, name: str, field: str, message: str, fix: str) -> None:
         self._mistakes.append(self._recipe.nodes[name].diagnostic(field, "W010", message, fix))
-
-    def _lacks_voice(self) -> bool:
-        return any(item.kind == "audio" for item in self._plan.missing)
-
-    def _chunks_of(self, name: str) -> Iterator[PlanNode]:
-        return (node for node in self._plan.nodes if node.recipe_node == name and isinstance(node.node, Chunk))
 
     def _video(self, name: str, node: Any) -> tuple[Link, int]:
         """Export a node that gives a latent."""
@@ -140,8 +139,8 @@ class _Exporter:
             return link, min(max(left, 1), node.amount) if node.axis == "t" else count
         video = None if node.kind == "sample" else self._videos[node.video.node]
         several = len(self._chunks[name]) > 1
-        for number, chunk in enumerate(self._chunks[name], start=1):
-            video = self._chunk(name, f"{name} {number}" if several else name, chunk, video)
+        for number, (planned, chunk) in enumerate(self._chunks[name], start=1):
+            video = self._chunk(name, f"{name} {number}" if several else name, planned, chunk, video)
         assert video is not None, "a sample has one chunk"
         return video
 
@@ -150,12 +149,13 @@ class _Exporter:
         for spec in self._recipe.nodes.values():
             refs = spec.node.refs()
             if spec.node.kind == "extend" and refs["video"].node == name and self._chunks[spec.name]:
-                return _as_chunk(self._chunks[spec.name][0]).audio_offset // 4
+                return self._chunks[spec.name][0][1].audio_offset // 4
         return 0
 
-    def _chunk(self, name: str, title: str, planned: PlanNode, video: tuple[Link, int] | None) -> tuple[Link, int]:
+    def _chunk(
+        self, name: str, title: str, planned: PlanNode, chunk: Chunk, video: tuple[Link, int] | None
+    ) -> tuple[Link, int]:
         """Export one chunk: its preparation, its sampler, and the joining with what is there."""
-        chunk = _as_chunk(planned)
         if chunk.conditioning == "official":
             self._sheet.note("conditioning: official has no equivalent: numbers are as in ComfyUI")
         sources = self._sources
@@ -271,12 +271,6 @@ def _prefix(file: str, suffix: str) -> str:
     """Return an output's name without what ComfyUI puts behind it."""
     stem = file.removesuffix(suffix)
     return stem[:-7] if stem.endswith("_00001_") else stem
-
-
-def _as_chunk(planned: PlanNode) -> Chunk:
-    """Return what a plan node samples."""
-    assert isinstance(planned.node, Chunk), f"{planned.name} is no chunk"
-    return planned.node
 
 
 def write_prompt(nodes: Sequence[ComfyNode]) -> dict[str, Any]:

@@ -147,16 +147,22 @@ class Sections:
     remarks: dict[str, list[str]] = field(default_factory=dict)  # node's name, "params" or "profiles" -> texts
     notes: list[str] = field(default_factory=list)
     made_from: dict[str, list[str]] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)  # what was modernised, and why
 
 
-def finish(draft: Draft) -> Sections:
-    """Name the nodes that the sinks need, sort them and make parameters of what people turn."""
+def finish(draft: Draft, *, modernises: bool, as_of: int | None) -> Sections:
+    """Name the nodes that the sinks need, sort them and make parameters of what people turn; see `import_workflow`."""
+    for node in draft.nodes.values() if as_of == 2025 else ():
+        file = str(getattr(node.fields.get("checkpoint"), "value", "")).lower()
+        if node.kind == "load_diffusion_model" and "fp8" in file:
+            node.fields["fp8_rounding"] = "comfyui_2025"
+    changes = _modernised(draft) if modernises else []
     keys = _sorted(draft)
     names: dict[int, str] = {}
     for key in keys:
         node = draft.nodes[key]
         names[key] = unique(slug(node.title or "") or node.usual, set(names.values()))
-    sections = Sections(sinks=[names[key] for key in keys if key in draft.sinks])
+    sections = Sections(sinks=[names[key] for key in keys if key in draft.sinks], changes=changes)
     params = _Params(draft, keys)
     for key in keys:
         node = draft.nodes[key]
@@ -255,33 +261,32 @@ def _owner(note: Note, owners: list[tuple[str, str]], graph: Graph) -> str | Non
     return min(boxes, key=lambda pair: here.distance(pair[1]))[0]
 
 
-_REMOVED = {
-    "encode_audio": ("conditioning", "warmup_frames"),
-    "encode_image": ("conditioning",),
-    "sample": ("conditioning",),
-    "extend": ("conditioning",),
-    "load_image": ("background",),
-    "load_diffusion_model": ("fp8_rounding",),
-}
 _WHOLE = 4096
-_WHY = {
-    "encode_audio": "sound meets the frames as the model was trained (conditioning: official), and a few frames of "
-    "warm-up over silence are made and dropped, because a video's first frames are its worst",
-    "encode_image": "the portrait is smoothed when it is shrunk (conditioning: official)",
-    "load_image": "transparent parts of the portrait become white instead of showing hidden colours",
-    "load_diffusion_model": "what fp8 files keep in 16 or 32 bit stays so (fp8_rounding: scaled)",
+_REMOVED = {  # the fields that a kind loses, and why
+    "encode_audio": (
+        ("conditioning", "warmup_frames"),
+        "sound meets the frames as the model was trained (conditioning: official), and a few frames of "
+        "warm-up over silence are made and dropped, because a video's first frames are its worst",
+    ),
+    "encode_image": (("conditioning",), "the portrait is smoothed when it is shrunk (conditioning: official)"),
+    "sample": (("conditioning",), ""),
+    "extend": (("conditioning",), ""),
+    "load_image": (("background",), "transparent parts of the portrait become white instead of showing hidden colours"),
+    "load_diffusion_model": (
+        ("fp8_rounding",),
+        "what fp8 files keep in 16 or 32 bit stays so (fp8_rounding: scaled)",
+    ),
 }
 
 
-def modernise(draft: Draft) -> list[str]:
+def _modernised(draft: Draft) -> list[str]:
     """Rewrite a draft in place; return what changed and why."""
-    needed = draft.needed()
     changes = []
-    for key in needed:
+    for key in draft.needed():
         node = draft.nodes[key]
-        removed = [name for name in _REMOVED.get(node.kind, ()) if node.fields.pop(name, None) is not None]
-        if removed and node.kind in _WHY:
-            changes.append(_WHY[node.kind])
+        names, why = _REMOVED.get(node.kind, ((), ""))
+        removed = [name for name in names if node.fields.pop(name, None) is not None]
+        changes += [why] if removed and why else []
     changes += _control_goes_on(draft)
     changes += _whole_videos(draft)
     needed = draft.needed()
@@ -292,14 +297,6 @@ def modernise(draft: Draft) -> list[str]:
     if kinds:
         changes.append(f"left as they are: {', '.join(kinds)}; they count frames by hand, have a look at them")
     return list(dict.fromkeys(changes))
-
-
-def round_as_2025(draft: Draft) -> None:
-    """Give fp8-scaled models the rounding that ComfyUI of 2025 gave them on loading."""
-    for node in draft.nodes.values():
-        file = str(getattr(node.fields.get("checkpoint"), "value", "")).lower()
-        if node.kind == "load_diffusion_model" and "fp8" in file:
-            node.fields["fp8_rounding"] = "comfyui_2025"
 
 
 def _whole_videos(draft: Draft) -> list[str]:

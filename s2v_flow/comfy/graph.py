@@ -6,14 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from s2v_flow.comfy.catalog import base_class, is_stock_title
+from s2v_flow.comfy.catalog import base_class, own_title
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.wording import shortened
-
-if TYPE_CHECKING:
-    import networkx as nx
 
 MAX_NODES = 20_000
 _MAX_DOTS = 8  # choices in choices
@@ -181,23 +178,12 @@ def needed_order(graph: Graph, targets: list[str], mistakes: Mistakes) -> list[s
         for key, link in node.links():
             if link.node not in graph.nodes:
                 mistakes.add("W002", f"{key} is linked to node {shortened(link.node)}, which is not there", node)
-    circle = _circle(takes, start)
-    if circle is not None:
-        node = graph.nodes[circle[0]]
-        key = next(key for key, link in node.links() if link.node == circle[1])
-        raise mistakes.stop("W005", f"{key} depends on its own result: a circle", node)
-    mistakes.raise_any()
-    return order
-
-
-def _circle(takes: nx.DiGraph[Any], start: object) -> tuple[str, str] | None:
-    """Return the link that closes a circle among what a node takes from; None where there is none."""
-    import networkx as nx
-
     with suppress(nx.NetworkXNoCycle):
         taker, giver, *_ = nx.find_cycle(takes, start)[-1]
-        return taker, giver
-    return None
+        key = next(key for key, link in graph.nodes[taker].links() if link.node == giver)
+        raise mistakes.stop("W005", f"{key} depends on its own result: a circle", graph.nodes[taker])
+    mistakes.raise_any()
+    return order
 
 
 def is_prompt(document: Any) -> bool:
@@ -227,10 +213,9 @@ def read_prompt(document: Mapping[str, Any], mistakes: Mistakes) -> Graph:
             mistakes.add("W002", "class_type must be text and inputs a map", f"node {name}")
             continue
         meta = entry.get("_meta")
-        title = meta.get("title") if isinstance(meta, Mapping) else None
-        is_own = isinstance(title, str) and not is_stock_title(class_type, title)
+        title = own_title(class_type, meta) if isinstance(meta, Mapping) else None
         given = {name: _input(part) for key, value in inputs.items() for name, part in _flat(str(key), value)}
-        nodes[name] = ComfyNode(name, known_class(class_type, mistakes), given, title if is_own else None)
+        nodes[name] = ComfyNode(name, known_class(class_type, mistakes), given, title)
     mistakes.raise_any()
     return Graph(nodes)
 

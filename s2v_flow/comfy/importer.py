@@ -7,8 +7,9 @@ import re
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,9 +24,7 @@ from s2v_flow.comfy.finish import (
     difference,
     finish,
     meanings,
-    modernise,
     profile_name,
-    round_as_2025,
     unique,
 )
 from s2v_flow.comfy.graph import ComfyNode, Graph, Link, Mistakes, is_prompt, needed_order, read_prompt
@@ -88,11 +87,8 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False, as_of
     graph = read_editor(document, mistakes) if is_editor(document) else read_prompt(document, mistakes)
     if not graph.nodes:
         raise bad_file(path, "it has no nodes")
-    draft = translate(graph, mistakes, path.parent)
-    if as_of == 2025:
-        round_as_2025(draft)
-    changes = modernise(draft) if modernises else []
-    sections = finish(draft)
+    finished = partial(finish, modernises=modernises, as_of=as_of)
+    sections = finished(translate(graph, mistakes, path.parent))
     annotate(sections, graph)
     origins = {
         name: ", ".join(graph.nodes[key].described() for key in keys if key in graph.nodes)
@@ -105,7 +101,7 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False, as_of
     if len(parts) > _MAX_PROFILES:
         mistakes.note(f"{len(parts)} parts are switched off; the first {_MAX_PROFILES} of them may become profiles")
     for part in parts[:_MAX_PROFILES]:
-        profile = _profile(document, part, sections, kinds, path, modernises=modernises, as_of=as_of)
+        profile = _profile(document, part, sections, kinds, path, finished)
         if profile is None:
             mistakes.note("a part that is switched off cannot be a profile of this recipe and is left out")
         elif profile:
@@ -114,7 +110,7 @@ def import_workflow(path: Path, kinds: Kinds, *, modernises: bool = False, as_of
             mistakes.note(f"a part that is switched off became the profile {name}: -p {name}")
     text = recipe_text(sections, description, profiles)
     checked(text, kinds)
-    return Imported(text, tuple(mistakes.warnings), tuple(mistakes.notes), tuple(changes))
+    return Imported(text, tuple(mistakes.warnings), tuple(mistakes.notes), tuple(sections.changes))
 
 
 def _unwrapped(document: Any, path: Path, mistakes: Mistakes) -> Any:
@@ -159,21 +155,14 @@ def _profile(
     base: Sections,
     kinds: Kinds,
     path: Path,
-    *,
-    modernises: bool,
-    as_of: int | None,
+    finished: Callable[[Draft], Sections],
 ) -> dict[str, Any] | None:
     """Return a switched-off part as a profile; None where that cannot be; empty where it changes nothing."""
     mistakes = Mistakes(path.name)
     try:
         graph = read_editor(document, mistakes, part)
         savers = {name for name, node in graph.nodes.items() if node.type in SAVERS and name.split(":")[0] in part}
-        draft = translate(graph, mistakes, path.parent, savers)
-        if as_of == 2025:
-            round_as_2025(draft)
-        if modernises:
-            modernise(draft)
-        other = finish(draft)
+        other = finished(translate(graph, mistakes, path.parent, savers))
         profile = difference(base, other, kinds)
         if not profile:
             return {}

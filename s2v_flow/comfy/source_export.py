@@ -15,6 +15,31 @@ from s2v_flow.graph.ports import Source
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.recipe.document import NodeSpec
 
+# Kinds that are one node there: its class, and what each of its inputs takes: a port's source, or a field.
+_PLAIN: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "load_text_encoder": ("CLIPLoader", {"clip_name": "checkpoint"}),
+    "load_audio_encoder": ("AudioEncoderLoader", {"audio_encoder_name": "checkpoint"}),
+    "load_vae": ("VAELoader", {"vae_name": "checkpoint"}),
+    "load_image": ("LoadImage", {"image": "file"}),
+    "encode_audio": ("AudioEncoderEncode", {"audio_encoder": "audio_encoder", "audio": "audio"}),
+    "image_from_frames": ("ImageFromBatch", {"image": "frames", "batch_index": "index"}),
+    "frames_from_image": ("RepeatImageBatch", {"image": "image", "amount": "count"}),
+    "frames_concat": ("ImageBatch", {"image1": "first", "image2": "second"}),
+    "audio_concat": ("AudioConcat", {"audio1": "first", "audio2": "second"}),
+}
+# Fields by kind, with the value that ComfyUI has, and what to say of any other.
+_LOST: Mapping[str, tuple[tuple[str, Any, str], ...]] = {
+    "load_image": (
+        ("background", "ignore", "background has no equivalent: ComfyUI shows the colours under transparent parts"),
+    ),
+    "load_audio": (("fade", 0, "fade has no equivalent"),),
+    "encode_audio": (
+        ("warmup_frames", 0, "warmup_frames has no equivalent: the video begins with the sound's first frame"),
+        ("final_norm", True, "final_norm: false has no equivalent"),
+    ),
+    "encode_image": (("conditioning", "comfyui", "the portrait is shrunk without smoothing in ComfyUI"),),
+}
+
 
 class Sheet:
     """Collects nodes and what a person should know about them."""
@@ -62,36 +87,18 @@ class SourceExporter:
         self._models: dict[tuple[str, float, float], Link] = {}
         self.frames: dict[str, Link] = {}  # of `decode` nodes
         self._writers: Mapping[str, Callable[[PlanNode, Any], Link]] = {
-            "load_text_encoder": lambda planned, node: self._add(planned, "CLIPLoader", clip_name=node.checkpoint),
-            "load_audio_encoder": lambda planned, node: self._add(
-                planned, "AudioEncoderLoader", audio_encoder_name=node.checkpoint
-            ),
-            "load_vae": lambda planned, node: self._add(planned, "VAELoader", vae_name=node.checkpoint),
-            "load_image": self._image,
             "load_audio": self._audio,
             "load_video": self._clip,
             "encode_text": lambda planned, node: self._add(
                 planned, "CLIPTextEncode", clip=self.one(planned, "text_encoder"), text=_escaped(node)
             ),
-            "encode_audio": self._speech,
-            "encode_image": self._reference,
-            "image_scale": self._scaled,
-            "frames_scale": self._scaled,
-            "image_from_frames": lambda planned, node: self._add(
-                planned, "ImageFromBatch", image=self.one(planned, "frames"), batch_index=node.index, length=1
-            ),
-            "frames_from_image": lambda planned, node: self._add(
-                planned, "RepeatImageBatch", image=self.one(planned, "image"), amount=node.count
-            ),
-            "frames_concat": lambda planned, node: self._add(
-                planned, "ImageBatch", image1=self.one(planned, "first"), image2=self.one(planned, "second")
-            ),
-            "audio_concat": lambda planned, node: self._add(
-                planned, "AudioConcat", audio1=self.one(planned, "first"), audio2=self.one(planned, "second")
-            ),
+            # the chunk's own node scales and encodes it
+            "encode_image": lambda planned, node: self.one(planned, "image"),
+            **dict.fromkeys(("image_scale", "frames_scale"), self._scaled),
             "frames_slice": self._slice,
             "frames_delay": self._delay,
             "decode_frames": lambda planned, node: self.frames[planned.name],
+            **dict.fromkeys(_PLAIN, self._plain),
         }
 
     def one(self, planned: PlanNode, key: str) -> Link:
@@ -118,6 +125,9 @@ class SourceExporter:
             if planned.node.kind != "decode_frames" and before:
                 pending.append(before[0])
                 continue
+            for field, usual, text in _LOST.get(planned.node.kind, ()):
+                if getattr(planned.node, field) != usual:
+                    self._sheet.note(text)
             self._done[planned.name] = self._writers[planned.node.kind](planned, planned.node)
             pending.pop()
         return self._done[source.node]
@@ -193,16 +203,16 @@ class SourceExporter:
             self._sheet.note("precision has no equivalent: ComfyUI chooses by its own options")
         return self._sheet.add(class_type, planned.name, **given)
 
-    def _image(self, planned: PlanNode, node: Any) -> Link:
-        if node.background != "ignore":
-            self._sheet.note("background has no equivalent: ComfyUI shows the colours under transparent parts")
-        return self._add(planned, "LoadImage", image=node.file)
+    def _plain(self, planned: PlanNode, node: Any) -> Link:
+        class_type, takes = _PLAIN[node.kind]
+        given = {
+            name: self.one(planned, key) if key in planned.inputs else getattr(node, key) for name, key in takes.items()
+        }
+        return self._add(planned, class_type, **given)
 
     def _audio(self, planned: PlanNode, node: Any) -> Link:
-        return self._altered(planned, node, self._trimmed(planned, node))
-
-    def _altered(self, planned: PlanNode, node: Any, link: Link) -> Link:
-        """Put silence around a sound, and change its volume."""
+        """Export a sound with its part, its volume, and the silence around it."""
+        link = self._trimmed(planned, node)
         if node.volume != round(node.volume):
             self._sheet.note(f"volume {node.volume:g} is rounded: AudioAdjustVolume takes whole decibels")
         if round(node.volume):
@@ -215,8 +225,6 @@ class SourceExporter:
 
     def _trimmed(self, planned: PlanNode, node: Any) -> Link:
         link = self._add(planned, "LoadAudio", audio=node.file)
-        if node.fade:
-            self._sheet.note("fade has no equivalent")
         if not node.start and node.end is None and node.max_duration is None:
             return link
         lengths = [WHOLE_SECONDS if node.max_duration is None else node.max_duration]
@@ -228,19 +236,6 @@ class SourceExporter:
         self._sheet.note("ComfyUI takes a video's frames one by one, load_video 16 a second")
         video = self._add(planned, "LoadVideo", file=node.file)
         return self._sheet.add("GetVideoComponents", None, video=video)
-
-    def _speech(self, planned: PlanNode, node: Any) -> Link:
-        if node.warmup_frames:
-            self._sheet.note("warmup_frames has no equivalent: the video begins with the sound's first frame")
-        if not node.final_norm:
-            self._sheet.note("final_norm: false has no equivalent")
-        links = {"audio_encoder": self.one(planned, "audio_encoder"), "audio": self.one(planned, "audio")}
-        return self._add(planned, "AudioEncoderEncode", **links)
-
-    def _reference(self, planned: PlanNode, node: Any) -> Link:
-        if node.conditioning == "official":
-            self._sheet.note("the portrait is shrunk without smoothing in ComfyUI")
-        return self.one(planned, "image")  # the chunk's own node scales and encodes it
 
     def _scaled(self, planned: PlanNode, node: Any) -> Link:
         image = self.one(planned, "frames" if node.kind == "frames_scale" else "image")
