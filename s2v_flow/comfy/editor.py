@@ -36,6 +36,14 @@ class Scope:
     parent: Scope | None = None
     children: dict[int | str, Scope] = field(default_factory=dict)
     depth: int = 0
+    active: frozenset[str] = frozenset()
+
+    def mode(self, node: Mapping[str, Any]) -> int:
+        """Return whether a node is muted or bypassed, 0 where it is neither; those that are `active` are not."""
+        return 0 if str(node.get("id")) in self.active else _mode(node)
+
+
+_Next = tuple[Scope, Any] | Link | Value | None  # a link to follow further, or where the way ends
 
 
 def read_editor(document: Mapping[str, Any], mistakes: Mistakes, active: Collection[str] = ()) -> Graph:
@@ -45,7 +53,7 @@ def read_editor(document: Mapping[str, Any], mistakes: Mistakes, active: Collect
         RecipeError: It is damaged, or unfolds to more than a workflow may have.
     """
     scopes = _Unfolder(document, mistakes, frozenset(active)).unfold()
-    reader = _Reader(scopes, mistakes, frozenset(active))
+    reader = _Reader(scopes, mistakes)
     nodes = {node.id: node for scope in scopes for node in reader.nodes(scope)}
     mistakes.raise_any()
     notes = tuple(note for scope in scopes for note in _notes(scope))
@@ -94,13 +102,13 @@ class _Unfolder:
     def unfold(self) -> list[Scope]:
         """Return the root and all copies, each after the one it stands in."""
         scopes = [self._scope("", self._document)]
+        scopes[0].active = self._active
         pending = [scopes[0]]
         while pending:
             scope = pending.pop()
             for key, node in scope.nodes.items():
                 definition = self.definitions.get(str(node.get("type")))
-                is_off = _mode(node) != 0 and not (scope.parent is None and str(key) in self._active)
-                if definition is None or is_off:
+                if definition is None or scope.mode(node):
                     continue
                 if scope.depth >= MAX_DEPTH:
                     message = f"subgraphs may nest {MAX_DEPTH} deep, these are deeper or hold themselves"
@@ -163,9 +171,8 @@ class _Unfolder:
 class _Reader:
     """Reads the nodes that run, following every link to what gives its value."""
 
-    def __init__(self, scopes: list[Scope], mistakes: Mistakes, active: frozenset[str]) -> None:
+    def __init__(self, scopes: list[Scope], mistakes: Mistakes) -> None:
         self._mistakes = mistakes
-        self._active = active
         self._steps = 0
         self._setters: dict[str, tuple[Scope, Mapping[str, Any]]] = {}
         for scope in scopes:
@@ -177,7 +184,7 @@ class _Reader:
         """Yield the nodes of one scope that ComfyUI would run."""
         for key, node in scope.nodes.items():
             type_ = str(node.get("type"))
-            if self._off(scope, node) or type_ in VIRTUAL or key in scope.children:
+            if scope.mode(node) or type_ in VIRTUAL or key in scope.children:
                 continue
             yield self._node(scope, f"{scope.name}{key}", type_, node)
 
@@ -203,9 +210,6 @@ class _Reader:
                 lacking.append(str(item.get("name")))
         return replace(made, inputs=inputs, lacking=tuple(lacking))
 
-    def _off(self, scope: Scope, node: Mapping[str, Any]) -> int:
-        return 0 if scope.parent is None and str(node.get("id")) in self._active else _mode(node)
-
     def _trace(self, scope: Scope, link_id: Any, user: ComfyNode) -> Link | Value | None:
         """Follow a link to a node that runs or to a value; None where it ends in a muted node or nowhere."""
         seen: set[tuple[str, int | str]] = set()
@@ -220,22 +224,18 @@ class _Reader:
                 raise self._mistakes.stop("W006", "its links are longer than a workflow's may be")
             origin, slot, _, _ = scope.links[link_id]
             if origin == _INPUT_SIDE and scope.parent is not None:
-                outside, value = self._outside(scope, slot, user)
-                if outside is None:
-                    return value
-                scope, link_id = outside
-                continue
-            node = scope.nodes.get(origin)
-            if node is None:
+                following = self._outside(scope, scope.parent, slot, user)
+            elif origin in scope.nodes:
+                following = self._inside(scope, scope.nodes[origin], slot)
+            else:
                 return Link(f"{scope.name}{origin}", slot)  # an error if somebody needs it
-            following = self._inside(scope, node, slot)
             if not isinstance(following, tuple):
                 return following
             scope, link_id = following
 
-    def _inside(self, scope: Scope, node: Mapping[str, Any], slot: int) -> tuple[Scope, Any] | Link | Value | None:
+    def _inside(self, scope: Scope, node: Mapping[str, Any], slot: int) -> _Next:
         """Return what stands behind a node's output: a link to follow further, or the end."""
-        mode, type_, name = self._off(scope, node), node.get("type"), f"{scope.name}{node['id']}"
+        mode, type_, name = scope.mode(node), node.get("type"), f"{scope.name}{node['id']}"
         if mode == _MUTED:
             return None
         if mode == _BYPASSED:
@@ -262,17 +262,17 @@ class _Reader:
     def _further(scope: Scope, link_id: Any) -> tuple[Scope, Any] | None:
         return None if link_id is None else (scope, link_id)
 
-    def _outside(self, scope: Scope, slot: int, user: ComfyNode) -> tuple[tuple[Scope, Any] | None, Value | None]:
+    def _outside(self, scope: Scope, parent: Scope, slot: int, user: ComfyNode) -> _Next:
         """Step out of a subgraph: return the link that feeds its input, or the value of the input's widget."""
         edges = list_in(scope.definition, "inputs")
-        if not 0 <= slot < len(edges) or not isinstance(edges[slot], Mapping) or scope.parent is None:
+        if not 0 <= slot < len(edges) or not isinstance(edges[slot], Mapping):
             message = "a link comes from an input that the subgraph does not have"
             raise self._mistakes.stop("W002", message, user)
         name = str(edges[slot].get("name"))
         for item in maps_in(scope.instance, "inputs"):
             if str(item.get("name")) == name and item.get("link") is not None:
-                return (scope.parent, item["link"]), None
-        return None, (Value(scope.promoted.edges[name]) if name in scope.promoted.edges else None)
+                return parent, item["link"]
+        return Value(scope.promoted.edges[name]) if name in scope.promoted.edges else None
 
 
 def _passed_through(node: Mapping[str, Any], slot: int) -> Any:

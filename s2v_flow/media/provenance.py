@@ -60,28 +60,27 @@ def read_note(path: str | os.PathLike[str]) -> bytes | None:
     try:
         with Path(path).open("rb") as file:
             if file.read(4) == b"\x1aE\xdf\xa3":
-                return _comment(file, "matroska")
+                return _comment(file, "matroska", path)
             size = os.fstat(file.fileno()).st_size
             for kind, start, end in _boxes(file, size, path):
                 if kind == b"uuid" and end - start >= 16:
                     file.seek(start)
                     if file.read(16) == BOX_ID and end - start - 16 <= MAX_NOTE_BYTES:
                         return file.read(end - start - 16)
-            return _comment(file, "mov") if size else None
+            return _comment(file, "mov", path) if size else None
     except OSError as error:
         raise MediaError(f"{path} cannot be read: {error.strerror}", "check the name and its permissions") from error
 
 
-def _comment(file: BinaryIO, form: str) -> bytes | None:
+def _comment(file: BinaryIO, form: str, path: str | os.PathLike[str]) -> bytes | None:
     """Return a container's comment if it is a note, as a remux has left it."""
-    import av
+    from s2v_flow.media.source import open_container
 
     file.seek(0)
-    options = {"protocol_whitelist": "none"}  # nothing but this file is read
     try:
-        with av.open(file, format=form, container_options=options, metadata_errors="replace") as container:
+        with open_container(file, form, path) as container:
             texts = [text for name, text in container.metadata.items() if name.lower() == "comment"]
-    except (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError):
+    except MediaError:
         return None
     notes = [text.encode() for text in texts if text.startswith(_BEGINNING) and len(text) <= MAX_NOTE_BYTES]
     return notes[0] if notes else None

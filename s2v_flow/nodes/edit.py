@@ -12,7 +12,7 @@ from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Value
 from s2v_flow.nodes.chunk_plan import Chain, Part
 from s2v_flow.nodes.fields import FramesInput, ImageInput, LatentInput
-from s2v_flow.nodes.frames import Frames, window
+from s2v_flow.nodes.frames import Frames, concatenated, still, window
 from s2v_flow.nodes.settings import Settings
 
 if TYPE_CHECKING:
@@ -162,22 +162,9 @@ class FramesDelay(Node):
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the longer stream."""
-        import numpy as np
-
         given: Frames = inputs["frames"]
-
-        def groups() -> Iterator[np.ndarray]:
-            first = given.read(0, 1)
-            yield from (first for _ in range(self.count if len(first) else 0))
-            yield from given.groups()
-
-        def read(start: int, count: int) -> np.ndarray:
-            still = max(min(self.count - start, count), 0)
-            moving = given.read(max(start - self.count, 0), count - still)
-            return np.concatenate([np.repeat(given.read(0, 1), still, axis=0), moving]) if still else moving
-
-        total = given.num_frames + self.count
-        return {"frames": Frames(given.width, given.height, total, groups, read)}
+        before = still(lambda: given.read(0, 1), given.width, given.height, self.count)
+        return {"frames": concatenated(before, given)}
 
 
 class FramesConcat(Node):
@@ -206,27 +193,12 @@ class FramesConcat(Node):
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out both streams, one after the other."""
-        import numpy as np
-
         first, second = inputs["first"], inputs["second"]
         if (first.width, first.height) != (second.width, second.height):
             sizes = f"{first.width} x {first.height} and {second.width} x {second.height}"
             fix = "scale one of them with frames_scale"
             raise S2VFlowError(f"{context.name}: the videos must have one size, these have {sizes}", fix)
-
-        def groups() -> Iterator[np.ndarray]:
-            yield from first.groups()
-            yield from second.groups()
-
-        def read(start: int, count: int) -> np.ndarray:
-            here = max(min(first.num_frames - start, count), 0)
-            parts = [first.read(start, here)] if here else []
-            if count > here or not parts:
-                parts.append(second.read(max(start - first.num_frames, 0), count - here))
-            return np.concatenate(parts)
-
-        total = first.num_frames + second.num_frames
-        return {"frames": Frames(first.width, first.height, total, groups, read)}
+        return {"frames": concatenated(first, second)}
 
 
 class ImageFromFrames(Node):
@@ -276,14 +248,7 @@ class FramesFromImage(Node):
 
         image = inputs["image"].read()
         frame = np.rint(image * 255).astype(np.uint8)[None]  # [1, H, W, 3]
-
-        def groups() -> Iterator[np.ndarray]:
-            return iter([frame] * self.count)
-
-        def read(start: int, count: int) -> np.ndarray:
-            return np.repeat(frame, max(min(count, self.count - start), 0), axis=0)
-
-        return {"frames": Frames(image.shape[1], image.shape[0], self.count, groups, read)}
+        return {"frames": still(lambda: frame, image.shape[1], image.shape[0], self.count)}
 
 
 def piece(total: int, index: int, amount: int) -> tuple[int, int]:

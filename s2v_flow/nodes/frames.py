@@ -43,6 +43,38 @@ class Frames:
         return self.groups()
 
 
+def still(frame: Callable[[], np.ndarray], width: int, height: int, count: int) -> Frames:
+    """Return a video that stands still: one frame, uint8 [1, H, W, 3], `count` times; none of an empty [0, H, W, 3]."""
+    import numpy as np
+
+    def groups() -> Iterator[np.ndarray]:
+        found = frame()
+        return iter([found] * count if len(found) else [])
+
+    def read(start: int, number: int) -> np.ndarray:
+        return np.repeat(frame(), max(min(number, count - start), 0), axis=0)
+
+    return Frames(width, height, count, groups, read)
+
+
+def concatenated(first: Frames, second: Frames) -> Frames:
+    """Return two videos of the first one's size, one after the other."""
+    import numpy as np
+
+    def groups() -> Iterator[np.ndarray]:
+        yield from first.groups()
+        yield from second.groups()
+
+    def read(start: int, count: int) -> np.ndarray:
+        here = max(min(first.num_frames - start, count), 0)
+        parts = [first.read(start, here)] if here else []
+        if count > here or not parts:
+            parts.append(second.read(max(start - first.num_frames, 0), count - here))
+        return np.concatenate(parts)
+
+    return Frames(first.width, first.height, first.num_frames + second.num_frames, groups, read)
+
+
 def require_cut(name: str, picture: Value | None, width: int, height: int) -> None:
     """Refuse a picture or a video that is too narrow to be cut to a shape, where its size is known.
 

@@ -111,8 +111,11 @@ def _require_compiler(node: PlanNode, device: str) -> None:
         reason, fix = "the package triton is not installed", "install it (pip install triton), or set compile: off"
     else:
         return
-    text = f"{node.name}: compile: blocks is refused: {reason}"
-    raise S2VFlowError(text, fix=f"{fix} in node {node.name}", exit_code=ExitCode.USAGE)
+    raise _refused(node, f"compile: blocks is refused: {reason}", fix)
+
+
+def _refused(node: PlanNode, message: str, fix: str) -> S2VFlowError:
+    return S2VFlowError(f"{node.name}: {message}", f"{fix} in node {node.name}", exit_code=ExitCode.USAGE)
 
 
 def precision_notes(plan: Plan, device: str) -> Iterator[str]:
@@ -135,9 +138,8 @@ def precision_notes(plan: Plan, device: str) -> Iterator[str]:
         capability = compute_capability(device)
         if precision == "fp8_fast" and (capability is None or capability < (8, 9)):
             has = "no compute capability" if capability is None else f"{capability[0]}.{capability[1]}"
-            text = f"{node.name}: precision: fp8_fast is refused: it needs a GPU of compute capability 8.9, and "
-            fix = f"set precision: auto in node {node.name}"
-            raise S2VFlowError(f"{text}{device} has {has}", fix=fix, exit_code=ExitCode.USAGE)
+            text = "precision: fp8_fast is refused: it needs a GPU of compute capability 8.9, and"
+            raise _refused(node, f"{text} {device} has {has}", "set precision: auto")
         computed = "bf16" if precision == "fp8_fast" else precision  # all but the blocks' products
         row = next(row for row in COMPUTED if (row.device, row.precision) == (kind, computed))
         if row.verdict == "refused":
@@ -146,8 +148,7 @@ def precision_notes(plan: Plan, device: str) -> Iterator[str]:
         attention = getattr(node.node, "attention", "auto")
         refusal = attention_refusal(attention, device, precision)
         if refusal is not None:
-            text = f"{node.name}: attention: {attention} is refused: {refusal[0]}"
-            raise S2VFlowError(text, fix=f"{refusal[1]} in node {node.name}", exit_code=ExitCode.USAGE)
+            raise _refused(node, f"attention: {attention} is refused: {refusal[0]}", refusal[1])
         if getattr(node.node, "compile", "off") == "blocks":
             _require_compiler(node, device)
         is_large = path.is_file() and path.stat().st_size > _LARGE_BYTES

@@ -104,10 +104,8 @@ class SaveVideo(Sink):
         is_measured, starts = self.quality == "auto", context.planned.get("chunk_starts") or []
         if is_measured:
             from s2v_flow.quality.figures import Measure
-            from s2v_flow.quality.sync import loudness
 
-            voice = None if audio is None else loudness(audio, self.fps, frames.num_frames)
-            measure = Measure(voice, self.fps)
+            measure = Measure(audio, self.fps, frames.num_frames)
 
         def write(groups: Iterator[np.ndarray]) -> None:
             with VideoWriter(path, frames.width, frames.height, **options) as writer:
@@ -119,8 +117,7 @@ class SaveVideo(Sink):
 
         beside(reported(context, frames), write)
         if is_measured:
-            seconds = None if audio is None else audio.num_samples / audio.sample_rate_hz
-            context.record(quality=measure.figures(starts, seconds))
+            context.record(quality=measure.figures(starts))
         size = {"width": context.planned.get("width"), "height": context.planned.get("height")}
         context.record(
             frames_sha256=digest.hexdigest(), frames=frames.num_frames, chunk_starts=starts, **size, **frames.facts

@@ -31,16 +31,20 @@ class Measure:
     """Figures of a video, from its frames as they pass; of each frame a dozen numbers stay.
 
     Args:
-        voice: loudness of each frame, float64 [T], as `sync.loudness` gives it; None where there is no sound.
+        sound: the video's sound; None where there is none.
         fps: frames a second.
+        num_frames: how many there will be.
         mouth: where the mouth is: x, y, width and height in pixels; None: wherever the picture moves with the voice.
         keeps: keep what `movement` needs: a kilobyte a frame.
     """
 
-    def __init__(self, voice: Array | None, fps: float, mouth: Box | None = None, *, keeps: bool = False) -> None:
+    def __init__(
+        self, sound: Sound | None, fps: float, num_frames: int, mouth: Box | None = None, *, keeps: bool = False
+    ) -> None:
         self._fps, self._mouth = float(fps), mouth
-        self._sync = None if voice is None else Sync(voice, self._fps, _CELLS**2, keeps=keeps)
-        self._voice = voice
+        self._audio_seconds = None if sound is None else sound.num_samples / sound.sample_rate_hz
+        self.voice = None if sound is None else loudness(sound, self._fps, num_frames)
+        self._sync = None if self.voice is None else Sync(self.voice, self._fps, _CELLS**2, keeps=keeps)
         self._means: dict[tuple[int, int], NDArray[np.float32]] = {}
         self._first: Array | None = None
         self._sharpness = 0.0
@@ -67,13 +71,9 @@ class Measure:
             self._rows.extend((*_lab(colour), *figures, change.mean(), change.max(), grid.mean()))
             self._before = grid
 
-    def figures(self, chunk_starts: Sequence[int] = (), audio_seconds: float | None = None) -> dict[str, Any]:
-        """Return what `quality --json` prints of a video.
-
-        Args:
-            chunk_starts: the first frame of each chunk but the first.
-            audio_seconds: how long the sound is.
-        """
+    def figures(self, chunk_starts: Sequence[int] = ()) -> dict[str, Any]:
+        """Return what `quality --json` prints; `chunk_starts` are the first frames of all chunks but the first."""
+        audio_seconds = self._audio_seconds
         rows = np.frombuffer(self._rows).reshape(-1, _COLUMNS)
         seconds = len(rows) / self._fps
         borders = [start for start in chunk_starts if 0 < start < len(rows)]
@@ -97,8 +97,8 @@ class Measure:
 
     def _guards(self, rows: Array) -> dict[str, bool]:
         moves = rows[1:, 7] >= _STILL_LEVELS
-        if self._voice is not None and len(moves):
-            spoken = is_spoken(self._voice)[1 : len(rows)]
+        if self.voice is not None and len(moves):
+            spoken = is_spoken(self.voice)[1 : len(rows)]
             moves = moves[spoken] if spoken.any() else moves
         return {
             "black": bool((rows[:, 8] < _BLACK_LEVEL).any()),
@@ -142,10 +142,10 @@ def measure_frames(
     mouth: Box | None = None,
 ) -> dict[str, Any]:
     """Measure `num_frames` frames, groups of uint8 [N, H, W, 3]; see `Measure`."""
-    measure = Measure(None if sound is None else loudness(sound, fps, num_frames), fps, mouth)
+    measure = Measure(sound, fps, num_frames, mouth)
     for group in groups:
         measure.add(group)
-    return measure.figures(chunk_starts, None if sound is None else sound.num_samples / sound.sample_rate_hz)
+    return measure.figures(chunk_starts)
 
 
 def measure_video(

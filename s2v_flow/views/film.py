@@ -86,15 +86,13 @@ def film_of(path: Path, label: str, figures: Mapping[str, Any] | None = None) ->
     from s2v_flow.media.audio import open_audio
     from s2v_flow.media.video import VideoReader, probe_video
     from s2v_flow.quality.figures import Measure
-    from s2v_flow.quality.sync import loudness
 
     info, essence = probe_video(path), essence_in(path)
     sound = open_audio(path) if info.has_audio else None
     with VideoReader(path, info.fps) as reader:
         count = len(reader)
         starts = essence.chunk_starts if essence is not None and essence.frames in (None, count) else []
-        voice = None if sound is None else loudness(sound, float(info.fps), count)
-        measure = Measure(voice, float(info.fps), keeps=count <= _MAX_MOVEMENT_FRAMES)
+        measure = Measure(sound, float(info.fps), count, keeps=count <= _MAX_MOVEMENT_FRAMES)
         thumbs = max(1, min(round(WIDTH * info.height / info.width / STRIP_HEIGHT), WIDTH))
         wanted = [int((index + 0.5) * count / thumbs) for index in range(thumbs)]
         strip, poster, place = np.zeros((2 * STRIP_HEIGHT, 2 * WIDTH, 3), np.uint8), None, 0
@@ -105,7 +103,7 @@ def film_of(path: Path, label: str, figures: Mapping[str, Any] | None = None) ->
                 left, right = (2 * WIDTH * (place + side) // thumbs for side in (0, 1))
                 place += 1
                 strip[:, left:right] = _fitted(frame, right - left, 2 * STRIP_HEIGHT)
-    measured = measure.figures(starts, None if sound is None else sound.num_samples / sound.sample_rate_hz)
+    measured, voice = measure.figures(starts), measure.voice
     assert poster is not None
     return Film(
         label=label,

@@ -74,7 +74,7 @@ def talking(voice: Audio) -> Frames:
 
 
 def test_the_mouth_is_seen_to_move_with_the_voice(voice: Audio, talking: Frames) -> None:
-    measure = Measure(loudness(voice, FPS, NUM_FRAMES), FPS, keeps=True)
+    measure = Measure(voice, FPS, NUM_FRAMES, keeps=True)
     measure.add(talking)
     measure.figures()
     moved, opens = measure.movement(), opening(voice)
