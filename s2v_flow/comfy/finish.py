@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -178,14 +179,16 @@ def finish(draft: Draft, *, modernises: bool, as_of: int | None) -> Sections:
 
 def _sorted(draft: Draft) -> list[int]:
     """Return the keys of the nodes that are needed: loaders, encoders, the middle in its order, what is saved."""
+    ranks = {kind: rank for rank, kind in enumerate(_RANKS)}
+    return sorted(draft.needed(), key=lambda key: (key in draft.sinks, ranks.get(draft.nodes[key].kind, len(ranks))))
 
-    def rank(key: int) -> int:
-        kind = draft.nodes[key].kind
-        if key in draft.sinks:
-            return len(_RANKS) + 1
-        return _RANKS.index(kind) if kind in _RANKS else len(_RANKS)
 
-    return sorted(draft.needed(), key=rank)
+def _knobs(value: Any) -> Iterator[str]:
+    """Yield the knobs that hold values for a node's fields."""
+    if isinstance(value, Value) and value.knob is not None:
+        yield value.knob
+    for item in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
+        yield from _knobs(item)
 
 
 class _Params:
@@ -194,16 +197,7 @@ class _Params:
     def __init__(self, draft: Draft, keys: list[int]) -> None:
         self.values: dict[str, Any] = {}
         self._names: dict[Any, str] = {}
-        self._uses: dict[str, int] = {}
-        for key in keys:
-            for value in draft.nodes[key].fields.values():
-                self._count(value)
-
-    def _count(self, value: Any) -> None:
-        if isinstance(value, Value) and value.knob is not None:
-            self._uses[value.knob] = self._uses.get(value.knob, 0) + 1
-        for item in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
-            self._count(item)
+        self._uses = Counter(knob for key in keys for knob in _knobs(draft.nodes[key].fields))
 
     def written(self, node: DraftNode, name: str, value: Any, names: Mapping[int, str]) -> Any:
         """Return a field's value as it is to be written."""
@@ -289,11 +283,18 @@ def _modernised(draft: Draft) -> list[str]:
         changes += [why] if removed and why else []
     changes += _control_goes_on(draft)
     changes += _whole_videos(draft)
-    needed = draft.needed()
-    changes += [change for key in needed if (change := _decode(draft.nodes[key])) is not None]
+    needed = [draft.nodes[key] for key in draft.needed()]
+    for node in (node for node in needed if node.kind == "decode"):
+        number = getattr(node.fields["drop_frames"], "value", node.fields["drop_frames"])
+        node.fields = {name: node.fields[name] for name in ("vae", "latent")}
+        changes.append(
+            f"instead of dropping {number} frames, decode drops exactly the warm-up and ends with the sound: frame i "
+            "shows the sound at i/16 s; the decoder sees the portrait before the first frame, as with the model's "
+            "authors"
+        )
     changes += _merged(draft)
     changes.append("the same seeds give other videos than in ComfyUI from now on")
-    kinds = sorted({draft.nodes[key].kind for key in needed} & {"latent_cut", "latent_concat", "frames_slice"})
+    kinds = sorted({node.kind for node in needed} & {"latent_cut", "latent_concat", "frames_slice"})
     if kinds:
         changes.append(f"left as they are: {', '.join(kinds)}; they count frames by hand, have a look at them")
     return list(dict.fromkeys(changes))
@@ -335,19 +336,6 @@ def _inherited(draft: Draft, node: DraftNode, name: str) -> Any:
             return found[name]
         below = found.get("video")
     return None
-
-
-def _decode(node: DraftNode) -> str | None:
-    if node.kind != "decode":
-        return None
-    dropped = node.fields.pop("drop_frames")
-    number = getattr(dropped, "value", dropped)
-    for name in ("prefix", "trim"):
-        node.fields.pop(name)
-    return (
-        f"instead of dropping {number} frames, decode drops exactly the warm-up and ends with the sound: frame i shows "
-        "the sound at i/16 s; the decoder sees the portrait before the first frame, as with the model's authors"
-    )
 
 
 def _merged(draft: Draft) -> list[str]:

@@ -17,7 +17,7 @@ from s2v_flow.errors import MissingError
 from s2v_flow.history.compare import Difference, inputs_that_differ
 from s2v_flow.history.find import Listing, find
 from s2v_flow.history.side import of_run
-from s2v_flow.quality.gates import of_videos
+from s2v_flow.quality import of_videos
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import Source, read_yaml
 from s2v_flow.recipe.tree import plain

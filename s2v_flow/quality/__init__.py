@@ -1,1 +1,56 @@
-"""Figures of a finished video: lips and voice, drift, seams, pictures that show nothing. Needs no model's weights."""
+"""Figures of a finished video: lips and voice, drift, seams, pictures that show nothing. Needs no model's weights.
+
+Here is what a recipe may require of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Figures = Mapping[str, Any]
+
+GATES: Mapping[str, str] = {
+    "max_lag_frames": "how many frames picture and sound are apart",
+    "min_correlation": "correlation of the mouth with the voice",
+    "min_confidence": "confidence that mouth and voice belong together",
+    "max_silence_activity": "how much the mouth moves in silence, of what it moves with the voice",
+    "max_colour_per_minute": "drift of colour per minute",
+    "max_contrast_per_minute": "drift of contrast per minute",
+    "max_sharpness_per_minute": "drift of sharpness per minute",
+    "max_likeness_per_minute": "drift of likeness per minute",
+    "max_seam": "the largest change at a chunk's border, of the change around it",
+    "max_guards": "how many of black, flat and frozen are so",
+}
+"""What `require` may name, and what it measures."""
+
+
+def unmet(figures: Figures, require: Mapping[str, float]) -> Iterator[str]:
+    """Yield what a video does not meet: "correlation of the mouth with the voice is 0.31, min_correlation is 0.5".
+
+    What cannot be told (a lag without a voice) meets no maximum, but that there is no silence, or no seam, meets it.
+    """
+    for name, wanted in require.items():
+        value = _value(figures, name)
+        if value is None or (value < wanted if name.startswith("min_") else value > wanted):
+            yield f"{GATES[name]} {'cannot be told' if value is None else f'is {value:g}'}, {name} is {wanted:g}"
+
+
+def _value(figures: Figures, name: str) -> float | None:
+    sync, subject = figures["sync"], name[4:]
+    if subject == "lag_frames":
+        return None if sync["lag_frames"] is None else float(abs(sync["lag_frames"]))
+    if subject == "silence_activity":
+        return float(sync[subject] or 0)
+    if subject == "seam":
+        return max((seam["ratio"] for seam in figures["seams"]), default=0.0)
+    if subject == "guards":
+        return float(sum(figures["guards"].values()))
+    if subject in sync:
+        return float(sync[subject])
+    return abs(float(figures["drift"][subject.removesuffix("_per_minute")]["per_minute"]))
+
+
+def of_videos(figures: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of a run's videos, by plan node: a single one's by themselves."""
+    return next(iter(figures.values())) if len(figures) == 1 else {"videos": dict(figures)}

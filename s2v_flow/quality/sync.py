@@ -60,7 +60,7 @@ class Sync:
         self._kept: list[NDArray[np.float16]] | None = [] if keeps else None
         self._mouth = np.zeros(num_cells)
         self._fps, self._rate = fps, 1 - exp(-1 / (fps * _FORGET_SECONDS))
-        fast = self._fast(np.pad(voice**0.6, MAX_LAG))  # as loud as it is heard (Stevens)
+        fast, _ = self._fast(np.pad(voice**0.6, MAX_LAG), None)  # as loud as it is heard (Stevens)
         spoken = np.pad(is_spoken(voice), MAX_LAG)
         near = np.convolve(spoken, np.ones(2 * _NEAR + 1), "same") > 0
         self._lagged = _windows(fast)  # [T, lags]
@@ -75,11 +75,8 @@ class Sync:
 
     def add(self, cells: Array) -> None:
         """Take the next frames' cells, float64 [N, C], 0 to 255."""
-        fast, halves = np.empty_like(cells), np.empty(len(cells), dtype=np.int64)
-        for index, frame in enumerate(cells):
-            self._slow = frame.copy() if self._slow is None else self._slow + self._rate * (frame - self._slow)
-            fast[index] = frame - self._slow
-            halves[index] = int((self._num_frames + index) / (self._fps * _HALF_SECONDS)) % 2
+        fast, self._slow = self._fast(cells, self._slow)
+        halves = ((self._num_frames + np.arange(len(cells))) / (self._fps * _HALF_SECONDS)).astype(np.int64) % 2
         if self._kept is not None:
             self._kept.append(fast.astype(np.float16))
         before = cells[:1] if self._before is None else self._before
@@ -133,12 +130,13 @@ class Sync:
         lags = range(len(self._halves[test].voices))
         return np.array([self._halves[test].correlation(self._halves[train].weights(lag), lag) for lag in lags])
 
-    def _fast(self, values: Array) -> Array:
-        slow, fast = values[0], np.empty_like(values)
+    def _fast(self, values: Array, slow: Array | None) -> tuple[Array, Array | None]:
+        """Return values without what changes slowly, and that at their end; `slow`: what it was before, if known."""
+        fast = np.empty_like(values)
         for index, value in enumerate(values):
-            slow += self._rate * (value - slow)
+            slow = value.copy() if slow is None else slow + self._rate * (value - slow)
             fast[index] = value - slow
-        return fast
+        return fast, slow
 
 
 class _Sums:

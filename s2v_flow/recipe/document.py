@@ -59,7 +59,7 @@ class Recipe:
     the innermost base first, then what --set-file named; `document` is the merged text (`params` and `nodes`), with
     `$params.x` still in it and every origin; `profile_places` says which profile a value at a place belongs to;
     `matrix` is what the recipe varies, `matrix_text` the same as it is written; `folder` is where relative paths start,
-    if not beside `path`; `require` is what the figures of videos must be, by their names in `quality.gates`.
+    if not beside `path`; `require` is what the figures of videos must be, by their names in `quality`.
     """
 
     path: Path

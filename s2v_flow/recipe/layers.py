@@ -15,7 +15,7 @@ from typing import Any
 
 from s2v_flow.errors import Place
 from s2v_flow.graph.ports import NAME
-from s2v_flow.quality.gates import GATES
+from s2v_flow.quality import GATES
 from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.objects import tree_of
 from s2v_flow.recipe.problems import Problems

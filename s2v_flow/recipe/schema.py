@@ -7,7 +7,7 @@ from typing import Any
 
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import NAME
-from s2v_flow.quality.gates import GATES
+from s2v_flow.quality import GATES
 from s2v_flow.recipe.layers import LANGUAGE_VERSION
 
 Schema = dict[str, Any]

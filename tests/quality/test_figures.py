@@ -13,8 +13,8 @@ from recipes_for_tests import call
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.media.audio import Audio
 from s2v_flow.media.writer import VideoWriter
+from s2v_flow.quality import GATES, unmet
 from s2v_flow.quality.figures import Box, Measure, measure_frames, measure_video
-from s2v_flow.quality.gates import GATES, unmet
 from s2v_flow.quality.sync import loudness
 
 FPS, SIDE, SECONDS, RATE_HZ = 16, 64, 6, 16_000

@@ -22,16 +22,19 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from s2v_flow import api
-from s2v_flow.errors import ExitCode, RecipeError, RefusedError, S2VFlowError
+from s2v_flow.cache.store import Store, StoredObject
+from s2v_flow.errors import ExitCode, MissingError, RecipeError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import writing
 from s2v_flow.files.lock import held, is_held
 from s2v_flow.history.compare import compare
+from s2v_flow.history.find import Listing, find, list_runs, run_ids
+from s2v_flow.history.text import listing_json
 from s2v_flow.runs.essence import essence_in
+from s2v_flow.runs.manifest import Manifest
 from s2v_flow.runs.record import runs_root
 from s2v_flow.start.project import write_recipe
 from s2v_flow.views.ui import roots
 from s2v_flow.views.ui.form import FOLDER, Desk, Wish
-from s2v_flow.views.ui.gallery import Gallery
 from s2v_flow.views.ui.guard import Guard
 from s2v_flow.views.ui.jobs import Queue, child_environment, command_text
 from s2v_flow.wording import mistakes_text
@@ -40,12 +43,70 @@ Call = Callable[[Request], Any]
 _PAGE = Path(__file__).parent / "page"
 _REPORTS = FOLDER / "reports"
 _MAX_BODY_BYTES = 1 << 20
+_MAX_SHOWN = 60  # runs
 _LOOK_SECONDS, _BEAT_SECONDS = 0.5, 15.0
 _STATUS = {ExitCode.REFUSED: 403, ExitCode.MISSING: 404}
 _REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data:; "
     "media-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+
+class Gallery:
+    """The runs of a cache folder, for a list with search; and their videos."""
+
+    def __init__(self, cache_root: Path) -> None:
+        self._root, self._store = runs_root(cache_root), Store(cache_root)
+        self._seen: list[tuple[Path, int]] = []
+        self._runs: list[dict[str, Any]] = []
+
+    def search(self, text: str) -> dict[str, Any]:
+        """Return the newest runs in which every word occurs: name, settings, outputs, state, time."""
+        seen = [(path, path.stat().st_mtime_ns) for path in self._root.glob("*/manifest.json") if path.exists()]
+        if seen != self._seen or any(run["status"] == "running" for run in self._runs):
+            self._seen, self._runs = seen, self._all(list_runs(self._root))
+        words = text.lower().split()
+        found = [run for run in self._runs if all(word in run["text"] for word in words)]
+        shown = [{key: value for key, value in run.items() if key != "text"} for run in found[:_MAX_SHOWN]]
+        return {"runs": shown, "total": len(self._runs), "found": len(found)}
+
+    def _all(self, listing: Listing) -> list[dict[str, Any]]:
+        runs = []
+        for told, run in zip(listing_json(listing)["runs"], listing.runs, strict=True):
+            params = {key[7:]: value for key, value in run.recipe.values.items() if key.startswith("params.")}
+            videos = [f"/api/runs/{run.id}/videos/{number}" for number, _ in enumerate(self._videos(run))]
+            runs.append({**told, "params": params, "videos": videos, "quality": run.quality})
+            runs[-1]["text"] = json.dumps({**runs[-1], "videos": []}, ensure_ascii=False).lower()
+        return runs
+
+    def run(self, name: str) -> Manifest:
+        """Return a run by its id.
+
+        Raises:
+            MissingError: There is none.
+        """
+        if name not in run_ids(self._root):
+            raise MissingError(f"there is no run {name!r}")
+        found = find(self._root, name)
+        assert isinstance(found, Manifest)
+        return found
+
+    def video(self, name: str, number: int) -> Path:
+        """Return a run's video as the cache keeps it.
+
+        Raises:
+            MissingError: There is none, or it was evicted.
+        """
+        videos = self._videos(self.run(name))
+        if not 0 <= number < len(videos):
+            raise MissingError(f"{name} has no video {number} in the cache any more")
+        return videos[number]
+
+    def _videos(self, run: Manifest) -> list[Path]:
+        nodes = {node.name: node.outputs for node in run.nodes}
+        digests = [nodes[item.node].get("file") for item in run.outputs if item.name.endswith(".mp4")]
+        paths = (self._store.object_path(StoredObject(digest, 0, ".mp4")) for digest in digests if digest)
+        return [path for path in paths if path.is_file()]
 
 
 class Page:
