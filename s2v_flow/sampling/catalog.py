@@ -1,6 +1,6 @@
 """The names of samplers and schedulers, and the rules about them that a recipe is checked against. No torch here.
 
-A new sampler is one name here, one function in `solver.py`, `unipc.py` or `flow.py`, and one row in `sampler.py`; other
+A new sampler is one name here, one function in `solver.py`, and one row in `sampler.py`; other
 packages' samplers are known by what they declare.
 """
 

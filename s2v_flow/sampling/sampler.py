@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 
 from s2v_flow.plugins import SAMPLERS, plugins
-from s2v_flow.sampling import flow, solver, unipc
+from s2v_flow.sampling import solver
 from s2v_flow.sampling.catalog import SamplerName, SchedulerName
-from s2v_flow.sampling.levels import NUM_TRAIN_LEVELS
+from s2v_flow.sampling.levels import NUM_TRAIN_LEVELS, UNIPC_FIRST_TIME
 from s2v_flow.sampling.schedule import scheduled_sigmas
 from s2v_flow.sampling.state import Denoise, SolverState, Step
 
@@ -31,11 +32,6 @@ from s2v_flow.sampling.state import Denoise, SolverState, Step
 def float32_timestep(sigma: float) -> float:
     """Return the time the model is told: 1000 sigma, multiplied in float32 as ComfyUI does."""
     return float(np.float32(sigma) * np.float32(NUM_TRAIN_LEVELS))
-
-
-def unscaled(x: Tensor) -> Tensor:
-    """Return x: most solvers end on the result itself."""
-    return x
 
 
 @dataclass(frozen=True)
@@ -56,13 +52,18 @@ class Solver:
     draws_noise: bool = False
     is_start_scaled: bool = True
     timestep: Callable[[float], float] = float32_timestep
-    result: Callable[[Tensor], Tensor] = unscaled
+    result: Callable[[Tensor], Tensor] = lambda x: x
+
+
+def _own(step: Step, first_time: float) -> Solver:
+    """Return the row of one of the authors' solvers."""
+    return Solver(step, partial(solver.own_sigmas, first_time), is_start_scaled=False, timestep=solver.whole_timestep)
 
 
 SOLVERS: Mapping[SamplerName, Solver] = MappingProxyType(
     {
-        "uni_pc": Solver(unipc.uni_pc, sigmas=unipc.comfy_sigmas, result=unipc.comfy_result),
-        "uni_pc_bh2": Solver(unipc.uni_pc_bh2, sigmas=unipc.comfy_sigmas, result=unipc.comfy_result),
+        "uni_pc": Solver(partial(solver.unipc, solver.COMFY_B1), solver.comfy_sigmas, result=solver.comfy_result),
+        "uni_pc_bh2": Solver(partial(solver.unipc, solver.COMFY_B2), solver.comfy_sigmas, result=solver.comfy_result),
         "euler": Solver(solver.euler),
         "euler_ancestral": Solver(solver.euler_ancestral, draws_noise=True),
         "heun": Solver(solver.heun),
@@ -72,12 +73,8 @@ SOLVERS: Mapping[SamplerName, Solver] = MappingProxyType(
         "ddim": Solver(solver.euler),
         "deis": Solver(solver.deis),
         "ipndm": Solver(solver.ipndm),
-        "flow_unipc": Solver(
-            flow.flow_unipc, sigmas=flow.unipc_sigmas, is_start_scaled=False, timestep=flow.whole_timestep
-        ),
-        "flow_dpmpp": Solver(
-            flow.flow_dpmpp, sigmas=flow.dpmpp_sigmas, is_start_scaled=False, timestep=flow.whole_timestep
-        ),
+        "flow_unipc": _own(partial(solver.unipc, solver.FLOW_B2), UNIPC_FIRST_TIME),
+        "flow_dpmpp": _own(solver.flow_dpmpp, 1.0),
     }
 )
 """Every sampler. Names: `catalog.py`."""

@@ -1,18 +1,23 @@
-"""ComfyUI's solvers but UniPC: one function per solver, one call of it per step.
+"""The solvers, ComfyUI's and the authors': one function per solver, one call of it per step.
 
-x is the sample at level sigma, m = denoise(x, sigma), d = (x - m) / sigma the slope, lambda = -ln sigma. A prime marks
-the next level. All coefficients are Python floats made from the levels, so that no step waits for the device.
+x is the sample at level sigma, m = denoise(x, sigma), d = (x - m) / sigma the slope, lambda half the log of the
+signal-to-noise ratio: -ln sigma in ComfyUI's solvers, ln((1 - sigma) / sigma) in the authors'. A prime marks the next
+level. All coefficients are Python floats made from the levels, so that no step waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from s2v_flow.sampling.catalog import SchedulerName
+from s2v_flow.sampling.levels import COMFY_LAST_SIGMA, NUM_TRAIN_LEVELS, own_levels
+from s2v_flow.sampling.schedule import check_falling, check_shift, scheduled_sigmas
 from s2v_flow.sampling.state import Denoise, Draw, SolverState
 
 ADAMS_BASHFORTH = (
@@ -23,6 +28,7 @@ ADAMS_BASHFORTH = (
 )
 DEIS_ORDER = 3
 QUADRATURE_POINTS = 32
+COMFY_RESULT_SCALE = 0.999
 
 
 def euler(denoise: Denoise, sigmas: Sequence[float], state: SolverState, draw: Draw) -> SolverState:
@@ -132,6 +138,185 @@ def deis(denoise: Denoise, sigmas: Sequence[float], state: SolverState, draw: Dr
     slopes = [(state.x - m) / sigma, *state.past("slope")][:DEIS_ORDER]
     nodes = [sigmas[state.step - age] for age in range(len(slopes))]
     return state.advance(_add(state.x, slopes, _deis_weights(nodes, lower)), slope=slopes[: DEIS_ORDER - 1])
+
+
+def flow_dpmpp(denoise: Denoise, sigmas: Sequence[float], state: SolverState, draw: Draw) -> SolverState:
+    """Take a step of the authors' second-order DPM-Solver++ (multistep, midpoint).
+
+    Source: Wan-Video/Wan2.2, wan/utils/fm_solvers.py, FlowDPMSolverMultistepScheduler; C. Lu et al., 2022,
+    DPM-Solver++, algorithm 2.
+    """
+    sigma, lower = _levels(sigmas, state)
+    m = denoise(state.x, sigma)
+    if lower == 0:
+        return state.advance(m)
+    here = flow_log_snr(sigma)
+    h = flow_log_snr(lower) - here
+    guess = m
+    if past := state.past("denoised"):
+        r = (here - flow_log_snr(sigmas[state.step - 1])) / h  # infinite in the second step
+        guess = torch.lerp(m, past[0], -1 / (2 * r))
+    x = (state.x * (lower / sigma)).sub_(guess, alpha=(1 - lower) * math.expm1(-h))
+    return state.advance(x, denoised=[m])
+
+
+def flow_log_snr(sigma: float) -> float:
+    """Return lambda = ln((1 - sigma) / sigma); minus infinity at sigma = 1, where nothing is left of the signal."""
+    return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A flavour of UniPC: a multistep predictor, corrected by the next step's own model call, at one call a step.
+
+    Interval i runs from sigma_i to sigma_(i+1); h = lambda_(i+1) - lambda_i, E = e^-h - 1, p the interval's order.
+
+    Source: W. Zhao et al., 2023, UniPC, algorithms 1 and 2, data prediction; FLOW_B2, the authors' default solver:
+    Wan-Video/Wan2.2, wan/utils/fm_solvers_unipc.py, FlowUniPCMultistepScheduler.
+
+    Attributes:
+        order: The highest order of an interval.
+        alpha: Level to the scale of the clean latent in x.
+        log_snr: Level > 0 to lambda.
+        is_b2: Whether B is E (B2) or -h (B1).
+    """
+
+    order: int
+    alpha: Callable[[float], float]
+    log_snr: Callable[[float], float]
+    is_b2: bool
+
+
+COMFY_B1 = Variant(order=3, alpha=lambda sigma: 1.0, log_snr=lambda sigma: -math.log(sigma), is_b2=False)
+COMFY_B2 = Variant(order=3, alpha=lambda sigma: 1.0, log_snr=lambda sigma: -math.log(sigma), is_b2=True)
+FLOW_B2 = Variant(order=2, alpha=lambda sigma: 1 - sigma, log_snr=flow_log_snr, is_b2=True)
+
+
+def unipc(variant: Variant, denoise: Denoise, sigmas: Sequence[float], state: SolverState, draw: Draw) -> SolverState:
+    """Call the model, correct the interval before, predict over the interval ahead.
+
+    Args:
+        sigmas: The levels; where the last is 0 the last step ends on the model's guess.
+        state: Before step i: x is the prediction at level i, "corrected" the corrected sample of the level before,
+            "denoised" the model's guesses at the levels before, newest first.
+
+    Returns:
+        The state after one more step. After the last step x is the prediction; there is no call left to correct it.
+    """
+    i = state.step
+    m, before = denoise(state.x, sigmas[i]), state.past("denoised")
+    if sigmas[i + 1] == 0:
+        return state.advance(m)
+    x = state.x
+    if i > 0:
+        last = Interval.at(variant, sigmas, i - 1)
+        (start,) = state.past("corrected")
+        x = last.move(start, before, last.corrector_weights(), ahead=m)
+    guesses = [m, *before]
+    ahead = Interval.at(variant, sigmas, i)
+    y = ahead.move(x, guesses, ahead.predictor_weights())
+    return state.advance(y, denoised=guesses[: variant.order], corrected=[x])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The coefficients of one interval, from the levels alone.
+
+    Attributes:
+        ratio: sigma' / sigma.
+        decay: alpha' E, alpha' being alpha at the interval's end.
+        scale: alpha' B.
+        gaps: r_1 to r_p; r_p = 1 is the interval's own end.
+        moments: b_1 to b_p.
+    """
+
+    ratio: float
+    decay: float
+    scale: float
+    gaps: tuple[float, ...]
+    moments: tuple[float, ...]
+
+    @classmethod
+    def at(cls, variant: Variant, sigmas: Sequence[float], i: int) -> Interval:
+        """Work out interval i of the levels `sigmas`; its order is lower in the first and last intervals."""
+        p = min(variant.order, i + 1, len(sigmas) - 1 - i)
+        here = variant.log_snr(sigmas[i])
+        h = variant.log_snr(sigmas[i + 1]) - here
+        E = math.expm1(-h)
+        B = E if variant.is_b2 else -h
+        gaps = [(variant.log_snr(sigmas[i - k]) - here) / h for k in range(1, p)]
+        g, moments = -E / h - 1, []
+        for j in range(1, p + 1):
+            moments.append(math.factorial(j) * g / B)
+            g = -g / h - 1 / math.factorial(j + 1)
+        alpha = variant.alpha(sigmas[i + 1])
+        return cls(sigmas[i + 1] / sigmas[i], alpha * E, alpha * B, (*gaps, 1.0), tuple(moments))
+
+    def predictor_weights(self) -> list[float]:
+        """Return rho_1 to rho_(p-1)."""
+        return [0.5] if len(self.gaps) == 2 else self._solve(len(self.gaps) - 1)
+
+    def corrector_weights(self) -> list[float]:
+        """Return rho_1 to rho_p."""
+        return [0.5] if len(self.gaps) == 1 else self._solve(len(self.gaps))
+
+    def move(self, x: Tensor, guesses: Sequence[Tensor], rho: Sequence[float], ahead: Tensor | None = None) -> Tensor:
+        """Move x over the interval, to the sample at its end.
+
+        Args:
+            x: The sample at its start.
+            guesses: The model's guesses at its start (m_i) and at the levels before, newest first.
+            rho: The weights of the differences D_1, D_2, ..., as long as there are any.
+            ahead: The model's guess at its end, if known: the last of the differences.
+        """
+        m = guesses[0]
+        others = list(guesses[1 : len(self.gaps)]) + ([] if ahead is None else [ahead])
+        y = (x * self.ratio).sub_(m, alpha=self.decay)
+        for other, weight, gap in zip(others, rho, self.gaps, strict=False):
+            y.sub_(other - m, alpha=self.scale * weight / gap)
+        return y
+
+    def _solve(self, num_weights: int) -> list[float]:
+        """Solve sum_k rho_k r_k^(j-1) = b_j, j = 1 to `num_weights`, over the first gaps."""
+        powers = np.vander(self.gaps[:num_weights], increasing=True).T
+        solution: list[float] = np.linalg.solve(powers, np.array(self.moments[:num_weights])).tolist()
+        return solution
+
+
+def comfy_sigmas(scheduler: SchedulerName, steps: int, shift: float) -> tuple[float, ...]:
+    """Return ComfyUI's levels for UniPC: one step more, without the last but one level; the last is 2^-10, not 0.
+
+    Args:
+        scheduler: One of `catalog.SCHEDULERS`.
+        shift: The shift of the noise schedule, > 0.
+
+    Returns:
+        The levels, usually steps + 1 of them.
+
+    Raises:
+        ValueError: As `schedule.scheduled_sigmas`, or no level is left above 2^-10.
+    """
+    sigmas = (*scheduled_sigmas(scheduler, steps + 1, shift)[:-2], COMFY_LAST_SIGMA)
+    return check_falling(sigmas, f"scheduler {scheduler} with shift {shift:g} and {steps} steps")
+
+
+def comfy_result(x: Tensor) -> Tensor:
+    """Undo the scale that ComfyUI takes the last level to leave on the sample."""
+    return x / COMFY_RESULT_SCALE
+
+
+def own_sigmas(first_time: float, _scheduler: SchedulerName, steps: int, shift: float) -> tuple[float, ...]:
+    """Return the levels of the authors' solvers, whatever the scheduler: steps + 1 float64 values, from the first to 0.
+
+    Raises:
+        ValueError: The shift is not positive, or the levels repeat (too many steps).
+    """
+    return check_falling(own_levels(first_time, steps, check_shift(shift)), f"shift {shift:g} with {steps} steps")
+
+
+def whole_timestep(sigma: float) -> float:
+    """Return the time the model is told: 1000 sigma, cut to a whole number."""
+    return float(math.trunc(sigma * NUM_TRAIN_LEVELS))
 
 
 def _deis_weights(nodes: Sequence[float], lower: float) -> list[float]:
