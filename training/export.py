@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from s2v_flow.demo.trained import FOLDER
+from s2v_flow.demo.plan import FOLDER
 from training import state
 
 LARGEST = 5_000_000  # bytes of a file

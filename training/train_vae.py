@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2v_flow.demo.trained import FOLDER
+from s2v_flow.demo.plan import FOLDER
 from training import loop, state
 from training.faces import SIZE, draw_character, mouth_box, render
 from training.motions import random_motion

@@ -11,14 +11,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from s2v_flow.demo.trained import trained_files
+from s2v_flow.demo.plan import trained_files, wav2vec2_sizes
 from s2v_flow.demo.weights import fill_all, uniform
 from s2v_flow.errors import RefusedError
 from s2v_flow.models.audio_encoder import build_wav2vec2
@@ -28,7 +27,6 @@ from s2v_flow.models.vae import VAEConfig, WanVAE
 from s2v_flow.weights.layout import TOKENIZER_KEY
 
 Weights = dict[str, Tensor]
-
 Shapes = dict[str, tuple[int, ...]]
 
 DIT = S2VConfig(dim=256, ffn_dim=512, num_layers=5, text_dim=64, audio_dim=64)
@@ -41,16 +39,7 @@ UMT5_SIZES: Shapes = {
     "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": (128, 64),
     "encoder.block.1.layer.0.layer_norm.weight": (64,),
 }
-WAV2VEC2_SIZES: Shapes = {
-    **{
-        f"feature_extractor.conv_layers.{i}.conv.weight": (512, channels, kernel)
-        for i, (channels, kernel) in enumerate([(1, 10), *[(512, 3)] * 4, *[(512, 2)] * 2])
-    },
-    "masked_spec_embed": (64,),
-    "encoder.pos_conv_embed.conv.parametrizations.weight.original1": (64, 4, 128),
-    "encoder.layers.0.feed_forward.intermediate_dense.weight": (256, 64),
-    **{f"encoder.layers.{i}.layer_norm.weight": (64,) for i in range(24)},
-}
+WAV2VEC2_SIZES: Shapes = {**wav2vec2_sizes(512), "masked_spec_embed": (64,)}
 LORA_RANK = 4
 LORA_BLOCKS = 7  # two more than the model has: their keys have no home
 FP8_MAX = 448.0
@@ -72,10 +61,10 @@ def make_demo_models(root: Path, seed: int = 0) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))
     try:
-        for name, content in _files(seed):
+        for name, content, *metadata in _files(seed):
             (beside / name).parent.mkdir(exist_ok=True)
-            weights = {key: value.contiguous() for key, value in content.weights.items()}
-            save_file(weights, beside / name, metadata=content.metadata or None)
+            weights = {key: value.contiguous() for key, value in content.items()}
+            save_file(weights, beside / name, *metadata)
             (beside / name).chmod(0o644)  # safetensors makes files private
         beside.chmod(0o755)
         if root.exists():
@@ -85,35 +74,28 @@ def make_demo_models(root: Path, seed: int = 0) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class _Content:
-    weights: Weights
-    metadata: dict[str, str] = field(default_factory=dict)
-
-
-def _files(seed: int) -> Iterator[tuple[str, _Content]]:
-    """Make each file's path below the models folder and its content."""
-    for name, weights in trained_files():
-        yield name, _Content(weights)
+def _files(seed: int) -> Iterator[tuple[str, Weights] | tuple[str, Weights, dict[str, str]]]:
+    """Make each file's path below the models folder, its weights, and its metadata where it has some."""
+    yield from trained_files()
     with torch.device("meta"):
         dit_shapes, vae_shapes = _shapes(WanS2V(DIT)), _shapes(WanVAE(VAE))
     dit = fill_all(dit_shapes, seed)
-    yield "diffusion_models/tiny_s2v.safetensors", _Content(dit)
+    yield "diffusion_models/tiny_s2v.safetensors", dit
     yield "diffusion_models/tiny_s2v_fp8_scaled.safetensors", _fp8_old(dit, _is_dit_fp8, seed, marker_size=2)
-    yield "diffusion_models/tiny_s2v_fp8_metadata.safetensors", _fp8_with_metadata(dit, _is_dit_fp8)
-    yield "vae/tiny_vae.safetensors", _Content(fill_all(vae_shapes, seed))
+    yield "diffusion_models/tiny_s2v_fp8_metadata.safetensors", *_fp8_with_metadata(dit, _is_dit_fp8)
+    yield "vae/tiny_vae.safetensors", fill_all(vae_shapes, seed)
 
     text = fill_all(umt5_shapes(build_umt5(UMT5_SIZES)), seed)
     text[TOKENIZER_KEY] = _as_bytes(_TOKENIZER.read_bytes())
-    yield "text_encoders/tiny_umt5.safetensors", _Content(text)
+    yield "text_encoders/tiny_umt5.safetensors", text
     yield "text_encoders/tiny_umt5_fp8_scaled.safetensors", _fp8_old(text, _is_umt5_fp8, seed, marker_size=0)
     yield "text_encoders/tiny_umt5_fp8_tagged.safetensors", _fp8_with_tags(text, _is_umt5_fp8)
     audio = fill_all(_shapes(build_wav2vec2(WAV2VEC2_SIZES)), seed)
-    yield "audio_encoders/tiny_wav2vec2.safetensors", _Content(audio)
+    yield "audio_encoders/tiny_wav2vec2.safetensors", audio
 
     lora = _lora(seed)
-    yield "loras/tiny_lightning_lora.safetensors", _Content(lora)
-    yield "loras/tiny_lightning_lora_peft.safetensors", _Content(_as_peft(lora))
+    yield "loras/tiny_lightning_lora.safetensors", lora
+    yield "loras/tiny_lightning_lora_peft.safetensors", _as_peft(lora)
 
 
 def _shapes(module: nn.Module) -> Shapes:
@@ -140,32 +122,32 @@ def _quantize(weights: Weights, is_fp8: Callable[[str], bool]) -> Iterator[tuple
             yield key.removesuffix(".weight"), (value / scale).to(torch.float8_e4m3fn), scale
 
 
-def _fp8_old(weights: Weights, is_fp8: Callable[[str], bool], seed: int, *, marker_size: int) -> _Content:
+def _fp8_old(weights: Weights, is_fp8: Callable[[str], bool], seed: int, *, marker_size: int) -> Weights:
     """Store matrices in fp8 in the older layout: a marker, and `scale_weight` of shape [] or [1]."""
     stored = dict(weights)
     for layer, values, scale in _quantize(weights, is_fp8):
         stored[f"{layer}.weight"] = values
         stored[f"{layer}.scale_weight"] = scale.reshape(1) if seed % 2 else scale
     stored["scaled_fp8"] = torch.zeros(marker_size, dtype=torch.float8_e4m3fn)
-    return _Content(stored)
+    return stored
 
 
-def _fp8_with_metadata(weights: Weights, is_fp8: Callable[[str], bool]) -> _Content:
+def _fp8_with_metadata(weights: Weights, is_fp8: Callable[[str], bool]) -> tuple[Weights, dict[str, str]]:
     """Store matrices in fp8 in the newer layout: `weight_scale`, and the formats in the file's metadata."""
     stored, layers = dict(weights), {}
     for layer, values, scale in _quantize(weights, is_fp8):
         stored |= {f"{layer}.weight": values, f"{layer}.weight_scale": scale}
         layers[layer] = {"format": "float8_e4m3fn"}
-    return _Content(stored, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})})
+    return stored, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
 
 
-def _fp8_with_tags(weights: Weights, is_fp8: Callable[[str], bool]) -> _Content:
+def _fp8_with_tags(weights: Weights, is_fp8: Callable[[str], bool]) -> Weights:
     """Store matrices in fp8 in the newer layout: `weight_scale`, and each layer's format in a tensor beside it."""
     stored = dict(weights)
     for layer, values, scale in _quantize(weights, is_fp8):
         tag = _as_bytes(json.dumps({"format": "float8_e4m3fn"}).encode())
         stored |= {f"{layer}.weight": values, f"{layer}.weight_scale": scale, f"{layer}.comfy_quant": tag}
-    return _Content(stored)
+    return stored
 
 
 def _lora(seed: int) -> Weights:

@@ -1,8 +1,9 @@
-"""The DiT's plan: which channels carry what, and every weight that need not be learned.
+"""The demo's trained models: what was learned lies in `learned/`, in half precision; the rest follows from rules.
 
-Learning to copy a portrait through attention takes a small model longer than anything else, so that is built in.
-Attention is positional: queries and keys are constants, plus flags that tell the reference and the newest motion frame
-from the video, and RoPE makes them meet at chosen distances.
+How they were trained: the folder `training/` of the repository. Most of this is the DiT's plan: which channels carry
+what, and every weight that need not be learned. Learning to copy a portrait through attention takes a small model
+longer than anything else, so that is built in. Attention is positional: queries and keys are constants, plus flags that
+tell the reference and the newest motion frame from the video, and RoPE makes them meet at chosen distances.
 
 - Block 0 copies the reference's patch, and the newest motion frame's where there is one, to the same place in every
   video frame; its cross-attention brings the expression that the text asks for, the first injector what the mouth does.
@@ -18,12 +19,23 @@ A large constant in every token makes layer norm all but linear. D width, 256; P
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from s2v_flow.demo.weights import fill_all
+from s2v_flow.models.audio_encoder import build_wav2vec2
 from s2v_flow.models.dit import S2VConfig, WanS2V
+from s2v_flow.models.vae import VAEConfig, WanVAE
+
+FOLDER = Path(__file__).with_name("learned")
+WAV2VEC2_SEED = 11
+QUIET = ("attention.out_proj.", "feed_forward.output_dense.")  # what a layer adds to its input
+QUIET_SCALE = 0.03
 
 CONFIG = S2VConfig(dim=256, ffn_dim=768, num_layers=5, text_dim=64, audio_dim=64)
 D = CONFIG.dim
@@ -45,6 +57,53 @@ LEARNED_ATTENTION = (3, 4)
 _ROWS, _COLUMNS = 44, 86  # where a head's channels for rows and columns begin; time begins at 0
 _SLOW = 42  # the time pair that hardly turns: flags meet here
 _IGNORED = 84
+
+
+def trained_files() -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Make each trained file's path below the models folder and its float32 weights."""
+    dit = built_in() | _stored("dit") | _stored("text") | _stored("hearing")
+    yield "diffusion_models/demo_s2v.safetensors", dit
+    yield "vae/demo_vae.safetensors", vae_with_time(_stored("vae"))
+    yield "audio_encoders/demo_wav2vec2.safetensors", generated_wav2vec2() | _stored("wav2vec2")
+
+
+def wav2vec2_sizes(channels: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes from which a tiny Wav2Vec2 is built; `channels`: the width of its convolutions."""
+    convolutions = [(1, 10), *[(channels, 3)] * 4, *[(channels, 2)] * 2]
+    return {
+        **{f"feature_extractor.conv_layers.{i}.conv.weight": (channels, *of) for i, of in enumerate(convolutions)},
+        "encoder.pos_conv_embed.conv.parametrizations.weight.original1": (64, 4, 128),
+        "encoder.layers.0.feed_forward.intermediate_dense.weight": (256, 64),
+        **{f"encoder.layers.{i}.layer_norm.weight": (64,) for i in range(24)},
+    }
+
+
+WAV2VEC2_SIZES = wav2vec2_sizes(32)
+
+
+def generated_wav2vec2() -> dict[str, Tensor]:
+    """Return an untrained Wav2Vec2 whose layers hardly change what goes through them."""
+    module = build_wav2vec2(WAV2VEC2_SIZES)
+    weights = fill_all({key: tuple(value.shape) for key, value in module.state_dict().items()}, WAV2VEC2_SEED)
+    return {key: value * QUIET_SCALE if any(part in key for part in QUIET) else value for key, value in weights.items()}
+
+
+def vae_with_time(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put zeros where kernels see earlier frames; stored is what sees the newest."""
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in WanVAE(VAEConfig(width=16)).state_dict().items()}
+    full = {}
+    for key, value in weights.items():
+        full[key] = value
+        if len(shapes[key]) == 5 and value.ndim == 4:
+            full[key] = value.new_zeros(shapes[key])
+            full[key][:, :, -1] = value
+    return full
+
+
+def _stored(name: str) -> dict[str, Tensor]:
+    """Read one file of learned weights, as float32."""
+    return {key: value.float() for key, value in load_file(FOLDER / f"{name}.safetensors").items()}
 
 
 def basis() -> Tensor:

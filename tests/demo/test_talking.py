@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from s2v_flow.demo import plan
-from s2v_flow.demo.trained import FOLDER, vae_with_time
+from s2v_flow.demo.plan import FOLDER, vae_with_time
 from s2v_flow.models.load import load_text_encoder
 from s2v_flow.models.vae import VAEConfig, WanVAE
 from training import state, train_text

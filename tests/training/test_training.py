@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from s2v_flow.demo import plan, trained
-from s2v_flow.demo.trained import FOLDER, generated_wav2vec2, vae_with_time
+from s2v_flow.demo import plan
+from s2v_flow.demo.plan import FOLDER, generated_wav2vec2, vae_with_time
 from s2v_flow.models.conditioning import Branch
 from s2v_flow.models.dit import WanS2V
 from s2v_flow.models.load import load_audio_encoder, load_dit, load_text_encoder, load_vae
@@ -245,7 +245,7 @@ def test_the_weights_are_small() -> None:
 
 def test_every_trained_file_is_whole() -> None:
     """The rules and what was learned make up all keys of each model, in its shapes."""
-    files = dict(trained.trained_files())
+    files = dict(plan.trained_files())
     WanS2V(plan.CONFIG).load_state_dict(files["diffusion_models/demo_s2v.safetensors"])
     assert load_file(FOLDER / "dit.safetensors").keys() == set(learned_keys())
     assert portrait(draw_character(torch.Generator().manual_seed(1))).shape == (1, 3, 128, 128)
