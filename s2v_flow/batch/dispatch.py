@@ -1,10 +1,12 @@
-"""Running a batch: jobs given out one by one to an engine's workers, retries, limits of time, stops."""
+"""Running a batch: jobs given out one by one to an engine's workers, retries, limits of time, stops, and the end."""
 
 from __future__ import annotations
 
+import shlex
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +15,13 @@ from typing import Any, Protocol
 from s2v_flow.batch.claims import Claims
 from s2v_flow.batch.job import NEVER_AGAIN, Job
 from s2v_flow.batch.record import Batch
-from s2v_flow.batch.worker import Outcome, Report, Setup
+from s2v_flow.batch.worker import LocalEngine, Outcome, Report, Setup
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, StopRequest, exit_code_of, never
 
 GRACE_SECONDS = 60.0  # between SIGTERM, which waits for the end of a step, and SIGKILL
 _POLL_SECONDS = 0.25
+_NOTIFY_SECONDS = 30.0
 _OK = Outcome(ExitCode.OK)
 
 
@@ -111,6 +114,25 @@ def setups_of(batch: Batch, devices: Sequence[str], report: Callable[[str], Repo
     share = len(devices) if len(set(devices)) < len(devices) or "cpu" in devices else 1
     options = replace(batch.options, should_stop=never)
     return [Setup(replace(options, device=device), batch.folder, share, report) for device in devices]
+
+
+def open_engine(
+    name: str, setups: Sequence[Setup], batch: Batch, address: str | None, slurm: Mapping[str, Any]
+) -> Engine:
+    """Return an engine: "local", "ray" on the cluster at `address`, or "slurm" with these parameters of submitit.
+
+    Raises:
+        S2VFlowError: What it needs is not installed, or not here.
+    """
+    if name == "ray":
+        from s2v_flow.batch.ray_engine import RayEngine
+
+        return RayEngine(setups, address)
+    if name == "slurm":
+        from s2v_flow.batch.slurm_engine import SlurmEngine
+
+        return SlurmEngine(setups, batch.logs, slurm)
+    return LocalEngine(setups)
 
 
 class BatchRun:
@@ -292,3 +314,28 @@ class BatchRun:
             slot.worker.join()
         self._engine.close()
         self._claims.close()
+
+
+def notify_end(command: str, text: str) -> str:
+    """Run a command with a line of text as its last argument; no shell sees either.
+
+    Args:
+        command: A program and arguments, quoted as for a shell.
+        text: What has become of the batch.
+
+    Returns:
+        Why that failed, "" if it did not: a batch does not fail for it.
+    """
+    try:
+        words = [*shlex.split(command), text]
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, timeout=_NOTIFY_SECONDS, check=False
+        )
+    except (OSError, ValueError) as error:
+        return f"--notify {command}: {error}"
+    except subprocess.TimeoutExpired:
+        return f"--notify {command}: took longer than {_NOTIFY_SECONDS:g} s"
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        return f"--notify {command}: exit code {done.returncode}{f': {said}' if said else ''}"
+    return ""

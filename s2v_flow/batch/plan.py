@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from s2v_flow.api import Options, Planned, plan
 from s2v_flow.batch.job import Job
-from s2v_flow.batch.rows import MAX_JOBS, Row
+from s2v_flow.batch.spec import MAX_JOBS, Row
 from s2v_flow.cache.budget import free_bytes
 from s2v_flow.cache.housekeeping import objects_size
 from s2v_flow.errors import Diagnostic, ExitCode, MissingError, RecipeError, S2VFlowError

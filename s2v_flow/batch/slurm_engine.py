@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.batch.job import Job
-from s2v_flow.batch.local import ProcessWorker
-from s2v_flow.batch.worker import Outcome, Setup
+from s2v_flow.batch.worker import Outcome, ProcessWorker, Setup
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.files.atomic import temporary, writing
 

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     from s2v_flow.api import Options
     from s2v_flow.batch.record import Batch
-    from s2v_flow.batch.rows import Row
-    from s2v_flow.batch.spec import BatchFile
+    from s2v_flow.batch.spec import BatchFile, Row
 
 _POLICY = ("engine", "address", "slurm", "notify", "fail_fast", "timeout", "retries", "devices", "workers")
 
@@ -214,8 +213,7 @@ def _asked(
         RecipeError: A table or the batch.yaml is wrong.
     """
     from s2v_flow.batch.plan import find_recipes
-    from s2v_flow.batch.rows import read_rows
-    from s2v_flow.batch.spec import is_batch_file, read_batch_file
+    from s2v_flow.batch.spec import is_batch_file, read_batch_file, read_rows
 
     file = read_batch_file(Path(given[0])) if len(given) == 1 and is_batch_file(Path(given[0])) else None
     rows = None if table is None else read_rows(table)
@@ -269,9 +267,7 @@ def _run(
     address: str | None,
     slurm: Mapping[str, Any],
 ) -> None:
-    from s2v_flow.batch.dispatch import BatchRun, Policy, setups_of
-    from s2v_flow.batch.engines import open_engine
-    from s2v_flow.batch.notify import notify_end
+    from s2v_flow.batch.dispatch import BatchRun, Policy, notify_end, open_engine, setups_of
     from s2v_flow.cli.board import Board
     from s2v_flow.cli.progress import Progress
 
