@@ -15,8 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.errors import S2VFlowError
-from s2v_flow.files.atomic import is_alive, machine_id, temporary, writing
+from s2v_flow.files.atomic import is_alive, machine_id, write_whole
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 30.0  # without a beat: its process, or its machine, is gone
@@ -68,10 +67,9 @@ class Claims:
 
     def _write(self) -> None:
         self._beat, self._written = self._beat + 1, time.monotonic()
-        with suppress(S2VFlowError), writing(self._path), temporary(self._path.parent, ".tmp") as (file, name):
-            file.write(json.dumps({"pid": os.getpid(), "beat": self._beat, "jobs": self._own}).encode())
-            file.close()
-            os.replace(name, self._path)
+        with suppress(OSError):
+            beat = {"pid": os.getpid(), "beat": self._beat, "jobs": self._own}
+            write_whole(self._path, json.dumps(beat).encode(), is_flushed=False)
 
     def _look(self, before: Path | None = None) -> dict[str, list[str]]:
         """Read what others say; `before`: only those whose names come first."""

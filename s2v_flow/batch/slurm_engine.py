@@ -22,7 +22,7 @@ from typing import Any
 from s2v_flow.batch.job import Job
 from s2v_flow.batch.worker import Outcome, ProcessWorker, Setup
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.files.atomic import temporary, writing
+from s2v_flow.files.atomic import write_whole, writing
 
 CHECKPOINT_SECONDS = 100.0  # of the 120 between Slurm's signal and its end
 _POLL_SECONDS = 0.25
@@ -248,10 +248,8 @@ def _has_accounting() -> bool:
 
 
 def _write(path: Path, value: Any) -> None:
-    with writing(path), temporary(path.parent, ".tmp") as (file, name):
-        file.write(json.dumps(value).encode())
-        file.flush()
-        os.replace(name, path)
+    with writing(path):
+        write_whole(path, json.dumps(value).encode())
 
 
 def _read(path: Path) -> Any:

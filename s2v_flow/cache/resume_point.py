@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from s2v_flow.files.atomic import finish, flush_folder, temporary, writing
+from s2v_flow.files.atomic import flush_folder, write_whole, writing
 
 SCHEMA = "s2vflow/checkpoint/1"
 _MAX_HEADER_BYTES = 64 << 10
@@ -39,11 +39,10 @@ class ResumePoints:
             S2VFlowError: It cannot be written; the one before it stands.
         """
         path = self.path(fingerprint)
-        with writing(self.root), temporary(self.root / "tmp", ".safetensors") as (file, name):
-            file.write(seal(payload, {**facts, "schema": SCHEMA, "fingerprint": fingerprint}))
-            finish(file)
+        sealed = seal(payload, {**facts, "schema": SCHEMA, "fingerprint": fingerprint})
+        with writing(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(name, path)
+            write_whole(path, sealed, self.root / "tmp")
             flush_folder(path.parent)
 
     def peek(self, fingerprint: str) -> dict[str, str] | None:
