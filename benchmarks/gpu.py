@@ -26,8 +26,7 @@ from benchmarks.__main__ import origin
 from benchmarks.models import FULL, TINY, Forward, Size, preparation, random_dit, random_weights
 from s2v_flow.models.attention import try_backend
 from s2v_flow.models.footprint import Weights, chunk_bytes, decoding_bytes
-from s2v_flow.models.fp8 import multiply_in_fp8
-from s2v_flow.models.packed import PackedLinear, PackedWeight
+from s2v_flow.models.packed import PackedLinear, PackedWeight, multiply_in_fp8
 from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.vae import DecoderState, VAEConfig, WanVAE
 from s2v_flow.sampling.sampler import denoised_from_velocity, initial_noise, make_sampler

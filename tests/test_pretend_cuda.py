@@ -24,10 +24,9 @@ from s2v_flow.graph.interrupt import StoppedError
 from s2v_flow.machine import resolve_device
 from s2v_flow.models.attention import backends_for, usable_backend
 from s2v_flow.models.dit import S2VConfig
-from s2v_flow.models.fp8 import multiply_in_fp8
 from s2v_flow.models.gguf_blocks import dequantize_blocks
 from s2v_flow.models.load import load_dit
-from s2v_flow.models.packed import read_packed
+from s2v_flow.models.packed import multiply_in_fp8, read_packed
 from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.streaming import WeightStream
 from s2v_flow.models.vae import VAEConfig, WanVAE

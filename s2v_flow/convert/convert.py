@@ -178,7 +178,7 @@ def _verify(path: Path, request: Request, metadata: Mapping[str, str]) -> tuple[
         error.message = error.message.replace(str(path), str(request.source))
         raise
     if kind == "text_encoder":
-        from s2v_flow.models.text_encoder import read_tokenizer
+        from s2v_flow.weights.tokenizer import read_tokenizer
 
         read_tokenizer(checkpoint.tensor(TOKENIZER_KEY).numpy().tobytes(), str(request.tokenizer or request.source))
     elif request.tokenizer is not None:

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from s2v_flow.demo.plan import trained_files, wav2vec2_sizes
 from s2v_flow.demo.weights import fill_all, uniform
 from s2v_flow.errors import RefusedError
 from s2v_flow.models.audio_encoder import build_wav2vec2
 from s2v_flow.models.dit import S2VConfig, WanS2V
-from s2v_flow.models.text_encoder import build_umt5, umt5_shapes
+from s2v_flow.models.load import shapes_of
+from s2v_flow.models.text_encoder import build_umt5
 from s2v_flow.models.vae import VAEConfig, WanVAE
 from s2v_flow.weights.layout import TOKENIZER_KEY
 
@@ -78,28 +79,24 @@ def _files(seed: int) -> Iterator[tuple[str, Weights] | tuple[str, Weights, dict
     """Make each file's path below the models folder, its weights, and its metadata where it has some."""
     yield from trained_files()
     with torch.device("meta"):
-        dit_shapes, vae_shapes = _shapes(WanS2V(DIT)), _shapes(WanVAE(VAE))
+        dit_shapes, vae_shapes = shapes_of(WanS2V(DIT)), shapes_of(WanVAE(VAE))
     dit = fill_all(dit_shapes, seed)
     yield "diffusion_models/tiny_s2v.safetensors", dit
     yield "diffusion_models/tiny_s2v_fp8_scaled.safetensors", _fp8_old(dit, _is_dit_fp8, seed, marker_size=2)
     yield "diffusion_models/tiny_s2v_fp8_metadata.safetensors", *_fp8_with_metadata(dit, _is_dit_fp8)
     yield "vae/tiny_vae.safetensors", fill_all(vae_shapes, seed)
 
-    text = fill_all(umt5_shapes(build_umt5(UMT5_SIZES)), seed)
+    text = fill_all(shapes_of(build_umt5(UMT5_SIZES)), seed)
     text[TOKENIZER_KEY] = _as_bytes(_TOKENIZER.read_bytes())
     yield "text_encoders/tiny_umt5.safetensors", text
     yield "text_encoders/tiny_umt5_fp8_scaled.safetensors", _fp8_old(text, _is_umt5_fp8, seed, marker_size=0)
     yield "text_encoders/tiny_umt5_fp8_tagged.safetensors", _fp8_with_tags(text, _is_umt5_fp8)
-    audio = fill_all(_shapes(build_wav2vec2(WAV2VEC2_SIZES)), seed)
+    audio = fill_all(shapes_of(build_wav2vec2(WAV2VEC2_SIZES)), seed)
     yield "audio_encoders/tiny_wav2vec2.safetensors", audio
 
     lora = _lora(seed)
     yield "loras/tiny_lightning_lora.safetensors", lora
     yield "loras/tiny_lightning_lora_peft.safetensors", _as_peft(lora)
-
-
-def _shapes(module: nn.Module) -> Shapes:
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 def _as_bytes(content: bytes) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor
 from s2v_flow.demo.weights import fill_all
 from s2v_flow.models.audio_encoder import build_wav2vec2
 from s2v_flow.models.dit import S2VConfig, WanS2V
+from s2v_flow.models.load import shapes_of
 from s2v_flow.models.vae import VAEConfig, WanVAE
 
 FOLDER = Path(__file__).with_name("learned")
@@ -83,15 +84,14 @@ WAV2VEC2_SIZES = wav2vec2_sizes(32)
 
 def generated_wav2vec2() -> dict[str, Tensor]:
     """Return an untrained Wav2Vec2 whose layers hardly change what goes through them."""
-    module = build_wav2vec2(WAV2VEC2_SIZES)
-    weights = fill_all({key: tuple(value.shape) for key, value in module.state_dict().items()}, WAV2VEC2_SEED)
+    weights = fill_all(shapes_of(build_wav2vec2(WAV2VEC2_SIZES)), WAV2VEC2_SEED)
     return {key: value * QUIET_SCALE if any(part in key for part in QUIET) else value for key, value in weights.items()}
 
 
 def vae_with_time(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put zeros where kernels see earlier frames; stored is what sees the newest."""
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in WanVAE(VAEConfig(width=16)).state_dict().items()}
+        shapes = shapes_of(WanVAE(VAEConfig(width=16)))
     full = {}
     for key, value in weights.items():
         full[key] = value
@@ -121,7 +121,7 @@ def head_order() -> Tensor:
 def built_in() -> dict[str, Tensor]:
     """Return every weight of the model; learned ones where learning begins."""
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in WanS2V(CONFIG).state_dict().items()}
+        shapes = shapes_of(WanS2V(CONFIG))
     weights = {key: torch.zeros(shape) for key, shape in shapes.items()}
     for key, value in weights.items():
         if key.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight")):

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from s2v_flow.errors import MediaError
+from s2v_flow.models.conditioning import Conditioning
 from s2v_flow.models.speech_rate import RECEPTIVE_FIELD, SAMPLES_PER_STATE
-from s2v_flow.weights.layout import ADAPTER_KEY, MASK_KEY, MERGED_NORM_KEY
+from s2v_flow.weights.layout import ADAPTER_KEY, MASK_KEY, MERGED_NORM_KEY, num_layers
 from s2v_flow.weights.reader import Shapes
 
 STRIDES = (5, 2, 2, 2, 2, 2, 2)  # the feature extractor's; their product is one state
 WINDOW_STATES = 1500  # 30 s: bounds the memory of the first convolutions
 
 _DIRECTION_KEY = "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
-
-Conditioning = Literal["official", "comfyui"]
 
 
 class AudioEncoder:
@@ -124,7 +123,7 @@ def build_wav2vec2(shapes: Shapes) -> nn.Module:
     width, group_width, kernel = shapes[MERGED_NORM_KEY if is_merged else _DIRECTION_KEY]
     config = Wav2Vec2Config(
         hidden_size=width,
-        num_hidden_layers=_count_layers(shapes),
+        num_hidden_layers=num_layers(shapes, "encoder.layers"),
         num_attention_heads=max(4, width // 64),
         intermediate_size=shapes["encoder.layers.0.feed_forward.intermediate_dense.weight"][0],
         conv_dim=[shape[0] for shape in convolutions],
@@ -154,7 +153,3 @@ def merge_weight_norm(model: nn.Module) -> None:
     convolution = model.get_submodule("encoder.pos_conv_embed.conv")
     if is_parametrized(convolution, "weight"):
         remove_parametrizations(convolution, "weight")
-
-
-def _count_layers(shapes: Shapes) -> int:
-    return len({key.split(".")[2] for key in shapes if key.startswith("encoder.layers.")})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from s2v_flow.models.attention import Grid, Kernel, KeysValues, Positions
 from s2v_flow.models.float32 import PatchEmbedding
+from s2v_flow.models.footprint import MOTION_LATENT_FRAMES
 
 Conditioning = Literal["official", "comfyui"]
 """Whose numbers: the authors' (what the model was trained with) or ComfyUI's (audio and motion positions differ)."""
@@ -119,9 +120,6 @@ def require_shape(name: str, tensor: Tensor, *expected: int | tuple[int, ...] | 
         raise ValueError(f"{name}: expected shape [{text}], got {list(tensor.shape)}")
 
 
-MOTION_FRAMES = 19
-
-
 @dataclass(frozen=True)
 class Bucket:
     """A stretch of the past and how it is packed.
@@ -162,8 +160,8 @@ class MotionPacker(nn.Module):
             Tokens, float32 [B, L motion, D]: of the newest frame, of the two before, of the sixteen before. Rows and
             columns past the last whole patch make no tokens.
         """
-        recent = motion_latent[:, :, -MOTION_FRAMES:]
-        recent = F.pad(recent, (0, 0, 0, 0, MOTION_FRAMES - recent.shape[2], 0))  # [B, C, 19, H, W]
+        recent = motion_latent[:, :, -MOTION_LATENT_FRAMES:]
+        recent = F.pad(recent, (0, 0, 0, 0, MOTION_LATENT_FRAMES - recent.shape[2], 0))  # [B, C, 19, H, W]
         oldest, older, newest = torch.split(recent, [bucket.num_frames for bucket in reversed(BUCKETS)], dim=2)
         return torch.cat([self.proj(newest), self.proj_2x(older), self.proj_4x(oldest)], dim=1)
 

@@ -28,13 +28,6 @@ from s2v_flow.models.attention import (
     repetition_biases,
     rotation_table,
 )
-from s2v_flow.models.audio_injection import (
-    AUDIO_FRAMES_PER_LATENT,
-    AUDIO_LAYERS,
-    INJECTION_BLOCKS,
-    AudioInjector,
-    CausalAudioEncoder,
-)
 from s2v_flow.models.conditioning import (
     BUCKETS,
     Branch,
@@ -47,9 +40,19 @@ from s2v_flow.models.conditioning import (
     require_conditioning,
     require_shape,
 )
-from s2v_flow.models.dit_block import FREQUENCY_WIDTH, Block, Head, Step, timestep_embedding
+from s2v_flow.models.dit_block import (
+    AUDIO_FRAMES_PER_LATENT,
+    AUDIO_LAYERS,
+    FREQUENCY_WIDTH,
+    AudioInjector,
+    Block,
+    CausalAudioEncoder,
+    Head,
+    Step,
+    timestep_embedding,
+)
 from s2v_flow.models.float32 import PatchEmbedding
-from s2v_flow.models.footprint import LATENT_CHANNELS
+from s2v_flow.models.footprint import INJECTION_BLOCKS, LATENT_CHANNELS
 from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.streaming import WeightStream, can_pin
 

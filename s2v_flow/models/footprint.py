@@ -13,16 +13,16 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from s2v_flow.files.facts import per_file
-from s2v_flow.models.tokenizer import MAX_TOKENS
 from s2v_flow.weights.layout import num_layers, own_keys
 from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, read_quantization
 from s2v_flow.weights.reader import Checkpoint
+from s2v_flow.weights.tokenizer import MAX_TOKENS
 
 _WIDE_BYTES = {"BF16": 2, "F16": 2}  # what is not a matrix keeps its dtype, or becomes float32
 _STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what needs no copy on a CPU
 LATENT_CHANNELS = 16
 MOTION_LATENT_FRAMES = 19
-INJECTED_BLOCKS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+INJECTION_BLOCKS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # audio enters after these
 _PARTS = ("blocks.", "audio_injector.injector.", "audio_injector.injector_adain_layers.")
 _STREAMED = re.compile(
     r"(?:blocks|audio_injector\.injector(?:_adain_layers)?)\.[0-9]+\.|"
@@ -70,7 +70,7 @@ def read_weights(path: Path, kind: str, precision: str, *, on_cpu: bool, is_stre
         is_linear = weight is not None and len(weight.shape) == 2 and key.endswith((".weight", ".bias"))
         is_matrix = is_linear and weight is entry
         injector = re.match(r"audio_injector\.injector(?:_adain_layers)?\.([0-9]+)\.", key)
-        block = dict(enumerate(INJECTED_BLOCKS)).get(int(injector[1]) if injector else -1, -1)
+        block = dict(enumerate(INJECTION_BLOCKS)).get(int(injector[1]) if injector else -1, -1)
         if block >= num_blocks and on_cpu and entry.dtype == _STORED.get(precision):
             return 0  # mapped from the file, and never read
         if is_matrix and is_kept(quantization.packings.get(key)):
@@ -163,7 +163,7 @@ def chunk_bytes(
     branches = 2 if "negative" in inputs else 1
     video, tokens = num_tokens(width, height, num_latent_frames, inputs)
     step = step_bytes(dit, tokens, 1 if in_turn else branches)
-    injected = sum(block < layers for block in INJECTED_BLOCKS) if "speech" in inputs else 0
+    injected = sum(block < layers for block in INJECTION_BLOCKS) if "speech" in inputs else 0
     texts = branches * layers * 2 * MAX_TOKENS * dim * c
     audio = branches * injected * num_latent_frames * (10 * c + 8) * dim
     control = 4 * video * dim if "control" in inputs else 0
@@ -212,7 +212,7 @@ def chunk_flops(
     dim, ffn = dit.shapes["head.modulation"][2], dit.shapes["blocks.0.ffn.0.weight"][0]
     layers = dit.num_blocks
     video, tokens = num_tokens(width, height, num_latent_frames, inputs)
-    injected = sum(block < layers for block in INJECTED_BLOCKS) if "speech" in inputs else 0
+    injected = sum(block < layers for block in INJECTION_BLOCKS) if "speech" in inputs else 0
     matrices = layers * tokens * (12 * dim**2 + 4 * dim * ffn) + injected * video * 4 * dim**2
     branches = 2 if "negative" in inputs else 1
     return branches * matrices, branches * layers * 4 * dim * tokens * (tokens + MAX_TOKENS), 0

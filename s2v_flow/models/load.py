@@ -13,16 +13,21 @@ from torch.overrides import TorchFunctionMode
 
 from s2v_flow.errors import CheckpointError, broken_package
 from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2, merge_weight_norm
-from s2v_flow.models.fp8 import multiplied, multiply_in_fp8
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
-from s2v_flow.models.packed import PackedEmbedding, PackedLinear, PackedWeight, read_packed
-from s2v_flow.models.text_encoder import TextEncoder, build_umt5, umt5_shapes
-from s2v_flow.models.tokenizer import read_tokenizer
+from s2v_flow.models.packed import (
+    PackedEmbedding,
+    PackedLinear,
+    PackedWeight,
+    multiplied,
+    multiply_in_fp8,
+    read_packed,
+)
+from s2v_flow.models.text_encoder import TextEncoder, build_umt5
 from s2v_flow.weights.family import describe_mismatch
 from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY, compare, own_keys
 from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, Quantization, read_quantization
 from s2v_flow.weights.reader import Checkpoint, Shapes
-from s2v_flow.weights.tokenizer import find_tokenizer
+from s2v_flow.weights.tokenizer import find_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from s2v_flow.models.dit import WanS2V
@@ -138,7 +143,7 @@ def load_dit(
         return WanS2V(S2VConfig.from_shapes(shapes), compute_dtype=dtype)
 
     source, module = _built("wan s2v", path, build)
-    stack = open_loras(loras, _shapes_of(module))
+    stack = open_loras(loras, shapes_of(module))
     source = replace(source, loras=stack)
     linear = {name for name, layer in module.named_modules() if type(layer) is nn.Linear}
     wide = frozenset(key for key in module.state_dict() if key.rpartition(".")[0] not in linear)
@@ -147,7 +152,7 @@ def load_dit(
     fast = tuple(f"blocks.{name}" for name in multiplied(module.blocks)) if fp8_fast else ()
     offloaded = STREAMED if streamed else ()
     target = _Target(dtype, torch.device(device), quantized, wide, rounded, offloaded, fast)
-    num_packed = _fill("wan s2v", module, _shapes_of(module), source, target)
+    num_packed = _fill("wan s2v", module, source, target)
     if streamed:
         module.stream_weights(device)
     report = LoadReport(source.checkpoint.path, len(source.keys), num_packed, tuple(stack.reports))
@@ -163,7 +168,7 @@ def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -
     from s2v_flow.models.vae import VAEConfig, WanVAE
 
     source, module = _built("wan vae", path, lambda shapes: WanVAE(VAEConfig.from_shapes(shapes)))
-    _fill("wan vae", module, _shapes_of(module), source, _Target(dtype, torch.device(device)))
+    _fill("wan vae", module, source, _Target(dtype, torch.device(device)))
     return module
 
 
@@ -191,7 +196,7 @@ def load_text_encoder(
     source, module = _built("umt5 encoder", path, build_umt5)
     checkpoint = source.checkpoint
     pieces = read_tokenizer(find_tokenizer(checkpoint, tokenizer), str(tokenizer or checkpoint.path))
-    _fill("umt5 encoder", module, umt5_shapes(module), source, _Target(dtype, torch.device(device), quantized))
+    _fill("umt5 encoder", module, source, _Target(dtype, torch.device(device), quantized))
     return TextEncoder(module, pieces)
 
 
@@ -202,7 +207,7 @@ def load_audio_encoder(path: str | Path, *, dtype: torch.dtype, device: torch.de
         MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, or of another family.
     """
     source, module = _built("wav2vec2", path, build_wav2vec2)
-    _fill("wav2vec2", module, _shapes_of(module), source, _Target(dtype, torch.device(device)))
+    _fill("wav2vec2", module, source, _Target(dtype, torch.device(device)))
     merge_weight_norm(module)
     return AudioEncoder(module)
 
@@ -236,12 +241,14 @@ def _built(family: str, path: str | Path, build: Callable[[Shapes], _Module]) ->
         raise CheckpointError(f"{checkpoint.path}: is no complete {family} file: {detail}", fix=_FIX_FILE) from error
 
 
-def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the keys and shapes that a checkpoint of a module has; a UMT5 encoder's embedding is there once."""
+    return {key: tuple(value.shape) for key, value in module.state_dict().items() if key != EMBEDDING_COPY_KEY}
 
 
-def _fill(family: str, module: nn.Module, expected: Shapes, source: _Source, target: _Target) -> int:
+def _fill(family: str, module: nn.Module, source: _Source, target: _Target) -> int:
     """Put a file's tensors into a module on the meta device; return how many layers stay packed."""
+    expected = shapes_of(module)
     quantised = {key: packing for key in source.keys if (packing := source.packing(key)) is not None}
     padded = {key: expected[key] for key, packing in quantised.items() if packing.holds(expected.get(key, ()))}
     compare(source.checkpoint.path, family, {**source.shapes, **padded}, expected)

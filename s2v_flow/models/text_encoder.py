@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from s2v_flow.models.tokenizer import EOS_ID as EOS_ID
-from s2v_flow.models.tokenizer import MAX_TOKENS as MAX_TOKENS
-from s2v_flow.models.tokenizer import read_tokenizer as read_tokenizer
-from s2v_flow.models.tokenizer import tokens
-from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY
+from s2v_flow.weights.layout import EMBEDDING_KEY, num_layers
 from s2v_flow.weights.reader import Shapes
+from s2v_flow.weights.tokenizer import EOS_ID, MAX_TOKENS, tokens
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -104,7 +101,7 @@ def build_umt5(shapes: Shapes) -> nn.Module:
         d_model=width,
         d_kv=inner // num_heads,
         d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-        num_layers=_count_layers(shapes),
+        num_layers=num_layers(shapes, "encoder.block"),
         num_heads=num_heads,
         relative_attention_num_buckets=buckets,
         relative_attention_max_distance=128,
@@ -114,19 +111,7 @@ def build_umt5(shapes: Shapes) -> nn.Module:
         attn_implementation="eager",
     )
     with torch.device("meta"):
-        model: nn.Module = UMT5EncoderModel(config)
-    _as_any(model).set_input_embeddings(_as_any(model).shared)
-    return model
-
-
-def umt5_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the keys and shapes that a checkpoint of this encoder has: the embedding once, as `shared.weight`."""
-    return {key: tuple(value.shape) for key, value in module.state_dict().items() if key != EMBEDDING_COPY_KEY}
-
-
-def _count_layers(shapes: Shapes) -> int:
-    return len({key.split(".")[2] for key in shapes if key.startswith("encoder.block.")})
-
-
-def _as_any(model: nn.Module) -> Any:
-    return model
+        model: Any = UMT5EncoderModel(config)
+    model.set_input_embeddings(model.shared)
+    module: nn.Module = model
+    return module

@@ -13,13 +13,13 @@ from torch import Tensor
 from s2v_flow.models.conditioning import Branch, PreparedChunk, PreparedText
 from s2v_flow.models.footprint import LATENT_CHANNELS, MOTION_LATENT_FRAMES, num_tokens
 from s2v_flow.models.speech import SpeechTable, chunk_embed, joined
-from s2v_flow.models.tokenizer import MAX_TOKENS
 from s2v_flow.models.vae import denormalise, normalise
 from s2v_flow.nodes.resuming import ResumableSampling
 from s2v_flow.nodes.shortage import Fallback, Fallbacks, no_memory
 from s2v_flow.nodes.tensors import unpack
 from s2v_flow.sampling.sampler import denoised_from_velocity, guide, initial_noise, make_sampler
 from s2v_flow.sampling.step_cache import StepCache
+from s2v_flow.weights.tokenizer import MAX_TOKENS
 
 if TYPE_CHECKING:
     from s2v_flow.errors import S2VFlowError

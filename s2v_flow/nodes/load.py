@@ -330,8 +330,7 @@ def check_header(planner: Planner, name: str, family: str, *field_path: str | in
 
 @per_file
 def _check_tokenizer(path: Path) -> None:
-    from s2v_flow.models.tokenizer import read_tokenizer
-    from s2v_flow.weights.tokenizer import tokenizer_file
+    from s2v_flow.weights.tokenizer import read_tokenizer, tokenizer_file
 
     read_tokenizer(tokenizer_file(path), str(path))
 

@@ -98,7 +98,7 @@ def remark_on_prompt(planner: Planner, name: str, encoder: Value, text: str | Se
     Raises:
         CheckpointError: The text encoder's file is damaged.
     """
-    from s2v_flow.models.tokenizer import MAX_TOKENS, is_surely_short, measure
+    from s2v_flow.weights.tokenizer import MAX_TOKENS, is_surely_short, measure
 
     path, given = (planner.file(encoder.source.node, key) for key in ("checkpoint", "tokenizer"))
     whole = text if isinstance(text, str) else "\0".join(text)

@@ -20,7 +20,7 @@ from safetensors.torch import load, load_file, save_file
 
 import s2v_flow
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.footprint import INJECTED_BLOCKS
+from s2v_flow.models.footprint import INJECTION_BLOCKS
 from s2v_flow.models.load import load_audio_encoder, load_text_encoder
 from s2v_flow.nodes.load import LoadDiffusionModel
 from s2v_flow.weights.gguf import _T5_NAMES
@@ -125,7 +125,7 @@ def test_a_plan_counts_a_packed_model_with_its_size_in_the_file(models: Path, tm
     unread = sum(
         entry.end - entry.begin
         for key, entry in entries.items()
-        if key.startswith("audio_injector.") and INJECTED_BLOCKS[int(key.split(".")[2])] >= layers
+        if key.startswith("audio_injector.") and INJECTION_BLOCKS[int(key.split(".")[2])] >= layers
     )
     assert saved == pytest.approx(sizes[1] - unread - sizes[0], rel=0.1)
 

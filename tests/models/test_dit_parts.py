@@ -13,11 +13,19 @@ from torch import nn
 
 from s2v_flow.demo.weights import uniform
 from s2v_flow.models.attention import Grid, attention, rotate_, rotation_table
-from s2v_flow.models.audio_injection import INJECTION_BLOCKS, AudioInjector, CausalAudioEncoder
 from s2v_flow.models.conditioning import MotionPacker, motion_grids
 from s2v_flow.models.dit import comfyui_noisy_tokens, unpatchify
-from s2v_flow.models.dit_block import Gelu, add_gated_, modulated_norm, split_rows, timestep_embedding
+from s2v_flow.models.dit_block import (
+    AudioInjector,
+    CausalAudioEncoder,
+    Gelu,
+    add_gated_,
+    modulated_norm,
+    split_rows,
+    timestep_embedding,
+)
 from s2v_flow.models.float32 import PatchEmbedding, RMSNorm, TimeConv
+from s2v_flow.models.footprint import INJECTION_BLOCKS
 
 Whose = Literal["official", "comfyui"]
 

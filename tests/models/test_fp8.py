@@ -18,9 +18,8 @@ from s2v_flow.demo.weights import uniform
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.models.dit import WanS2V
 from s2v_flow.models.footprint import read_weights
-from s2v_flow.models.fp8 import Fp8Linear, multiply_in_fp8, rounded
 from s2v_flow.models.load import load_dit
-from s2v_flow.models.packed import PackedLinear, PackedWeight
+from s2v_flow.models.packed import Fp8Linear, PackedLinear, PackedWeight, multiply_in_fp8, rounded
 from s2v_flow.models.registry import weight_bytes
 from s2v_flow.nodes import precision
 from s2v_flow.nodes.precision import precision_notes

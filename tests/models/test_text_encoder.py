@@ -9,8 +9,9 @@ import torch
 from reference import load_golden, load_keys, relative_error
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.load import load_text_encoder
-from s2v_flow.models.text_encoder import EOS_ID, MAX_TOKENS, TextEncoder, build_umt5, read_tokenizer, umt5_shapes
+from s2v_flow.models.load import load_text_encoder, shapes_of
+from s2v_flow.models.text_encoder import TextEncoder, build_umt5
+from s2v_flow.weights.tokenizer import EOS_ID, MAX_TOKENS, read_tokenizer
 
 PROMPT = "The man is playing the guitar. He looks down at his hands and sings gently."
 
@@ -39,7 +40,7 @@ def test_without_padding_the_rows_are_the_reference_rows(encoder: TextEncoder) -
 def test_full_size_encoder_has_the_released_keys() -> None:
     expected = load_keys("umt5_xxl")
     assert len(expected) == 242
-    assert umt5_shapes(build_umt5(expected)) == expected
+    assert shapes_of(build_umt5(expected)) == expected
 
 
 def test_prompt_ends_with_eos_and_has_no_other_special_token(encoder: TextEncoder) -> None:

@@ -11,8 +11,9 @@ from reference import load_golden, relative_error
 
 from s2v_flow.graph.ports import Ref
 from s2v_flow.models.load import load_text_encoder
-from s2v_flow.models.text_encoder import EOS_ID, TextEncoder
+from s2v_flow.models.text_encoder import TextEncoder
 from s2v_flow.nodes.encode import EncodeText, weighted_parts
+from s2v_flow.weights.tokenizer import EOS_ID
 
 
 @pytest.fixture(scope="module")

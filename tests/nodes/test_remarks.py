@@ -19,8 +19,8 @@ from s2v_flow.graph.events import Event, Noted
 from s2v_flow.graph.selection import Selection
 from s2v_flow.media.video import VideoReader
 from s2v_flow.models.text_encoder import TextEncoder
-from s2v_flow.models.tokenizer import MAX_TOKENS, is_surely_short, measure, read_tokenizer
 from s2v_flow.nodes.remarks import is_distilled
+from s2v_flow.weights.tokenizer import MAX_TOKENS, is_surely_short, measure, read_tokenizer
 
 LONG = " ".join(f"sentence {number} of a long prompt." for number in range(200))
 GUIDED = {"steps": 20, "cfg": 6.0}
