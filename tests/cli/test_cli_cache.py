@@ -77,7 +77,8 @@ def test_damage_makes_verify_fail_until_it_is_repaired(done: tuple[Path, list[st
     assert entry is not None
     path = folder / "cache/objects" / entry.outputs["latent"].sha256[:2] / entry.outputs["latent"].file_name
     path.chmod(0o644)
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     code, out, _ = call("cache", "verify", *where)
     assert code == 1
     assert f"damaged: {first[:12]}" in out

@@ -36,9 +36,9 @@ def run(workflow: Path, folder: Path, models: Path, cache: Path, as_of: int | No
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["ancestral", "template", "lightning", "fp8_scaled", "fp8_scaled_2026"])
-def test_imported_workflow_gives_comfyuis_latents(name: str, tmp_path: Path, tiny_models: Path, cache: Path) -> None:
+def test_imported_workflow_gives_comfyuis_latents(name: str, tmp_path: Path, demo_models: Path, cache: Path) -> None:
     """Every chunk within 1e-4 of what ComfyUI saved, at the place where SaveLatent writes."""
-    run(GOLDEN / f"{name}.json", tmp_path, tiny_models, cache, 2025 if name == "fp8_scaled" else None)
+    run(GOLDEN / f"{name}.json", tmp_path, demo_models, cache, 2025 if name == "fp8_scaled" else None)
     made = load_file(tmp_path / "output/latents/s2v_00001_.latent")["latent_tensor"]
     stored = load_file(GOLDEN / f"{name}.safetensors")
     chunks = [stored[key] for key in ("3.0.samples", "201.0.samples", "211.0.samples") if key in stored]
@@ -47,14 +47,14 @@ def test_imported_workflow_gives_comfyuis_latents(name: str, tmp_path: Path, tin
 
 
 @pytest.mark.parity
-def test_imported_workflow_gives_comfyuis_frames(tmp_path: Path, tiny_models: Path, cache: Path) -> None:
+def test_imported_workflow_gives_comfyuis_frames(tmp_path: Path, demo_models: Path, cache: Path) -> None:
     """A SaveImage put behind ImageFromBatch gets the frames that ComfyUI had there: the doubled one dropped."""
     workflow = golden("fp8_scaled")
     workflow["400"] = {"class_type": "SaveImage", "inputs": {"images": ["96", 0], "filename_prefix": "frame"}}
     del workflow["113"]
     file = tmp_path / "workflow.json"
     file.write_text(json.dumps(workflow))
-    run(file, tmp_path, tiny_models, cache, 2025)
+    run(file, tmp_path, demo_models, cache, 2025)
     files = sorted((tmp_path / "output").glob("frame_*.png"))
     made = np.stack([np.asarray(Image.open(path)) for path in files]).astype(float)
     expected = load_file(GOLDEN / "fp8_scaled.safetensors")["96.0"].numpy().astype(float)
@@ -63,7 +63,7 @@ def test_imported_workflow_gives_comfyuis_frames(tmp_path: Path, tiny_models: Pa
 
 
 @pytest.mark.slow
-def test_each_edited_latent_is_what_its_nodes_say(tmp_path: Path, tiny_models: Path, cache: Path) -> None:
+def test_each_edited_latent_is_what_its_nodes_say(tmp_path: Path, demo_models: Path, cache: Path) -> None:
     """An unusual graph runs: the second chunk alone, and a piece of the video, beside and behind each other."""
     workflow = golden("ancestral")
     extra = {
@@ -79,7 +79,7 @@ def test_each_edited_latent_is_what_its_nodes_say(tmp_path: Path, tiny_models: P
     workflow |= {name: {"class_type": type_, "inputs": inputs} for name, (type_, inputs) in extra.items()}
     file = tmp_path / "workflow.json"
     file.write_text(json.dumps(workflow))
-    run(file, tmp_path, tiny_models, cache)
+    run(file, tmp_path, demo_models, cache)
 
     def saved(prefix: str) -> torch.Tensor:
         return load_file(tmp_path / f"output/{prefix}_00001_.latent")["latent_tensor"]
@@ -95,7 +95,7 @@ def test_each_edited_latent_is_what_its_nodes_say(tmp_path: Path, tiny_models: P
 
 @pytest.mark.parity
 def test_a_pose_video_of_its_first_frames_is_what_every_chunk_gets(
-    tmp_path: Path, tiny_models: Path, cache: Path
+    tmp_path: Path, demo_models: Path, cache: Path
 ) -> None:
     """As in ComfyUI: a clip that ends after the first chunk's frames steers the second chunk all the same."""
     with av.open(str(tmp_path / "pose.mp4"), "w") as container:
@@ -118,7 +118,7 @@ def test_a_pose_video_of_its_first_frames_is_what_every_chunk_gets(
             workflow[chunk]["inputs"]["control_video"] = ["702", 0]
         file = tmp_path / "workflow.json"
         file.write_text(json.dumps(workflow))
-        outputs = run(file, tmp_path, tiny_models, cache).outputs
+        outputs = run(file, tmp_path, demo_models, cache).outputs
         (path,) = (path for paths in outputs.values() for path in paths if path.suffix == ".latent")
         latents[name] = load_file(path)["latent_tensor"]
     first = {name: latent[:, :, :2] for name, latent in latents.items()}

@@ -43,12 +43,12 @@ def read(file: Path, key: str) -> Tensor:
     return value
 
 
-def test_all_files_are_there_and_are_what_they_should_be(tiny_models: Path) -> None:
+def test_all_files_are_there_and_are_what_they_should_be(demo_models: Path) -> None:
     found = {}
-    for file in tiny_models.rglob("*"):
+    for file in demo_models.rglob("*"):
         if file.is_file():
             checkpoint = Checkpoint.open(file)
-            found[file.relative_to(tiny_models).as_posix()] = (
+            found[file.relative_to(demo_models).as_posix()] = (
                 len(checkpoint.entries),
                 detect_family(checkpoint.shapes),
             )
@@ -75,16 +75,16 @@ PINNED = [
 
 
 @pytest.mark.parametrize(("file", "key", "digest"), PINNED)
-def test_weights_are_the_reference_weights(tiny_models: Path, file: str, key: str, digest: str) -> None:
+def test_weights_are_the_reference_weights(demo_models: Path, file: str, key: str, digest: str) -> None:
     """The digests are of files written by the reference's own script, which the golden outputs were made with."""
-    assert sha256(read(tiny_models / f"{file}.safetensors", key)) == digest
+    assert sha256(read(demo_models / f"{file}.safetensors", key)) == digest
 
 
 @pytest.mark.slow
-def test_another_seed_gives_other_weights(tmp_path: Path, tiny_models: Path) -> None:
+def test_another_seed_gives_other_weights(tmp_path: Path, demo_models: Path) -> None:
     make_demo_models(tmp_path / "models", seed=1)
     file, key = "diffusion_models/tiny_s2v_fp8_scaled.safetensors", "blocks.0.ffn.0.weight"
-    assert sha256(read(tmp_path / "models" / file, key)) != sha256(read(tiny_models / file, key))
+    assert sha256(read(tmp_path / "models" / file, key)) != sha256(read(demo_models / file, key))
     assert read(tmp_path / "models" / file, "blocks.0.ffn.0.scale_weight").shape == (1,)
 
 

@@ -55,11 +55,11 @@ def grey_levels_apart(actual: np.ndarray, expected: Tensor) -> float:
     ],
 )
 def test_a_comfyui_workflow_gives_comfyuis_latents_and_frames(
-    name: str, tmp_path: Path, tiny_models: Path, cache: Path
+    name: str, tmp_path: Path, demo_models: Path, cache: Path
 ) -> None:
     golden = load_file(GOLDEN / "e2e" / f"{name}.safetensors")
     chunks = [golden[key] for key in LATENTS_IN_ORDER if key in golden]
-    latent, frames = run(name, tmp_path, tiny_models, cache)
+    latent, frames = run(name, tmp_path, demo_models, cache)
     parts = torch.split(latent, chunks[0].shape[2], dim=2)
     assert len(parts) == len(chunks) >= 2
     assert max(relative_error(part, chunk) for part, chunk in zip(parts, chunks, strict=True)) <= LATENT_TOLERANCE
@@ -70,14 +70,14 @@ def test_a_comfyui_workflow_gives_comfyuis_latents_and_frames(
 
 
 @pytest.mark.parity
-def test_a_step_cache_reuses_no_more_than_its_threshold_lets_it(tmp_path: Path, tiny_models: Path, cache: Path) -> None:
+def test_a_step_cache_reuses_no_more_than_its_threshold_lets_it(tmp_path: Path, demo_models: Path, cache: Path) -> None:
     """Untrained weights change by two fifths from step to step: the usual threshold lets nothing pass, 0.6 does."""
     found = []
     for threshold in (None, 0.2, 0.6):
         sets = ["steps=20", "nodes.talk.chunks=0", "nodes.talk.seed=[]"]
         if threshold is not None:
             sets += ["nodes.first.step_cache=easy", f"nodes.first.step_cache_threshold={threshold}"]
-        given = options(tmp_path, tiny_models, cache, output_dir=tmp_path, overwrite=True, sets=sets)
+        given = options(tmp_path, demo_models, cache, output_dir=tmp_path, overwrite=True, sets=sets)
         given = replace(given, selection=Selection(until=("latents",)))
         result = api.run(RECIPES / "template.yaml", given)
         reused = sum(entry.facts.get("step_cache", {}).get("reused", 0) for entry in result.entries.values())
@@ -91,11 +91,11 @@ def test_a_step_cache_reuses_no_more_than_its_threshold_lets_it(tmp_path: Path, 
 
 @pytest.mark.parity
 def test_the_authors_pipeline_gives_the_authors_latents_and_frames(
-    tmp_path: Path, tiny_models: Path, cache: Path
+    tmp_path: Path, demo_models: Path, cache: Path
 ) -> None:
     golden = load_file(GOLDEN / "e2e" / "official.safetensors")
     clips = [golden["clip0.latent_normalised"], golden["clip1.latent_normalised"]]
-    latent, frames = run("official", tmp_path, tiny_models, cache)
+    latent, frames = run("official", tmp_path, demo_models, cache)
     parts = torch.split(normalise(latent)[0], 4, dim=1)
     assert max(relative_error(part, clip) for part, clip in zip(parts, clips, strict=True)) <= LATENT_TOLERANCE
     assert len(frames) == 29
@@ -103,7 +103,7 @@ def test_the_authors_pipeline_gives_the_authors_latents_and_frames(
 
 
 @pytest.mark.slow
-def test_bf16_stays_near_float32(tmp_path: Path, tiny_models: Path, cache: Path) -> None:
+def test_bf16_stays_near_float32(tmp_path: Path, demo_models: Path, cache: Path) -> None:
     write_voice(tmp_path / "voice.wav", 0.4)
     found = {}
     for precision in ("fp32", "bf16"):
@@ -114,20 +114,20 @@ def test_bf16_stays_near_float32(tmp_path: Path, tiny_models: Path, cache: Path)
             video=None,
             latent={"kind": "save_latent", "latent": "$first", "file": f"{precision}.latent"},
         )
-        api.run(write_recipe(tmp_path, changes), options(tmp_path, tiny_models, cache))
+        api.run(write_recipe(tmp_path, changes), options(tmp_path, demo_models, cache))
         found[precision] = saved_latent(tmp_path / f"{precision}.latent")
     assert 0 < relative_error(found["bf16"], found["fp32"]) <= 2e-2
 
 
 @pytest.mark.slow
 def test_a_saved_latent_is_continued_as_the_video_itself_would_be(
-    tmp_path: Path, tiny_models: Path, cache: Path
+    tmp_path: Path, demo_models: Path, cache: Path
 ) -> None:
     write_voice(tmp_path / "voice.wav", 1.2)
     save = {"kind": "save_latent", "latent": "$talk", "file": "direct.latent"}
     first = {"kind": "save_latent", "latent": "$first", "file": "first.latent"}
     direct = tiny(talk={"chunks": 2, "seed": 5}, frames=None, video=None, all=save, start=first)
-    api.run(write_recipe(tmp_path, direct), options(tmp_path, tiny_models, cache))
+    api.run(write_recipe(tmp_path, direct), options(tmp_path, demo_models, cache))
     settings = {"length": 5, "steps": 2, "cfg": 1.0, "sampler": "uni_pc", "scheduler": "simple", "shift": 8.0}
     inputs = {"model": "$dit", "positive": "$positive", "speech": "$speech", "reference": "$reference"}
     continued = {
@@ -146,5 +146,5 @@ def test_a_saved_latent_is_continued_as_the_video_itself_would_be(
         "video": None,
         "all": {**save, "file": "continued.latent"},
     }
-    api.run(write_recipe(tmp_path, continued), options(tmp_path, tiny_models, cache))
+    api.run(write_recipe(tmp_path, continued), options(tmp_path, demo_models, cache))
     assert torch.equal(saved_latent(tmp_path / "continued.latent"), saved_latent(tmp_path / "direct.latent"))

@@ -18,8 +18,8 @@ from s2v_flow.models.load import load_audio_encoder
 
 
 @pytest.fixture(scope="module")
-def encoder(tiny_models: Path) -> AudioEncoder:
-    file = tiny_models / "audio_encoders" / "tiny_wav2vec2.safetensors"
+def encoder(demo_models: Path) -> AudioEncoder:
+    file = demo_models / "audio_encoders" / "tiny_wav2vec2.safetensors"
     return load_audio_encoder(file, dtype=torch.float32, device="cpu")
 
 
@@ -37,9 +37,9 @@ def test_states_equal_the_reference(encoder: AudioEncoder) -> None:
 
 
 def test_a_file_without_the_mask_of_training_gives_the_same_states(
-    tmp_path: Path, tiny_models: Path, encoder: AudioEncoder
+    tmp_path: Path, demo_models: Path, encoder: AudioEncoder
 ) -> None:
-    weights = load_file(tiny_models / "audio_encoders" / "tiny_wav2vec2.safetensors")
+    weights = load_file(demo_models / "audio_encoders" / "tiny_wav2vec2.safetensors")
     del weights["masked_spec_embed"]
     save_file(weights, tmp_path / "a.safetensors")
     other = load_audio_encoder(tmp_path / "a.safetensors", dtype=torch.float32, device="cpu")
@@ -84,9 +84,9 @@ def test_windows_of_the_first_convolutions_change_nothing(
     assert relative_error(encoder.encode(x, "official"), whole) < 1e-6
 
 
-def test_weights_go_with_the_encoder(tiny_models: Path) -> None:
+def test_weights_go_with_the_encoder(demo_models: Path) -> None:
     """Without help of the garbage collector: nothing in it refers to itself."""
-    path = tiny_models / "audio_encoders" / "tiny_wav2vec2.safetensors"
+    path = demo_models / "audio_encoders" / "tiny_wav2vec2.safetensors"
     gc.collect()
     gc.disable()
     try:
