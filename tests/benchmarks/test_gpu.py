@@ -1,21 +1,28 @@
-"""The GPU's script, every part at toy size on the CPU."""
+"""The GPU's script at toy size on the CPU; tests/test_pretend_cuda.py runs its parts on a device that pretends."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import gpu
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's own compiler, about torch
-def test_every_part_runs_at_toy_size() -> None:
-    rows = [row for part in gpu.PARTS for row in gpu.rows_of(part, gpu.TOY)]
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param((gpu.correctness, gpu.backends, gpu.compiled), id="what differs on a CPU", marks=pytest.mark.slow),
+        pytest.param(gpu.PARTS, id="all", marks=pytest.mark.soak),
+    ],
+)
+def test_parts_run_at_toy_size(parts: tuple[Any, ...]) -> None:
+    rows = [row for part in parts for row in gpu.rows_of(part, gpu.TOY)]
     assert [row for row in rows if row["status"] == "failed"] == []
-    assert {row["part"] for row in rows} == {part.__name__ for part in gpu.PARTS}
+    assert {row["part"] for row in rows} == {part.__name__ for part in parts}
     assert [row["case"] for row in rows if row["part"] == "correctness"] == ["bf16", "fp16", "fp8"]
     tried = {row["case"]: row["status"] for row in rows if row["part"] == "backends"}
     assert tried == {"sdpa": "ok", "cudnn": "skipped", "flash": "ok", "efficient": "skipped", "sage": "skipped"}

@@ -36,7 +36,7 @@ def test_the_vae_alone_keeps_held_out_characters() -> None:
     vae = WanVAE(VAEConfig(width=16))
     vae.load_state_dict(vae_with_time(state.load_weights(FOLDER / "vae.safetensors")))
     errors = []
-    for seed in range(3):
+    for seed in range(2):
         frames = held_out_clip(seed).transpose(0, 1)[None]
         decoded = vae.decode(vae.encode(frames * 2 - 1)).clamp(-1, 1) / 2 + 0.5
         errors.append((decoded - frames).square().mean())
@@ -90,9 +90,9 @@ def test_the_demo_smiles_when_the_timeline_says_so(demo: Shown) -> None:
     assert bend[42:74].mean() > bend[:34].mean() + 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("count", [pytest.param(4, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.soak)])
 @torch.no_grad()
-def test_twenty_held_out_characters_smile_when_told_to(tiny_models: Path) -> None:
+def test_held_out_characters_smile_when_told_to(count: int, tiny_models: Path) -> None:
     """Against a plain prompt, with the same noise and the same sound, the corners of the mouth stand higher."""
     encoder = load_text_encoder(
         tiny_models / "text_encoders" / "tiny_umt5.safetensors", quantized=False, dtype=torch.float32, device="cpu"
@@ -104,7 +104,7 @@ def test_twenty_held_out_characters_smile_when_told_to(tiny_models: Path) -> Non
     vae = TrainableVAE(state.load_weights(FOLDER / "vae.safetensors"))
     mouth = mouth_code(torch.full((12,), 0.25), torch.zeros(12)).expand(2, -1, -1)
     higher = []
-    for seed in range(20):
+    for seed in range(count):
         generator = torch.Generator().manual_seed(9_000_000 + seed)
         who = draw_character(generator)
         reference = vae.encode(portrait(who)[:, :, None] * 2 - 1).expand(2, -1, -1, -1, -1)
@@ -117,14 +117,15 @@ def test_twenty_held_out_characters_smile_when_told_to(tiny_models: Path) -> Non
     assert min(higher) > 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_lips_are_late_as_theory_says_where_comfyuis_timing_is_asked_for(tmp_path: Path) -> None:
     """By three frames; exact time, as in the demo, has none."""
     voice = speech(tmp_path / "short.wav", 2)
     assert figures(shown(tmp_path, voice, nodes__first__conditioning="comfyui"), character())["lag"] == 3
 
 
-@pytest.mark.parametrize("chunks", [pytest.param(3, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("chunks", [3, 10])
 def test_many_chunks_do_not_drift_and_the_mouth_closes_in_a_pause(chunks: int, tmp_path: Path) -> None:
     """To what the drawing at rest measures, by a hundredth of the picture's half height: two thirds of a pixel."""
     found = figures(shown(tmp_path, speech(tmp_path / "long.wav", chunks, pause=24)), character())

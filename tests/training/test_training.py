@@ -118,7 +118,7 @@ def test_the_dit_learns_and_its_file_loads(tmp_path: Path) -> None:
     load_dit(tmp_path / "demo_s2v.safetensors", quantized=False, **CPU)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_decoder_learns_from_drawn_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.clips.speak", babble)
     for module in (clips, train_decoder):
@@ -220,8 +220,10 @@ def test_the_ears_are_trained_and_their_file_loads(tmp_path: Path, monkeypatch: 
     assert np.mean(losses[-5:]) < 0.9 * losses[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("index", "num_frames"), [(0, 10), (100, 3)])
+@pytest.mark.parametrize(
+    ("index", "num_frames"),
+    [pytest.param(0, 10, marks=pytest.mark.soak), pytest.param(100, 3, marks=pytest.mark.slow)],
+)
 def test_a_clip_is_the_same_every_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int, num_frames: int
 ) -> None:
