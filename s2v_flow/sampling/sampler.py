@@ -62,8 +62,8 @@ def _own(step: Step, first_time: float) -> Solver:
 
 SOLVERS: Mapping[SamplerName, Solver] = MappingProxyType(
     {
-        "uni_pc": Solver(partial(solver.unipc, solver.COMFY_B1), solver.comfy_sigmas, result=solver.comfy_result),
-        "uni_pc_bh2": Solver(partial(solver.unipc, solver.COMFY_B2), solver.comfy_sigmas, result=solver.comfy_result),
+        "uni_pc": Solver(solver.uni_pc, solver.comfy_sigmas, result=solver.comfy_result),
+        "uni_pc_bh2": Solver(solver.uni_pc_bh2, solver.comfy_sigmas, result=solver.comfy_result),
         "euler": Solver(solver.euler),
         "euler_ancestral": Solver(solver.euler_ancestral, draws_noise=True),
         "heun": Solver(solver.heun),
@@ -73,7 +73,7 @@ SOLVERS: Mapping[SamplerName, Solver] = MappingProxyType(
         "ddim": Solver(solver.euler),
         "deis": Solver(solver.deis),
         "ipndm": Solver(solver.ipndm),
-        "flow_unipc": _own(partial(solver.unipc, solver.FLOW_B2), UNIPC_FIRST_TIME),
+        "flow_unipc": _own(solver.flow_unipc, UNIPC_FIRST_TIME),
         "flow_dpmpp": _own(solver.flow_dpmpp, 1.0),
     }
 )

@@ -192,7 +192,25 @@ COMFY_B2 = Variant(order=3, alpha=lambda sigma: 1.0, log_snr=lambda sigma: -math
 FLOW_B2 = Variant(order=2, alpha=lambda sigma: 1 - sigma, log_snr=flow_log_snr, is_b2=True)
 
 
-def unipc(variant: Variant, denoise: Denoise, sigmas: Sequence[float], state: SolverState, draw: Draw) -> SolverState:
+def uni_pc(denoise: Denoise, sigmas: Sequence[float], state: SolverState, draw: Draw) -> SolverState:
+    """Take a step of ComfyUI's uni_pc: order 3, B1."""
+    return unipc_step(COMFY_B1, denoise, sigmas, state)
+
+
+def uni_pc_bh2(denoise: Denoise, sigmas: Sequence[float], state: SolverState, draw: Draw) -> SolverState:
+    """Take a step of ComfyUI's uni_pc_bh2: order 3, B2."""
+    return unipc_step(COMFY_B2, denoise, sigmas, state)
+
+
+def flow_unipc(denoise: Denoise, sigmas: Sequence[float], state: SolverState, draw: Draw) -> SolverState:
+    """Take a step of the authors' default solver: UniPC of order 2, B2.
+
+    Source: Wan-Video/Wan2.2, wan/utils/fm_solvers_unipc.py, FlowUniPCMultistepScheduler.
+    """
+    return unipc_step(FLOW_B2, denoise, sigmas, state)
+
+
+def unipc_step(variant: Variant, denoise: Denoise, sigmas: Sequence[float], state: SolverState) -> SolverState:
     """Call the model, correct the interval before, predict over the interval ahead.
 
     Args:

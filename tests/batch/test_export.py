@@ -22,7 +22,8 @@ def exported(folder: Path, models: Path, form: str, *arguments: object) -> tuple
         {"nodes.positive.text": text, "nodes.video.file": name} for text, name in (("Hm.", "a.mp4"), (NASTY, "b.mp4"))
     ]
     (folder / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    command = ("batch", "export", made.recipe, "--jobs", folder / "jobs.jsonl", "--format", form, *made.where)
+    where = made.where[:-2] if "--device" in arguments else made.where
+    command = ("batch", "export", made.recipe, "--jobs", folder / "jobs.jsonl", "--format", form, *where)
     return call(*command, *arguments)
 
 

@@ -106,8 +106,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = models._Content({"x": torch.zeros(1)})
-    monkeypatch.setattr(models, "_files", lambda seed: iter([("vae/a.safetensors", content)]))
+    monkeypatch.setattr(models, "_files", lambda seed: iter([("vae/a.safetensors", {"x": torch.zeros(1)})]))
     root = tmp_path / "models"
     root.mkdir()
     make_demo_models(root)

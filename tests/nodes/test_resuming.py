@@ -152,7 +152,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_only(
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("s2v_flow.cache.resume_point.finish", refuse)
+    monkeypatch.setattr("s2v_flow.files.atomic.finish", refuse)
     bench = Bench(tmp_path)
     with pytest.raises(StoppedError, match="without a resume point"):
         bench.run(3)
