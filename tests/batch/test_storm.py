@@ -126,17 +126,9 @@ def disturb(
     happened[what] += 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_kills_and_a_full_disk_change_nothing(tiny_models: Path, quick_run: Place, small_disk: Path) -> None:
     """Every job's video is there once, with the bytes of an undisturbed run."""
-    (small_disk.parent / "clean").mkdir()
-    happened = storm(small_disk, tiny_models, quick_run, kills=3, jobs=3, seed=1, pause=4.0)
-    assert happened["worker killed"] + happened["batch killed"] >= 3
-
-
-@pytest.mark.soak
-def test_soak_kills_and_a_full_disk(tiny_models: Path, quick_run: Place, small_disk: Path) -> None:
-    """The same, for longer."""
     (small_disk.parent / "clean").mkdir()
     kills = int(os.environ.get("S2VFLOW_SOAK_BATCH_KILLS", "100"))
     happened = storm(small_disk, tiny_models, quick_run, kills, jobs=6, seed=2, pause=8.0)

@@ -151,8 +151,7 @@ CASES: list[tuple[tuple[int, int, int], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.soak), pytest.param(4, marks=pytest.mark.slow)])
 def test_velocities_are_those_of_one_process(size: int, four_heads: Path) -> None:
     """With motion and without, one branch and two, tokens that the ranks do not divide; and the bytes sent."""
     given = {"dtype": torch.float32, "device": "cpu", "quantized": False}
@@ -253,8 +252,13 @@ def test_a_killed_rank_ends_the_run_and_another_number_goes_on(tmp_path: Path, t
     assert rest.steps[:2] == [("first", 3), ("first", 4)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        *(pytest.param(number, marks=pytest.mark.soak) for number in (signal.SIGTERM, signal.SIGUSR1)),
+    ],
+)
 def test_signals_stop_as_in_one_process(
     number: signal.Signals, tmp_path: Path, tiny_models: Path, whole: Tensor, handlers: None
 ) -> None:
