@@ -499,6 +499,7 @@ def pretend_cuda(limit: int = 2**34, capability: tuple[int, int] = (9, 0), index
             stack.enter_context(patch.multiple(owner, **values))
         _present.append(device)
         stack.callback(_present.pop)
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True))
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         with Computing(device):

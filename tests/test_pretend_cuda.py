@@ -25,7 +25,7 @@ from s2v_flow.machine import resolve_device
 from s2v_flow.models.attention import backends_for, usable_backend
 from s2v_flow.models.dit import S2VConfig
 from s2v_flow.models.gguf_blocks import dequantize_blocks
-from s2v_flow.models.load import load_dit
+from s2v_flow.models.load import load_dit, load_vae
 from s2v_flow.models.packed import multiply_in_fp8, read_packed
 from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.streaming import WeightStream
@@ -181,6 +181,14 @@ def test_loading_for_products_in_fp8_holds_the_wider_weights_of_one_layer(tiny_m
         model = load_dit(path, dtype=BF16, device="cuda", quantized=True, fp8_fast=True).module
         assert device.peak <= 1.05 * device.allocated
         assert weight_bytes(model) <= device.allocated <= 1.05 * weight_bytes(model)
+
+
+def test_convolutions_in_float32_are_not_rounded_to_fewer_bits(tiny_models: Path) -> None:
+    """As cuDNN does unless told otherwise; the whole process is told by the first model on a GPU."""
+    with pretend_cuda():
+        assert torch.backends.cudnn.allow_tf32
+        load_vae(tiny_models / "vae/tiny_vae.safetensors", torch.float32, "cuda")
+        assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(

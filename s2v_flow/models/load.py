@@ -252,6 +252,8 @@ def _fill(family: str, module: nn.Module, source: _Source, target: _Target) -> i
     quantised = {key: packing for key in source.keys if (packing := source.packing(key)) is not None}
     padded = {key: expected[key] for key, packing in quantised.items() if packing.holds(expected.get(key, ()))}
     compare(source.checkpoint.path, family, {**source.shapes, **padded}, expected)
+    if target.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # else it rounds float32 convolutions to 10 bits
     module.eval().requires_grad_(False)
     packed = _packed_layers(module, source, target)
     left_out = {f"{name}.weight" for name in [*packed, *target.fast]}
