@@ -26,7 +26,7 @@ from s2v_flow.models.attention import backends_for, usable_backend
 from s2v_flow.models.dit import S2VConfig
 from s2v_flow.models.gguf_blocks import dequantize_blocks
 from s2v_flow.models.load import load_dit, load_vae
-from s2v_flow.models.packed import multiply_in_fp8, read_packed
+from s2v_flow.models.packed import multiply_in_fp8, read_packed, require_products
 from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.streaming import WeightStream
 from s2v_flow.models.vae import VAEConfig, WanVAE
@@ -181,6 +181,14 @@ def test_loading_for_products_in_fp8_holds_the_wider_weights_of_one_layer(tiny_m
         model = load_dit(path, dtype=BF16, device="cuda", quantized=True, fp8_fast=True).module
         assert device.peak <= 1.05 * device.allocated
         assert weight_bytes(model) <= device.allocated <= 1.05 * weight_bytes(model)
+
+
+def test_products_in_fp8_are_tried_before_a_model_is_loaded_for_them() -> None:
+    """A build of torch may lack them where the GPU has the units: here of a GPU that has none."""
+    with pretend_cuda(capability=(8, 9)):
+        require_products("cuda")
+    with pretend_cuda(capability=(8, 6)), pytest.raises(S2VFlowError, match=r"fp8_fast does not work on cuda .* needs"):
+        require_products("cuda")
 
 
 def test_convolutions_in_float32_are_not_rounded_to_fewer_bits(tiny_models: Path) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
-from s2v_flow.errors import CheckpointError
+from s2v_flow.errors import CheckpointError, ExitCode, S2VFlowError
 from s2v_flow.models.gguf_blocks import dequantize_blocks
 from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, Quantization
 from s2v_flow.weights.reader import Checkpoint
@@ -198,6 +199,24 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round rows [M, K] to e4m3fn [M, K] times a scale, float32 [M, 1]: the row's largest number is 448 of it."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-12) / _LARGEST
     return (x / scale).to(FP8), scale
+
+
+def require_products(device: torch.device | str) -> None:
+    """Multiply two small matrices on a device as `Fp8Linear` does: compute capability alone does not tell.
+
+    Raises:
+        S2VFlowError: torch, as it is installed, cannot.
+    """
+    options = {"bias": False, "dtype": torch.bfloat16, "device": device}
+    layer: nn.Linear = skip_init(nn.Linear, 32, 32, **options)  # type: ignore[no-untyped-call]
+    nn.init.ones_(layer.requires_grad_(False).weight)
+    try:
+        failure = "" if bool((Fp8Linear(layer)(layer.weight) == 32).all()) else "it gives wrong numbers"
+    except RuntimeError as error:
+        failure = str(error).partition("\n")[0]
+    if failure:
+        text = f"precision: fp8_fast does not work on {device} with torch {torch.__version__}: {failure}"
+        raise S2VFlowError(text, fix="use precision: auto, or a newer torch", exit_code=ExitCode.USAGE)
 
 
 def multiply_in_fp8(module: nn.Module, *paths: str) -> None:

@@ -145,6 +145,7 @@ class LoadDiffusionModel(Node):
             from s2v_flow.models.attention import backends_for, usable_backend
             from s2v_flow.models.load import load_dit
             from s2v_flow.models.lora import LoraSpec
+            from s2v_flow.models.packed import require_products
 
             device, dtype = context.device, options["dtype"]
             candidates = backends_for(compute_capability(device), dtype)
@@ -152,6 +153,8 @@ class LoadDiffusionModel(Node):
             if told:
                 context.note(told, is_warning=True)
             specs = [LoraSpec(file, strength) for file, strength in zip(paths, strengths, strict=True)]
+            if self.precision == "fp8_fast":
+                require_products(device)
             options.update(rounds_linears=self.fp8_rounding == "comfyui_2025", fp8_fast=self.precision == "fp8_fast")
             loaded = (context.models().load_dit or load_dit)(path, loras=specs, **options)
             for lora, report in zip(self.loras, loaded.report.loras, strict=True):

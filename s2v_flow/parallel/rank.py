@@ -151,9 +151,9 @@ class Rank:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Let sockets that are opened inside be this machine's own alone, and NCCL's errors end no process."""
-    loopback = "lo" if sys.platform == "linux" else "lo0"
-    values = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    """Let sockets that are opened inside be this machine's own alone, and NCCL's watchdogs end no process."""
+    values = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo" if sys.platform == "linux" else "lo0")
+    values |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
     before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
