@@ -24,6 +24,7 @@ from s2v_flow.graph.interrupt import StoppedError
 from s2v_flow.machine import resolve_device
 from s2v_flow.models.attention import backends_for, usable_backend
 from s2v_flow.models.dit import S2VConfig
+from s2v_flow.models.footprint import Weights, decoding_bytes, encoding_bytes
 from s2v_flow.models.gguf_blocks import dequantize_blocks
 from s2v_flow.models.load import load_dit, load_vae
 from s2v_flow.models.packed import multiply_in_fp8, read_packed, require_products
@@ -252,15 +253,31 @@ def test_frames_that_are_copied_beside_the_next_decoding_are_right() -> None:
     assert all((found == to_frames(group).numpy()).all() for found, group in zip(copied, groups, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_the_plan_counts_what_the_vae_takes_on_a_gpu(dtype: torch.dtype) -> None:
+    """Within 15 %; the kernels' own workspaces are not among it."""
+    vae, side = fill_module(WanVAE(VAEConfig(8))).to(dtype), 48
+    shapes = {key: tuple(value.shape) for key, value in vae.state_dict().items()}
+    weights = Weights(shapes, 0, dtype.itemsize, is_packed=False, on_cpu=False)
+    with pretend_cuda() as device:
+        vae, latent, clip = vae.to("cuda"), torch.randn(1, 16, 2, side // 8, side // 8), torch.rand(1, 3, 9, side, side)
+        there = device.allocated
+        vae.decode_next(latent.cuda(), vae.decode_next(latent.cuda(), None)[1])
+        assert decoding_bytes(weights, side, side, 2) == pytest.approx(device.peak - there, rel=0.15)
+        device.reset_peak()
+        vae.encode(clip.cuda())
+        assert encoding_bytes(weights, side, side, 9) == pytest.approx(device.peak - there, rel=0.15)
+
+
 def test_decoding_in_tiles_holds_one_tiles_state_at_a_time() -> None:
-    """What the plan counts for a tile; with the state of the one before beside it, it would be a third more."""
+    """What the plan counts for a tile, and the picture twice; with the state of the one before it were a third more."""
     vae, latent = fill_module(WanVAE(VAEConfig(4))), torch.randn(1, 16, 2, 24, 24)
     with pretend_cuda() as device:
         vae, given, state = vae.to("cuda"), latent.cuda(), None
         there = device.allocated
         for part in given.split(1, dim=2):
             _, state = decode_next_tiled(vae, part, state, 2)
-        assert device.peak - there <= 1.1 * (55 + 21.5) * 4 * 128 * 128 * 4
+        assert device.peak - there <= (52 + 17) * 4 * 128 * 128 * 4 + 2 * 12 * 192 * 192 * 4
 
 
 @pytest.mark.slow

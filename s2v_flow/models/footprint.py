@@ -181,25 +181,22 @@ def decoding_bytes(vae: Weights, width: int, height: int, frames_per_call: int) 
     """Count what decoding takes, in arrays of one frame at full size with the narrowest layer's channels.
 
     The state from one call to the next is 24.7 of them, twice while it is replaced. At the widest moment, in the last
-    stage (four frames for a latent frame), 20 more for each latent frame: the layer's input and its shortcut, the
-    convolution's window and its result, and upsampled ones of twice the channels; 16-bit norms add 7, in float32. On
-    the CPU convolutions read what they are given, and 49.5 and 16 are held; what they need besides makes 52 and 17, for
-    16 bits, which they turn into float32, 55 and 54, and elsewhere 55 and 21.5 (29 for 16 bits).
+    stage (four frames for a latent frame), 16 more for each latent frame: the layer's input and its shortcut, the
+    convolution's window and its result, and upsampled ones of twice the channels. What convolutions need besides makes
+    52 and 17; on the CPU they turn 16 bits into float32, which makes 55 and 54.
     """
-    if vae.on_cpu:
-        state, per_call = (52.0, 17.0) if vae.item_bytes == 4 else (55.0, 54.0)
-    else:
-        state, per_call = 55.0, 21.5 if vae.item_bytes == 4 else 29.0
+    state, per_call = (55.0, 54.0) if vae.on_cpu and vae.item_bytes == 2 else (52.0, 17.0)
     return round(_frame_bytes(vae, width, height) * (state + per_call * frames_per_call))
 
 
 def encoding_bytes(vae: Weights, width: int, height: int, num_frames: int) -> int:
     """Count what encoding takes, as `decoding_bytes` does: one frame alone takes 18 arrays, a clip, four at a time, 46.
 
-    The clip itself, float32, stands beside it, twice.
+    A GPU takes 16 and 40. The clip itself, float32, stands beside it, twice.
     """
     clip = 3 * num_frames * width * height * 4
-    return (18 if num_frames == 1 else 46) * _frame_bytes(vae, width, height) + 2 * clip
+    one, several = (18, 46) if vae.on_cpu else (16, 40)
+    return (one if num_frames == 1 else several) * _frame_bytes(vae, width, height) + 2 * clip
 
 
 def chunk_flops(
