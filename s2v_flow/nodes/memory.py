@@ -106,25 +106,24 @@ class _Needs:
         self._ways: dict[str, dict[str, Any]] = {}
 
     def shrink(self, names: Collection[str]) -> bool:
-        """Let each of these nodes take less in the next way that there is; tell whether there was any."""
-        return sum(map(self._shrink, names)) > 0
+        """Let these nodes take less in the next way of each, once where they share it; tell whether there was any."""
+        changes = {at: way for name in names for at, way in self._less(name).items()}
+        self._ways.update(changes)
+        for loader in changes.keys() & self._weights.keys():
+            del self._weights[loader]
+        return bool(changes)
 
-    def _shrink(self, name: str) -> bool:
+    def _less(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return the next way in which a node takes less memory, by the nodes that are to go it."""
         of = self._plan.node(name).node
-        for loader in self._live[name]:
-            if self._can_stream(loader):
-                self._ways[loader] = {"placement": "streamed"}
-                del self._weights[loader]
-                return True
+        for loader in filter(self._can_stream, self._live[name]):
+            return {loader: {"placement": "streamed"}}
         if isinstance(of, Chunk):
-            if "negative" not in self._plan.node(name).inputs or "in_turn" in self._ways.get(name, ()):
-                return False
-            self._ways[name] = {"in_turn": True}
-            return True
+            has_way = "negative" in self._plan.node(name).inputs and "in_turn" not in self._ways.get(name, ())
+            return {name: {"in_turn": True}} if has_way else {}
         decoders = [name] if isinstance(of, DecodeChunk) else [node.name for node in self._decoders(name)]
         counts = {decoder: self._frames_per_call(decoder) for decoder in decoders}
-        self._ways.update({decoder: {"frames_per_call": n // 2} for decoder, n in counts.items() if n > 1})
-        return any(n > 1 for n in counts.values())
+        return {decoder: {"frames_per_call": n // 2} for decoder, n in counts.items() if n > 1}
 
     def _can_stream(self, loader: str) -> bool:
         """Return whether there is a choice: on a CPU there is none, and compiled blocks stay on the device."""

@@ -53,6 +53,8 @@ def test_on_a_gpu_weights_are_streamed_first_and_branches_run_in_turn_only_where
     streamed = needed(plan, "cuda", resident - 1)
     assert streamed["dit"].way == {"placement": "streamed"} == streamed["first"].way
     assert peak(least["first"]) < peak(streamed["first"]) < 0.8 * resident
+    both = needed(plan, "cuda", min(peak(free["first"]), peak(free["talk[1]"])) - 1)
+    assert not any("in_turn" in need.way for need in both.values())  # one loader serves both chunks
     in_turn = needed(plan, "cuda", peak(streamed["first"]) - 1)
     assert in_turn["first"].way == {"placement": "streamed", "in_turn": True}
     assert peak(in_turn["first"]) == peak(least["first"])
