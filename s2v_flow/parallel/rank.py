@@ -154,11 +154,12 @@ def _environment() -> Iterator[None]:
     """Let sockets that are opened inside be this machine's own alone, and NCCL's watchdogs end no process."""
     values = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo" if sys.platform == "linux" else "lo0")
     values |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-    before = {name: os.environ[name] for name in values if name in os.environ}
+    before, hook = {name: os.environ[name] for name in values if name in os.environ}, sys.excepthook
     os.environ.update(values)
     try:
         yield
     finally:
+        sys.excepthook = hook  # torch's writes [rank0] before every line of a traceback, for good
         for name in values:
             del os.environ[name]
         os.environ.update(before)

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import wait
@@ -51,6 +50,7 @@ class Team:
         self._count = itertools.count()
         self._is_closing = False
         self._is_lost = threading.Event()
+        self._unmet: RuntimeError | None = None
         self._codes: dict[int, int] = {}  # exit codes, by rank, of those that left first
         self._processes: list[SpawnProcess] = []
         self._rank = Rank(0, size, device, self._folder)
@@ -60,7 +60,7 @@ class Team:
         """Start the processes, and wait until all have met.
 
         Raises:
-            S2VFlowError: One has left.
+            S2VFlowError: One has left, or they cannot reach each other.
         """
         context = multiprocessing.get_context("spawn")
         signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
@@ -79,8 +79,8 @@ class Team:
         meeting.start()
         while meeting.is_alive() and not self._is_lost.is_set():
             meeting.join(0.05)
-        if self._is_lost.is_set():
-            self._fail(EOFError())
+        if self._is_lost.is_set() or self._unmet:
+            self._fail(self._unmet or EOFError())
 
     def load_dit(self, path: Path, **options: Any) -> LoadedDit:
         """Load a diffusion model on every rank; see `models.load.load_dit`."""
@@ -121,8 +121,10 @@ class Team:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _meet(self) -> None:
-        with suppress(RuntimeError):  # then the next call says so
+        try:
             self._rank.meet()
+        except RuntimeError as error:
+            self._unmet = error
 
     def _sent(self, value: Any) -> Any:
         """Return what stands for a value in a message."""
@@ -151,6 +153,9 @@ class Team:
         """
         failure = memory_failure(error)
         if failure is None and not self._is_lost.wait(_LOST_SECONDS):
+            if error is self._unmet:
+                text = f"--gpus {self._size}: the processes cannot meet: {str(error).strip()}"
+                raise S2VFlowError(text, "one GPU; NCCL_DEBUG=WARN in the environment says more")
             raise error
         logs = {rank: log_path(self._folder, rank).read_text("utf-8", "replace") for rank in self._codes}
         logs |= {0: failure} if failure else {}

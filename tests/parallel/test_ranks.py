@@ -71,6 +71,7 @@ def test_two_ranks_make_what_one_makes(tmp_path: Path, tiny_models: Path) -> Non
     assert [event.text for event in told if isinstance(event, Noted) and "ranks: each sent" in event.text]
     assert multiprocessing.active_children() == []
     assert not torch.distributed.is_initialized()
+    assert "distributed" not in sys.excepthook.__module__
     assert api.run(path, options(tmp_path, tiny_models)).computed == ()
 
 
@@ -91,6 +92,22 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_computed(tmp_path: 
     with Session(options(tmp_path, tiny_models, gpus=2)) as session, pytest.raises(S2VFlowError, match="one GPU"):
         session.run(path)
     assert not (tmp_path / "cache" / "entries").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_meet_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where NCCL finds no way from one GPU to the other: in the first process, while the other waits."""
+
+    def fail(*given: Any, **options: Any) -> None:
+        raise torch.distributed.DistBackendError("NCCL error\nncclSystemError: no shared memory")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    with (
+        closing(Team(2, "cpu")) as team,
+        pytest.raises(S2VFlowError, match=r"cannot meet: NCCL error\nncclSystemError"),
+    ):
+        team.start()
+    assert multiprocessing.active_children() == []
 
 
 # what follows starts more processes, or longer ones
