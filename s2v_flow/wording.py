@@ -122,7 +122,7 @@ def counted(count: int, noun: str) -> str:
 def reused_text(caches: Iterable[Mapping[str, int] | None]) -> str:
     """Return "27 of 60 steps reused (step cache, approximate)", of chunks' facts; "" where none has a step cache."""
     of = [cache for cache in caches if cache]
-    reused, steps = (sum(cache[name] for cache in of) for name in ("reused", "steps"))
+    reused, steps = (sum(cache.get(name, 0) for cache in of) for name in ("reused", "steps"))
     return f"{reused} of {steps} steps reused (step cache, approximate)" if of else ""
 
 

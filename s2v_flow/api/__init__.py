@@ -39,7 +39,7 @@ from s2v_flow.options import Options as Options
 from s2v_flow.options import with_fields
 from s2v_flow.parallel import shared_models
 from s2v_flow.parallel.layout import check_ranks, rank_device
-from s2v_flow.quality import unmet
+from s2v_flow.quality import known, unmet
 from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.document import Recipe, only_output
 from s2v_flow.recipe.layers import Written
@@ -354,7 +354,7 @@ def _unmet(planned: Planned, result: RunResult, store: Store) -> dict[str, str]:
     for name in result.outputs:
         node, entry = planned.plan.node(name), result.entries[name]
         if node.kind == "save_video":
-            figures = entry.facts.get("quality")
+            figures = known(entry.facts.get("quality"))
             if figures is None:
                 from s2v_flow.quality.figures import measure_video
 

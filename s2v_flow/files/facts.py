@@ -1,7 +1,7 @@
 """What is remembered of files: the sha256 of large ones, and small facts about their content, such as a sound's length.
 
-Both stand in JSON tables. A damaged table is as good as none, one that cannot be written is not an error, and of two
-writers at once one may be forgotten: then something is computed again.
+Both stand in JSON tables. A damaged table is as good as none, as is a fact that is not as it was written; one that
+cannot be written is not an error, and of two writers at once one may be forgotten: then something is computed again.
 
 A digest is remembered only once a file has rested for two seconds: a later change within the clock's granularity
 would go unseen (the "racily clean" problem of version control). A time that lies ahead is another clock's: no write
@@ -29,6 +29,7 @@ REST_NS = 2 * 10**9
 _SCHEMA = 1
 _MAX_ENTRIES = 2000
 _MAX_LIVE = 32
+_SEAL = "sealed"
 _ADDING = threading.Lock()  # of two threads at once none is forgotten
 FoundT = TypeVar("FoundT")
 
@@ -66,14 +67,26 @@ def remembered(memory_path: Path, key: str, compute: Callable[[], dict[str, Any]
         return known
     fact = compute()
     with _ADDING:
-        _write_table(memory_path, _newest(_read_table(memory_path), key, fact))
+        sealed = {**fact, _SEAL: _seal(key, fact)}
+        _write_table(memory_path, _newest(_read_table(memory_path), key, sealed))
     return fact
 
 
 def recalled(memory_path: Path, key: str) -> dict[str, Any] | None:
-    """Return a fact from memory, None where it is not there."""
+    """Return a fact from memory, None where it is not there, or not as it was written."""
     known = _read_table(memory_path).get(key)
-    return known if isinstance(known, dict) else None
+    if not isinstance(known, dict):
+        return None
+    fact = {name: value for name, value in known.items() if name != _SEAL}
+    with suppress(RecursionError):
+        if known.get(_SEAL) == _seal(key, fact):
+            return fact
+    return None
+
+
+def _seal(key: str, fact: dict[str, Any]) -> str:
+    """Return a digest by which a change of a fact, or of what it is about, is noticed."""
+    return hashlib.sha256(json.dumps([key, fact], sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(

@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from s2v_flow.cache.housekeeping import is_running
@@ -18,6 +19,7 @@ from s2v_flow.wording import did_you_mean
 LAST = "last"
 _NAME = "manifest.json"
 _MAX_BYTES = 64 << 20
+_MAX_DIGITS = 300
 _MAX_NAMED = 10  # runs that a message names
 
 
@@ -101,7 +103,9 @@ def _stored(path: Path) -> Manifest:
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}", "check its permissions") from error
     try:
-        return Manifest.model_validate(json.loads(content))  # it may hold names that are no UTF-8, escaped
+        # not by pydantic: it may hold names that are no UTF-8, escaped; and what no float can be is no count
+        found = json.loads(content, parse_int=lambda text: int(text) if len(text) < _MAX_DIGITS else inf)
+        return Manifest.model_validate(found)
     except (ValueError, RecursionError) as error:
         raise MissingError(f"{path}: is damaged, or of another version of s2vflow") from error
 

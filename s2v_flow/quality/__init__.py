@@ -6,6 +6,7 @@ Here is what a recipe may require of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Any
 
 Figures = Mapping[str, Any]
@@ -23,6 +24,37 @@ GATES: Mapping[str, str] = {
     "max_guards": "how many of black, flat and frozen are so",
 }
 """What `require` may name, and what it measures."""
+
+
+_OPTIONAL = "a number, or null"
+_SHAPE: Mapping[str, Any] = {
+    "sync": {"lag_frames": _OPTIONAL, "correlation": 0, "confidence": 0, "silence_activity": _OPTIONAL},
+    "drift": {key: {"per_minute": 0, "per_chunk": [0]} for key in ("colour", "contrast", "sharpness", "likeness")},
+    "seams": [{"seconds": 0, "frame": 0, "ratio": 0}],
+    "guards": {"black": 0, "flat": 0, "frozen": 0},
+    "timing": {"frames": 0, "fps": 0, "seconds": 0}
+    | dict.fromkeys(("audio_seconds", "audio_longer_seconds"), _OPTIONAL),
+}
+
+
+def known(figures: Any) -> dict[str, Any] | None:
+    """Return figures from a file as far as this version has them, of one video or several; None where they are none."""
+    try:
+        if "videos" in figures:
+            return {"videos": {name: _known(each, _SHAPE) for name, each in figures["videos"].items()}}
+        return dict(_known(figures, _SHAPE))
+    except (KeyError, TypeError, AttributeError, OverflowError):
+        return None
+
+
+def _known(value: Any, shape: Any) -> Any:
+    if isinstance(shape, Mapping):
+        return {name: _known(value[name], part) for name, part in shape.items()}
+    if isinstance(shape, list):
+        return [_known(item, shape[0]) for item in value]
+    if (value is None and shape is _OPTIONAL) or isfinite(value):
+        return value
+    raise TypeError(value)
 
 
 def unmet(figures: Figures, require: Mapping[str, float]) -> Iterator[str]:

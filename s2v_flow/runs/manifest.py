@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, field_validator, model_validator
+
+from s2v_flow.quality import known
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # it makes a file's name in the cache
 NodeState = Literal["computed", "stored", "live", "skipped", "failed", "interrupted", "not_reached"]
@@ -91,7 +93,7 @@ class NodeRecord(Part):
     kind: str
     status: NodeState = Field(description="live: made as it was used. skipped: nothing needed it.")
     fingerprint: Digest | None = Field(description="Its identity; null where it was not found out.")
-    seconds: float | None = Field(None, description="Wall time, where it was computed in this run.")
+    seconds: FiniteFloat | None = Field(None, description="Wall time, where it was computed in this run.")
     peak_bytes: int | None = Field(None, description="The process's peak memory when it was done.")
     peak_device_bytes: int | None = Field(None, description="The most on one GPU so far, where the run used one.")
     outputs: dict[str, Digest] = Field(description="The stored results' sha256 by port.")
@@ -127,7 +129,7 @@ class Manifest(Part):
     error: str | None = Field(None, description="Why it failed.")
     started: str = Field(description="UTC, ISO 8601.")
     ended: str | None = Field(description="UTC, ISO 8601; null until it ends.")
-    seconds: float | None = Field(description="null until it ends.")
+    seconds: FiniteFloat | None = Field(description="null until it ends.")
     recipe: RecipeRecord
     given: GivenRecord
     git: GitRecord | None = Field(None, description="null where there is no repository, or no git.")
@@ -142,6 +144,12 @@ class Manifest(Part):
     quality: dict[str, JsonValue] | None = Field(
         None, description="As `quality --json` prints it; by plan node in `videos` where there are several."
     )
+
+    @field_validator("quality", mode="before")
+    @classmethod
+    def check_quality(cls, quality: object) -> dict[str, Any] | None:
+        """Take what are no figures for none."""
+        return known(quality)
 
     @model_validator(mode="after")
     def check_outputs(self) -> Manifest:

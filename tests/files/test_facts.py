@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from s2v_flow.files import facts
-from s2v_flow.files.facts import per_file, remembered
+from s2v_flow.files.facts import per_file, recalled, remembered
+
+DEEP: Any = functools.reduce(lambda at, _: [at], range(900), [])
 
 
 def test_a_fact_is_computed_once(tmp_path: Path) -> None:
@@ -45,3 +52,20 @@ def test_what_is_found_in_a_file_at_rest_is_kept_in_memory(tmp_path: Path) -> No
     assert length(tmp_path / "new", "bytes") == 3
     (tmp_path / "new").write_text("abd!")
     assert length(tmp_path / "new", "bytes") == 4
+
+
+@pytest.mark.parametrize("damage", [5, None, [], {"x": 2}, "text", DEEP])
+def test_a_fact_that_is_not_as_it_was_written_is_found_out_again(tmp_path: Path, damage: Any) -> None:
+    """A changed number is as good as none; so is a fact that stands under another file's name, or has no digest."""
+    table = tmp_path / "facts.json"
+    remembered(table, "one", lambda: {"x": 1, "notes": ["n"]})
+    whole = json.loads(table.read_text())
+    for found in (
+        {"one": {**whole["one"], "x": damage}},
+        {"one": damage},
+        {"two": whole["one"]},
+        {"one": {"x": 1}},
+    ):
+        table.write_text(json.dumps(found))
+        assert recalled(table, "one") is recalled(table, "two") is None
+    assert remembered(table, "one", lambda: {"x": 7}) == recalled(table, "one") == {"x": 7}

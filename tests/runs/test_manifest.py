@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +384,39 @@ def test_git_tells_the_commit_and_whether_something_changed(tmp_path: Path, monk
 def test_without_git_there_is_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state([tmp_path / "talk.yaml"]) is None
+
+
+NONSENSE: list[Any] = [None, [], ["x"], {"x": 1}, "x", -1, 10**400, float("nan"), [[[[1]]]]]
+NONSENSE.append(functools.reduce(lambda at, _: [at], range(900), []))
+
+
+def changed(found: Any, deep: int) -> Iterator[Any]:
+    """Yield copies with one value that is none of its kind, or one value less, down to a depth."""
+    yield from NONSENSE
+    for key in list(found) if isinstance(found, dict) else range(min(len(found), 1)) if isinstance(found, list) else ():
+        if isinstance(found, dict):
+            yield {name: value for name, value in found.items() if name != key}
+        for part in changed(found[key], deep - 1) if deep else ():
+            copy = found.copy()
+            copy[key] = part
+            yield copy
+
+
+def test_nonsense_in_a_manifest_is_damage_or_nothing_and_never_a_defect(quick_run: Place, tmp_path: Path) -> None:
+    """Figures that are none are as good as none; a manifest that makes no sense is left out, and named."""
+    made = copied(quick_run, tmp_path)
+    (path,) = made.manifests()
+    whole = json.loads(path.read_text())
+    assert whole["quality"]["sync"]
+    blocks = {name: list(changed(whole[name], 1)) for name in ("quality", "nodes", "outputs", "files", "seconds")}
+    blocks["quality"] += [{"videos": each} for each in blocks["quality"][::9]]
+    for name, values in blocks.items():
+        for value in values[:: 1 + len(values) // 25]:
+            path.write_text(json.dumps({**whole, name: value}))
+            for command in ("runs", "show"):
+                code, _, err = made.call(command, *([path.parent.name] if command == "show" else []))
+                assert code in (0, 4), (name, value, err)
+                assert name != "quality" or code == 0, err
+    for value in blocks["quality"][::90]:
+        path.write_text(json.dumps({**whole, "quality": value}))
+        assert made.call("quality", path.parent.name)[0] in (0, 4)
