@@ -28,6 +28,11 @@ _BLOCK = 8 << 20
 _SCHEMA = 1
 _MAX_ENTRY_BYTES = 4 << 20
 _OBJECT_NAME = re.compile(r"[0-9a-f]{64}(\.[^./\\\0]{1,32})?")
+_COUNTS = (
+    *("seconds", "load_seconds", "sampling_seconds", "steps_taken", "peak_bytes", "peak_device_bytes"),
+    *("frames", "num_samples", "width", "height"),
+)
+_LARGEST = 1e30
 _BOXES = (b"udta", b"uuid")
 """What may stand behind a film: its note."""
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.ESTALE})
@@ -57,7 +62,7 @@ class StoredObject:
     suffix: str
 
     def __post_init__(self) -> None:
-        if not _OBJECT_NAME.fullmatch(self.file_name):
+        if not _OBJECT_NAME.fullmatch(self.file_name) or not 0 <= self.size < 2**63:
             raise DamagedObjectError(f"{self.file_name!r} names no stored result")
 
     @property
@@ -337,9 +342,22 @@ def parse_entry(text: bytes, fingerprint: str) -> Entry | None:
             return None
         outputs = {port: StoredObject(**item) for port, item in body["outputs"].items()}
         preimage, facts = dict(body["preimage"]), dict(body["facts"])
+        if not _is_usable(preimage, facts):
+            return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DamagedObjectError):
         return None
     return Entry(fingerprint, preimage, outputs, facts)
+
+
+def _is_usable(preimage: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Tell whether what is counted with are counts, and so on: a digest shows no more than that a writer meant it."""
+    fields = preimage.get("fields", {})
+    maps = [fields, preimage.get("inputs", {}), *(facts.get(name) or {} for name in ("degraded", "step_cache", "way"))]
+    counts = [facts[name] for name in _COUNTS if facts.get(name) is not None]
+    counts += [*(facts.get("flops") or ()), *(facts.get("chunk_starts") or ()), fields.get("steps", 1)]
+    is_counted = all(isinstance(count, (int, float)) and abs(count) < _LARGEST for count in counts)
+    is_named = all(isinstance(facts.get(name, ""), str) for name in ("node", "weights"))
+    return is_counted and is_named and all(isinstance(each, dict) for each in maps)
 
 
 def entry_text(entry: Entry) -> bytes:

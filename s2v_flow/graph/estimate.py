@@ -136,7 +136,7 @@ def estimate(
     loads: dict[str, float] = {}  # of models that no node has loaded yet
     for entry in earlier:
         weights = entry.facts.get("weights", "")
-        loads[weights] = max(loads.get(weights, 0.0), entry.facts.get("load_seconds", 0.0))
+        loads[weights] = max(loads.get(weights, 0.0), entry.facts.get("load_seconds") or 0.0)
     known: dict[str, NodeCost] = {}
     unknown: dict[str, None] = {}
     memory: dict[str, Memory] = {}
@@ -212,8 +212,8 @@ def _seconds(entry: Entry, ratio: float) -> float:
     facts, took = entry.facts, float(entry.facts["seconds"])
     if not facts.get("steps_taken"):
         return took * ratio
-    sampling = float(facts["sampling_seconds"])
-    before = max(took - float(facts.get("load_seconds", 0)) - sampling, 0.0)
+    sampling = float(facts.get("sampling_seconds") or 0)
+    before = max(took - float(facts.get("load_seconds") or 0) - sampling, 0.0)
     return before + sampling / int(facts["steps_taken"]) * int(entry.preimage["fields"]["steps"]) * ratio
 
 

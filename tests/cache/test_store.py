@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from s2v_flow.cache.store import DamagedObjectError, Entry, Store, StoredObject
+from s2v_flow.cache.store import DamagedObjectError, Entry, Store, StoredObject, entry_text, parse_entry
 from s2v_flow.errors import ExitCode, S2VFlowError
 
 KEY = "ab" + "0" * 62
@@ -448,3 +448,22 @@ def _refuse(monkeypatch: pytest.MonkeyPatch, operation: str, number: int, allowe
 
     monkeypatch.setattr(module, operation, refusing)
     return calls
+
+
+@pytest.mark.parametrize("value", ["text", ["x"], {"x": 1}, float("inf"), 10**400, [[]]])
+@pytest.mark.parametrize("name", ["seconds", "frames", "flops", "node", "degraded", "fields", "size"])
+def test_an_entry_that_cannot_be_counted_with_is_none(name: str, value: Any) -> None:
+    """Its digest is right: whoever wrote it, in a bundle or a shared store, meant it."""
+    kept = Entry(KEY, {"kind": "toy"}, {"out": StoredObject("a" * 64, 4, "")}, {"seconds": 1, "flops": [1, 2.5]})
+    assert parse_entry(entry_text(kept), KEY) == kept
+    facts, outputs, is_kind = dict(kept.facts), {"out": {**vars(kept.outputs["out"])}}, type(value) is dict
+    if name == "size":
+        outputs["out"]["size"] = value
+    elif name != "fields":
+        facts[name] = value
+    image = {"kind": "toy", "fields": value if name == "fields" else {}}
+    body = {"schema": 1, "fingerprint": KEY, "preimage": image, "outputs": outputs, "facts": facts}
+    text = json.dumps(body, sort_keys=True, ensure_ascii=False)
+    signed = f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}", "entry": {text}}}'
+    is_sound = (name == "node" and value == "text") or (name in ("degraded", "fields") and is_kind)
+    assert (parse_entry(signed.encode(), KEY) is not None) == is_sound
