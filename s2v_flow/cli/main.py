@@ -237,14 +237,14 @@ def export(recipe: Path, as_json: bool, output: Path | None, form: Literal["edit
     _deliver(text, output, force=force)
 
 
-def _deliver(text: str, output: Path | None, *, force: bool) -> None:
+def _deliver(text: str, output: Path | None, **rules: Any) -> None:
     """Write a text to a file, or print it."""
     from s2v_flow.start.project import write_recipe
 
     if output is None:
         report.print_result(text.rstrip("\n"))
     else:
-        write_recipe(output, text, force=force)
+        write_recipe(output, text, **rules)
 
 
 @cli.command()
@@ -268,14 +268,15 @@ def nodes(kind: str | None, as_json: bool) -> None:
     help="Recipes, runs' manifests, or a line of run --events.",
     show_default=True,
 )
-def schema(output: Path | None, what: str) -> None:
+@click.option("--force", is_flag=True, help="Overwrite another file that is there.")
+def schema(output: Path | None, what: str, force: bool) -> None:
     """Print the JSON Schema of recipes, for editors, or of what programs read."""
     from s2v_flow.cli.describe import schema_text
 
     if output is not None and not output.parent.is_dir():
         text, fix = f"{output}: cannot be written: there is no such folder", "name another file with -o"
         raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
-    _deliver(schema_text(what), output, force=True)
+    _deliver(schema_text(what), output, force=force, replaces=b'"$schema"')
 
 
 @cli.command()

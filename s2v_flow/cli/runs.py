@@ -164,13 +164,15 @@ def reproduce(video: Path, as_json: bool, output: Path | None, level: Level, **g
 @click.command(cls=OrderedCommand)
 @recipe_options
 @click.option("-o", "--output", type=FILE, help="The lock to write, instead of <recipe>.lock.yaml beside the recipe.")
+@click.option("--force", is_flag=True, help="Overwrite another file that is there.")
 @folder_options
-def lock(recipe: Path, as_json: bool, output: Path | None, **given: Any) -> None:
+def lock(recipe: Path, as_json: bool, output: Path | None, force: bool, **given: Any) -> None:
     """Write down the digests of a recipe's models and inputs; `run --locked` refuses any others."""
     from s2v_flow.history.reproduce import make_lock
     from s2v_flow.runs.lockfile import lock_path
     from s2v_flow.start.project import write_recipe
 
     target = output or lock_path(recipe)
-    write_recipe(target, make_lock(recipe, make_options(**given)), force=True)
+    text = make_lock(recipe, make_options(**given))
+    write_recipe(target, text, force=force or output is None, replaces=b"\nlock: ")
     report.print_json({"lock": str(target)}) if as_json else report.print_result(str(target))

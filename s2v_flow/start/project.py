@@ -168,8 +168,10 @@ def recipe_path(video: Path) -> Path:
     return video.with_suffix(".yaml")
 
 
-def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
+def write_recipe(path: Path, text: str, *, force: bool = False, replaces: bytes | None = None) -> None:
     """Write a recipe, whole or not at all; a file that says the same already is left alone, a device is written to.
+
+    `replaces`: what a file of the same kind has near its start, which is overwritten.
 
     Raises:
         S2VFlowError: Another file is there and `force` is not given, or it cannot be written.
@@ -178,12 +180,14 @@ def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
             return
-        if path.is_file() and path.read_bytes() == text.encode():
+        before = path.read_bytes() if path.is_file() else None
+        if before == text.encode():
             return
+        is_older = replaces is not None and before is not None and replaces in before[:400]
         with temporary(path.parent, path.suffix) as (file, name):
             file.write(text.encode())
             file.close()
-            if force:
+            if force or is_older:
                 os.replace(name, path)
                 return
             with suppress(TakenError):  # perhaps by another process, of the same

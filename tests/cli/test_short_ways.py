@@ -172,3 +172,15 @@ def test_every_command_knows_what_is_given_twice() -> None:
             yield from commands(part)
 
     assert {type(command) for command in commands(cli)} == {OrderedCommand}
+
+
+def test_a_schema_replaces_an_older_one_and_no_other_file(tmp_path: Path) -> None:
+    other, schema = tmp_path / "other.yaml", tmp_path / "s.json"
+    other.write_text("precious")
+    code, _, err = call("schema", "-o", other)
+    assert (code, other.read_text()) == (2, "precious")
+    assert "other.yaml is there already, and says something else" in err
+    for of in ("events", "recipe"):
+        assert call("schema", "-o", schema, "--of", of)[0] == 0
+    assert call("schema", "-o", other, "--force")[0] == 0
+    assert other.read_text() == schema.read_text()

@@ -127,6 +127,21 @@ def test_a_lock_may_stand_elsewhere_but_must_be_writable(here: Place) -> None:
     assert "cannot be written" in err
 
 
+def test_a_lock_elsewhere_replaces_an_older_lock_and_no_other_file(here: Place) -> None:
+    recipe = here.recipe.read_bytes()
+    code, _, err = call("lock", here.recipe, *here.where, "-o", here.recipe)
+    assert code == 2
+    assert "recipe.yaml is there already, and says something else" in err
+    assert here.recipe.read_bytes() == recipe
+    other = here.folder / "b.yaml"
+    other.write_text("# ours\nlock: 1\nmodels: {}\n")
+    assert call("lock", here.recipe, *here.where, "-o", other)[0] == 0
+    assert other.read_bytes() == lock_of(here).read_bytes()
+    other.write_text("mine")
+    assert call("lock", here.recipe, *here.where, "-o", other, "--force")[0] == 0
+    assert other.read_bytes() == lock_of(here).read_bytes()
+
+
 def test_a_missing_file_cannot_be_locked(here: Place) -> None:
     (here.folder / "voice.wav").unlink()
     code, out, err = call("lock", here.recipe, *here.where)
