@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -360,3 +362,42 @@ def test_weights_in_the_wanted_dtype_are_not_copied(tiny_models: Path, monkeypat
     monkeypatch.setattr(load.Checkpoint, "tensor", spy)
     loaded = dit(tiny_models, "tiny_s2v")
     assert {value.data_ptr() for value in state(loaded).values()} <= given.keys()
+
+
+FOUR_AT_ONCE = """
+import sys
+from functools import partial
+from pathlib import Path
+from threading import Barrier, Thread
+
+import torch
+
+from s2v_flow.models.load import load_audio_encoder, load_text_encoder
+
+models, start, failed = Path(sys.argv[1]), Barrier(4), []
+text = partial(load_text_encoder, models / "text_encoders" / "tiny_umt5.safetensors", quantized=False)
+voice = partial(load_audio_encoder, models / "audio_encoders" / "tiny_wav2vec2.safetensors")
+
+
+def load(model):
+    start.wait()
+    try:
+        model(dtype=torch.float32, device="cpu")
+    except Exception as error:
+        failed.append(repr(error))
+
+
+threads = [Thread(target=load, args=(model,)) for model in (text, voice, text, voice)]
+assert "transformers" not in sys.modules
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+sys.exit(", ".join(failed))
+"""
+
+
+@pytest.mark.slow
+def test_threads_that_load_the_first_encoders_at_once_wait_for_each_other(tiny_models: Path) -> None:
+    """All import transformers, which replaces its own module at the end; a process of its own, for a first import."""
+    subprocess.run([sys.executable, "-c", FOUR_AT_ONCE, str(tiny_models)], check=True, timeout=300)

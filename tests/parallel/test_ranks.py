@@ -94,6 +94,20 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_computed(tmp_path: 
     assert not (tmp_path / "cache" / "entries").exists()
 
 
+def test_a_model_that_is_not_there_is_missing_with_any_number_of_ranks(tmp_path: Path, tiny_models: Path) -> None:
+    """Whether its tokens can be shared is not known then; nothing is started."""
+    path = recipe(tmp_path)
+    for ranks in (2, 3):
+        where = ["--models-dir", tiny_models, "--cache-dir", tmp_path / "cache", "--device", "cpu", "--gpus", ranks]
+        for command in ("plan", "run"):
+            code, out, err = call(command, path, *where, "--set", "nodes.dit.checkpoint=gone.safetensors")
+            assert code == ExitCode.MISSING
+            assert "gone.safetensors" in out + err
+            assert "Traceback" not in err
+    assert multiprocessing.active_children() == []
+    assert not (tmp_path / "cache" / "entries").exists()
+
+
 @pytest.mark.slow
 def test_processes_that_cannot_meet_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where NCCL finds no way from one GPU to the other: in the first process, while the other waits."""
