@@ -1,50 +1,84 @@
-"""The command line: options, commands, and the one place where errors become exit codes."""
+"""The command line: its help, commands about a recipe, streams that never fail, and where errors become exit codes."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shlex
 import sys
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 import s2v_flow
-from s2v_flow.cli import report
+from s2v_flow.cli import report, start
 from s2v_flow.cli.batch import batch
 from s2v_flow.cli.cache import cache
-from s2v_flow.cli.completion import complete_kind
-from s2v_flow.cli.help import MainGroup
 from s2v_flow.cli.models import models
 from s2v_flow.cli.options import (
-    FILE,
-    TextFile,
+    OrderedGroup,
     folder_options,
     gpus_option,
-    json_option,
     level_options,
     make_options,
     output_options,
     recipe_options,
     record_options,
     selection_options,
-    start_options,
     view_options,
 )
 from s2v_flow.cli.runs import diff, lock, quality, report_, reproduce, runs, show
-from s2v_flow.cli.start import completion, doctor, explain, help_, init, ui, version
-from s2v_flow.cli.streams import Streams
 from s2v_flow.errors import ExitCode, S2VFlowError, broken_package
 from s2v_flow.graph.interrupt import StoppedError, StopRequest
 
 if TYPE_CHECKING:
     from s2v_flow.cli.progress import Level
-    from s2v_flow.start.project import Start
 
+_GROUPS: Mapping[str, Mapping[str, str]] = {
+    "Make a video": {
+        "make": "portrait.png voice.wav 'She speaks calmly.' -o talk.mp4",
+        "run": "talk.yaml --set steps=20",
+        "plan": "talk.yaml -m seed=1..8",
+        "try": "talk.yaml",
+        "batch": "talk.yaml --jobs jobs.csv",
+        "ui": "",
+        "import": "workflow.json -o talk.yaml",
+    },
+    "Write a recipe": {
+        "init": "portrait.png voice.wav -o talk.yaml",
+        "check": "talk.yaml -p quality",
+        "config": "talk.yaml --origin",
+        "graph": "talk.yaml --format mermaid",
+        "nodes": "sample",
+        "schema": "-o recipe.schema.json",
+        "export": "talk.yaml -o workflow.json",
+        "recipe": "talk.mp4 -o talk.yaml",
+    },
+    "Look back": {
+        "runs": "--keep-last 20",
+        "show": "last",
+        "quality": "talk.mp4",
+        "report": "last -o report.html",
+        "diff": "talk.mp4 other.mp4",
+        "reproduce": "talk.mp4",
+        "lock": "talk.yaml",
+    },
+    "Look after this machine": {
+        "models": "talk.yaml",
+        "doctor": "",
+        "explain": "R051",
+        "cache": "stats",
+        "completion": "bash",
+        "help": "run",
+        "version": "",
+    },
+}
+_EXAMPLES = {name: f"{name} {text}".strip() for group in _GROUPS.values() for name, text in group.items()}
 EXIT_CODES = """\
   0  all is well
   1  a node failed while running
@@ -63,11 +97,33 @@ EXIT_CODES = """\
   143  terminated, or the terminal was closed; the same command goes on"""
 
 
+class MainGroup(OrderedGroup):
+    """The program's commands; one that is in no group comes last."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, with its example at the end of its help."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.epilog is None and cmd_name in _EXAMPLES:
+            command.epilog = f"Example: s2vflow {_EXAMPLES[cmd_name]}"
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the groups."""
+        rest = {name: "" for name in self.list_commands(ctx) if name not in _EXAMPLES}
+        limit = formatter.width - max(map(len, self.commands)) - 4
+        for title, names in [*_GROUPS.items(), ("More", rest)]:
+            rows = [(name, self.commands[name].get_short_help_str(limit)) for name in names if name in self.commands]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
 @click.group(
     cls=MainGroup,
     commands=[
-        *(batch, runs, show, quality, report_, diff, reproduce, lock, cache, init, models, doctor, completion, explain),
-        *(ui, help_, version),
+        *(batch, runs, show, quality, report_, diff, reproduce, lock, cache, models),
+        *(start.init, start.make, start.recipe_, start.import_, start.export, start.nodes, start.schema, start.ui),
+        *(start.doctor, start.completion, start.explain, start.help_, start.version),
     ],
     epilog=f"\b\nExit codes:\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -180,152 +236,63 @@ def config(recipe: Path, as_json: bool, with_origins: bool, resolved: bool, **gi
         report.print_result(config_text(checked, resolved=resolved, with_origins=with_origins).rstrip("\n"))
 
 
-@cli.command()
-@click.argument("video", type=FILE)
-@click.option("-o", "--output", type=TextFile(), help="The recipe to write, instead of stdout.")
-@click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
-def recipe(video: Path, output: Path | None, force: bool) -> None:
-    """Print the recipe that is inside an mp4 that s2vflow made; its paths are as seen from where it is written."""
-    from s2v_flow.recipe.config import portable_text
-    from s2v_flow.runs.essence import read_essence
+class _Sink(io.FileIO):
+    """A file descriptor that takes everything; the first error is remembered, and nothing is written from then on."""
 
-    read_essence(video)  # says what is wrong with it
-    checked = s2v_flow.check(video)
-    if output is None:
-        report.print_message(f"note: its relative paths start at {checked.folder}")
-    _deliver(
-        portable_text(checked if output is None else replace(checked, path=output, folder=None)), output, force=force
-    )
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        if self.error is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
 
 
-@cli.command("import")
-@click.argument("workflow", type=FILE)
-@click.option("-o", "--output", type=TextFile(), help="The recipe to write, instead of stdout.")
-@click.option("--modernise", is_flag=True, help="Exact time and one extend, instead of ComfyUI's numbers.")
-@click.option("--as-of", type=click.Choice(["2025"]), help="Reproduce how ComfyUI rounded fp8-scaled files in 2025.")
-@click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
-def import_(workflow: Path, output: Path | None, modernise: bool, as_of: str | None, force: bool) -> None:
-    """Make a recipe of a ComfyUI workflow: JSON, or a picture, video or sound with the workflow in it."""
-    from s2v_flow.api import KINDS
-    from s2v_flow.comfy.importer import import_workflow
+class Streams:
+    """This process's stdout and stderr, exchanged for some that never fail; tests that have their own keep them."""
 
-    imported = import_workflow(workflow, KINDS, modernises=modernise, as_of=int(as_of) if as_of else None)
-    for warning in imported.warnings:
-        report.print_message(f"warning: {warning}")
-    for note in imported.notes:
-        report.print_message(f"note: {note}")
-    for change in imported.changes:
-        report.print_message(f"changed: {change}")
-    _deliver(imported.text, output, force=force)
+    def __init__(self) -> None:
+        self._stdout: _Sink | None = None
+        if sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__:
+            _open_closed()
+            self._stdout = _Sink(1, "w", closefd=False)
+            is_terminal = self._stdout.isatty()
+            # what goes into a file or a pipe is read again, by this program too, which reads UTF-8
+            sys.stdout = _text(self._stdout, getattr(sys.stdout, "encoding", None) if is_terminal else "utf-8")
+            sys.stderr = _text(_Sink(2, "w", closefd=False), getattr(sys.stderr, "encoding", None))
 
+    def check(self) -> None:
+        """Do nothing if all that was printed has arrived, or if nobody wanted more of it.
 
-@cli.command()
-@recipe_options
-@folder_options
-@click.option("-o", "--output", type=TextFile(), help="The workflow to write, instead of stdout.")
-@click.option("--format", "form", type=click.Choice(["editor", "api"]), default="editor", show_default=True)
-@click.option("--force", is_flag=True, help="Overwrite the workflow that is there.")
-def export(recipe: Path, as_json: bool, output: Path | None, form: Literal["editor", "api"], **given: Any) -> None:
-    """Make a ComfyUI workflow of a recipe; what ComfyUI does differently is said."""
-    from s2v_flow.comfy.exporter import export_workflow
-
-    force = given.pop("force")
-    planned = s2v_flow.plan(recipe, make_options(**given))
-    text, notes = export_workflow(planned.recipe, planned.plan, form)
-    for note in notes:
-        report.print_message(f"note: {note}")
-    _deliver(text, output, force=force)
+        Raises:
+            S2VFlowError: A result could not be written to stdout.
+        """
+        if self._stdout is None:
+            return
+        with suppress(ValueError):  # it is closed
+            sys.stdout.flush()
+        error = self._stdout.error
+        if error is not None and error.errno != errno.EPIPE:
+            is_full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+            code = ExitCode.DISK_FULL if is_full else ExitCode.FAILED
+            fix = "free some space, or send it elsewhere"
+            raise S2VFlowError(f"stdout cannot be written: {error.strerror}", fix, exit_code=code)
 
 
-def _deliver(text: str, output: Path | None, **rules: Any) -> None:
-    """Write a text to a file, or print it."""
-    from s2v_flow.start.project import write_recipe
-
-    if output is None:
-        report.print_result(text.rstrip("\n"))
-    else:
-        write_recipe(output, text, **rules)
-
-
-@cli.command()
-@click.argument("kind", required=False, shell_complete=complete_kind)
-@json_option
-def nodes(kind: str | None, as_json: bool) -> None:
-    """List the kinds of nodes; with KIND, its fields."""
-    from s2v_flow.cli.describe import describe_kinds, kinds_text
-
-    described = describe_kinds(kind)
-    report.print_json(described) if as_json else report.print_table(kinds_text(described, in_full=kind is not None))
+def _open_closed() -> None:
+    """Open what is closed of stdin, stdout and stderr on the null device: else a video would get the number 1 or 2."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
 
 
-@cli.command()
-@click.option("-o", "--output", type=TextFile(), help="Write to a file instead of stdout.")
-@click.option(
-    "--of",
-    "what",
-    type=click.Choice(["recipe", "manifest", "events"]),
-    default="recipe",
-    help="Recipes, runs' manifests, or a line of run --events.",
-    show_default=True,
-)
-@click.option("--force", is_flag=True, help="Overwrite another file that is there.")
-def schema(output: Path | None, what: str, force: bool) -> None:
-    """Print the JSON Schema of recipes, for editors, or of what programs read."""
-    from s2v_flow.cli.describe import schema_text
-
-    if output is not None and not output.parent.is_dir():
-        text, fix = f"{output}: cannot be written: there is no such folder", "name another file with -o"
-        raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
-    _deliver(schema_text(what), output, force=force, replaces=b'"$schema"')
-
-
-@cli.command()
-@click.argument("portrait", type=FILE)
-@click.argument("voice", type=FILE)
-@click.argument("prompt", required=False)
-@click.option("-o", "--output", type=FILE, default="talk.mp4", help="The video to make.", show_default=True)
-@click.option("-p", "--profile", "profiles", multiple=True, metavar="NAMES", help="The new recipe's: -p quality.")
-@json_option
-@click.option("--overwrite", is_flag=True, help="Replace another video instead of numbering the new one.")
-@start_options
-@level_options
-@folder_options
-def make(
-    portrait: Path,
-    voice: Path,
-    prompt: str | None,
-    output: Path,
-    as_json: bool,
-    like: str,
-    force: bool,
-    level: Level,
-    **given: Any,
-) -> None:
-    """Make a video without a recipe; one is left beside it, to change and to run again."""
-    from s2v_flow.api import KINDS
-    from s2v_flow.cli.running import execute
-    from s2v_flow.start.project import DEFAULT_PROMPT, Start, is_as_written, recipe_path, recipe_text, write_recipe
-    from s2v_flow.start.recipes import RECIPES
-
-    recipe = recipe_path(output)
-    start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, output.name)
-    text = recipe_text(start, recipe.parent) if like in RECIPES else _text_like(start, recipe)
-    write_recipe(recipe, text, force=force or is_as_written(recipe, KINDS))
-    given["output_dir"] = given["output_dir"] or recipe.parent  # -o says more than the user's defaults
-    options = make_options(**given)
-    again = " ".join(["s2vflow run", str(recipe), *(f"-p {name}" for name in options.profiles)])
-    if level != "quiet":
-        report.print_message(f"the recipe is {recipe}; to run it again: {again}")
-    execute(s2v_flow.plan(recipe, options), options, level, again, as_json=as_json)
-
-
-def _text_like(start: Start, recipe: Path) -> str:
-    """Return the recipe inside a video, for another portrait, voice and prompt."""
-    from s2v_flow.recipe.config import portable_text
-    from s2v_flow.start.project import changes_like
-
-    changes = changes_like(start, s2v_flow.check(start.like))
-    return portable_text(replace(s2v_flow.check(start.like, overrides=changes), path=recipe, folder=None))
+def _text(sink: _Sink, encoding: str | None) -> io.TextIOWrapper:
+    buffer = io.BufferedWriter(sink)
+    return io.TextIOWrapper(buffer, encoding or "utf-8", errors="backslashreplace", line_buffering=sink.isatty())
 
 
 def main() -> NoReturn:

@@ -1,4 +1,4 @@
-"""Commands for making a start and for asking: the first recipe, the page, the machine, the shell, a code's meaning."""
+"""Commands for making a start and for asking: recipes of other files, kinds, the page, the machine."""
 
 from __future__ import annotations
 
@@ -7,17 +7,32 @@ import os
 import sys
 import textwrap
 import webbrowser
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from s2v_flow import __version__
+import s2v_flow
 from s2v_flow.cli import report
-from s2v_flow.cli.completion import SHELLS, completion_script
-from s2v_flow.cli.options import FILE, OrderedCommand, folder_options, json_option, make_options, start_options
+from s2v_flow.cli.completion import SHELLS, complete_kind, completion_script
+from s2v_flow.cli.options import (
+    FILE,
+    OrderedCommand,
+    TextFile,
+    folder_options,
+    json_option,
+    level_options,
+    make_options,
+    recipe_options,
+    start_options,
+)
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.machine import resolve_device
+
+if TYPE_CHECKING:
+    from s2v_flow.cli.progress import Level
+    from s2v_flow.start.project import Start
 
 
 @click.command(cls=OrderedCommand)
@@ -37,6 +52,154 @@ def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | 
     start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, f"out/{output.stem}.mp4")
     write_recipe(output, recipe_text(start, output.parent), force=force)
     report.print_result(str(output))
+
+
+@click.command("recipe", cls=OrderedCommand)
+@click.argument("video", type=FILE)
+@click.option("-o", "--output", type=TextFile(), help="The recipe to write, instead of stdout.")
+@click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
+def recipe_(video: Path, output: Path | None, force: bool) -> None:
+    """Print the recipe that is inside an mp4 that s2vflow made; its paths are as seen from where it is written."""
+    from s2v_flow.recipe.config import portable_text
+    from s2v_flow.runs.essence import read_essence
+
+    read_essence(video)  # says what is wrong with it
+    checked = s2v_flow.check(video)
+    if output is None:
+        report.print_message(f"note: its relative paths start at {checked.folder}")
+    _deliver(
+        portable_text(checked if output is None else replace(checked, path=output, folder=None)), output, force=force
+    )
+
+
+@click.command("import", cls=OrderedCommand)
+@click.argument("workflow", type=FILE)
+@click.option("-o", "--output", type=TextFile(), help="The recipe to write, instead of stdout.")
+@click.option("--modernise", is_flag=True, help="Exact time and one extend, instead of ComfyUI's numbers.")
+@click.option("--as-of", type=click.Choice(["2025"]), help="Reproduce how ComfyUI rounded fp8-scaled files in 2025.")
+@click.option("--force", is_flag=True, help="Overwrite the recipe that is there.")
+def import_(workflow: Path, output: Path | None, modernise: bool, as_of: str | None, force: bool) -> None:
+    """Make a recipe of a ComfyUI workflow: JSON, or a picture, video or sound with the workflow in it."""
+    from s2v_flow.api import KINDS
+    from s2v_flow.comfy.importer import import_workflow
+
+    imported = import_workflow(workflow, KINDS, modernises=modernise, as_of=int(as_of) if as_of else None)
+    for warning in imported.warnings:
+        report.print_message(f"warning: {warning}")
+    for note in imported.notes:
+        report.print_message(f"note: {note}")
+    for change in imported.changes:
+        report.print_message(f"changed: {change}")
+    _deliver(imported.text, output, force=force)
+
+
+@click.command(cls=OrderedCommand)
+@recipe_options
+@folder_options
+@click.option("-o", "--output", type=TextFile(), help="The workflow to write, instead of stdout.")
+@click.option("--format", "form", type=click.Choice(["editor", "api"]), default="editor", show_default=True)
+@click.option("--force", is_flag=True, help="Overwrite the workflow that is there.")
+def export(recipe: Path, as_json: bool, output: Path | None, form: Literal["editor", "api"], **given: Any) -> None:
+    """Make a ComfyUI workflow of a recipe; what ComfyUI does differently is said."""
+    from s2v_flow.comfy.exporter import export_workflow
+
+    force = given.pop("force")
+    planned = s2v_flow.plan(recipe, make_options(**given))
+    text, notes = export_workflow(planned.recipe, planned.plan, form)
+    for note in notes:
+        report.print_message(f"note: {note}")
+    _deliver(text, output, force=force)
+
+
+def _deliver(text: str, output: Path | None, **rules: Any) -> None:
+    """Write a text to a file, or print it."""
+    from s2v_flow.start.project import write_recipe
+
+    if output is None:
+        report.print_result(text.rstrip("\n"))
+    else:
+        write_recipe(output, text, **rules)
+
+
+@click.command(cls=OrderedCommand)
+@click.argument("kind", required=False, shell_complete=complete_kind)
+@json_option
+def nodes(kind: str | None, as_json: bool) -> None:
+    """List the kinds of nodes; with KIND, its fields."""
+    from s2v_flow.cli.describe import describe_kinds, kinds_text
+
+    described = describe_kinds(kind)
+    report.print_json(described) if as_json else report.print_table(kinds_text(described, in_full=kind is not None))
+
+
+@click.command(cls=OrderedCommand)
+@click.option("-o", "--output", type=TextFile(), help="Write to a file instead of stdout.")
+@click.option(
+    "--of",
+    "what",
+    type=click.Choice(["recipe", "manifest", "events"]),
+    default="recipe",
+    help="Recipes, runs' manifests, or a line of run --events.",
+    show_default=True,
+)
+@click.option("--force", is_flag=True, help="Overwrite another file that is there.")
+def schema(output: Path | None, what: str, force: bool) -> None:
+    """Print the JSON Schema of recipes, for editors, or of what programs read."""
+    from s2v_flow.cli.describe import schema_text
+
+    if output is not None and not output.parent.is_dir():
+        text, fix = f"{output}: cannot be written: there is no such folder", "name another file with -o"
+        raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
+    _deliver(schema_text(what), output, force=force, replaces=b'"$schema"')
+
+
+@click.command(cls=OrderedCommand)
+@click.argument("portrait", type=FILE)
+@click.argument("voice", type=FILE)
+@click.argument("prompt", required=False)
+@click.option("-o", "--output", type=FILE, default="talk.mp4", help="The video to make.", show_default=True)
+@click.option("-p", "--profile", "profiles", multiple=True, metavar="NAMES", help="The new recipe's: -p quality.")
+@json_option
+@click.option("--overwrite", is_flag=True, help="Replace another video instead of numbering the new one.")
+@start_options
+@level_options
+@folder_options
+def make(
+    portrait: Path,
+    voice: Path,
+    prompt: str | None,
+    output: Path,
+    as_json: bool,
+    like: str,
+    force: bool,
+    level: Level,
+    **given: Any,
+) -> None:
+    """Make a video without a recipe; one is left beside it, to change and to run again."""
+    from s2v_flow.api import KINDS
+    from s2v_flow.cli.running import execute
+    from s2v_flow.start.project import DEFAULT_PROMPT, Start, is_as_written, recipe_path, recipe_text, write_recipe
+    from s2v_flow.start.recipes import RECIPES
+
+    recipe = recipe_path(output)
+    start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, output.name)
+    text = recipe_text(start, recipe.parent) if like in RECIPES else _text_like(start, recipe)
+    write_recipe(recipe, text, force=force or is_as_written(recipe, KINDS))
+    given["output_dir"] = given["output_dir"] or recipe.parent  # -o says more than the user's defaults
+    options = make_options(**given)
+    again = " ".join(["s2vflow run", str(recipe), *(f"-p {name}" for name in options.profiles)])
+    if level != "quiet":
+        report.print_message(f"the recipe is {recipe}; to run it again: {again}")
+    execute(s2v_flow.plan(recipe, options), options, level, again, as_json=as_json)
+
+
+def _text_like(start: Start, recipe: Path) -> str:
+    """Return the recipe inside a video, for another portrait, voice and prompt."""
+    from s2v_flow.recipe.config import portable_text
+    from s2v_flow.start.project import changes_like
+
+    changes = changes_like(start, s2v_flow.check(start.like))
+    return portable_text(replace(s2v_flow.check(start.like, overrides=changes), path=recipe, folder=None))
 
 
 @click.command(cls=OrderedCommand)
@@ -95,7 +258,7 @@ def help_(command: tuple[str, ...]) -> None:
 @click.command(cls=OrderedCommand)
 def version() -> None:
     """Print the version."""
-    report.print_result(f"s2vflow, version {__version__}")
+    report.print_result(f"s2vflow, version {s2v_flow.__version__}")
 
 
 @click.command(cls=OrderedCommand)
