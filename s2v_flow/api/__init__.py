@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.api.planned import Planned as Planned
+from s2v_flow.api.result import Planned as Planned
 from s2v_flow.api.result import Result
 from s2v_flow.cache.housekeeping import live_run
 from s2v_flow.cache.remote import RemoteStore
