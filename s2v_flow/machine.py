@@ -70,12 +70,9 @@ _VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES
 
 
 def resolve_device(asked: str) -> str:
-    """Return torch's name of the device to use.
+    """Return torch's name of the device to use: what is asked for, "cpu", "cuda" (AMD's GPUs, too) or "cuda:N".
 
-    `asked`: "auto", "cpu", "cuda" or "cuda:N"; AMD's GPUs are "cuda" too, as in torch.
-
-    Returns:
-        What is asked for; for auto a GPU if torch was built for it and the driver sees one, else the CPU.
+    For "auto" it is a GPU if torch was built for it and the driver sees one, else the CPU.
 
     Raises:
         S2VFlowError: The name is unknown, or the device is not there.

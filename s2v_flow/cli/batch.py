@@ -137,10 +137,7 @@ def status(path: Path, as_json: bool) -> None:
     from s2v_flow.cli.board import status_lines
 
     found = read_batch(path)
-    if as_json:
-        report.print_json(_summary(found))
-        return
-    report.print_table("\n".join(status_lines(found)))
+    report.print_json(_summary(found)) if as_json else report.print_table("\n".join(status_lines(found)))
 
 
 @batch.command()

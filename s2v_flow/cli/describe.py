@@ -31,11 +31,10 @@ def schema_text(what: str) -> str:
 
 
 def describe_kinds(kind: str | None = None) -> list[dict[str, Any]]:
-    """Describe all kinds, or one.
+    """Describe all kinds, or one: an object for each.
 
-    Returns:
-        One object per kind: kind, package ("name version", null for s2vflow's own), summary, outputs (port to type),
-        fields (name, type, required, default, description); error where a package's kind cannot be imported.
+    It has kind, package ("name version", null for s2vflow's own), summary, outputs (port to type), fields (name, type,
+    required, default, description); error where a package's kind cannot be imported.
 
     Raises:
         S2VFlowError: There is no such kind.

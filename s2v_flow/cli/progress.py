@@ -107,13 +107,8 @@ class Progress:
     """Listens to a run.
 
     In a terminal it shows a live table; elsewhere a line at the run's begin and end, at every node's, and every few
-    seconds in between, each with the time of day and the run's name.
-
-    Args:
-        name: The recipe's name.
-        planned: What is run, for chunks' numbers and remaining time.
-        level: quiet: nothing; verbose: also what is stored already, every file, every detail.
-        stream: Where to write; stderr unless given.
+    seconds in between, each with the time of day and the recipe's name; with a plan also chunks' numbers and the time
+    that is left. `level` quiet: nothing; verbose: also what is stored already, every file, every detail.
     """
 
     def __init__(

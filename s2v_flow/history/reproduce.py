@@ -64,11 +64,8 @@ def reproduce(
 ) -> Reproduction:
     """Make a video again, everything computed anew in a temporary cache, and compare the frames.
 
-    Args:
-        video: An mp4 that says how it was made.
-        options: Where models and inputs are looked for, and the device; inputs also where the recipe stood if the
-            video has not been moved, beside the video, and in the current folder.
-        output_dir: Where to put the new video; unless given, it is dropped.
+    Inputs are also looked for where the recipe stood if the video has not been moved, beside the video, and in the
+    current folder. The new video is dropped unless `output_dir` is given.
 
     Raises:
         MediaError: The video does not say how it was made, or not which frames it had.

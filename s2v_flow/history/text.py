@@ -223,12 +223,9 @@ def _table(rows: Sequence[tuple[str, ...]], indent: str = "") -> Iterator[str]:
 
 
 def figures_of(text: str, cache_root: Path, mouth: tuple[int, int, int, int] | None = None) -> dict[str, Any]:
-    """Return what `quality --json` prints; see docs/quality.md.
+    """Return what `quality --json` prints of a video, by its path, or a run; see docs/quality.md.
 
-    Args:
-        text: A video's path, a run's id or the beginning of one, or "last".
-        cache_root: The cache folder, with the runs.
-        mouth: x, y, width, height in pixels.
+    `mouth`: x, y, width, height in pixels.
 
     Raises:
         MissingError: There is no such file or run, or what the run wrote is no video, or is no longer stored.

@@ -136,12 +136,8 @@ def _conversion(text: str, folder: str, locations: Locations) -> str | None:
 def near_files(file: str, kind: str, looked_in: Sequence[str]) -> tuple[list[str], bool]:
     """Return up to three files that a missing one may be and True, or else five of those that its folders hold.
 
-    Those of its very name may lie in folders for other kinds of models too; then where they belong is said.
-
-    Args:
-        file: What the recipe names.
-        kind: The usual folder of a model, or what an input is.
-        looked_in: The folders where it was looked for.
+    Those of its very name may lie in folders for other kinds of models too; then where they belong is said. `kind` is
+    the usual folder of a model, or what an input is.
     """
     folders = [Path(folder) for folder in looked_in]
     roots = [folder.parent for folder in folders if folder.name == kind]  # all kinds of models: it may lie among others
@@ -274,12 +270,7 @@ def target_path(need: ModelNeed, models_dir: Path) -> Path:
 
 
 def download(needs: Sequence[ModelNeed], models_dir: Path, on_progress: Progress) -> list[Path]:
-    """Download the missing ones of these files from their homes, after all of them have been found there.
-
-    `needs`: files; those that are there are left alone.
-
-    Returns:
-        The files that were downloaded.
+    """Download the missing ones of these files from their homes, once all are found there; return where they are now.
 
     Raises:
         MissingError: A file has no known home; nothing was downloaded.

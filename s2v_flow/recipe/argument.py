@@ -28,11 +28,7 @@ _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 def read_value(argument: Argument, takes: Sequence[Accepts], problems: Problems) -> Tree:
-    """Return the value that a change gives to its place.
-
-    Args:
-        argument: The change; any but "unset".
-        takes: What the place takes: the value must fit all of them.
+    """Return the value that a change, any but "unset", gives to its place; it must fit all that the place takes.
 
     Raises:
         FaultyOverrideError: The place does not take it.

@@ -28,15 +28,11 @@ from s2v_flow.recipe.tree import (
 
 
 def config_text(recipe: Recipe, *, resolved: bool = True, with_origins: bool = False) -> str:
-    """Return the recipe as YAML that can be loaded again.
+    """Return the recipe as YAML that can be loaded again; `with_origins`: comments say `# talk.yaml:14`, `# --set`.
 
     Resolved, it gives the same nodes: values stand in the place of their references, and inputs' relative paths are
     rewritten where they do not start at the recipe's folder (outputs stay as they are: a recipe writes below itself). A
-    matrix is left out then, for what it varies is referred to no more.
-
-    Args:
-        resolved: Whether to put parameters in, or keep `$params.x` as it is written.
-        with_origins: Whether each value gets a comment that says where it was written: `# talk.yaml:14`, `# --set`.
+    matrix is left out then, for what it varies is referred to no more. Else it keeps `$params.x` as it is written.
     """
     tree = _tree(recipe, resolved)
     comments = {path: _said(origin, recipe) for path, origin in _leaves(tree)} if with_origins else {}

@@ -54,9 +54,8 @@ class NodeSpec:
 class Recipe:
     """A recipe with all its layers applied and all references to parameters resolved.
 
-    `params` holds the resolved parameters; `nodes` is in the order of the file, `order` has
-    each after those that it uses; `files` are all files that were read,
-    the innermost base first, then what --set-file named; `document` is the merged text (`params` and `nodes`), with
+    `nodes` is in the order of the file, `order` has each after those that it uses; `files` are all that were read, the
+    innermost base first, then what --set-file named; `document` is the merged text (`params` and `nodes`), with
     `$params.x` still in it and every origin; `profile_places` says which profile a value at a place belongs to;
     `matrix` is what the recipe varies, `matrix_text` the same as it is written; `folder` is where relative paths start,
     if not beside `path`; `require` is what the figures of videos must be, by their names in `quality`.

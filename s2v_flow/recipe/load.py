@@ -47,14 +47,10 @@ def load_recipe(path: Written, *, kinds: Mapping[str, type[Node]], changes: Chan
 def load_cells(
     path: Written, *, kinds: Mapping[str, type[Node]], changes: Changes = NO_CHANGES, axes: Sequence[str] = ()
 ) -> tuple[Recipe, tuple[Variant, ...]]:
-    """Read a recipe, and make one more of it for each cell of its matrix; see `load_recipe`.
+    """Read a recipe, and make one more of it for each cell of its matrix, in order; see `load_recipe`.
 
-    Args:
-        changes: What is laid over it, of which no override may set what varies.
-        axes: `-m PATH=VALUES` arguments: axes that are added to the recipe's, or replace those of the same path.
-
-    Returns:
-        The recipe; and the cells in order, each with its recipe; none where nothing varies.
+    `axes` are `-m PATH=VALUES` arguments: added to the recipe's, or in the place of those of the same path. No override
+    may set what varies.
 
     Raises:
         RecipeError: With the mistakes of the recipe and of all its cells.

@@ -17,9 +17,8 @@ _MAX_WHOLE = 10**40  # the recipe's text takes 40 digits
 def tree_of(value: Any, at: Callable[[str], Origin], problems: Problems) -> Tree:
     """Return dicts, lists, tuples, texts, numbers, truth values and None as a tree; paths and numpy's scalars, too.
 
-    Args:
-        at: Gives the place of a value by its path: "nodes.first.steps", "" for the whole.
-        problems: Takes what no recipe can hold; null stands in its place.
+    `at` gives the place of a value by its path: "nodes.first.steps", "" for the whole. For what no recipe can hold null
+    stands, and `problems` says so.
 
     Raises:
         StopReadingError: There is more than a recipe may have; `problems` says so.

@@ -23,16 +23,29 @@ def recipe_schema(kinds: Mapping[str, type[Node]]) -> Schema:
     `#/definitions/override` is the schema of an override file (`-f`). A recipe that extends another may leave out what
     its base has, as profiles may: there, nodes need neither a kind nor their required fields.
     """
+    scalar = {"type": ["string", "number", "boolean", "null"]}
     definitions: Schema = {
         "parameter": {"type": "string", "pattern": _PARAMETER, "description": "A parameter's value."},
         "interpolated": {"type": "string", "pattern": _INTERPOLATED, "description": "Text with parameters."},
-        "params": _params(),
+        "params": {
+            "type": ["object", "null"],
+            "propertyNames": _NAMES,
+            "additionalProperties": {"anyOf": [scalar, {"type": "array", "items": scalar}]},
+        },
     }
     for name, kind in kinds.items():
         definitions.update(_definitions(name, kind))
     definitions["node"] = _node(kinds)
     definitions["node_part"] = _node_part(kinds, definitions)
-    definitions["profile"] = _profile()
+    definitions["profile"] = {
+        "type": ["object", "null"],
+        "properties": {
+            "description": {"type": ["string", "null"], "description": "What the profile is for."},
+            "params": _reference("params", "Parameters that change."),
+            "nodes": _map_of("node_part", "Nodes, or the fields of nodes that change."),
+        },
+        "additionalProperties": False,
+    }
     definitions["override"] = _file(is_recipe=False)
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -79,18 +92,6 @@ def _file(*, is_recipe: bool) -> Schema:
     return schema
 
 
-def _profile() -> Schema:
-    return {
-        "type": ["object", "null"],
-        "properties": {
-            "description": {"type": ["string", "null"], "description": "What the profile is for."},
-            "params": _reference("params", "Parameters that change."),
-            "nodes": _map_of("node_part", "Nodes, or the fields of nodes that change."),
-        },
-        "additionalProperties": False,
-    }
-
-
 def _matrix() -> Schema:
     items = {"type": "array", "items": {"type": "object", "minProperties": 1}}
     return {
@@ -101,15 +102,6 @@ def _matrix() -> Schema:
             "exclude": {**items, "description": "Combinations to leave out: cells that have all of an item's values."},
         },
         "additionalProperties": {"type": "array", "minItems": 1},
-    }
-
-
-def _params() -> Schema:
-    scalar = {"type": ["string", "number", "boolean", "null"]}
-    return {
-        "type": ["object", "null"],
-        "propertyNames": _NAMES,
-        "additionalProperties": {"anyOf": [scalar, {"type": "array", "items": scalar}]},
     }
 
 

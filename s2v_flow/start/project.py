@@ -50,15 +50,7 @@ class Start:
 def fitting_size(width: int, height: int, max_area: int) -> tuple[int, int]:
     """Return the largest size in multiples of 64 that has an image's shape, rounded up, within an area.
 
-    The image is scaled until, each side rounded up to 64, it just fits the area.
-
-    Args:
-        width: The image's, in pixels.
-        height: The image's, in pixels.
-        max_area: In pixels.
-
-    Returns:
-        Width and height, in pixels.
+    The image is scaled until, each side rounded up to 64, it just fits the area; all are in pixels.
 
     Raises:
         ValueError: A side is not positive, or the area is less than 64 x 64.
