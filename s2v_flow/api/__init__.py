@@ -30,7 +30,7 @@ from s2v_flow.graph.node import Plan
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, assess
 from s2v_flow.graph.turns import gpu_turn
-from s2v_flow.library.needs import HOMES, ModelNeed, known_needs, meant_instead, misnamed, recipe_needs
+from s2v_flow.library.needs import meant_instead, misnamed
 from s2v_flow.machine import device_class, free_memory_bytes, hardware, resolve_device
 from s2v_flow.nodes.memory import needs, require_room
 from s2v_flow.nodes.precision import check_fit, precision_notes
@@ -91,18 +91,6 @@ def _written(recipe: RecipeLike) -> Written:
     what = "its text" if isinstance(recipe, str) else type(recipe).__name__
     fix = "give the path, or the text as a dict: yaml.safe_load(text)"
     raise S2VFlowError(f"expected a recipe's file or a dict, got {what}", fix, exit_code=ExitCode.USAGE)
-
-
-def model_needs(path: Path | None, options: Options | None = None) -> list[ModelNeed]:
-    """List the model files that a recipe needs, or without one all that are known, and where they are.
-
-    Raises:
-        RecipeError: The recipe is wrong.
-    """
-    options = options or Options()
-    if path is None:
-        return known_needs(HOMES, options.locations)
-    return recipe_needs(check(path, options), options.locations)
 
 
 def plan(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> Planned:

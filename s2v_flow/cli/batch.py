@@ -204,11 +204,7 @@ def export(
 def _asked(
     given: Sequence[str], options: Options, table: Path | None
 ) -> tuple[list[str], Options, list[Row] | None, BatchFile | None]:
-    """Return recipes, options and rows, and the batch.yaml that stands for the recipes; the command line says more.
-
-    Raises:
-        RecipeError: A table or the batch.yaml is wrong.
-    """
+    """Return recipes, options and rows, and the batch.yaml that stands for the recipes; the command line says more."""
     from s2v_flow.batch.plan import find_recipes
     from s2v_flow.batch.spec import is_batch_file, read_batch_file, read_rows
 
@@ -226,12 +222,7 @@ def _asked(
 
 
 def _devices(options: Options, devices: str | None, workers: int | None, engine: str | None) -> list[str]:
-    """Return a device for each process; other engines' workers find theirs where they run.
-
-    Raises:
-        UsageError: Both are given, or one GPU would have several processes.
-        S2VFlowError: There is no such device.
-    """
+    """Return a device for each process; other engines' workers find theirs where they run."""
     from s2v_flow.machine import resolve_device
 
     if engine in ("ray", "slurm"):
@@ -298,11 +289,7 @@ def _run(
 
 
 def _parameters(texts: Sequence[str]) -> dict[str, Any]:
-    """Return parameters that are written KEY=VALUE; numbers and true become what they are.
-
-    Raises:
-        UsageError: One has no =.
-    """
+    """Return parameters that are written KEY=VALUE; numbers and true become what they are."""
     from s2v_flow.recipe.tree import read_scalar
 
     pairs = [text.partition("=") for text in texts]

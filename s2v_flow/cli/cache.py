@@ -206,11 +206,7 @@ def _options(cache_dir: Path | None) -> Options:
 
 
 def _root(cache_dir: Path | None) -> Path:
-    """Return the cache folder, which need not be there.
-
-    Raises:
-        S2VFlowError: It is there, and cannot be read.
-    """
+    """Return the cache folder, which need not be there; one that is there must be readable."""
     root = _options(cache_dir).cache_root
     try:
         with os.scandir(root):

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+import s2v_flow
 from s2v_flow.cli import report
 from s2v_flow.cli.options import FILE, OrderedGroup, change_options, folder_options, json_option, make_options
 from s2v_flow.errors import ExitCode
@@ -47,17 +48,22 @@ def models() -> None:
 @click.option("--only", multiple=True, metavar="FILE", help="Only this one; repeatable.")
 def list_(recipe: Path | None, as_json: bool, download: bool, only: tuple[str, ...], **given: Any) -> None:
     """List the model files that a recipe needs (or all that are known), and download them on request."""
-    from s2v_flow import api
     from s2v_flow.library import needs
 
     if download and recipe is None and not only:
         raise click.UsageError("--download needs a recipe, or --only FILE: all known models together are very large")
     options = make_options(**given)
-    found = needs.choose(api.model_needs(recipe, options), only)
+
+    def look() -> list[needs.ModelNeed]:
+        if recipe is None:
+            return needs.choose(needs.known_needs(needs.HOMES, options.locations), only)
+        return needs.choose(needs.recipe_needs(s2v_flow.check(recipe, options), options.locations), only)
+
+    found = look()
     if download:
         progress = report.DownloadProgress()
         needs.download(found, options.locations.models_dirs[0], progress)
-        found = needs.choose(api.model_needs(recipe, options), only)
+        found = look()
     listed = {"models": [item.to_json() for item in found]}
     report.print_json(listed) if as_json else report.print_table(needs.needs_text(found))
     if any(item.status == "missing" for item in found):

@@ -130,11 +130,7 @@ def _find_path(root: Path, text: str) -> Path:
 
 
 def _paths(root: Path) -> list[Path]:
-    """Return the manifests' paths, the newest first: ids begin with the time. Reading one tells why it cannot be.
-
-    Raises:
-        MissingError: The folder cannot be looked into.
-    """
+    """Return the manifests' paths, the newest first: ids begin with the time. Reading one tells why it cannot be."""
     try:
         names = os.listdir(root)
     except FileNotFoundError:

@@ -253,11 +253,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for appending, alone.
-
-    Raises:
-        S2VFlowError: Another process has it.
-    """
+    """Open a file for appending, which no other process may have."""
     in_use = S2VFlowError(f"{path}: another process is downloading this file", fix="wait for it")
     with path.open("a+b") as file:
         try:
