@@ -66,31 +66,26 @@ def check(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> 
     Raises:
         RecipeError: With every mistake that was found; also where a recipe's file cannot be read.
     """
-    written = _written(recipe)
-    changes = _changes(written, with_fields(options, fields))
+    written, changes = _asked(recipe, with_fields(options, fields))
     return load_recipe(written, kinds=KINDS, changes=changes)
-
-
-def _changes(path: Written, options: Options) -> Changes:
-    """Return what is laid over a recipe, and where a video stands for it, the recipe that is in the video."""
-    essence = essence_in(path) if isinstance(path, Path) else None
-    if essence is None or not isinstance(path, Path):
-        return options.changes
-    inside = load_recipe(path, kinds=KINDS, changes=Changes(inside=(essence.recipe, path.absolute().parent)))
-    return replace(options.changes, inside=(essence.recipe, likely_folders(path, inside, essence.node)[0]))
 
 
 load = check  # the name that some look for first
 
 
-def _written(recipe: RecipeLike) -> Written:
+def _asked(recipe: RecipeLike, options: Options) -> tuple[Written, Changes]:
+    """Return a recipe and what is laid over it; where a video stands for it, with the recipe that is in the video."""
     if isinstance(recipe, Mapping):
-        return recipe
-    if isinstance(recipe, os.PathLike) or (isinstance(recipe, str) and "\n" not in recipe):
-        return Path(recipe)
-    what = "its text" if isinstance(recipe, str) else type(recipe).__name__
-    fix = "give the path, or the text as a dict: yaml.safe_load(text)"
-    raise S2VFlowError(f"expected a recipe's file or a dict, got {what}", fix, exit_code=ExitCode.USAGE)
+        return recipe, options.changes
+    if (isinstance(recipe, str) and "\n" in recipe) or not isinstance(recipe, (str, os.PathLike)):
+        what = "its text" if isinstance(recipe, str) else type(recipe).__name__
+        fix = "give the path, or the text as a dict: yaml.safe_load(text)"
+        raise S2VFlowError(f"expected a recipe's file or a dict, got {what}", fix, exit_code=ExitCode.USAGE)
+    path, changes = Path(recipe), options.changes
+    if essence := essence_in(path):
+        inside = load_recipe(path, kinds=KINDS, changes=Changes(inside=(essence.recipe, path.absolute().parent)))
+        changes = replace(changes, inside=(essence.recipe, likely_folders(path, inside, essence.node)[0]))
+    return path, changes
 
 
 def plan(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> Planned:
@@ -101,8 +96,7 @@ def plan(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> P
         S2VFlowError: A file that is there cannot be used, or the device is not there.
     """
     options = with_fields(options, fields)
-    written = _written(recipe)
-    changes = _changes(written, options)
+    written, changes = _asked(recipe, options)
     return _plan(*load_cells(written, kinds=KINDS, changes=changes, axes=options.axes), options)
 
 
