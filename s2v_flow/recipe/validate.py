@@ -14,17 +14,7 @@ from s2v_flow.recipe.document import NodeSpec
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.params import Parameters, whole_reference
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import (
-    Entry,
-    MapValue,
-    Origin,
-    Scalar,
-    Tree,
-    origins_of,
-    path_text,
-    plain,
-    tree_at,
-)
+from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, origins_of, path_text, plain, tree_at
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened, shown
 
 _RANGES = {
