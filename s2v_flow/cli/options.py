@@ -261,8 +261,7 @@ def take_overrides(given: dict[str, Any]) -> list[Override]:
     from s2v_flow.recipe.argument import Override
 
     texts = {name: list(given.pop(name, ())) for name in _KINDS}
-    context = click.get_current_context(silent=True)
-    order: Sequence[str] = () if context is None else context.meta.get(_ORDER, ())
+    order: Sequence[str] = click.get_current_context().meta.get(_ORDER, ())
     found = [Override(_KINDS[name], texts[name].pop(0)) for name in order if name in _KINDS]
     if any(texts.values()):
         raise RuntimeError("a command that takes --set and its like has to be an OrderedCommand")

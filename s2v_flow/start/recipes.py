@@ -172,27 +172,14 @@ def start_data(like: str, params: Mapping[str, Any], output: str) -> dict[str, A
         output: The video's name, relative to the recipe.
     """
     recipe = RECIPES[like]
-    inputs = ("image", "audio", "prompt")
-    sizes = {name: value for name, value in params.items() if name not in inputs}
-    names = [
-        *(name for name in _NODES if name != "video"),
-        *(name for name in recipe.nodes if name not in _NODES),
-        "video",
-    ]
+    names = dict.fromkeys([*_NODES, *recipe.nodes])
     nodes = {name: {**_NODES.get(name, {}), **recipe.nodes.get(name, {})} for name in names}
-    nodes["video"]["file"] = output
-    texts = {"negative_prompt": recipe.negative_prompt}
+    nodes["video"] = {**nodes.pop("video"), "file": output}  # stands last
+    texts = {name: params[name] for name in ("image", "audio", "prompt")}
     if recipe.negative_prompt is None:
-        del texts["negative_prompt"], nodes["negative"], nodes["first"]["negative"]
-    data: dict[str, Any] = {
-        "s2vflow": 1,
-        "description": recipe.description,
-        "params": {
-            **{name: params[name] for name in inputs},
-            **texts,
-            **sizes,
-            **recipe.params,
-        },
-        "nodes": nodes,
-    }
+        del nodes["negative"], nodes["first"]["negative"]
+    else:
+        texts["negative_prompt"] = recipe.negative_prompt
+    values = {**texts, **params, **recipe.params}
+    data: dict[str, Any] = {"s2vflow": 1, "description": recipe.description, "params": values, "nodes": nodes}
     return {**data, "profiles": dict(recipe.profiles)} if recipe.profiles else data
