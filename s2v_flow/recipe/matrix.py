@@ -196,11 +196,8 @@ def expand(matrix: Matrix, problems: Problems) -> tuple[Cell, ...]:
     if matrix.origin is None or not (matrix.axes or matrix.include):
         return ()
     count = math.prod(len(axis.arguments) for axis in matrix.axes.values())
-    if count > MAX_CELLS:
-        _say_too_many(count, matrix.origin, problems)
-        return ()
     originals: list[dict[str, Argument]] = []
-    if matrix.axes:
+    if matrix.axes and count <= MAX_CELLS:
         for values in itertools.product(*(axis.arguments for axis in matrix.axes.values())):
             combination = dict(zip(matrix.axes, values, strict=True))
             agree = (
@@ -210,17 +207,13 @@ def expand(matrix: Matrix, problems: Problems) -> tuple[Cell, ...]:
             if not any(agree):
                 originals.append(combination)
     cells = _included(originals, matrix.include)
+    if (count := max(count, len(cells))) > MAX_CELLS:
+        message = f"a matrix may have {MAX_CELLS} cells, this one has {count}"
+        problems.add("R061", message, matrix.origin, fix="vary less at once")
+        return ()
     if not cells:
         problems.add("R061", "matrix: exclude leaves no cell", matrix.origin, fix="exclude less")
-    if len(cells) > MAX_CELLS:
-        _say_too_many(len(cells), matrix.origin, problems)
-        return ()
     return _labelled(cells, matrix.axes)
-
-
-def _say_too_many(count: int, origin: Origin, problems: Problems) -> None:
-    message = f"a matrix may have {MAX_CELLS} cells, this one has {count}"
-    problems.add("R061", message, origin, fix="vary less at once")
 
 
 def _included(

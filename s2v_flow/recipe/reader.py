@@ -165,9 +165,12 @@ def read_yaml(data: bytes, source: Source, problems: Problems) -> Tree:
         raise problems.stop("R004", message, source.start())
     text = _decode(data, source, problems)
     if not source.lines:
-        source = Source(source.file, source.base_dir, tuple(_LINE_BREAK.split(text)), source.line, source.column)
+        source = replace(source, lines=tuple(_LINE_BREAK.split(text)))
     _check_characters(text, source, problems)
-    _check_directives(text, source, problems)
+    directive = _DIRECTIVE.search(text)
+    if directive is not None:  # libyaml takes seconds for a megabyte of them
+        message = "a line may not begin with %: recipes have no YAML directives"
+        raise problems.stop("R005", message, _origin_at(text, directive.start(), source), fix="remove the line")
     events = _events(text, source, problems)
     return _Builder(source, problems).build(events)
 
@@ -193,7 +196,7 @@ def _decode(data: bytes, source: Source, problems: Problems) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         lines = _LINE_BREAK.split(data[: error.start].decode("utf-8"))
-        source = Source(source.file, source.base_dir, (*lines[:-1], lines[-1] + "\ufffd"), source.line, source.column)
+        source = replace(source, lines=(*lines[:-1], lines[-1] + "\ufffd"))
         origin = source.origin(len(lines) - 1, len(lines[-1]))
         message = f"byte 0x{data[error.start]:02x} is not UTF-8"
         raise problems.stop("R003", message, origin, fix="save the file as UTF-8") from error
@@ -204,14 +207,6 @@ def _check_characters(text: str, source: Source, problems: Problems) -> None:
     if found is not None:
         message = f"the character U+{ord(found[0]):04X} may not stand in a recipe"
         raise problems.stop("R003", message, _origin_at(text, found.start(), source))
-
-
-def _check_directives(text: str, source: Source, problems: Problems) -> None:
-    """Refuse directives: libyaml takes seconds for a megabyte of them."""
-    found = _DIRECTIVE.search(text)
-    if found is not None:
-        message = "a line may not begin with %: recipes have no YAML directives"
-        raise problems.stop("R005", message, _origin_at(text, found.start(), source), fix="remove the line")
 
 
 def _origin_at(text: str, index: int, source: Source) -> Origin:
