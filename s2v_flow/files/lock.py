@@ -104,7 +104,7 @@ def remove_unused(paths: Iterable[Path]) -> int:
     removed = 0
     for path in paths:
         with suppress(OSError):
-            if path.is_file() and (descriptor := _try(path)) is not None:
+            if path.is_file() and (descriptor := try_lock(path)) is not None:
                 try:
                     path.unlink()
                     removed += 1
@@ -117,11 +117,11 @@ def _take(path: Path, on_wait: Callable[[str], None], between: Callable[[], None
     """Return the descriptor of the lock once it is ours.
 
     Raises:
-        OSError: See `_try`.
+        OSError: See `try_lock`.
     """
     is_told = False
     while True:
-        found = _try(path)
+        found = try_lock(path)
         if found is not None:
             return found
         if not is_told and (holder := _holder(path)):
@@ -131,8 +131,8 @@ def _take(path: Path, on_wait: Callable[[str], None], between: Callable[[], None
         time.sleep(POLL_SECONDS)
 
 
-def _try(path: Path) -> int | None:
-    """Try to lock: a descriptor, or None where another process has it.
+def try_lock(path: Path, mode: int = 0o600) -> int | None:
+    """Try to lock a file, made with this mode: a descriptor to write by, or None where another process has it.
 
     Raises:
         OSError: Locks do not work here, or their folder cannot be written.
@@ -140,7 +140,7 @@ def _try(path: Path) -> int | None:
     if _FCNTL is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         _FCNTL.flock(descriptor, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
         if os.fstat(descriptor).st_ino == os.stat(path).st_ino:

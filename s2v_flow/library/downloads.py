@@ -13,7 +13,6 @@ import http.client
 import os
 import re
 import shutil
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -23,16 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.facts import file_digest
+from s2v_flow.files.lock import try_lock
 from s2v_flow.wording import size_text
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 HUB = "https://huggingface.co"
 _TIMEOUT_SECONDS = 30.0
@@ -253,25 +248,15 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for appending, which no other process may have."""
-    in_use = S2VFlowError(f"{path}: another process is downloading this file", fix="wait for it")
-    with path.open("a+b") as file:
-        try:
-            _lock(file)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise in_use from error  # else the filesystem has no locks: the sha256 will tell
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise in_use  # it has been finished and renamed since it was opened
+    """Open a file to be filled, which no other process may have; where there are no locks, the sha256 will tell."""
+    try:
+        descriptor = try_lock(path, 0o666)
+    except OSError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    if descriptor is None:
+        raise S2VFlowError(f"{path}: another process is downloading this file", fix="wait for it")
+    with os.fdopen(descriptor, "r+b") as file:
         yield file
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Take a lock that ends with the file or the process."""
-    if sys.platform == "win32":
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
