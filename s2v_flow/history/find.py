@@ -34,7 +34,7 @@ class Listing:
 def list_runs(root: Path) -> Listing:
     """Return every run that is kept; `root`: the folder with a folder for every run; it need not be there."""
     runs, notes = [], []
-    for path in _paths(root):
+    for path in _manifests(root).values():
         try:
             runs.append(read_manifest(path))
         except MissingError as error:
@@ -44,7 +44,7 @@ def list_runs(root: Path) -> Listing:
 
 def run_ids(root: Path) -> list[str]:
     """Return the ids of the runs that are kept, the newest first."""
-    return [path.parent.name for path in _paths(root)]
+    return list(_manifests(root))
 
 
 def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
@@ -52,16 +52,17 @@ def forget_runs(root: Path, keep: int, *, is_dry: bool = False) -> list[str]:
 
     `root`: the folder with a folder for every run; it need not be there. Folders in it that are no runs' stay.
     """
+    runs = [name for name in _manifests(root) if RUN_ID.fullmatch(name)][keep:]
+    if is_dry:
+        return runs
     gone = []
-    for path in [path for path in _paths(root) if RUN_ID.fullmatch(path.parent.name)][keep:]:
+    for folder in (root / name for name in runs):
         with suppress(OSError):  # it cannot be removed
-            if not is_dry:
-                path.unlink(missing_ok=True)  # another process may have been first
-            gone.append(path.parent.name)
-            for picture in () if is_dry else path.parent.glob("*.jpg"):  # its previews
+            (folder / _NAME).unlink(missing_ok=True)  # another process may have been first
+            gone.append(folder.name)
+            for picture in folder.glob("*.jpg"):  # its previews
                 picture.unlink()
-            if not is_dry:
-                path.parent.rmdir()
+            folder.rmdir()
     return gone
 
 
@@ -111,33 +112,30 @@ def _stored(path: Path) -> Manifest:
 
 
 def _find_path(root: Path, text: str) -> Path:
-    paths = _paths(root)
-    names = [path.parent.name for path in paths]
-    if text == LAST and paths:
-        return paths[0]
-    found = [path for path in paths if path.parent.name == text] if text in names else []
-    found = found or [path for path in paths if text and path.parent.name.startswith(text)]
+    known = _manifests(root)
+    if text == LAST and known:
+        return next(iter(known.values()))
+    found = [text] if text in known else [name for name in known if text and name.startswith(text)]
     if len(found) == 1:
-        return found[0]
+        return known[found[0]]
     if found:
-        fix = f"say more of it: {', '.join(path.parent.name for path in found[:_MAX_NAMED])}"
+        fix = f"say more of it: {', '.join(found[:_MAX_NAMED])}"
         raise S2VFlowError(f"{len(found)} runs begin with {text}", fix=fix, exit_code=ExitCode.USAGE)
-    fix = (
-        did_you_mean(text, names[:_MAX_NAMED], "the last runs")
-        or "no run has been kept yet; is it another --cache-dir?"
-    )
+    near = did_you_mean(text, list(known)[:_MAX_NAMED], "the last runs")
+    fix = near or "no run has been kept yet; is it another --cache-dir?"
     raise S2VFlowError(f"there is no run {text!r}, and no such file", fix=fix, exit_code=ExitCode.USAGE)
 
 
-def _paths(root: Path) -> list[Path]:
-    """Return the manifests' paths, the newest first: ids begin with the time. Reading one tells why it cannot be."""
+def _manifests(root: Path) -> dict[str, Path]:
+    """Return the manifests by run, the newest first: ids begin with the time. Reading one tells why it cannot be."""
     try:
         names = os.listdir(root)
     except FileNotFoundError:
-        return []
+        return {}
     except OSError as error:
         raise MissingError(f"{root}: cannot be read: {error.strerror}", "check its permissions") from error
-    return [root / name / _NAME for name in sorted(names, reverse=True) if _may_be_there(root / name / _NAME)]
+    paths = {name: root / name / _NAME for name in sorted(names, reverse=True)}
+    return {name: path for name, path in paths.items() if _may_be_there(path)}
 
 
 def _may_be_there(path: Path) -> bool:
