@@ -92,9 +92,7 @@ def run(recipes: tuple[str, ...], as_json: bool, table: Path | None, dry_run: bo
     engine_options = {name: policy[name] for name in ("address", "slurm")}
     found, options, rows, file = _asked(recipes, make_options(**given), table)
     if file is not None:
-        is_said = {
-            name for name in _POLICY if policy[name] is not None and policy[name] is not False and policy[name] != {}
-        }
+        is_said = {name for name, value in policy.items() if value is not None and value is not False and value != {}}
         is_said |= {"devices", "workers"} if {"devices", "workers"} & is_said else set()
         named = None if file.devices is None else ",".join(file.devices)
         policy = {**file.model_dump(include=set(_POLICY)), "devices": named, **{name: policy[name] for name in is_said}}
