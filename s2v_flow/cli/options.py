@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 _ORDER = "s2v_flow.cli.options"
 _DASHES = "-\u2012\u2013\u2014\u2015\u2212"  # what word processors make of hyphens
 
-_KINDS: dict[str, Literal["set", "set-json", "set-file", "unset", "seed"]] = {
-    "seeds": "seed",
-    "sets": "set",
-    "json_sets": "set-json",
-    "file_sets": "set-file",
-    "unsets": "unset",
-}
+_CHANGES: tuple[tuple[Literal["set", "set-json", "set-file", "unset", "seed"], str, str], ...] = (
+    ("seed", "N", "Short for --set seed=N; without such a parameter, that of every sample node."),
+    ("unset", "PATH", "Go back to the default; remove an item of a list."),
+    ("set-file", "PATH=FILE", "Set a text to a file's: prompt=prompt.txt."),
+    ("set-json", "PATH=JSON", "Set a value of any shape: nodes.dit.loras=[]."),
+    ("set", "PATH=VALUE", "Set a value: steps=20."),
+)
 
 
 class OrderedCommand(click.Command):
@@ -58,7 +58,7 @@ class OrderedCommand(click.Command):
             name = next((word for word in words if word.startswith(error.option_name)), error.option_name).lstrip("-")
             if any(f"--{name}" in item.opts for item in self.params):
                 return f"Did you mean --{name}?"
-            is_misspelt = len(error.possibilities or ()) == 1 or "sets" not in names
+            is_misspelt = len(error.possibilities or ()) == 1 or "set" not in names
             return None if is_misspelt else f"A value of the recipe is changed with --set {name}=VALUE"
         if "unexpected extra argument" in error.message and "recipe" in names:
             if any(word == "--set" and "=" not in path for word, path in itertools.pairwise(words)):
@@ -81,9 +81,9 @@ def _refuse_repeated(given: Sequence[click.Option]) -> None:
             raise click.UsageError(f"{before.opts[-1]} and {option.opts[-1]} contradict each other: give one of them")
     for option in seen.values():
         says_more = not option.is_flag or option.secondary_opts
-        if says_more and (not option.multiple or option.name == "seeds") and given.count(option) > 1:
+        if says_more and (not option.multiple or option.name == "seed") and given.count(option) > 1:
             names = " or ".join([*option.opts[-1:], *option.secondary_opts])
-            many = ", or vary it: -m seed=1,2" if option.name == "seeds" else ""
+            many = ", or vary it: -m seed=1,2" if option.name == "seed" else ""
             raise click.UsageError(f"{names} is given {given.count(option)} times: leave one of them{many}")
 
 
@@ -132,20 +132,13 @@ cache_option = click.option("--cache-dir", type=FOLDER, help="Where artifacts ar
 override_options = all_of(  # change values of a recipe
     *(
         click.option(
-            option,
-            name,
+            f"--{kind}",
             multiple=True,
             metavar=metavar,
             help=text,
-            shell_complete=None if option in ("--unset", "--seed") else complete_set,
+            shell_complete=None if kind in ("unset", "seed") else complete_set,
         )
-        for option, name, metavar, text in (
-            ("--seed", "seeds", "N", "Short for --set seed=N; without such a parameter, that of every sample node."),
-            ("--unset", "unsets", "PATH", "Go back to the default; remove an item of a list."),
-            ("--set-file", "file_sets", "PATH=FILE", "Set a text to a file's: prompt=prompt.txt."),
-            ("--set-json", "json_sets", "PATH=JSON", "Set a value of any shape: nodes.dit.loras=[]."),
-            ("--set", "sets", "PATH=VALUE", "Set a value: steps=20."),
-        )
+        for kind, metavar, text in _CHANGES
     )
 )
 change_options = all_of(  # change a recipe
@@ -260,9 +253,10 @@ def take_overrides(given: dict[str, Any]) -> list[Override]:
     """
     from s2v_flow.recipe.argument import Override
 
-    texts = {name: list(given.pop(name, ())) for name in _KINDS}
+    kinds = {kind.replace("-", "_"): kind for kind, _, _ in _CHANGES}
+    texts = {name: list(given.pop(name, ())) for name in kinds}
     order: Sequence[str] = click.get_current_context().meta.get(_ORDER, ())
-    found = [Override(_KINDS[name], texts[name].pop(0)) for name in order if name in _KINDS]
+    found = [Override(kinds[name], texts[name].pop(0)) for name in order if name in kinds]
     if any(texts.values()):
         raise RuntimeError("a command that takes --set and its like has to be an OrderedCommand")
     return found
