@@ -78,10 +78,15 @@ _SIZED = ("image", "frames", "first", "latent", "video", "reference")  # fields 
 
 @dataclass(frozen=True)
 class Made:
-    """Something that one recipe node gives; `type` is its port's type."""
+    """Something that one recipe node gives; `type` is its port's type.
+
+    Of frames, `total` is their number, where the workflow says it, and `is_decoded` if nothing was taken away yet.
+    """
 
     ref: NodeRef
     type: str
+    total: int | None = None
+    is_decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,15 +98,6 @@ class Model:
     loras: tuple[tuple[Value, Value, str | None], ...] = ()
     shift: Value = field(default_factory=lambda: Value(8.0))  # what ComfyUI takes for Wan unless told
     threshold: Value | None = None  # EasyCache's
-
-
-@dataclass(frozen=True)
-class FramesMade:
-    """Frames; `total` is their number, where the workflow says it; `is_decoded` if nothing was taken away yet."""
-
-    ref: NodeRef
-    total: int | None = None
-    is_decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,9 +226,9 @@ class AtNode:
         """Add a node that writes a file."""
         self.draft.sinks.append(self.add(kind, usual, fields).key)
 
-    def made(self, kind: str, usual: str, fields: Mapping[str, Any], type_: str) -> Made:
+    def made(self, kind: str, usual: str, fields: Mapping[str, Any], type_: str, total: int | None = None) -> Made:
         """Add a node, and return what it gives."""
-        return Made(self.add(kind, usual, fields), type_)
+        return Made(self.add(kind, usual, fields), type_, total)
 
     def note(self, text: str) -> None:
         """Record what a person should know of this node."""
@@ -329,11 +325,9 @@ class AtNode:
         """Return the recipe node of a meaning, turning images into frames and back where needed."""
         if isinstance(found, Made) and found.type == type_:
             return found.ref
-        if isinstance(found, FramesMade) and type_ == "frames":
-            return found.ref
-        if isinstance(found, FramesMade) and type_ == "image":
+        if isinstance(found, Made) and (found.type, type_) == ("frames", "image"):
             return self.add("image_from_frames", "still", {"frames": found.ref}, titled=False)
-        if isinstance(found, Made) and found.type == "image" and type_ == "frames":
+        if isinstance(found, Made) and (found.type, type_) == ("image", "frames"):
             return self.add("frames_from_image", "still_frames", {"image": found.ref}, titled=False)
         raise self.refuse(f"{name}: a recipe needs {type_.replace('_', ' ')} here")
 

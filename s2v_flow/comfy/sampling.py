@@ -12,7 +12,6 @@ from s2v_flow.comfy.graph import Value
 from s2v_flow.comfy.meaning import (
     ZEROED,
     AtNode,
-    FramesMade,
     Guider,
     Latent,
     Made,
@@ -291,7 +290,7 @@ def _decode(at: AtNode) -> Any:
     fields = {"vae": vae, "latent": shown.ref, "prefix": prefix, "drop_frames": 0, "trim": "none"}
     ref = at.add("decode", "frames", fields)
     total = None if latent.num_frames is None else 4 * latent.num_frames - 3
-    return FramesMade(ref, total, is_decoded=True)
+    return Made(ref, "frames", total, is_decoded=True)
 
 
 def _from_batch(at: AtNode) -> Any:
@@ -299,7 +298,7 @@ def _from_batch(at: AtNode) -> Any:
     found = at.meaning("image", object)
     if isinstance(found, Made) and found.type == "image":
         return found
-    if not isinstance(found, FramesMade):
+    if not isinstance(found, Made) or found.type != "frames":
         raise at.refuse("image takes something that recipes cannot express here")
     left = None if found.total is None else found.total - index.value
     takes_all = length.value >= left if left is not None else length.value >= _WHOLE
@@ -307,12 +306,12 @@ def _from_batch(at: AtNode) -> Any:
         decode = at.draft[found.ref]
         ref = at.add("decode", "frames", {**decode.fields, "drop_frames": index})
         at.draft[ref].made_from += [name for name in decode.made_from if name not in at.draft[ref].made_from]
-        return FramesMade(ref, left)
+        return Made(ref, "frames", left)
     if not takes_all and length.value >= _WHOLE:
         at.note(f"it takes {length.value} of {left} frames; the rest is cut, as there")
     fields = {"frames": found.ref, "start": index, "length": None if takes_all else length}
     count = None if left is None else max(min(left, length.value), 1)
-    return FramesMade(at.add("frames_slice", "part", fields), count)
+    return at.made("frames_slice", "part", fields, "frames", count)
 
 
 SAMPLING: Mapping[str, Translator] = MappingProxyType(

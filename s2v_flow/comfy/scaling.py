@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from s2v_flow.comfy.catalog import BRANCHES
 from s2v_flow.comfy.graph import Link, Value
-from s2v_flow.comfy.meaning import UNKNOWN, AtNode, FramesMade, NodeRef, Translator, UnknownSide
+from s2v_flow.comfy.meaning import UNKNOWN, AtNode, Made, NodeRef, Translator, UnknownSide
 from s2v_flow.nodes.scale import Method
 from s2v_flow.wording import shortened
 
@@ -128,8 +128,7 @@ def _kj(at: AtNode) -> Any:
 def _measured(at: AtNode) -> Any:
     """GetImageSize and GetImageSizeAndCount."""
     found = at.meaning("image", object)
-    size = _size(at, "image")
-    total = found.total if isinstance(found, FramesMade) else 1
+    size, total = _size(at, "image"), _total(found)
     count = UnknownSide("a video", None) if total is None else Value(total)
     sides = map(Value, size) if size else [UnknownSide(_file_of(at, "image"), None)] * 2
     return (*([found] if at.class_type == "GetImageSizeAndCount" else []), *sides, count)
@@ -144,7 +143,7 @@ def _batch(at: AtNode) -> Any:
     if not names:
         raise at.refuse("nothing is connected", "connect its pictures, or remove it")
     made = at.meaning(names[0], object)
-    total = made.total if isinstance(made, FramesMade) else 1
+    total = _total(made)
     for name in names[1:]:
         first = at.typed(names[0], made, "frames")
         found = at.meaning(name, object)
@@ -153,11 +152,14 @@ def _batch(at: AtNode) -> Any:
         if size and other and size != other:
             scale = {"frames": second, "width": size[0], "height": size[1], "method": "bilinear", "crop": "center"}
             second = at.add("frames_scale", "scaled", scale, titled=False)
-        more = found.total if isinstance(found, FramesMade) else 1
+        more = _total(found)
         total = None if total is None or more is None else total + more
-        ref = at.add("frames_concat", "all_frames", {"first": first, "second": second})
-        made = FramesMade(ref, total)
+        made = at.made("frames_concat", "all_frames", {"first": first, "second": second}, "frames", total)
     return made
+
+
+def _total(found: object) -> int | None:
+    return found.total if isinstance(found, Made) and found.type == "frames" else 1
 
 
 def _to_sides(at: AtNode, name: str, width: Value, height: Value, crop: str, method: Value) -> Any:
@@ -182,9 +184,8 @@ def _scaled(at: AtNode, name: str, fields: Mapping[str, Any]) -> Any:
     if method not in get_args(Method):
         at.note(f"scaled by lanczos instead of {shortened(str(method))}")
         fields = {**fields, "method": "lanczos"}
-    if isinstance(found, FramesMade):
-        return FramesMade(at.add("frames_scale", "scaled", {"frames": found.ref, **fields}))
-    return at.made("image_scale", "scaled", {"image": at.typed(name, found, "image"), **fields}, "image")
+    port = "frames" if isinstance(found, Made) and found.type == "frames" else "image"
+    return at.made(f"{port}_scale", "scaled", {port: at.typed(name, found, port), **fields}, port)
 
 
 def _size(at: AtNode, name: str) -> Size | None:

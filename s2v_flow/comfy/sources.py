@@ -17,7 +17,6 @@ from s2v_flow.comfy.meaning import (
     UNKNOWN,
     ZEROED,
     AtNode,
-    FramesMade,
     Latent,
     Made,
     Model,
@@ -110,13 +109,13 @@ def _video_components(at: AtNode) -> Any:
     frames = at.draft.add("load_video", "clip", {"file": found}, source)
     audio = at.draft.add("load_audio", "clip_sound", {"file": found}, source, titled=False)
     at.note("load_video gives 16 frames a second, whatever the file has; ComfyUI takes them one by one")
-    return FramesMade(frames), Made(audio, "audio"), Value(16.0)
+    return Made(frames, "frames"), Made(audio, "audio"), Value(16.0)
 
 
 def _repeat(at: AtNode) -> Any:
     count = at.value("amount")
     fields = {"image": at.port("image", "image"), "count": count}
-    return FramesMade(at.add("frames_from_image", "still_frames", fields), count.value)
+    return at.made("frames_from_image", "still_frames", fields, "frames", count.value)
 
 
 def _text(at: AtNode) -> Any:
@@ -308,7 +307,7 @@ def _vhs_video(at: AtNode) -> Any:
     sound |= {"start": Value(begin or first.value / 16)} if first.value or begin else {}
     sound |= {"max_duration": Value(count.value / 16)} if count.value else {}
     audio = at.add("load_audio", "clip_sound", sound, titled=False)
-    return FramesMade(ref), UNKNOWN, Made(audio, "audio"), UNKNOWN
+    return Made(ref, "frames"), UNKNOWN, Made(audio, "audio"), UNKNOWN
 
 
 def _vhs_scaled(at: AtNode, ref: NodeRef, port: str) -> NodeRef:
