@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from s2v_flow.comfy.catalog import AUTHORS_SAMPLERS, ComfyClass, classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
 from s2v_flow.comfy.source_export import Sheet, SourceExporter
 from s2v_flow.errors import Diagnostic, RecipeError
-from s2v_flow.graph.node import Node, Plan, PlanNode
+from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.document import Recipe
@@ -58,6 +58,7 @@ class _Exporter:
         self._sources = SourceExporter(plan, self._sheet)
         self._videos: dict[str, tuple[Link, int]] = {}  # recipe node -> its latent and the latent frames
         self._mistakes: list[Diagnostic] = []
+        self._written: Mapping[str, Any] = plain(recipe.document)["nodes"]
         self._chunks: dict[str, list[tuple[PlanNode, Chunk]]] = defaultdict(list)  # by recipe node
         for planned in plan.nodes:
             if isinstance(planned.node, Chunk):
@@ -196,14 +197,15 @@ class _Exporter:
         joined = self._sheet.add("LatentConcat", None, samples1=video[0], samples2=sampled, dim="t")
         return joined, video[1] + chunk.num_latent_frames
 
+    def _giver(self, name: str, field: str) -> str:
+        """Return the node that says a field: an extend itself, or one before it in the video."""
+        while self._recipe.nodes[name].kind == "extend" and field not in self._written[name]:
+            name = self._recipe.nodes[name].node.refs()["video"].node
+        return name
+
     def _knob(self, name: str, field: str, value: Any) -> Link | Value:
         """Return a value, or the node that holds it for all chunks where a parameter does so in the recipe."""
-        document = plain(self._recipe.document)["nodes"]
-        node: Node = self._recipe.nodes[name].node
-        while node.kind == "extend" and field not in document[name]:
-            name = node.refs()["video"].node
-            node = self._recipe.nodes[name].node
-        param = whole_reference(document[name].get(field))
+        param = whole_reference(self._written[self._giver(name, field)].get(field))
         is_shared = sum(len(chunks) for chunks in self._chunks.values()) > 1
         if param is None or not is_shared or self._recipe.params[param] != value:
             return Value(value)
@@ -213,10 +215,7 @@ class _Exporter:
         """Return the negative prompt; the plan leaves it out where cfg is 1, ComfyUI wants one connected."""
         if "negative" in planned.inputs:
             return self._sources.one(planned, "negative")
-        node = self._recipe.nodes[name].node
-        while "negative" not in node.refs() and node.kind == "extend":
-            node = self._recipe.nodes[node.refs()["video"].node].node
-        ref = node.refs().get("negative")
+        ref = self._recipe.nodes[self._giver(name, "negative")].node.refs().get("negative")
         return None if ref is None else self._sources.text(self._recipe.nodes[ref.node])
 
     def _decoded(self, name: str, node: Any) -> Link:

@@ -50,44 +50,23 @@ def resampled_length(num_samples: int, from_rate: int, to_rate: int) -> int:
 
 
 @dataclass(frozen=True)
-class Resampled:
-    """A sound at another rate, by soxr (quality HQ), block by block; its length is ceil(samples * new / old), exactly.
+class Joined:
+    """Sounds one after the other, by soxr (quality HQ) at `rate`, else the highest of theirs, block by block.
+
+    The length of each is ceil(samples * new / old), exactly. Mono ones are doubled where another is stereo. Of all
+    that, the first `limit` samples count.
 
     Source: librosa, core/audio.py, resample(res_type="soxr_hq").
     """
 
-    sound: Sound
-    sample_rate_hz: int
-
-    @property
-    def num_channels(self) -> int:
-        """The number of channels."""
-        return self.sound.num_channels
-
-    @property
-    def num_samples(self) -> int:
-        """The number of samples of each channel."""
-        return resampled_length(self.sound.num_samples, self.sound.sample_rate_hz, self.sample_rate_hz)
-
-    def blocks(self) -> Iterator[NDArray[np.float32]]:
-        """Yield the samples in order, [channels, n] each."""
-        return _soxr_blocks(self.sound.blocks(), self.num_channels, self.sound.sample_rate_hz, self.sample_rate_hz)
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Sounds one after the other, at the highest of their rates; mono ones are doubled where another is stereo.
-
-    Of all that, the first `limit` samples count.
-    """
-
     parts: tuple[Sound, ...]
     limit: int | None = None
+    rate: int | None = None
 
     @property
     def sample_rate_hz(self) -> int:
         """Samples a second."""
-        return max(part.sample_rate_hz for part in self.parts)
+        return self.rate or max(part.sample_rate_hz for part in self.parts)
 
     @property
     def num_channels(self) -> int:
@@ -105,7 +84,8 @@ class Joined:
         """Yield the samples in order, [channels, n] each."""
         left = self.num_samples
         for part in self.parts:
-            for block in Resampled(part, self.sample_rate_hz).blocks() if left else ():
+            given = (part.blocks(), part.num_channels, part.sample_rate_hz, self.sample_rate_hz)
+            for block in _soxr_blocks(*given) if left else ():
                 wanted = block[:, :left]
                 left -= wanted.shape[1]
                 yield np.repeat(wanted, self.num_channels, axis=0) if len(block) < self.num_channels else wanted

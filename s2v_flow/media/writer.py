@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import temporary_prefix, writing
 from s2v_flow.media.audio import Sound
-from s2v_flow.media.resample import Resampled
+from s2v_flow.media.resample import Joined
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 """x264's presets, from the quickest to the smallest file."""
@@ -225,7 +225,7 @@ class _AacFeed:
     def __init__(self, sound: Sound) -> None:
         self.num_taken = 0
         if sound.sample_rate_hz not in _AAC_RATES_HZ:
-            sound = Resampled(sound, _OTHER_AUDIO_RATE_HZ)
+            sound = Joined((sound,), rate=_OTHER_AUDIO_RATE_HZ)
         self.sample_rate_hz = sound.sample_rate_hz
         self.num_channels = sound.num_channels
         self._blocks = sound.blocks()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from reference import load_golden, relative_error
 
 from s2v_flow.media.audio import Audio
-from s2v_flow.media.resample import Joined, Resampled, speech_blocks, windowed_sinc_blocks
+from s2v_flow.media.resample import Joined, speech_blocks, windowed_sinc_blocks
 
 
 def resample_windowed_sinc(waveform: NDArray[np.float32], from_rate: int, to_rate: int) -> NDArray[np.float32]:
@@ -22,7 +22,7 @@ def resample_windowed_sinc(waveform: NDArray[np.float32], from_rate: int, to_rat
 
 def resample(audio: Audio, rate: int) -> Audio:
     """Return all of a sound at another rate."""
-    return Audio(np.concatenate([*Resampled(audio, rate).blocks()], axis=1), rate)
+    return Audio(np.concatenate([*Joined((audio,), rate=rate).blocks()], axis=1), rate)
 
 
 def speech_waveform(audio: Audio, conditioning: Literal["comfyui", "official"]) -> NDArray[np.float32]:
@@ -123,7 +123,7 @@ def test_a_sound_in_pieces_is_resampled_to_the_same_bits_as_whole(rate: int, num
         assert np.array_equal(found, speech_waveform(whole, conditioning)), conditioning
         assert len(found) == -(-num_samples * 16_000 // rate)
     if rate != 48_000:
-        found = np.concatenate([*Resampled(pieces, 48_000).blocks()], axis=1)
+        found = np.concatenate([*Joined((pieces,), rate=48_000).blocks()], axis=1)
         assert np.array_equal(found, resample(whole, 48_000).waveform)
 
 
