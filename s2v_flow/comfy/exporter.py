@@ -94,11 +94,7 @@ class _Exporter:
         return list(dict.fromkeys(name for sink in sinks for name in nx.dfs_postorder_nodes(takes, sink)))
 
     def _refuse(self, needed: list[str]) -> None:
-        """Collect what ComfyUI has nothing for.
-
-        Raises:
-            RecipeError: There is some.
-        """
+        """Refuse what ComfyUI has nothing for, all of it at once."""
         lacks_voice = any(item.kind == "audio" for item in self._plan.missing)
         for name in needed:
             node = self._recipe.nodes[name].node
@@ -157,8 +153,7 @@ class _Exporter:
         self, name: str, title: str, planned: PlanNode, chunk: Chunk, video: tuple[Link, int] | None
     ) -> tuple[Link, int]:
         """Export one chunk: its preparation, its sampler, and the joining with what is there."""
-        if chunk.conditioning == "official":
-            self._sheet.note("conditioning: official has no equivalent: numbers are as in ComfyUI")
+        self._sheet.note_lost(chunk)
         sources = self._sources
         inputs: dict[str, Any] = {"positive": sources.one(planned, "positive")}
         inputs["negative"] = self._negative(name, planned) or inputs["positive"]
@@ -251,10 +246,8 @@ class _Exporter:
         if node.kind == "save_images":
             self._sheet.add("SaveImage", name, images=images, filename_prefix=_prefix(node.file, ".png"))
             return
-        default = type(node).model_fields
-        if node.preset != default["preset"].default:
-            self._sheet.note("preset has no equivalent: SaveVideo chooses")
-        quality = {} if node.crf == default["crf"].default else _quality(node.crf)
+        self._sheet.note_lost(node)
+        quality = {} if node.crf == type(node).model_fields["crf"].default else _quality(node.crf)
         audio = {"audio": self._sources.one(planned, "audio")} if "audio" in planned.inputs else {}
         video = self._sheet.add("CreateVideo", None, images=images, **audio, fps=node.fps)
         self._sheet.add("SaveVideo", name, video=video, filename_prefix=_prefix(node.file, ".mp4"), **quality)

@@ -10,7 +10,7 @@ from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
 from s2v_flow.comfy.scaling import SCALERS
 from s2v_flow.comfy.sources import WHOLE_SECONDS
-from s2v_flow.graph.node import Plan, PlanNode
+from s2v_flow.graph.node import Node, Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.recipe.document import NodeSpec
@@ -27,8 +27,14 @@ _PLAIN: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "frames_concat": ("ImageBatch", {"image1": "first", "image2": "second"}),
     "audio_concat": ("AudioConcat", {"audio1": "first", "audio2": "second"}),
 }
+_PRECISION = ("precision", "auto", "precision has no equivalent: ComfyUI chooses by its own options")
 # Fields by kind, with the value that ComfyUI has, and what to say of any other.
 _LOST: Mapping[str, tuple[tuple[str, Any, str], ...]] = {
+    **dict.fromkeys(("load_text_encoder", "load_audio_encoder", "load_vae"), (_PRECISION,)),
+    "load_diffusion_model": (
+        _PRECISION,
+        ("fp8_rounding", "scaled", "ComfyUI of today does not round the biases of fp8-scaled files any more"),
+    ),
     "load_image": (
         ("background", "ignore", "background has no equivalent: ComfyUI shows the colours under transparent parts"),
     ),
@@ -38,6 +44,8 @@ _LOST: Mapping[str, tuple[tuple[str, Any, str], ...]] = {
         ("final_norm", True, "final_norm: false has no equivalent"),
     ),
     "encode_image": (("conditioning", "comfyui", "the portrait is shrunk without smoothing in ComfyUI"),),
+    "chunk": (("conditioning", "comfyui", "conditioning: official has no equivalent: numbers are as in ComfyUI"),),
+    "save_video": (("preset", "medium", "preset has no equivalent: SaveVideo chooses"),),
 }
 
 
@@ -75,6 +83,12 @@ class Sheet:
         """Record something a person should know, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def note_lost(self, node: Node) -> None:
+        """Record which of a node's fields ComfyUI has nothing for."""
+        for field, usual, text in _LOST.get(node.kind, ()):
+            if getattr(node, field) != usual:
+                self.note(text)
 
 
 class SourceExporter:
@@ -125,9 +139,7 @@ class SourceExporter:
             if planned.node.kind != "decode_frames" and before:
                 pending.append(before[0])
                 continue
-            for field, usual, text in _LOST.get(planned.node.kind, ()):
-                if getattr(planned.node, field) != usual:
-                    self._sheet.note(text)
+            self._sheet.note_lost(planned.node)
             self._done[planned.name] = self._writers[planned.node.kind](planned, planned.node)
             pending.pop()
         return self._done[source.node]
@@ -157,10 +169,7 @@ class SourceExporter:
                     values = {"lora_name": lora.file, "strength_model": lora.strength}
                     link = self._sheet.add("LoraLoaderModelOnly", lora.id, model=link, **values)
                 self._done[loader.name] = link
-            if node.precision != "auto":
-                self._sheet.note("precision has no equivalent: ComfyUI chooses by its own options")
-            if node.fp8_rounding == "comfyui_2025":
-                self._sheet.note("ComfyUI of today does not round the biases of fp8-scaled files any more")
+            self._sheet.note_lost(node)
             link = self._sheet.add("ModelSamplingSD3", None, model=link, shift=chunk.shift)
             if chunk.step_cache == "velocity":
                 self._sheet.note("step_cache: velocity has no equivalent: EasyCache stands for it")
@@ -199,8 +208,6 @@ class SourceExporter:
         return self.one(self._plan.node(self._source(planned, "motion").node), "motion_video")
 
     def _add(self, planned: PlanNode, class_type: str, **given: Any) -> Link:
-        if getattr(planned.node, "precision", "auto") != "auto":
-            self._sheet.note("precision has no equivalent: ComfyUI chooses by its own options")
         return self._sheet.add(class_type, planned.name, **given)
 
     def _plain(self, planned: PlanNode, node: Any) -> Link:

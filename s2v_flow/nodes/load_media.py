@@ -199,11 +199,7 @@ def with_facts(values: Mapping[str, Value], facts: Mapping[str, Any]) -> dict[st
 
 
 def _probed(planner: Planner, name: str, what: str, measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Return what is known of a node's file, measured once for each content; nothing where it is missing.
-
-    Raises:
-        S2VFlowError: The file cannot be used.
-    """
+    """Return what is known of a node's file, measured once for each content; nothing where it is missing."""
     path = planner.file(name, "file")
     if path is None:
         return {}

@@ -96,11 +96,7 @@ def attention_refusal(asked: str, device: str, precision: str) -> tuple[str, str
 
 
 def _require_compiler(node: PlanNode, device: str) -> None:
-    """Refuse compile: blocks beside streamed weights, and where torch's compiler lacks what it needs.
-
-    Raises:
-        S2VFlowError: With the fix.
-    """
+    """Refuse compile: blocks beside streamed weights, and where torch's compiler lacks what it needs."""
     compiler = os.environ.get("CXX", "g++")
     if getattr(node.node, "placement", "auto") == "streamed":
         reason, fix = "compiled blocks need their weights on the device", "leave out placement: streamed or compile"
