@@ -8,7 +8,7 @@ from typing import Any
 
 from s2v_flow.comfy.catalog import BROADCASTERS, GETTERS, NOTES, REROUTES, SETTERS, VIRTUAL, classes, own_title
 from s2v_flow.comfy.graph import MAX_NODES, Box, ComfyNode, Graph, Link, Mistakes, Note, Value, known_class
-from s2v_flow.comfy.widgets import Promoted, list_in, maps_in, promoted_values, widget_values
+from s2v_flow.comfy.widgets import Promoted, list_in, map_in, maps_in, promoted_values, widget_values
 from s2v_flow.wording import shortened
 
 MAX_DEPTH = 32
@@ -29,7 +29,7 @@ class Scope:
     name: str  # "" for the root, else "79:" and so on: what ids in it begin with
     nodes: dict[int | str, Mapping[str, Any]]
     links: dict[int | str, tuple[Any, int, Any, int]]  # id -> origin, slot, target, slot
-    groups: list[Any]
+    groups: list[Mapping[str, Any]]
     definition: Mapping[str, Any] = field(default_factory=dict)
     instance: Mapping[str, Any] = field(default_factory=dict)
     promoted: Promoted = field(default_factory=Promoted)
@@ -94,9 +94,7 @@ class _Unfolder:
         self._mistakes = mistakes
         self._active = active
         self._count = 0
-        definitions = document.get("definitions")
-        found = definitions.get("subgraphs") if isinstance(definitions, Mapping) else None
-        subgraphs = [item for item in (found if isinstance(found, list) else []) if isinstance(item, Mapping)]
+        subgraphs = maps_in(map_in(document, "definitions"), "subgraphs")
         self.definitions = {str(item.get("id")): item for item in subgraphs}
 
     def unfold(self) -> list[Scope]:
@@ -134,14 +132,13 @@ class _Unfolder:
             raise self._mistakes.stop("W006", f"with its subgraphs unfolded it has more than {MAX_NODES} nodes")
         links = dict(self._link(link) for link in list_in(source, "links"))
         self._add_broadcast(name, source, nodes, links)
-        return Scope(name, nodes, links, list_in(source, "groups"))
+        return Scope(name, nodes, links, maps_in(source, "groups"))
 
     def _add_broadcast(
         self, name: str, source: Mapping[str, Any], nodes: dict[Any, Mapping[str, Any]], links: dict[Any, Any]
     ) -> None:
         """Link what `Anything Everywhere` and its kin feed without links, as the file's `ue_links` say."""
-        extra = source.get("extra")
-        extra = extra if isinstance(extra, Mapping) else {}
+        extra = map_in(source, "extra")
         for key, node in nodes.items() if not isinstance(extra.get("ue_links"), list) else ():
             if str(node.get("type")) in BROADCASTERS and _mode(node) == 0:
                 message = f"{node['type']} feeds nodes without links, and the file does not say which"
@@ -289,8 +286,7 @@ def _first_link(node: Mapping[str, Any]) -> Any:
 
 
 def _first_widget(node: Mapping[str, Any], *, raw: bool = False) -> Any:
-    values = node.get("widgets_values")
-    first = values[0] if isinstance(values, list) and values else None
+    first = next(iter(list_in(node, "widgets_values")), None)
     return first if raw else str(first)
 
 
@@ -318,6 +314,6 @@ def _notes(scope: Scope) -> Iterator[Note]:
 
 def _groups(scope: Scope) -> Iterator[Box]:
     for group in scope.groups:
-        numbers = group.get("bounding") if isinstance(group, Mapping) else None
-        if isinstance(numbers, list) and len(numbers) == 4 and all(isinstance(n, (int, float)) for n in numbers):
+        numbers = list_in(group, "bounding")
+        if len(numbers) == 4 and all(isinstance(n, (int, float)) for n in numbers):
             yield Box(scope.name, numbers[0], numbers[1], numbers[0] + numbers[2], numbers[1] + numbers[3])

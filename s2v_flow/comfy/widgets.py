@@ -24,7 +24,7 @@ def widget_values(known: ComfyClass, node: Mapping[str, Any]) -> tuple[dict[str,
     given = node.get("widgets_values")
     if isinstance(given, Mapping):  # some custom nodes keep names
         return values | {str(name): value for name, value in given.items()}, None
-    given = list(given) if isinstance(given, list) else []
+    given = list_in(node, "widgets_values")
     loras = [value for value in given if isinstance(value, Mapping) and "lora" in value]
     values |= {f"lora_{number}": value for number, value in enumerate(loras, start=1)}
     inputs = [item["widget"] for item in maps_in(node, "inputs") if isinstance(item.get("widget"), Mapping)]
@@ -87,11 +87,9 @@ class Promoted:
 
 def promoted_values(instance: Mapping[str, Any], definition: Mapping[str, Any], outer: Promoted) -> Promoted:
     """Return the values on a subgraph's node, where the node around it does not promote and so replace them."""
-    values = instance.get("widgets_values")
-    values = values if isinstance(values, list) else []
-    properties = instance.get("properties")
-    found = properties.get("proxyWidgets") if isinstance(properties, Mapping) else None
-    proxies = [pair for pair in found if isinstance(pair, list) and len(pair) > 1] if isinstance(found, list) else []
+    values = list_in(instance, "widgets_values")
+    found = list_in(map_in(instance, "properties"), "proxyWidgets")
+    proxies = [pair for pair in found if isinstance(pair, list) and len(pair) > 1]
     names = [name for name in _edge_widgets(definition) if name]
     pairs = proxies or [["-1", name] for name in names]
     if len(values) > len(pairs):  # a control word behind a seed
@@ -126,6 +124,12 @@ def list_in(source: Mapping[str, Any], key: str) -> list[Any]:
     """Return a list that a map holds; an empty one where it holds none."""
     found = source.get(key)
     return found if isinstance(found, list) else []
+
+
+def map_in(source: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a map that a map holds; an empty one where it holds none."""
+    found = source.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def maps_in(source: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:

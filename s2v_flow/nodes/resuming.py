@@ -121,25 +121,19 @@ class ResumableSampling:
             if self.cache is not None:
                 self.cache.memory = (state.cache or Memory()).to(self.sampler.device)
             try:
-                for state in self.sampler.iterate(denoise, state):  # noqa: B020 (goes on from the last state)
-                    state = replace(state, cache=None if self.cache is None else self.cache.memory)
-                    yield state
-            except S2VFlowError as error:  # a process that shares the work is lost
+                try:
+                    for state in self.sampler.iterate(denoise, state):  # noqa: B020 (goes on from the last state)
+                        state = replace(state, cache=None if self.cache is None else self.cache.memory)
+                        yield state
+                except (MemoryError, RuntimeError) as error:
+                    failure = memory_failure(error)
+                    if failure is None:
+                        raise
+                if failure is not None:
+                    self.retry.fall_back(failure)
+            except S2VFlowError as error:  # there is no fallback left, or a process that shares the work is lost
                 self._keep(error, state)
                 raise
-            except (MemoryError, RuntimeError) as error:
-                failure = memory_failure(error)
-                if failure is None:
-                    raise
-            if failure is not None:
-                self._fall_back(failure, state)
-
-    def _fall_back(self, failure: str, state: SolverState) -> None:
-        try:
-            self.retry.fall_back(failure)
-        except S2VFlowError as error:
-            self._keep(error, state)
-            raise
 
     def _keep(self, error: S2VFlowError, state: SolverState) -> None:
         """Write a resume point of the steps that are done before an error ends the node, and say so."""
