@@ -245,7 +245,7 @@ class _Reader:
             return self._further(scope, _first_link(node))
         if type_ == "PrimitiveNode":
             held = next(iter(scope.promoted.of(node).values()), _first_widget(node, raw=True))
-            return Value(held, name, own_title(type_, node))
+            return Value(held, name)
         if type_ in GETTERS:
             setter = self._setters.get(_first_widget(node))
             if setter is None:

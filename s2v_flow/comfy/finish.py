@@ -39,12 +39,6 @@ PARAMS: Mapping[tuple[str, str], str] = MappingProxyType(
 PARAM_ORDER = ("image", "audio", "video", "prompt", "negative_prompt", "width", "height", "length", "steps", "cfg")
 
 
-def param_name(kind: str, field: str, usual: str) -> str:
-    """Return the usual name of a parameter for a field; negative prompts have their own."""
-    name = PARAMS.get((kind, field), field)
-    return "negative_prompt" if name == "prompt" and usual == "negative" else name
-
-
 def slug(text: str) -> str:
     """Return a title as a name; empty where nothing of it can stand in one."""
     plain = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:_MAX].strip("_")
@@ -137,14 +131,10 @@ class Reference:
 
 @dataclass
 class Sections:
-    """A recipe's sections as they will be written.
-
-    `sinks` are the names of the nodes that write files; `made_from` has the ids of what each node was in ComfyUI.
-    """
+    """A recipe's sections as they will be written; `made_from` has the ids of what each node was in ComfyUI."""
 
     params: dict[str, Any] = field(default_factory=dict)
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sinks: list[str] = field(default_factory=list)
     remarks: dict[str, list[str]] = field(default_factory=dict)  # node's name, "params" or "profiles" -> texts
     notes: list[str] = field(default_factory=list)
     made_from: dict[str, list[str]] = field(default_factory=dict)
@@ -163,7 +153,7 @@ def finish(draft: Draft, *, modernises: bool, as_of: int | None) -> Sections:
     for key in keys:
         node = draft.nodes[key]
         names[key] = unique(slug(node.title or "") or node.usual, set(names.values()))
-    sections = Sections(sinks=[names[key] for key in keys if key in draft.sinks], changes=changes)
+    sections = Sections(changes=changes)
     params = _Params(draft, keys)
     for key in keys:
         node = draft.nodes[key]
@@ -213,7 +203,8 @@ class _Params:
         is_shared = value.knob is not None and self._uses[value.knob] > 1
         if not is_shared and (node.kind, name) not in PARAMS:
             return value.value
-        base = param_name(node.kind, name, node.usual)
+        base = PARAMS.get((node.kind, name), name)
+        base = "negative_prompt" if base == "prompt" and node.usual == "negative" else base
         identity = ("knob", value.knob) if value.knob is not None else (base, repr(value.value))
         if identity not in self._names:
             self._names[identity] = unique(base, self.values)

@@ -30,7 +30,6 @@ class Value:
 
     value: Any
     knob: str | None = None
-    title: str | None = None
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ class AtNode:
             value = as_type(given.value, item.type)
         except (ValueError, OverflowError):
             raise self.refuse(f"{name}: {item.type} expected, got {shown(given.value)}") from None
-        return Value(value, given.knob, given.title)
+        return Value(value, given.knob)
 
     def _guessed(self, item: Input, found: UnknownSide) -> Value:
         what = f"{item.name} is taken from the size of {found.file}, which is not in the workflow"

@@ -53,7 +53,7 @@ def _prepared(at: AtNode) -> Any:
     length = at.value("length")
     if length.value < 1:
         raise at.refuse(f"length must be at least 1, got {length.value}")
-    length = Value((length.value - 1) // 4 * 4 + 1, length.knob, length.title)  # what the VAE makes of it
+    length = Value((length.value - 1) // 4 * 4 + 1, length.knob)  # what the VAE makes of it
     texts: dict[str, Any] = {}
     for role in ("positive", "negative"):
         texts[role] = at.meaning(role, object)

@@ -46,7 +46,7 @@ def file_name(at: AtNode, name: str, type_: str | None = None) -> Value:
             at.mistakes.note(f"{text} was read from ComfyUI's {match[1]} folder: give that folder as --input-dir")
     if not text:
         raise at.refuse(f"{name}: no file is chosen", "choose one, or bypass the node")
-    return Value(text, given.knob, given.title)
+    return Value(text, given.knob)
 
 
 def _unet(at: AtNode) -> Any:

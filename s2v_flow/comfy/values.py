@@ -117,7 +117,7 @@ def _primitive(at: AtNode) -> Any:
         raise at.refuse(f"seed {value} draws another one for each run", "give it a seed")
     if "strip_newlines" in at.widgets and at.value("strip_newlines").value:
         value = "".join(value.splitlines())
-    return Value(value, given.knob or at.node.id, given.title or at.node.title)
+    return Value(value, given.knob or at.node.id)
 
 
 def _concatenate(at: AtNode) -> Any:

@@ -215,7 +215,11 @@ def _checked_blocks(
         block_rate, samples, _ = block
         if rate == 0:
             rate, num_channels = block_rate, samples.shape[0]
-            _check_rate(path, rate)
+            if not MIN_SAMPLE_RATE_HZ <= rate <= MAX_SAMPLE_RATE_HZ:  # no recording of a voice has such
+                raise MediaError(
+                    f"{path}: its sample rate is {rate} Hz",
+                    f"resample it to a rate between {MIN_SAMPLE_RATE_HZ} and {MAX_SAMPLE_RATE_HZ} Hz",
+                )
         if (block_rate, samples.shape[0]) != (rate, num_channels):
             raise MediaError(f"{path}: its rate or channels change on the way", "re-encode it by ffmpeg")
         start = num_samples
@@ -236,12 +240,3 @@ def _checked_blocks(
             yield block
     if num_samples == 0:
         raise MediaError(f"{path}: the sound has no samples", "give a sound that is longer than nothing")
-
-
-def _check_rate(path: str | os.PathLike[str], rate: int) -> None:
-    """Refuse rates that no recording of a voice has."""
-    if not MIN_SAMPLE_RATE_HZ <= rate <= MAX_SAMPLE_RATE_HZ:
-        raise MediaError(
-            f"{path}: its sample rate is {rate} Hz",
-            f"resample it to a rate between {MIN_SAMPLE_RATE_HZ} and {MAX_SAMPLE_RATE_HZ} Hz",
-        )

@@ -28,13 +28,9 @@ if TYPE_CHECKING:
 
 LATENT_KEY = "latent_tensor"
 _YOUNGER = {"attention": "auto", "compile": "off"}  # later fields, with the defaults that change no bytes
+_OLD_ROUNDING = BeforeValidator(lambda value: "comfyui_2025" if value == "comfyui" else value)  # its older name
 _MADE_FOR_THE_DEMO = "the demo's model: it knows the demo's drawn faces only, and makes no good picture of a photograph"
 _MADE_FOR_TESTS = "a model for tests: it is untrained, so the picture is abstract"
-
-
-def _rounding(value: object) -> object:
-    """Read the old name too."""
-    return "comfyui_2025" if value == "comfyui" else value
 
 
 class Lora(BaseModel):
@@ -72,7 +68,7 @@ class LoadDiffusionModel(Node):
         "capability 8.9 on.",
     )
     loras: list[Lora] = Field([], description="LoRAs, applied in this order.")
-    fp8_rounding: Annotated[Literal["scaled", "comfyui_2025"], BeforeValidator(_rounding)] = Field(
+    fp8_rounding: Annotated[Literal["scaled", "comfyui_2025"], _OLD_ROUNDING] = Field(
         "scaled",
         description="For fp8-scaled files. scaled: what the file keeps in 16 or 32 bit stays so. comfyui_2025: biases "
         "and such linear weights are rounded to fp8 as well, as ComfyUI (October 2025) did on loading; for its exact "
