@@ -289,6 +289,11 @@ class Planner:
         values = self.values.get(ref.node, {})
         return values.get(ref.port) if ref.port is not None else next(iter(values.values()), None)
 
+    def facts(self, ref: Ref | None) -> Mapping[str, Any]:
+        """Return what planning knows of what a reference means; an empty map where nothing is known."""
+        value = self.value(ref)
+        return value.facts if value else {}
+
     def add(
         self,
         name: str,

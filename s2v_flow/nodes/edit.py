@@ -154,11 +154,10 @@ class FramesDelay(Node):
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on what is known of the frames, with their new number."""
-        frames = planner.value(self.frames)
-        known = frames.facts.get("frames") if frames else None
-        facts = {**(frames.facts if frames else {}), "frames": None if known is None else known + self.count}
-        facts["chunk_starts"] = [at + self.count for at in facts.get("chunk_starts") or ()]
-        return planner.add_simple(name, self, facts)
+        facts = planner.facts(self.frames)
+        frames = None if facts.get("frames") is None else facts["frames"] + self.count
+        starts = [at + self.count for at in facts.get("chunk_starts") or ()]
+        return planner.add_simple(name, self, {**facts, "frames": frames, "chunk_starts": starts})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the longer stream."""
@@ -178,8 +177,7 @@ class FramesConcat(Node):
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on the size, and how many frames there are together."""
-        parts = [planner.value(ref) for ref in (self.first, self.second)]
-        facts = [part.facts if part else {} for part in parts]
+        facts = [planner.facts(ref) for ref in (self.first, self.second)]
         sizes = [(fact.get("width"), fact.get("height")) for fact in facts]
         if sizes[0] != sizes[1] and all(map(all, sizes)):
             named = " and ".join(f"{width} x {height}" for width, height in sizes)
@@ -212,8 +210,7 @@ class ImageFromFrames(Node):
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on how large the frame is."""
-        frames = planner.value(self.frames)
-        return planner.add_simple(name, self, frames.facts if frames else {})
+        return planner.add_simple(name, self, planner.facts(self.frames))
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the image, to be read when it is needed: float32 [H, W, 3] in [0, 1]."""
@@ -237,10 +234,7 @@ class FramesFromImage(Node):
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on how many frames there are, and how large."""
-        image = planner.value(self.image)
-        return planner.add_simple(
-            name, self, {**(image.facts if image else {}), "frames": self.count, "chunk_starts": []}
-        )
+        return planner.add_simple(name, self, {**planner.facts(self.image), "frames": self.count, "chunk_starts": []})
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the frames."""

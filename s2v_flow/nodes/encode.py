@@ -123,7 +123,7 @@ class EncodeAudio(Node):
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Pass on how long the voice is, how much silence stands in front of it, and its segments."""
         audio = planner.value(self.audio)
-        known = dict(audio.facts) if audio else {}
+        known = planner.facts(self.audio)
         own, count = {}, 1  # where the voice's file is missing
         if "num_samples" in known:
             own = {"num_samples": self.num_samples(known["num_samples"], known["sample_rate_hz"])}

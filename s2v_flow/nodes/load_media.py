@@ -130,13 +130,12 @@ class AudioConcat(Node):
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Add up how long they are, where both files are there."""
-        values = planner.add_simple(name, self)
-        parts = [value.facts for value in map(planner.value, (self.first, self.second)) if value and value.facts]
+        parts = list(filter(None, map(planner.facts, (self.first, self.second))))
         if len(parts) < 2:
-            return values
+            return planner.add_simple(name, self)
         rate = max(part["sample_rate_hz"] for part in parts)
         count = sum(-(-part["num_samples"] * rate // part["sample_rate_hz"]) for part in parts)
-        return with_facts(values, sound_facts(count, rate, max(part["num_channels"] for part in parts)))
+        return planner.add_simple(name, self, sound_facts(count, rate, max(part["num_channels"] for part in parts)))
 
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give out the sound, to be read as it is used."""

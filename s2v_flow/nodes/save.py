@@ -73,8 +73,7 @@ class SaveVideo(Sink):
 
     def plan(self, planner: Planner, name: str) -> dict[str, Value]:
         """Plan the file; its length is that of the frames."""
-        frames = planner.value(self.frames)
-        _refuse_odd_sides(planner, name, frames.facts if frames else {})
+        _refuse_odd_sides(planner, name, planner.facts(self.frames))
         if self.fps != FRAME_RATE_HZ:
             speed = f"everything moves {self.fps / FRAME_RATE_HZ:.3g} times as fast"
             parts = "" if self.audio is None else ", and lips and sound part"
@@ -190,11 +189,11 @@ class SaveLatent(Sink):
 
 def plan_sink(planner: Planner, name: str, node: SaveVideo | SaveImages, fps: float) -> dict[str, Value]:
     """Plan a node that writes frames, with how many there are and how long they last."""
-    frames = planner.value(node.frames)
+    known = planner.facts(node.frames)
     inputs = {key: planner.value(ref) for key, ref in node.refs().items()}
-    count = frames.facts.get("frames") if frames else None
+    count = known.get("frames")
     facts = {"frames": count, "seconds": None if count is None else count / fps}
-    facts |= {key: frames.facts.get(key) for key in ("width", "height", "chunk_starts")} if frames else {}
+    facts |= {key: known.get(key) for key in ("width", "height", "chunk_starts")}
     return planner.add(name, node, inputs, recipe_node=name, facts=facts)
 
 
