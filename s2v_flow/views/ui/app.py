@@ -1,8 +1,9 @@
-"""The page's server: its calls, which docs/ui.md describes, and how it starts."""
+"""The page's server: its calls, which docs/ui.md describes, who may ask, and how it starts."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import os
 import secrets
@@ -17,9 +18,11 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect, Request
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from s2v_flow import api
 from s2v_flow.cache.store import Store, StoredObject
@@ -35,7 +38,6 @@ from s2v_flow.runs.record import runs_root
 from s2v_flow.start.project import write_recipe
 from s2v_flow.views.ui import roots
 from s2v_flow.views.ui.form import FOLDER, Desk, Wish
-from s2v_flow.views.ui.guard import Guard
 from s2v_flow.views.ui.jobs import Queue, child_environment, command_text
 from s2v_flow.wording import mistakes_text
 
@@ -50,6 +52,15 @@ _REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data:; "
     "media-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "media-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
 
 
 class Gallery:
@@ -280,6 +291,56 @@ async def _explain(request: Request, error: Exception) -> Response:
     text = mistakes_text(error) if isinstance(error, RecipeError) and error.diagnostics else error.message
     status = 413 if isinstance(error, roots.TooLargeError) else _STATUS.get(error.exit_code, 422)
     return JSONResponse({"error": text, "fix": error.fix}, status)
+
+
+class Guard:
+    """Passes on what comes to this machine's own name, from no other page, with the token.
+
+    The token is the query of the page's first address, a cookie that this one sets (HttpOnly, SameSite=Strict), or
+    `Authorization: Bearer TOKEN`.
+
+    Args:
+        app: What is guarded.
+        token: The secret.
+        port: The one that is listened on.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, port: int) -> None:
+        self._app, self._token, self._cookie = app, token, f"s2vflow_{port}"
+        self._hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 403 to another Host or Origin and to a wrong token, 401 to none."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        asked = HTTPConnection(scope)
+        is_first = scope["path"] == "/" and "token" in asked.query_params
+        refusal = self._refusal(asked, is_first)
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+                if is_first and refusal is None:
+                    headers.append("Set-Cookie", f"{self._cookie}={self._token}; Path=/; HttpOnly; SameSite=Strict")
+            await send(message)
+
+        await (refusal or self._app)(scope, receive, send_guarded)
+
+    def _refusal(self, asked: HTTPConnection[Any], is_first: bool) -> JSONResponse | None:
+        host, origin = asked.headers.get("host"), asked.headers.get("origin")
+        if host not in self._hosts or origin not in (None, f"http://{host}"):
+            return JSONResponse({"error": "this address answers its own page only"}, 403)
+        scheme, _, bearer = asked.headers.get("authorization", "").partition(" ")
+        given = bearer if scheme.lower() == "bearer" else asked.cookies.get(self._cookie)
+        given = asked.query_params["token"] if is_first else given
+        if not given:
+            return JSONResponse({"error": "open the address that `s2vflow ui` printed: it holds the token"}, 401)
+        if not hmac.compare_digest(given.encode(), self._token.encode()):
+            return JSONResponse({"error": "the token is of another start: open the newest address"}, 403)
+        return None
 
 
 def serve(
