@@ -76,7 +76,7 @@ def _side(at: AtNode, name: str) -> Value:
 
 
 def _k_sampler(at: AtNode) -> Any:
-    steps, scheduler = at.value("steps"), at.value("scheduler")
+    steps, _, scheduler = (at.value(name) for name in ("steps", "cfg", "scheduler"))
     if at.class_type == "KSampler":
         _require(at, "denoise", 1.0)
         seed = at.value("seed")
