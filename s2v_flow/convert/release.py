@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import BinaryIO
 
 from s2v_flow.errors import CheckpointError, MissingError, RefusedError
@@ -28,17 +27,15 @@ RELEASE_FOLDER = "Wan2.2-S2V-14B"
 TOKENIZER_FILE = "google/umt5-xxl/spiece.model"  # beside the text encoder
 
 # by the models folder in which what is made of them belongs
-RELEASE_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "text_encoders": ("models_t5_umt5-xxl-enc-bf16.pth",),
-        "vae": ("Wan2.1_VAE.pth",),
-        "diffusion_models": ("diffusion_pytorch_model.safetensors.index.json",),
-        "audio_encoders": (
-            "wav2vec2-large-xlsr-53-english/model.safetensors",
-            "wav2vec2-large-xlsr-53-english/pytorch_model.bin",
-        ),
-    }
-)
+RELEASE_FILES: Mapping[str, tuple[str, ...]] = {
+    "text_encoders": ("models_t5_umt5-xxl-enc-bf16.pth",),
+    "vae": ("Wan2.1_VAE.pth",),
+    "diffusion_models": ("diffusion_pytorch_model.safetensors.index.json",),
+    "audio_encoders": (
+        "wav2vec2-large-xlsr-53-english/model.safetensors",
+        "wav2vec2-large-xlsr-53-english/pytorch_model.bin",
+    ),
+}
 
 _UNUSED = ("umt5xxl.logit_scale",)  # ComfyUI saves it with every text encoder
 _MAX_TOKENIZER_BYTES = 64 * 2**20

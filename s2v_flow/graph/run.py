@@ -15,15 +15,7 @@ from s2v_flow.cache.store import DamagedObjectError, Entry, Store
 from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.files.atomic import TakenError, writing
 from s2v_flow.graph.context import Artifact, Closable, Keep, Numerics, ResumePoint, RunContext, Watch, Way
-from s2v_flow.graph.events import (
-    Delivered,
-    Listener,
-    NodeCached,
-    NodeFinished,
-    NodeStarted,
-    Noted,
-    RunStarted,
-)
+from s2v_flow.graph.events import Delivered, Listener, NodeCached, NodeFinished, NodeStarted, Noted, RunStarted
 from s2v_flow.graph.failure import failures_of, placed
 from s2v_flow.graph.fingerprint import as_made, fingerprint
 from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never

@@ -144,13 +144,7 @@ def activation_bytes(dim: int, ffn_dim: int, num_tokens: int, num_branches: int,
 
 
 def chunk_bytes(
-    dit: Weights,
-    width: int,
-    height: int,
-    num_latent_frames: int,
-    inputs: Collection[str],
-    *,
-    in_turn: bool = False,
+    dit: Weights, width: int, height: int, num_latent_frames: int, inputs: Collection[str], *, in_turn: bool = False
 ) -> int:
     """Count what one denoising step takes: the transformer's own computation, see `activation_bytes`.
 

@@ -89,14 +89,6 @@ class LoraReport:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """The tensors of one LoRA that change one parameter: keys in the file, by role."""
-
-    parameter: str
-    keys: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class LoraUpdate:
     """What one LoRA does to one parameter; tensors are read when asked for."""
 
@@ -220,8 +212,7 @@ def open_loras(specs: Iterable[LoraSpec], shapes: Shapes) -> LoraStack:
     stack = LoraStack()
     for spec in specs:
         checkpoint = Checkpoint.open(spec.path)
-        mismatch = describe_mismatch("lora", checkpoint.shapes)
-        if mismatch:
+        if mismatch := describe_mismatch("lora", checkpoint.shapes):
             raise CheckpointError(f"{spec.path}: {mismatch}", _OTHER_FILE)
         _match(spec, checkpoint, shapes, stack)
     return stack
@@ -231,21 +222,20 @@ def _match(spec: LoraSpec, checkpoint: Checkpoint, shapes: Shapes, stack: LoraSt
     unmatched: list[str] = []
     misshapen: list[str] = []
     updates: dict[str, LoraUpdate] = {}
-    for target in _targets(checkpoint, shapes, unmatched):
-        mismatch = _shape_mismatch(target, checkpoint.shapes, shapes[target.parameter])
-        if mismatch:
-            misshapen.append(f"{target.parameter}: {mismatch}")
-            unmatched.extend(target.keys.values())
+    for parameter, keys in _targets(checkpoint, shapes, unmatched).items():
+        sizes = {role: checkpoint.shapes[key] for role, key in keys.items()}
+        if mismatch := _shape_mismatch(sizes, shapes[parameter]):
+            misshapen.append(f"{parameter}: {mismatch}")
+            unmatched.extend(keys.values())
         else:
-            updates[target.parameter] = LoraUpdate(checkpoint, spec.strength, target.keys)
-            stack.updates.setdefault(target.parameter, []).append(updates[target.parameter])
-    total = len(checkpoint.entries)
-    matched, is_causal = total - len(unmatched), _is_causal(checkpoint, updates)
-    lost, unfit = tuple(sorted(unmatched)), tuple(sorted(misshapen))
+            updates[parameter] = LoraUpdate(checkpoint, spec.strength, keys)
+            stack.updates.setdefault(parameter, []).append(updates[parameter])
     found = (re.match(r"blocks\.(\d+)\.", name) for name in updates)
     blocks = dict(Counter("others" if block is None else block[1] for block in found))
-    told = (matched, total, lost, unfit, is_causal, blocks, tuple(updates.values()), _told_scale(checkpoint))
-    stack.reports.append(LoraReport(spec.path, spec.strength, *told))
+    counts = len(checkpoint.entries) - len(unmatched), len(checkpoint.entries)
+    lost = tuple(sorted(unmatched)), tuple(sorted(misshapen))
+    told = (_is_causal(checkpoint, updates), blocks, tuple(updates.values()), _told_scale(checkpoint))
+    stack.reports.append(LoraReport(spec.path, spec.strength, *counts, *lost, *told))
 
 
 def _told_scale(checkpoint: Checkpoint) -> float:
@@ -269,15 +259,13 @@ def _is_causal(checkpoint: Checkpoint, updates: Mapping[str, LoraUpdate]) -> boo
     return layers == _LIVE_AVATAR and is_plain and ranks == {LIVE_AVATAR_RANK}
 
 
-def _targets(checkpoint: Checkpoint, shapes: Shapes, unmatched: list[str]) -> list[_Target]:
-    """Group a LoRA's keys by the parameter they change; keys without a home are added to `unmatched`."""
+def _targets(checkpoint: Checkpoint, shapes: Shapes, unmatched: list[str]) -> dict[str, dict[str, str]]:
+    """Group a LoRA's keys by the parameter they change, and by role; those without a home are added to `unmatched`."""
     layers = Layers(shapes)
     groups: dict[str, dict[str, str]] = {}
     for key in checkpoint.entries:
-        method = other_method(key)
-        if method is not None:
-            what = f"{checkpoint.path}: is {method} ({key!r}), which is not supported"
-            raise CheckpointError(what, _OTHER_FILE)
+        if method := other_method(key):
+            raise CheckpointError(f"{checkpoint.path}: is {method} ({key!r}), which is not supported", _OTHER_FILE)
         found = read_key(key)
         parameter = None if found is None else layers.parameter(*found)
         if found is None or parameter is None:
@@ -287,7 +275,7 @@ def _targets(checkpoint: Checkpoint, shapes: Shapes, unmatched: list[str]) -> li
             raise CheckpointError(f"{checkpoint.path}: damaged: {both} are the same part of {parameter!r}", _FIX)
     for parameter, keys in groups.items():
         _check_whole(checkpoint, parameter, keys)
-    return [_Target(parameter, keys) for parameter, keys in groups.items()]
+    return groups
 
 
 def _check_whole(checkpoint: Checkpoint, parameter: str, keys: Mapping[str, str]) -> None:
@@ -303,9 +291,8 @@ def _check_whole(checkpoint: Checkpoint, parameter: str, keys: Mapping[str, str]
         )
 
 
-def _shape_mismatch(target: _Target, shapes: Shapes, expected: tuple[int, ...]) -> str | None:
-    """Compare a target's tensors with the parameter's shape; return both shapes if they do not fit."""
-    sizes = {role: shapes[key] for role, key in target.keys.items()}
+def _shape_mismatch(sizes: Shapes, expected: tuple[int, ...]) -> str | None:
+    """Compare the shapes of tensors, by role, with the parameter's; return both shapes if they do not fit."""
     flat = (*expected[:1], math.prod(expected[1:]))
     if "down" in sizes:
         down, up = sizes["down"], sizes["up"]

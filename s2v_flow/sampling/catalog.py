@@ -7,7 +7,6 @@ packages' samplers are known by what they declare.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from s2v_flow.plugins import SAMPLERS as PLUGINS
@@ -45,10 +44,10 @@ OWN_SCHEDULE: tuple[SamplerName, ...] = ("flow_unipc", "flow_dpmpp")
 ONE_STEP_MORE: tuple[SamplerName, ...] = ("uni_pc", "uni_pc_bh2")
 """Samplers that ask the scheduler for one step more than they take, and leave the last but one level out."""
 
-MINIMUM_STEPS: Mapping[SchedulerName, int] = MappingProxyType({"linear_quadratic": 2, "kl_optimal": 2})
+MINIMUM_STEPS: Mapping[SchedulerName, int] = {"linear_quadratic": 2, "kl_optimal": 2}
 """The fewest steps a scheduler can be asked for, where that is more than one."""
 
-CALLS_PER_STEP: Mapping[SamplerName, int] = MappingProxyType({"heun": 2})
+CALLS_PER_STEP: Mapping[SamplerName, int] = {"heun": 2}
 """How often a sampler calls the model in a step, where that is more than once; a step to sigma = 0 is one call."""
 
 

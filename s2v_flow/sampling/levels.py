@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -185,14 +184,12 @@ def _kl_optimal_bounds(steps: int, shift: float) -> Bounds:
     return levels * (1 - _SLACK), levels * (1 + _SLACK)
 
 
-_BOUNDS: Mapping[SchedulerName, Callable[[int, float], Bounds]] = MappingProxyType(
-    {
-        "simple": _exactly(simple),
-        "normal": _normal_bounds,
-        "sgm_uniform": _sgm_uniform_bounds,
-        "beta": _exactly(beta),
-        "linear_quadratic": _exactly(linear_quadratic),
-        "kl_optimal": _kl_optimal_bounds,
-        "ddim_uniform": _exactly(ddim_uniform),
-    }
-)
+_BOUNDS: Mapping[SchedulerName, Callable[[int, float], Bounds]] = {
+    "simple": _exactly(simple),
+    "normal": _normal_bounds,
+    "sgm_uniform": _sgm_uniform_bounds,
+    "beta": _exactly(beta),
+    "linear_quadratic": _exactly(linear_quadratic),
+    "kl_optimal": _kl_optimal_bounds,
+    "ddim_uniform": _exactly(ddim_uniform),
+}

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -60,23 +59,21 @@ def _own(step: Step, first_time: float) -> Solver:
     return Solver(step, partial(solver.own_sigmas, first_time), is_start_scaled=False, timestep=solver.whole_timestep)
 
 
-SOLVERS: Mapping[SamplerName, Solver] = MappingProxyType(
-    {
-        "uni_pc": Solver(solver.uni_pc, solver.comfy_sigmas, result=solver.comfy_result),
-        "uni_pc_bh2": Solver(solver.uni_pc_bh2, solver.comfy_sigmas, result=solver.comfy_result),
-        "euler": Solver(solver.euler),
-        "euler_ancestral": Solver(solver.euler_ancestral, draws_noise=True),
-        "heun": Solver(solver.heun),
-        "dpmpp_2m": Solver(solver.dpmpp_2m),
-        "lcm": Solver(solver.lcm, draws_noise=True),
-        "res_multistep": Solver(solver.res_multistep),
-        "ddim": Solver(solver.euler),
-        "deis": Solver(solver.deis),
-        "ipndm": Solver(solver.ipndm),
-        "flow_unipc": _own(solver.flow_unipc, UNIPC_FIRST_TIME),
-        "flow_dpmpp": _own(solver.flow_dpmpp, 1.0),
-    }
-)
+SOLVERS: Mapping[SamplerName, Solver] = {
+    "uni_pc": Solver(solver.uni_pc, solver.comfy_sigmas, result=solver.comfy_result),
+    "uni_pc_bh2": Solver(solver.uni_pc_bh2, solver.comfy_sigmas, result=solver.comfy_result),
+    "euler": Solver(solver.euler),
+    "euler_ancestral": Solver(solver.euler_ancestral, draws_noise=True),
+    "heun": Solver(solver.heun),
+    "dpmpp_2m": Solver(solver.dpmpp_2m),
+    "lcm": Solver(solver.lcm, draws_noise=True),
+    "res_multistep": Solver(solver.res_multistep),
+    "ddim": Solver(solver.euler),
+    "deis": Solver(solver.deis),
+    "ipndm": Solver(solver.ipndm),
+    "flow_unipc": _own(solver.flow_unipc, UNIPC_FIRST_TIME),
+    "flow_dpmpp": _own(solver.flow_dpmpp, 1.0),
+}
 """Every sampler. Names: `catalog.py`."""
 
 

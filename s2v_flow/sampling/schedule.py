@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -72,15 +71,13 @@ def _exact(scheduler: Callable[[int, float], levels.Levels]) -> Callable[[int, f
     return lambda steps, shift: torch.from_numpy(scheduler(steps, shift).copy())
 
 
-SCHEDULERS: Mapping[str, Callable[[int, float], Tensor]] = MappingProxyType(
-    {
-        "simple": _exact(levels.simple),
-        "normal": _normal,
-        "sgm_uniform": _sgm_uniform,
-        "beta": _exact(levels.beta),
-        "linear_quadratic": _exact(levels.linear_quadratic),
-        "kl_optimal": _kl_optimal,
-        "ddim_uniform": _exact(levels.ddim_uniform),
-    }
-)
+SCHEDULERS: Mapping[str, Callable[[int, float], Tensor]] = {
+    "simple": _exact(levels.simple),
+    "normal": _normal,
+    "sgm_uniform": _sgm_uniform,
+    "beta": _exact(levels.beta),
+    "linear_quadratic": _exact(levels.linear_quadratic),
+    "kl_optimal": _kl_optimal,
+    "ddim_uniform": _exact(levels.ddim_uniform),
+}
 """Scheduler to the function that gives its levels without the last 0, from steps and shift. Names: `catalog.py`."""

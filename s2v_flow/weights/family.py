@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from s2v_flow.weights.header import convert_command
 from s2v_flow.weights.names import is_lora
@@ -60,42 +59,34 @@ _FAMILIES: Sequence[tuple[str, tuple[str, ...]]] = (
     ("upscaler", ("body.0.rdb1.conv1.weight",)),
     ("upscaler", ("model.1.sub.0.RDB1.conv1.0.weight",)),
 )  # fmt: skip
-_LACKS: Mapping[str, str] = MappingProxyType(
-    {
-        "wan s2v": "audio_injector.*",
-        "wan vae": "decoder.head.0.gamma of the 16-channel VAE",
-        "umt5 encoder": "encoder.block.*.SelfAttention.relative_attention_bias",
-        "wav2vec2": "feature_extractor.conv_layers.*",
-        "lora": "lora_down, lora_up, lora_A or lora_B",
-    }
-)
-BELONGS: Mapping[str, str] = MappingProxyType(
-    {
-        "wan s2v": "the checkpoint of a load_diffusion_model node",
-        "wan vae": "a load_vae node",
-        "umt5 encoder": "a load_text_encoder node",
-        "wav2vec2": "a load_audio_encoder node",
-        "lora": "the loras of a load_diffusion_model node",
-    }
-)
-FAMILIES: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("diffusion_models", "unet"), "wan s2v"),
-        **dict.fromkeys(("text_encoders", "clip"), "umt5 encoder"),
-        "audio_encoders": "wav2vec2",
-        "vae": "wan vae",
-        "loras": "lora",
-    }
-)
+_LACKS: Mapping[str, str] = {
+    "wan s2v": "audio_injector.*",
+    "wan vae": "decoder.head.0.gamma of the 16-channel VAE",
+    "umt5 encoder": "encoder.block.*.SelfAttention.relative_attention_bias",
+    "wav2vec2": "feature_extractor.conv_layers.*",
+    "lora": "lora_down, lora_up, lora_A or lora_B",
+}
+BELONGS: Mapping[str, str] = {
+    "wan s2v": "the checkpoint of a load_diffusion_model node",
+    "wan vae": "a load_vae node",
+    "umt5 encoder": "a load_text_encoder node",
+    "wav2vec2": "a load_audio_encoder node",
+    "lora": "the loras of a load_diffusion_model node",
+}
+FAMILIES: Mapping[str, str] = {
+    **dict.fromkeys(("diffusion_models", "unet"), "wan s2v"),
+    **dict.fromkeys(("text_encoders", "clip"), "umt5 encoder"),
+    "audio_encoders": "wav2vec2",
+    "vae": "wan vae",
+    "loras": "lora",
+}
 """What the folders of ComfyUI hold."""
-_EXAMPLES: Mapping[str, str] = MappingProxyType(
-    {
-        "wan s2v": "wan2.2_s2v_14B_fp8_scaled.safetensors",
-        "wan vae": "wan_2.1_vae.safetensors",
-        "umt5 encoder": "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
-        "wav2vec2": "wav2vec2_large_english_fp16.safetensors",
-    }
-)
+_EXAMPLES: Mapping[str, str] = {
+    "wan s2v": "wan2.2_s2v_14B_fp8_scaled.safetensors",
+    "wan vae": "wan_2.1_vae.safetensors",
+    "umt5 encoder": "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    "wav2vec2": "wav2vec2_large_english_fp16.safetensors",
+}
 # How an all-in-one checkpoint names the parts beside its diffusion model.
 _PARTS: Sequence[tuple[str, str]] = (
     ("first_stage_model.", "vae"),
@@ -106,14 +97,12 @@ _PARTS: Sequence[tuple[str, str]] = (
     ("conditioner.", "text_encoder"),
 )
 _DIFFUSION_PREFIX = "model.diffusion_model."
-KINDS: Mapping[str, str] = MappingProxyType(
-    {
-        "text_encoder": "umt5 encoder",
-        "vae": "wan vae",
-        "diffusion_model": "wan s2v",
-        "audio_encoder": "wav2vec2",
-    }
-)
+KINDS: Mapping[str, str] = {
+    "text_encoder": "umt5 encoder",
+    "vae": "wan vae",
+    "diffusion_model": "wan s2v",
+    "audio_encoder": "wav2vec2",
+}
 
 
 def detect_family(shapes: Shapes) -> str:

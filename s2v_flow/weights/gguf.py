@@ -12,11 +12,11 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.weights.header import MAX_NAME_LENGTH, MAX_RANK, TensorEntry, opened
+from s2v_flow.weights.header import MAX_NAME_LENGTH, MAX_RANK, Array, Header, TensorEntry, Value, opened
 
 MAGIC = b"GGUF"
 MAX_PAIRS = 10_000
@@ -56,28 +56,6 @@ _T5_NAMES = (
 )
 
 
-@dataclass(frozen=True)
-class Array:
-    """An array of the metadata that has not been read: its items' type and number, and where they begin."""
-
-    type: int
-    count: int
-    begin: int
-
-
-Value = bool | int | float | str | Array
-
-
-@dataclass(frozen=True)
-class GgufHeader:
-    """A checked header: tensors by name in ComfyUI's spelling (rows last: as torch counts), their places counted from
-    the file's start; `names` as the file spells them; the metadata."""
-
-    entries: Mapping[str, TensorEntry]
-    names: Mapping[str, str]
-    metadata: Mapping[str, Value]
-
-
 def is_gguf(path: Path) -> bool:
     """Tell by a file's first bytes whether it is a GGUF file.
 
@@ -89,7 +67,7 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def read_gguf(path: Path) -> GgufHeader:
+def read_gguf(path: Path) -> Header:
     """Read and check the header of a GGUF file; neither tensors nor vocabularies are read.
 
     Raises:
@@ -146,11 +124,10 @@ def tokenizer_arrays(path: Path, metadata: Mapping[str, Value]) -> tuple[list[by
         )
 
 
-def _checked(reader: _Reader, metadata: dict[str, Value], found: dict[str, TensorEntry], start: int) -> GgufHeader:
+def _checked(reader: _Reader, metadata: dict[str, Value], found: dict[str, TensorEntry], start: int) -> Header:
     """Place the tensors in the file, and give them ComfyUI's names."""
     is_t5 = "token_embd.weight" in found or metadata.get("general.architecture") in ("t5", "t5encoder")
     entries: dict[str, TensorEntry] = {}
-    names: dict[str, str] = {}
     end = start
     for name, entry in sorted(found.items(), key=lambda item: item[1].begin):
         shape = reader.own_shape(name, entry.shape, metadata.get(f"comfy.gguf.orig_shape.{name}"))
@@ -163,8 +140,8 @@ def _checked(reader: _Reader, metadata: dict[str, Value], found: dict[str, Tenso
         key = _t5_key(name) if is_t5 else name
         if key in entries:
             raise reader.damaged(f"it names {key!r} twice")
-        entries[key], names[key] = placed, name
-    return GgufHeader({key: entries[key] for key in sorted(entries)}, names, metadata)
+        entries[key] = placed
+    return Header({key: entries[key] for key in sorted(entries)}, gguf=metadata)
 
 
 def _t5_key(name: str) -> str:

@@ -15,7 +15,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,12 +67,28 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class Array:
+    """An array of a GGUF file's metadata, not read: its items' type and number, and where they begin."""
+
+    type: int
+    count: int
+    begin: int
+
+
+Value = bool | int | float | str | Array
+
+
+@dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors by name, in file order, the free-form metadata, and where the data begins."""
+    """A checked header: the tensors by name, in file order, the free-form metadata, and where the data begins.
+
+    Of a GGUF file: tensors by name in ComfyUI's spelling, their places counted from the file's start, and its `gguf`.
+    """
 
     entries: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
     data_begin: int = 0
+    gguf: Mapping[str, Value] | None = None
 
 
 def read_header(path: Path, *, any_name: bool = False) -> Header:

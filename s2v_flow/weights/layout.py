@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.weights.header import TensorEntry, convert_command
@@ -44,7 +43,7 @@ def check_layout(
     path: Path,
     family: str,
     entries: Mapping[str, TensorEntry],
-    packings: Mapping[str, Packing] = MappingProxyType({}),
+    packings: Mapping[str, Packing] = {},
     *,
     has_tokenizer: bool = False,
 ) -> None:
@@ -127,16 +126,9 @@ def num_layers(shapes: Shapes, prefix: str) -> int:
     return max((int(match[1]) + 1 for match in map(pattern.match, shapes) if match), default=0)
 
 
-def _linear(name: str, out: int, width: int) -> _Sized:
-    yield from ((f"{name}.weight", (out, width)), (f"{name}.bias", (out,)))
-
-
-def _norm(name: str, width: int) -> _Sized:
-    yield from ((f"{name}.weight", (width,)), (f"{name}.bias", (width,)))
-
-
-def _conv(name: str, out: int, width: int, *kernel: int) -> _Sized:
-    yield from ((f"{name}.weight", (out, width, *kernel)), (f"{name}.bias", (out,)))
+def _layer(name: str, *shape: int) -> _Sized:
+    """Yield a layer's weight of that shape, and its bias."""
+    yield from ((f"{name}.weight", shape), (f"{name}.bias", shape[:1]))
 
 
 def _dit(shapes: Shapes) -> _Sized:
@@ -144,60 +136,60 @@ def _dit(shapes: Shapes) -> _Sized:
     dim, ffn = shapes["head.modulation"][2], shapes["blocks.0.ffn.0.weight"][0]
     audio = "casual_audio_encoder.encoder"  # sic
     sound = shapes[f"{audio}.conv1_local.conv.weight"][1]
-    yield from _linear("text_embedding.0", dim, shapes["text_embedding.0.weight"][1])
-    yield from _linear("text_embedding.2", dim, dim)
-    yield from _linear("time_embedding.0", dim, 256)
-    yield from _linear("time_embedding.2", dim, dim)
-    yield from _linear("time_projection.1", 6 * dim, dim)
+    yield from _layer("text_embedding.0", dim, shapes["text_embedding.0.weight"][1])
+    yield from _layer("text_embedding.2", dim, dim)
+    yield from _layer("time_embedding.0", dim, 256)
+    yield from _layer("time_embedding.2", dim, dim)
+    yield from _layer("time_projection.1", 6 * dim, dim)
     for index in range(num_layers(shapes, "blocks")):
         yield f"blocks.{index}.modulation", (1, 6, dim)
-        yield from _norm(f"blocks.{index}.norm3", dim)
+        yield from _layer(f"blocks.{index}.norm3", dim)
         yield from _attention(f"blocks.{index}.self_attn", dim)
         yield from _attention(f"blocks.{index}.cross_attn", dim)
-        yield from _linear(f"blocks.{index}.ffn.0", ffn, dim)
-        yield from _linear(f"blocks.{index}.ffn.2", dim, ffn)
+        yield from _layer(f"blocks.{index}.ffn.0", ffn, dim)
+        yield from _layer(f"blocks.{index}.ffn.2", dim, ffn)
     yield "head.modulation", (1, 2, dim)
-    yield from _linear("head.head", 64, dim)
+    yield from _layer("head.head", 64, dim)
     yield "trainable_cond_mask.weight", (3, dim)
     yield "casual_audio_encoder.weights", (1, 25, 1, 1)
     yield f"{audio}.padding_tokens", (1, 1, 1, dim)
-    yield from _conv(f"{audio}.conv1_local.conv", dim, sound, 3)
-    yield from _conv(f"{audio}.conv1_global.conv", dim // 4, sound, 3)
-    yield from _conv(f"{audio}.conv2.conv", dim // 2, dim // 4, 3)
-    yield from _conv(f"{audio}.conv3.conv", dim, dim // 2, 3)
-    yield from _linear(f"{audio}.final_linear", dim, dim)
+    yield from _layer(f"{audio}.conv1_local.conv", dim, sound, 3)
+    yield from _layer(f"{audio}.conv1_global.conv", dim // 4, sound, 3)
+    yield from _layer(f"{audio}.conv2.conv", dim // 2, dim // 4, 3)
+    yield from _layer(f"{audio}.conv3.conv", dim, dim // 2, 3)
+    yield from _layer(f"{audio}.final_linear", dim, dim)
     for index in range(12):
         yield from _attention(f"audio_injector.injector.{index}", dim)
-        yield from _linear(f"audio_injector.injector_adain_layers.{index}.linear", 2 * dim, dim)
+        yield from _layer(f"audio_injector.injector_adain_layers.{index}.linear", 2 * dim, dim)
     for name, kernel in (("patch_embedding", 1), ("cond_encoder", 1), ("frame_packer.proj", 1)):
-        yield from _conv(name, dim, 16, kernel, 2, 2)
-    yield from _conv("frame_packer.proj_2x", dim, 16, 2, 4, 4)
-    yield from _conv("frame_packer.proj_4x", dim, 16, 4, 8, 8)
+        yield from _layer(name, dim, 16, kernel, 2, 2)
+    yield from _layer("frame_packer.proj_2x", dim, 16, 2, 4, 4)
+    yield from _layer("frame_packer.proj_4x", dim, 16, 4, 8, 8)
 
 
 def _attention(name: str, dim: int) -> _Sized:
     for part in "qkvo":
-        yield from _linear(f"{name}.{part}", dim, dim)
+        yield from _layer(f"{name}.{part}", dim, dim)
     yield from ((f"{name}.norm_{part}.weight", (dim,)) for part in "qk")
 
 
 def _vae(shapes: Shapes) -> _Sized:
     """Source: Wan2.2, wan/modules/vae2_1.py, WanVAE_."""
     width = shapes["decoder.head.0.gamma"][0]
-    yield from _conv("conv1", 32, 32, 1, 1, 1)
-    yield from _conv("conv2", 16, 16, 1, 1, 1)
-    yield from _conv("encoder.conv1", width, 3, 3, 3, 3)
+    yield from _layer("conv1", 32, 32, 1, 1, 1)
+    yield from _layer("conv2", 16, 16, 1, 1, 1)
+    yield from _layer("encoder.conv1", width, 3, 3, 3, 3)
     for index, step in enumerate(_VAE_DOWN.split()):
         yield from _vae_step(f"encoder.downsamples.{index}", step, width, timed=index > 2, goes_up=False)
     yield from _vae_middle("encoder.middle", 4 * width)
     yield "encoder.head.0.gamma", (4 * width, 1, 1, 1)
-    yield from _conv("encoder.head.2", 32, 4 * width, 3, 3, 3)
-    yield from _conv("decoder.conv1", 4 * width, 16, 3, 3, 3)
+    yield from _layer("encoder.head.2", 32, 4 * width, 3, 3, 3)
+    yield from _layer("decoder.conv1", 4 * width, 16, 3, 3, 3)
     yield from _vae_middle("decoder.middle", 4 * width)
     for index, step in enumerate(_VAE_UP.split()):
         yield from _vae_step(f"decoder.upsamples.{index}", step, width, timed=index < 11, goes_up=True)
     yield "decoder.head.0.gamma", (width, 1, 1, 1)
-    yield from _conv("decoder.head.2", 3, width, 3, 3, 3)
+    yield from _layer("decoder.head.2", 3, width, 3, 3, 3)
 
 
 def _vae_step(name: str, step: str, width: int, *, timed: bool, goes_up: bool) -> _Sized:
@@ -205,25 +197,25 @@ def _vae_step(name: str, step: str, width: int, *, timed: bool, goes_up: bool) -
     if out:
         yield from _vae_block(name, channels, out[0])
         return
-    yield from _conv(f"{name}.resample.1", channels // 2 if goes_up else channels, channels, 3, 3)
+    yield from _layer(f"{name}.resample.1", channels // 2 if goes_up else channels, channels, 3, 3)
     if timed:
-        yield from _conv(f"{name}.time_conv", 2 * channels if goes_up else channels, channels, 3, 1, 1)
+        yield from _layer(f"{name}.time_conv", 2 * channels if goes_up else channels, channels, 3, 1, 1)
 
 
 def _vae_block(name: str, width: int, out: int) -> _Sized:
     yield f"{name}.residual.0.gamma", (width, 1, 1, 1)
-    yield from _conv(f"{name}.residual.2", out, width, 3, 3, 3)
+    yield from _layer(f"{name}.residual.2", out, width, 3, 3, 3)
     yield f"{name}.residual.3.gamma", (out, 1, 1, 1)
-    yield from _conv(f"{name}.residual.6", out, out, 3, 3, 3)
+    yield from _layer(f"{name}.residual.6", out, out, 3, 3, 3)
     if width != out:
-        yield from _conv(f"{name}.shortcut", out, width, 1, 1, 1)
+        yield from _layer(f"{name}.shortcut", out, width, 1, 1, 1)
 
 
 def _vae_middle(name: str, width: int) -> _Sized:
     yield from _vae_block(f"{name}.0", width, width)
     yield f"{name}.1.norm.gamma", (width, 1, 1)
-    yield from _conv(f"{name}.1.to_qkv", 3 * width, width, 1, 1)
-    yield from _conv(f"{name}.1.proj", width, width, 1, 1)
+    yield from _layer(f"{name}.1.to_qkv", 3 * width, width, 1, 1)
+    yield from _layer(f"{name}.1.proj", width, width, 1, 1)
     yield from _vae_block(f"{name}.2", width, width)
 
 
@@ -253,35 +245,38 @@ def _wav2vec2(shapes: Shapes) -> _Sized:
     for index in range(7):
         name = f"feature_extractor.conv_layers.{index}"
         out, _, size = shapes[f"{name}.conv.weight"]
-        yield from _conv(f"{name}.conv", out, channels, size)
-        yield from _norm(f"{name}.layer_norm", out)
+        yield from _layer(f"{name}.conv", out, channels, size)
+        yield from _layer(f"{name}.layer_norm", out)
         channels = out
-    yield from _norm("feature_projection.layer_norm", channels)
-    yield from _linear("feature_projection.projection", width, channels)
+    yield from _layer("feature_projection.layer_norm", channels)
+    yield from _layer("feature_projection.projection", width, channels)
     yield _WEIGHT_NORM + "bias", (width,)
     if is_merged:
         yield MERGED_NORM_KEY, (width, group, kernel)
     else:
         yield _WEIGHT_NORM + "parametrizations.weight.original0", (1, 1, kernel)
         yield _WEIGHT_NORM + "parametrizations.weight.original1", (width, group, kernel)
-    yield from _norm("encoder.layer_norm", width)
+    yield from _layer("encoder.layer_norm", width)
     for index in range(num_layers(shapes, "encoder.layers")):
         name = f"encoder.layers.{index}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from _linear(f"{name}.attention.{part}", width, width)
-        yield from _norm(f"{name}.layer_norm", width)
-        yield from _norm(f"{name}.final_layer_norm", width)
-        yield from _linear(f"{name}.feed_forward.intermediate_dense", wide, width)
-        yield from _linear(f"{name}.feed_forward.output_dense", width, wide)
+            yield from _layer(f"{name}.attention.{part}", width, width)
+        yield from _layer(f"{name}.layer_norm", width)
+        yield from _layer(f"{name}.final_layer_norm", width)
+        yield from _layer(f"{name}.feed_forward.intermediate_dense", wide, width)
+        yield from _layer(f"{name}.feed_forward.output_dense", width, wide)
         if ADAPTER_KEY in shapes:
             inner = shapes[ADAPTER_KEY][0]
-            yield from _norm(f"{name}.adapter_layer.norm", width)
-            yield from _linear(f"{name}.adapter_layer.linear_1", inner, width)
-            yield from _linear(f"{name}.adapter_layer.linear_2", width, inner)
+            yield from _layer(f"{name}.adapter_layer.norm", width)
+            yield from _layer(f"{name}.adapter_layer.linear_1", inner, width)
+            yield from _layer(f"{name}.adapter_layer.linear_2", width, inner)
     if MASK_KEY in shapes:
         yield MASK_KEY, (width,)
 
 
-_LAYOUTS: Mapping[str, Callable[[Shapes], _Sized]] = MappingProxyType(
-    {"wan s2v": _dit, "wan vae": _vae, "umt5 encoder": _umt5, "wav2vec2": _wav2vec2}
-)
+_LAYOUTS: Mapping[str, Callable[[Shapes], _Sized]] = {
+    "wan s2v": _dit,
+    "wan vae": _vae,
+    "umt5 encoder": _umt5,
+    "wav2vec2": _wav2vec2,
+}

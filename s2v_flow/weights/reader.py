@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from s2v_flow.errors import CheckpointError
 from s2v_flow.files.facts import per_file
-from s2v_flow.weights.gguf import BLOCK_SIZES, Value, is_gguf, read_gguf
-from s2v_flow.weights.header import Header, TensorEntry, convert_command, opened, read_header
+from s2v_flow.weights.gguf import BLOCK_SIZES, is_gguf, read_gguf
+from s2v_flow.weights.header import TensorEntry, Value, convert_command, opened, read_header
 from s2v_flow.weights.names import new_names
 
 if TYPE_CHECKING:
@@ -140,14 +140,13 @@ def _described(
 ) -> tuple[Mapping[str, str], Mapping[str, TensorEntry], Mapping[str, str], int, Mapping[str, Value] | None]:
     """Return a checkpoint's metadata, entries, keys as stored, where its data begins, and GGUF's metadata."""
     refuse_shard(path)
-    gguf = read_gguf(path) if path.is_file() and is_gguf(path) else None
-    header = read_header(path) if gguf is None else Header(gguf.entries, {})
+    header = read_gguf(path) if path.is_file() and is_gguf(path) else read_header(path)
     try:
         file_keys = {key: stored for stored, key in new_names(header.entries).items()}
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     entries = {key: header.entries[stored] for key, stored in file_keys.items()}
-    return header.metadata, entries, file_keys, header.data_begin, None if gguf is None else gguf.metadata
+    return header.metadata, entries, file_keys, header.data_begin, header.gguf
 
 
 def refuse_shard(path: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.weights.gguf import Value, tokenizer_arrays
-from s2v_flow.weights.header import opened
+from s2v_flow.weights.gguf import tokenizer_arrays
+from s2v_flow.weights.header import Value, opened
 from s2v_flow.weights.layout import TOKENIZER_KEY, no_tokenizer
 from s2v_flow.weights.reader import Checkpoint
 
