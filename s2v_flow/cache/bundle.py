@@ -37,8 +37,8 @@ def export_bundle(root: Path, chosen: Sequence[Kept], target: Path) -> int:
     with writing(target), temporary(target.absolute().parent, ".tar") as (file, name):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             names = {item.file_name: item for kept in chosen for item in kept.entry.outputs.values()}
-            for file_name, item in sorted(names.items()):
-                _add(tar, root / "objects" / item.sha256[:2] / file_name, f"objects/{item.sha256[:2]}/{file_name}")
+            for _, item in sorted(names.items()):
+                _add(tar, root / item.place, item.place)
             for kept in chosen:
                 _add(tar, kept.path, f"entries/{kept.path.parent.name}/{kept.path.name}")
         finish(file)

@@ -322,8 +322,9 @@ def _free(root: Path, item: Kept, users: dict[str, set[str]], started: float, *,
     for output in set(item.entry.outputs.values()):
         users[output.file_name].discard(item.entry.fingerprint)
         if not users[output.file_name]:
-            path = root / "objects" / output.sha256[:2] / output.file_name
-            size = _file_size(path)  # not the entry's word: it may be damaged, or gone
+            path, size = root / output.place, 0
+            with suppress(OSError):
+                size = path.stat().st_size  # not the entry's word: it may be damaged, or gone
             freed += size if is_dry or _goes(path, started) else 0
     return freed
 
@@ -335,12 +336,6 @@ def _goes(path: Path, started: float) -> bool:
         return not (touched >= started - _TICK_SECONDS and _seconds_since(touched) < YOUNG_SECONDS) and _remove(path)
     except OSError:
         return False
-
-
-def _file_size(path: Path) -> int:
-    with suppress(OSError):
-        return path.stat().st_size
-    return 0
 
 
 def _remove(path: Path) -> bool:

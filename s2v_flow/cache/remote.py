@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from s2v_flow.cache.store import Entry, Store, StoredObject, entry_text, file_sha256, parse_entry
+from s2v_flow.cache.store import Entry, Store, entry_place, entry_text, file_sha256, parse_entry
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.files.atomic import CannotWriteError, cannot_write
 
@@ -61,18 +61,9 @@ class RemoteStore(Store):
                 self._warn(f"warning: {self._url} cannot be read, the run goes on without it: {failure}")
         return found
 
-    def publish(
-        self,
-        fingerprint: str,
-        preimage: Mapping[str, Any],
-        outputs: Mapping[str, bytes | Path],
-        facts: Mapping[str, Any],
-        *,
-        replaces: bool = False,
-        items: Mapping[str, StoredObject] | None = None,
-    ) -> Entry:
+    def publish(self, *what: Any, **options: Any) -> Entry:
         """Store a node's outputs here, and write them behind; see `Store.publish`."""
-        made = super().publish(fingerprint, preimage, outputs, facts, replaces=replaces, items=items)
+        made = super().publish(*what, **options)
         if "http" in self._files.protocol:  # fsspec would post to whatever answers there
             return made
         if self._writer is None:
@@ -92,7 +83,7 @@ class RemoteStore(Store):
 
     def _fetch(self, fingerprint: str) -> Entry | None:
         try:
-            entry = parse_entry(self._files.cat_file(self._record(fingerprint)), fingerprint)
+            entry = parse_entry(self._files.cat_file(f"{self._folder}/{entry_place(fingerprint)}"), fingerprint)
             if entry is None:
                 return None
             with self.scratch() as folder:
@@ -100,7 +91,7 @@ class RemoteStore(Store):
                 for port, item in entry.outputs.items():
                     paths[port] = folder / item.file_name
                     if not self._has(item):
-                        self._files.get_file(self._object(item), str(paths[port]))
+                        self._files.get_file(f"{self._folder}/{item.place}", str(paths[port]))
                         if file_sha256(folder / item.file_name) != item.sha256:
                             self._damaged.add(item.file_name)
                             return None
@@ -123,20 +114,14 @@ class RemoteStore(Store):
 
     def _send(self, entry: Entry) -> None:
         for item in entry.outputs.values():
-            there = self._object(item)
+            there = f"{self._folder}/{item.place}"
             is_damaged = item.file_name in self._damaged
             if is_damaged or not self._files.exists(there) or self._files.size(there) != item.size:
                 self._files.makedirs(self._files._parent(there), exist_ok=True)
                 self._files.put_file(str(self.object_path(item)), there)
-        there = self._record(entry.fingerprint)
+        there = f"{self._folder}/{entry_place(entry.fingerprint)}"
         self._files.makedirs(self._files._parent(there), exist_ok=True)
         self._files.pipe_file(there, entry_text(entry))
-
-    def _record(self, fingerprint: str) -> str:
-        return f"{self._folder}/entries/{fingerprint[:2]}/{fingerprint}.json"
-
-    def _object(self, item: StoredObject) -> str:
-        return f"{self._folder}/objects/{item.sha256[:2]}/{item.file_name}"
 
 
 def _attempt(action: Callable[[], ResultT]) -> tuple[ResultT | None, str]:

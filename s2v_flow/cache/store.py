@@ -70,6 +70,11 @@ class StoredObject:
         """The name of its file."""
         return f"{self.sha256}{self.suffix}"
 
+    @property
+    def place(self) -> str:
+        """Where it stands below a cache's folder."""
+        return f"objects/{self.sha256[:2]}/{self.file_name}"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -103,7 +108,7 @@ class Store:
             return None
         entry = parse_entry(text, fingerprint)
         if entry is None:
-            self._quarantine(path)
+            quarantine(self.root, path)
             return None
         return entry if all(self._has(item) for item in entry.outputs.values()) else None
 
@@ -239,7 +244,7 @@ class Store:
 
     def quarantine(self, item: StoredObject) -> None:
         """Move a damaged object to quarantine."""
-        self._quarantine(self.object_path(item))
+        quarantine(self.root, self.object_path(item))
 
     def _put(self, payload: bytes | Path, item: StoredObject) -> None:
         if self._has(item):
@@ -302,26 +307,28 @@ class Store:
     def _unreadable(self, item: StoredObject, error: OSError) -> DamagedObjectError:
         """Return the error for an object that cannot be read; it must not stand in the way of a new one."""
         path = self.object_path(item)
-        if error.errno in _PASSING or not self._quarantine(path):
+        if error.errno in _PASSING or not quarantine(self.root, path):
             self._unusable.add(item.file_name)
         return DamagedObjectError.at(path, error.strerror or str(error))
 
     def _changed(self, item: StoredObject) -> DamagedObjectError:
         """Return the error for an object whose bytes have changed, and quarantine it."""
         path = self.object_path(item)
-        if not self._quarantine(path):
+        if not quarantine(self.root, path):
             self._unusable.add(item.file_name)
         return DamagedObjectError.at(path, "its bytes have changed")
 
     def _entry_path(self, fingerprint: str) -> Path:
-        return self.root / "entries" / fingerprint[:2] / f"{fingerprint}.json"
+        return self.root / entry_place(fingerprint)
 
     def object_path(self, item: StoredObject) -> Path:
         """Return where an object's file is."""
-        return self.root / "objects" / item.sha256[:2] / item.file_name
+        return self.root / item.place
 
-    def _quarantine(self, path: Path) -> bool:
-        return quarantine(self.root, path)
+
+def entry_place(fingerprint: str) -> str:
+    """Return where an entry stands below a cache's folder."""
+    return f"entries/{fingerprint[:2]}/{fingerprint}.json"
 
 
 def read_entry(path: Path) -> Entry | None:
