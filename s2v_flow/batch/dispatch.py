@@ -107,10 +107,7 @@ class _Slot:
 
 
 def setups_of(batch: Batch, devices: Sequence[str], report: Callable[[str], Report]) -> list[Setup]:
-    """Return what a batch's workers are given, a process for each device: ["cuda:0", "cuda:1"], ["cpu", "cpu"].
-
-    `report` is a class or function of a module, because processes are spawned; see `Setup`.
-    """
+    """Return what a batch's workers are given, a process for each device: ["cuda:0", "cuda:1"], ["cpu", "cpu"]."""
     share = len(devices) if len(set(devices)) < len(devices) or "cpu" in devices else 1
     options = replace(batch.options, should_stop=never)
     return [Setup(replace(options, device=device), batch.folder, share, report) for device in devices]
@@ -138,11 +135,7 @@ def open_engine(
 class BatchRun:
     """The run of a batch's jobs that are not done.
 
-    Args:
-        batch: What to run; its options' `should_stop` is asked.
-        engine: Where the workers come from.
-        policy: See there.
-        tell: Called with everything that happens.
+    The batch's options' `should_stop` is asked; `tell` hears of everything that happens.
     """
 
     def __init__(self, batch: Batch, engine: Engine, policy: Policy, tell: Callable[[Told], None]) -> None:
@@ -317,14 +310,9 @@ class BatchRun:
 
 
 def notify_end(command: str, text: str) -> str:
-    """Run a command with a line of text as its last argument; no shell sees either.
+    """Run a command, quoted as for a shell, with a line of text as its last argument; no shell sees either.
 
-    Args:
-        command: A program and arguments, quoted as for a shell.
-        text: What has become of the batch.
-
-    Returns:
-        Why that failed, "" if it did not: a batch does not fail for it.
+    Returns why that failed, "" if it did not: a batch does not fail for it.
     """
     try:
         words = [*shlex.split(command), text]

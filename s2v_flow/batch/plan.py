@@ -42,14 +42,8 @@ def find_recipes(patterns: Sequence[str]) -> list[str]:
 def plan_jobs(recipes: Sequence[str], options: Options, rows: Sequence[Row] | None = None) -> tuple[list[Job], Missing]:
     """Plan every recipe with every row of a table; each cell of a matrix is a job, a matrix with `include` one job.
 
-    Args:
-        recipes: Their files.
-        options: What all jobs have in common.
-        rows: A table's; see `read_rows`.
-
-    Returns:
-        The jobs, in the order in which they should run: by model and LoRA files, then the longest first. Their numbers
-        are in the order in which they are written. And what is missing; see `require_files`.
+    Returns the jobs, in the order in which they should run: by model and LoRA files, then the longest first. Their
+    numbers are in the order in which they are written. And what is missing; see `require_files`.
 
     Raises:
         RecipeError: With the mistakes of all jobs, or two jobs have one output; exit code 3.
@@ -97,8 +91,7 @@ def require_files(missing: Missing) -> None:
 def require_space(jobs: Sequence[Job], options: Options) -> str:
     """Refuse to run where a job alone needs more space than the cache's disk can give.
 
-    Returns:
-        What a person should know where all of them need more than is free; else "".
+    Returns what a person should know where all of them need more than is free; else "".
 
     Raises:
         S2VFlowError: With what is needed and what is free; exit code 6.

@@ -106,9 +106,7 @@ class RayWorker:
 class RayEngine:
     """Actors, one for each setup.
 
-    Args:
-        setups: See `Setup`.
-        address: A cluster's; unless given, RAY_ADDRESS, or a Ray that is started here and ends with the batch.
+    `address`: a cluster's; unless given, RAY_ADDRESS, or a Ray that is started here and ends with the batch.
 
     Raises:
         S2VFlowError: Ray is not installed, or the cluster does not answer.

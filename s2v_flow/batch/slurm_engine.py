@@ -156,13 +156,9 @@ class SlurmWorker:
 
 
 class SlurmEngine:
-    """An array of tasks, one for each setup.
+    """An array of tasks, one for each setup; all machines see the folder `logs`.
 
-    Args:
-        setups: See `Setup`.
-        logs: The batch's folder of logs, which all machines see.
-        parameters: Of submitit: {"slurm_partition": "gpu", "timeout_min": 600}; {"cluster": "local"} runs the tasks as
-            processes here.
+    `parameters`: of submitit: {"slurm_partition": "gpu", "timeout_min": 600}; {"cluster": "local"} runs the tasks here.
 
     Raises:
         S2VFlowError: submitit is not installed, there is no Slurm here, or it does not know a parameter.

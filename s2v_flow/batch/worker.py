@@ -43,7 +43,8 @@ class Report(Protocol):
 class Setup:
     """What a worker is given at its start.
 
-    `num_workers` share the memory and the processors of this machine; `report` makes a job's `Report`.
+    `num_workers` share the memory and the processors of this machine; `report` makes a job's `Report`: a
+    class or function of a module, because processes are spawned.
     """
 
     options: Options

@@ -78,12 +78,8 @@ def parse_size(text: str, option: str = "--limit") -> int:
 class Budget:
     """Keeps one cache within its limit, and its disk's reserve free, as far as what may go allows.
 
-    The size is counted once and added up from there.
-
-    Args:
-        limit: Bytes; None: `default_limit`; `NO_LIMIT`: nothing ever goes, whatever the disk has left.
-        tell: Called with a line that says what was evicted.
-        reserve: Bytes; None: `default_reserve`.
+    The size is counted once and added up from there. `limit`, `reserve`: bytes; None: the defaults; with `NO_LIMIT`
+    nothing ever goes, whatever the disk has left. `tell` gets a line that says what was evicted.
     """
 
     def __init__(self, root: Path, limit: int | None, tell: Callable[[str], None], reserve: int | None = None) -> None:

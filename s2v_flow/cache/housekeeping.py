@@ -242,11 +242,8 @@ def verify(root: Path, *, is_repair: bool = False) -> dict[str, Any]:
 def collect(root: Path, limit: int, fits: int = 0, *, is_dry: bool = False, is_tidy: bool = False) -> dict[str, Any]:
     """Make a cache smaller than `limit` bytes, as far as what may go allows.
 
-    Args:
-        limit: Bytes.
-        fits: From so many bytes on, what is more than spare stays.
-        is_dry: Only say what would go.
-        is_tidy: The cache has just been cleaned.
+    From `fits` bytes on, what is more than spare stays. `is_dry`: only say what would go; `is_tidy`: the cache has just
+    been cleaned.
     """
     if not is_dry and not is_tidy:
         tidy(root)

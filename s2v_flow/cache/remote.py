@@ -24,10 +24,8 @@ ResultT = TypeVar("ResultT")
 class RemoteStore(Store):
     """A local store with a remote one behind it; `close` waits for what is still to be written there.
 
-    Args:
-        root: The local store's folder.
-        url: Of the remote one: file:///mnt/cache, s3://bucket/cache, https://host/cache (which is only read).
-        warn: Told, at most once for reading and once for writing, that the remote store does not work.
+    `url`: file:///mnt/cache, s3://bucket/cache, https://host/cache (which is only read). `warn` is told, at most once
+    for reading and once for writing, that the remote store does not work.
 
     Raises:
         S2VFlowError: fsspec, or what it needs for such a URL, is not installed; or the URL is none.

@@ -138,12 +138,9 @@ class Store:
         return payload
 
     def copy_to(self, item: StoredObject, target: Path, trailer: bytes = b"", replaces: bool = True) -> bool:
-        """Put an object's bytes at `target`, whole or not at all; tell whether the file there had to change.
+        """Put an object's bytes and a trailer at `target`, whole or not at all; tell whether the file had to change.
 
-        Args:
-            target: The file; it is as it should be only if it holds exactly the object and the trailer.
-            trailer: More bytes, behind the object's.
-            replaces: Put them in the place of any file that is there, not only of the object with another trailer.
+        `replaces`: put them in the place of any file that is there, not only of the object with another trailer.
 
         Raises:
             DamagedObjectError: The object is gone or damaged; `target` is as it was.

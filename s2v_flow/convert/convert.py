@@ -80,9 +80,6 @@ def convert(request: Request, on_progress: Progress = lambda done, total: None) 
 
     `on_progress`: called with the bytes that are written, and all.
 
-    Returns:
-        What was made.
-
     Raises:
         MissingError: A source or the tokenizer is missing.
         CheckpointError: A source is damaged, or is no model that is known.

@@ -69,9 +69,7 @@ def convert_pickle(
 ) -> int:
     """Let a child process make a safetensors file of a pickle: how many entries beside the state dict were left out.
 
-    Args:
-        on_progress: Called with the bytes that are written, and all.
-        limits: What the child may use; unless given, by the source's size.
+    `limits`: what the child may use; unless given, by the source's size.
 
     Raises:
         MissingError: The source or the tokenizer cannot be read.
@@ -222,10 +220,9 @@ def check_version(version: str) -> None:
 
 
 def read_pickle(path: str) -> tuple[dict[str, Tensor], int]:
-    """Open a file with PyTorch's restricted unpickler, and let nothing through but plain tensors.
+    """Open a file with PyTorch's restricted unpickler, and let nothing through but plain tensors: by name.
 
-    Returns:
-        The tensors by name, and how many entries beside the state dict were left out.
+    And tell how many entries beside the state dict were left out.
 
     Raises:
         RefusedError: It holds something else, or tensors that are not what they seem.

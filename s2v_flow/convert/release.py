@@ -42,11 +42,9 @@ _MAX_TOKENIZER_BYTES = 64 * 2**20
 
 
 def kind_of(shapes: Shapes, wanted: str = "auto") -> str:
-    """Say which kind of model a file holds.
+    """Say which kind of model a file holds, by its shapes, the keys as `new_names` gives them.
 
-    Args:
-        shapes: Key to shape, the keys as `new_names` gives them.
-        wanted: What it has to be, or "auto".
+    `wanted`: what it has to be, or "auto".
 
     Raises:
         CheckpointError: It is of no kind that is known, or of another than was wanted.

@@ -48,11 +48,9 @@ _TOKENIZER = Path(__file__).with_name("tiny_spiece.model")
 
 
 def make_demo_models(root: Path, seed: int = 0) -> None:
-    """Write the demo's models below `root`, all of them or none.
+    """Write the demo's models below `root`, which must not exist or be empty: all of them or none.
 
-    Args:
-        root: The models folder; it must not exist, or be empty.
-        seed: Which set of untrained weights.
+    `seed`: which set of untrained weights.
 
     Raises:
         RefusedError: `root` has files in it.

@@ -17,16 +17,7 @@ _UNIT = np.float32(2.0 / (1 << 24))
 
 
 def uniform(seed: int, key: str, shape: Sequence[int]) -> Tensor:
-    """Draw float32 values in [-1, 1) from a Philox stream keyed by sha256("seed:key").
-
-    Args:
-        seed: Any integer; part of the stream's key.
-        key: The parameter's name; part of the stream's key.
-        shape: The tensor's shape; () gives a scalar.
-
-    Returns:
-        A contiguous float32 tensor of `shape`.
-    """
+    """Draw float32 values in [-1, 1) of `shape`, () for a scalar, from a Philox stream keyed by sha256("seed:key")."""
     count = math.prod(shape)
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     stream = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").copy())
@@ -36,16 +27,7 @@ def uniform(seed: int, key: str, shape: Sequence[int]) -> Tensor:
 
 
 def fill(key: str, shape: Sequence[int], seed: int = 0) -> Tensor:
-    """Make the weight named `key`: matrices scaled by fan-in, gains near 1, biases small.
-
-    Args:
-        key: The parameter's name in the checkpoint.
-        shape: Its shape.
-        seed: Which set of weights.
-
-    Returns:
-        A float32 tensor of `shape`.
-    """
+    """Make the weight named `key`, float32 of `shape`: matrices scaled by fan-in, gains near 1, biases small."""
     draw = uniform(seed, key, shape)
     leaf = key.rpartition(".")[2]
     if key.endswith("padding_tokens") or "modulation" in leaf:
@@ -62,13 +44,5 @@ def fill(key: str, shape: Sequence[int], seed: int = 0) -> Tensor:
 
 
 def fill_all(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
-    """Make every weight of a model from its keys and shapes.
-
-    Args:
-        shapes: Key to shape, as in a checkpoint's header.
-        seed: Which set of weights.
-
-    Returns:
-        Key to float32 tensor.
-    """
+    """Make every weight of a model, float32, from its keys and shapes; `seed`: which set of weights."""
     return {key: fill(key, tuple(shape), seed) for key, shape in shapes.items()}

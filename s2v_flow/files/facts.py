@@ -56,11 +56,9 @@ def per_file(compute: Callable[..., FoundT]) -> Callable[..., FoundT]:
 
 
 def remembered(memory_path: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return a fact from memory, or compute it and remember it.
+    """Return a fact, small JSON values, from memory, or compute it and remember it.
 
-    Args:
-        key: What the fact is and of which content ("audio:<sha256>").
-        compute: Finds the fact out: small JSON values.
+    `key`: what the fact is and of which content ("audio:<sha256>").
     """
     known = recalled(memory_path, key)
     if known is not None:
@@ -96,15 +94,12 @@ def file_digest(
     clock_ns: Callable[[], int] = time.time_ns,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Return a file's sha256, from memory if the file is unchanged, else by reading all of it.
+    """Return a file's sha256, 64 hexadecimal digits, from memory if the file is unchanged, else by reading all of it.
 
     Args:
         memory_path: The JSON table; None: always read.
         clock_ns: The time, comparable with the file's times.
         should_stop: Asked after each block.
-
-    Returns:
-        64 hexadecimal digits.
 
     Raises:
         MissingError: The file is missing, unreadable, or changed while it was read; or reading it was stopped.

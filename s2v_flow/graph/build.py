@@ -86,17 +86,14 @@ def _sorted(graph: nx.DiGraph[str]) -> Iterator[str]:
 
 
 def merge_plans(plans: Sequence[tuple[str, Plan]], *, by_stage: bool = False) -> tuple[Plan, dict[str, str]]:
-    """Join plans that were made with labels.
+    """Join plans that were made with labels, each another one.
 
-    Args:
-        plans: Each with its label; labels differ.
-        by_stage: Run a stage of all plans before the next, so that fewer models are live at once. Else one plan after
-            the other, behind the encoders of all: each plan's files are there as soon as they can be.
+    `by_stage`: run a stage of all plans before the next, so that fewer models are live at once. Else one plan after the
+    other, behind the encoders of all: each plan's files are there as soon as they can be.
 
-    Returns:
-        The joined plan: equal nodes of equal inputs are one node, files that are written never are. In both orders a
-        model stays live until its last use, so that it is loaded once. And the label of every node that belongs to one
-        plan alone.
+    Returns the joined plan: equal nodes of equal inputs are one node, files that are written never are. In both orders
+    a model stays live until its last use, so that it is loaded once. And the label of every node that belongs to one
+    plan alone.
     """
     made: dict[object, PlanNode] = {}
     taken: set[str] = set()

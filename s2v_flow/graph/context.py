@@ -28,10 +28,9 @@ class Numerics:
     attention: str = "sdpa"
 
     def precision(self, kind: str, asked: str) -> str:
-        """Resolve a loader's precision; `asked`: "auto", "fp32", "bf16", "fp16" or "fp8_fast".
+        """Resolve a loader's precision, "auto", "fp32", "bf16", "fp16" or "fp8_fast": what is asked for.
 
-        Returns:
-            What is asked for; for auto, "fp32" on CPU and for the (small) audio encoder, else "bf16".
+        For auto, "fp32" on CPU and for the (small) audio encoder, else "bf16".
         """
         if asked != "auto":
             return asked

@@ -70,11 +70,9 @@ class Node(BaseModel):
         yield from _files(self, ())
 
     def identity(self, digests: Mapping[FieldPath, str], precision: Precision) -> dict[str, Any]:
-        """Return the fields that determine the result, with files replaced by their digests.
+        """Return the fields that determine the result, with files replaced by their `digests`, by field path.
 
-        Args:
-            digests: sha256 of every file the node reads, by field path.
-            precision: Resolves `precision: auto` on this run's device.
+        `precision` resolves `precision: auto` on this run's device.
         """
         fields = _identity(self, (), digests)
         if "precision" in fields:

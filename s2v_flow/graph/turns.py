@@ -36,9 +36,7 @@ def node_turn(
 def gpu_turn(device: str, emit: Listener, should_stop: ShouldStop, *, is_needed: bool) -> Iterator[None]:
     """Wait, and say so, while another run of this user holds the GPU: two at once would run each other out of memory.
 
-    Args:
-        device: "cuda:0"; of others nothing is locked.
-        is_needed: Whether the GPU will be used, and not shared.
+    Of devices other than GPUs nothing is locked. `is_needed`: whether the GPU will be used, and not shared.
     """
     if not is_needed or not device.startswith("cuda"):
         yield

@@ -62,9 +62,7 @@ def rotation_table(grids: Sequence[Grid], device: torch.device | str = "cpu") ->
 def rotate_(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotate each pair of neighbouring channels (0 and 1, 2 and 3, ...) in place; return x.
 
-    Args:
-        x: Queries or keys, float32 [B, L, N, K], contiguous; overwritten.
-        rotations: float32 [L, 1, K / 2, 2], from `rotation_table`.
+    `x`: queries or keys, float32 [B, L, N, K], contiguous; `rotations`: float32 [L, 1, K / 2, 2]: see `rotation_table`.
     """
     pairs = x.view(*x.shape[:-1], -1, 2)
     if torch.compiler.is_compiling():  # complex numbers break what is compiled into pieces
@@ -105,13 +103,9 @@ _BACKENDS = {
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
-    """Compute softmax(q k^T / sqrt(K)) v: the attended values with the heads joined, [B, L, N K], of q's dtype.
+    """Compute softmax(q k^T / sqrt(K)) v, by `kernel` if given, else by torch: heads joined, [B, L, N K], of q's dtype.
 
-    Args:
-        q: [B, N, L, K], floating point.
-        k: [B, N, S, K], of q's dtype.
-        v: [B, N, S, K], of q's dtype.
-        kernel: Computes it; unless given, torch does.
+    `q`: floating point [B, N, L, K]; `k`, `v`: [B, N, S, K], of q's dtype.
     """
     attended = (kernel or F.scaled_dot_product_attention)(q, k, v)  # [B, N, L, K]
     return attended.transpose(1, 2).flatten(2)  # [B, L, D]
@@ -163,8 +157,7 @@ def backends_for(capability: tuple[int, int] | None, dtype: torch.dtype) -> tupl
 def try_backend(backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Compute small tensors with a backend alone, and a bias of scores, as the text has it, with the backend first.
 
-    Returns:
-        Why it cannot be used on a device, None if it can.
+    Returns why it cannot be used on a device, None if it can.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, HEAD_WIDTH, generator=generator).to(device, dtype) for _ in range(3))
@@ -187,11 +180,7 @@ def try_backend(backend: str, device: torch.device | str, dtype: torch.dtype) ->
 def usable_backend(asked: str, candidates: Sequence[str], device: str, dtype: torch.dtype) -> tuple[str, str]:
     """Return the backend to compute with, and a warning's text if it is not the first choice, else "".
 
-    Args:
-        asked: "auto", or the one backend that will do.
-        candidates: What auto tries, in order; the last needs no trial.
-        device: torch's name of it.
-        dtype: What attention computes in.
+    `asked`: "auto", or the one backend that will do; `candidates`: what auto tries, in order; the last needs no trial.
 
     Raises:
         S2VFlowError: The one that is asked for cannot be used.
@@ -237,12 +226,11 @@ class SelfAttention(Projections):
     """Attention of all tokens to all tokens, with rotary positions."""
 
     def forward(self, x: Tensor, rotations: Tensor, num_queries: int, kernel: Kernel | None = None) -> Tensor:
-        """Let the first `num_queries` tokens attend to all: [B, num_queries, D], of x's dtype.
+        """Let the first `num_queries` tokens, 1 to L, attend to all: [B, num_queries, D], of x's dtype.
 
         Args:
             x: Tokens [B, L, D], in the dtype to compute in.
             rotations: float32 [L, 1, K / 2, 2].
-            num_queries: How many tokens are asked for, 1 to L.
             kernel: What computes attention; unless given, torch does.
         """
         q = rotate_(split_heads(self.norm_q(self.q(x[:, :num_queries]))), rotations[:num_queries]).to(x.dtype)
@@ -265,11 +253,9 @@ class CrossAttention(Projections):
         return KeysValues(keys.transpose(1, 2), split_heads(self.v(context)).transpose(1, 2))
 
     def forward(self, x: Tensor, context: KeysValues) -> Tensor:
-        """Let every token attend to the context: [B, L, D], of x's dtype.
+        """Let every token of x [B, L, D], in the dtype to compute in, attend to the context: [B, L, D], of x's dtype.
 
-        Args:
-            x: Tokens [B, L, D], in the dtype to compute in.
-            context: From `keys_values`; a batch of one serves every sample of x.
+        `context`: from `keys_values`; a batch of one serves every sample of x.
         """
         q = split_heads(self.norm_q(self.q(x))).to(x.dtype).transpose(1, 2)  # [B, N, L, K]
         keys, values = (part.expand(len(x), -1, -1, -1) for part in context[:2])

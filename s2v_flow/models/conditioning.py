@@ -105,10 +105,7 @@ def require_conditioning(value: str) -> None:
 
 
 def require_shape(name: str, tensor: Tensor, *expected: int | tuple[int, ...] | None) -> None:
-    """Raise ValueError unless a tensor has the expected shape.
-
-    `expected`: per dimension a size, a choice of sizes, or None for any size but 0.
-    """
+    """Raise ValueError unless a tensor has a shape: per dimension a size, a choice of sizes, or None for any but 0."""
     choices = [(size,) if isinstance(size, int) else size for size in expected]
     fits = tensor.ndim == len(choices) and all(
         size > 0 if choice is None else size in choice for size, choice in zip(tensor.shape, choices, strict=True)
@@ -156,9 +153,8 @@ class MotionPacker(nn.Module):
 
         `motion_latent`: normalised, [B, C, any F, H, W], oldest frame first; H and W at least 8.
 
-        Returns:
-            Tokens, float32 [B, L motion, D]: of the newest frame, of the two before, of the sixteen before. Rows and
-            columns past the last whole patch make no tokens.
+        Returns tokens, float32 [B, L motion, D]: of the newest frame, of the two before, of the sixteen before. Rows
+        and columns past the last whole patch make no tokens.
         """
         recent = motion_latent[:, :, -MOTION_LATENT_FRAMES:]
         recent = F.pad(recent, (0, 0, 0, 0, MOTION_LATENT_FRAMES - recent.shape[2], 0))  # [B, C, 19, H, W]
@@ -170,11 +166,7 @@ def motion_grids(height: int, width: int, conditioning: Conditioning) -> list[Gr
     """Place the motion tokens in time and space: one grid per bucket, in the order of the tokens.
 
     ComfyUI's buckets step by one in time, at fractional places in space; the authors' step over their true span, at
-    places truncated to integers.
-
-    Args:
-        height: Latent rows.
-        width: Latent columns.
+    places truncated to integers. `height`, `width`: of the latent.
 
     Source: Wan2.2, wan/modules/s2v/s2v_utils.py, rope_precompute.
     """

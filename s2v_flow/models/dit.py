@@ -396,18 +396,11 @@ class WanS2V(nn.Module):
 
 
 def comfyui_noisy_tokens(num_latent_frames: int, num_reference_frames: int, num_tokens: int) -> int:
-    """Count the tokens that see the timestep in ComfyUI when there is motion.
+    """Count the tokens, from the first, that see the timestep in ComfyUI when there is motion.
 
     It spreads rows of modulation evenly over the tokens, though frames have unequal numbers of tokens; the border meets
-    the end of the video only at some sizes, such as where 64 divides both sides of the picture.
-
-    Args:
-        num_latent_frames: F.
-        num_reference_frames: 0 or 1.
-        num_tokens: L, all of them.
-
-    Returns:
-        How many tokens, from the first, see the timestep.
+    the end of the video only at some sizes, such as where 64 divides both sides of the picture. `num_reference_frames`:
+    0 or 1; `num_tokens`: all of them.
     """
     rows = 2 * (num_latent_frames + num_reference_frames) + 3
     tokens_per_row = -(-num_tokens // rows)

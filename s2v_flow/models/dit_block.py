@@ -50,11 +50,9 @@ def split_rows(rows: Tensor, num_noisy: int) -> tuple[Segments, ...]:
 
 
 def timestep_embedding(timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    """Embed timesteps as 128 cosines and then 128 sines, float32 [B, 256].
+    """Embed timesteps, sigma * 1000, floating point [B], as 128 cosines and then 128 sines, float32 [B, 256].
 
-    Args:
-        timestep: sigma * 1000, floating point [B].
-        conditioning: ComfyUI computes the angles in float32, the authors in float64.
+    ComfyUI computes the angles in float32, the authors in float64.
 
     Source: A. Vaswani et al., 2017, section 3.5; Wan2.2, wan/modules/model.py, sinusoidal_embedding_1d.
     """
@@ -176,12 +174,10 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
 
     def forward(self, x: Tensor, time: Tensor, num_noisy: int, dtype: torch.dtype) -> Tensor:
-        """Project tokens to the values of their patches: float32 [B, L, values per patch].
+        """Project tokens x, float32 [B, L, D], to the values of their patches: float32 [B, L, values per patch].
 
-        Args:
-            x: float32 [B, L, D].
-            time: Timestep embeddings before projection, float32 [B + 1, D]; the last row is time 0.
-            num_noisy: How many tokens, from the first, see the timestep.
+        `time`: timestep embeddings before projection, float32 [B + 1, D]; the last row is time 0. `num_noisy`: how many
+        tokens, from the first, see the timestep.
         """
         shift, scale = split_rows(self.modulation.float() + time.unsqueeze(1), num_noisy)
         patches: Tensor = self.head(modulated_norm(x, shift, scale, dtype))
@@ -217,13 +213,9 @@ class AudioTokenEncoder(nn.Module):
         self.final_linear = nn.Linear(dim, dim)
 
     def forward(self, features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Encode features.
+        """Encode features, float32 [B, T, E]: a global token [B, T / 4, D] and local ones [B, T / 4, 5, D], of `dtype`.
 
-        `features`: float32 [B, T, E].
-
-        Returns:
-            The global token [B, T / 4, D] and the local tokens [B, T / 4, 5, D] (the last is learned padding), both of
-            `dtype`; T / 4 is rounded up.
+        The last local token is learned padding; T / 4 is rounded up.
         """
         heads = torch.unflatten(self.conv1_local(features), -1, (LOCAL_HEADS, -1)).transpose(1, 2)  # [B, 4, T, D/4]
         tokens = self._shared(heads.flatten(0, 1))  # [B 4, T/4, D]
@@ -249,11 +241,9 @@ class CausalAudioEncoder(nn.Module):
         self.encoder = AudioTokenEncoder(audio_dim, dim)
 
     def forward(self, audio_embed: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Encode a chunk's audio: the global token [B, F, D] and the local tokens [B, F, 5, D], both of `dtype`.
+        """Encode a chunk's audio [B, A, E, 4 F]: the global token [B, F, D] and local tokens [B, F, 5, D], of `dtype`.
 
-        Args:
-            audio_embed: [B, A, E, 4 F].
-            conditioning: Whose alignment of audio and latent frames.
+        `conditioning`: whose alignment of audio and latent frames.
         """
         weights = F.silu(self.weights.float())
         features = (audio_embed.float() * (weights / weights.sum(1, keepdim=True))).sum(1).transpose(1, 2)  # [B, 4F, E]
@@ -292,16 +282,13 @@ class AudioInjector(nn.Module):
     def prepare(
         self, global_token: Tensor, local: Tensor, num_blocks: int, layers: Iterable[int] = range(len(INJECTION_BLOCKS))
     ) -> dict[int, InjectedAudio]:
-        """Compute what does not depend on the video.
+        """Compute what does not depend on the video, by index of the block that it is injected after.
 
         Args:
             global_token: [B, F, D], in the dtype to compute in.
             local: [B, F, 5, D], in the dtype to compute in.
             num_blocks: How many blocks the model has; injectors past the last are not used.
             layers: The injectors' numbers, in order, each given when its weights are at hand.
-
-        Returns:
-            By index of the block that it is injected after.
         """
         prepared = {}
         for layer in layers:
@@ -316,12 +303,9 @@ class AudioInjector(nn.Module):
         return prepared
 
     def forward(self, video: Tensor, audio: InjectedAudio, block: int, dtype: torch.dtype) -> Tensor:
-        """Compute what one injector adds to the video tokens: [B, L, D], of `dtype`.
+        """Compute what the injector after `block` adds to the video tokens, float32 [B, L, D]: the same shape, `dtype`.
 
-        Args:
-            video: Video tokens, float32 [B, L, D].
-            audio: From `prepare`, for `block`.
-            block: The block that has just run; one of INJECTION_BLOCKS.
+        `audio`: from `prepare`, for that block.
         """
         num_frames = audio.keys.shape[1]
         x = F.layer_norm(video, video.shape[-1:], eps=1e-5)

@@ -20,12 +20,9 @@ class PatchEmbedding(nn.Conv3d):
         super().__init__(channels, dim, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed the patches of a latent.
+        """Embed the patches of a latent [B, C, F, H, W], of any floating dtype, as tokens, float32 [B, L, D].
 
-        `x`: [B, C, F, H, W], of any floating dtype. What is left after the last whole patch of an axis is dropped.
-
-        Returns:
-            Tokens, float32 [B, L, D]; L runs over columns first, then rows, then frames.
+        L runs over columns first, then rows, then frames; what is left behind an axis' last whole patch is dropped.
         """
         for axis, size in enumerate(self.kernel_size, start=2):
             x = x.unfold(axis, size, size)  # at last [B, C, F', H', W', patch frames, patch rows, patch columns]

@@ -15,12 +15,7 @@ from s2v_flow.weights.gguf import BLOCK_SIZES
 
 
 def dequantize_blocks(rows: Tensor, block_type: str) -> Tensor:
-    """Expand packed rows: float32 [..., elements of a row], on the rows' device.
-
-    Args:
-        rows: uint8 [..., bytes of a row].
-        block_type: "Q8_0", "Q4_K", ...
-    """
+    """Expand packed rows, uint8 [..., bytes of a row] of "Q8_0", "Q4_K", ...: float32 [..., elements of a row]."""
     elements, block_bytes = BLOCK_SIZES[block_type]
     blocks = rows.reshape(-1, block_bytes)  # [blocks, bytes]
     values = _TYPES[block_type](blocks)  # [blocks, elements]

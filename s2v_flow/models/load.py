@@ -180,17 +180,12 @@ def load_text_encoder(
     quantized: bool,
     tokenizer: str | Path | None = None,
 ) -> TextEncoder:
-    """Load a UMT5 encoder and its tokenizer.
+    """Load a UMT5 encoder and its tokenizer; see `load_dit`.
 
-    Args:
-        path: A safetensors or GGUF file, in full precision or quantised.
-        quantized: Keep quantised weights packed and expand them for each use; otherwise they are expanded now. Those of
-            a GGUF file stay packed in any case.
-
-        tokenizer: A SentencePiece model; unless given, the one inside the file counts.
+    `tokenizer`: a SentencePiece model; unless given, the one inside the file counts.
 
     Raises:
-        MissingError, RefusedError, CheckpointError: The file is missing, a pickle, damaged, not of this family, or
+        MissingError, RefusedError, CheckpointError: A file is missing, a pickle, damaged, not of this family, or
             there is no tokenizer.
     """
     source, module = _built("umt5 encoder", path, build_umt5)

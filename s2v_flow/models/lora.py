@@ -197,14 +197,9 @@ class LoraStack:
 
 
 def open_loras(specs: Iterable[LoraSpec], shapes: Shapes) -> LoraStack:
-    """Open LoRA files and match them with a model; no tensor is read.
+    """Open LoRA files, in the order in which they are applied, and match them with a model; no tensor is read.
 
-    Args:
-        specs: The files with their strengths, in the order in which they are applied.
-        shapes: The model's parameters: key to shape.
-
-    Returns:
-        The updates by parameter, and a report for each file. Keys without a home are reported, not an error.
+    Keys without a home are reported, not an error. `shapes`: the model's parameters: key to shape.
 
     Raises:
         MissingError, RefusedError, CheckpointError: A file is missing, a pickle, damaged, or no LoRA.
@@ -232,10 +227,10 @@ def _match(spec: LoraSpec, checkpoint: Checkpoint, shapes: Shapes, stack: LoraSt
             stack.updates.setdefault(parameter, []).append(updates[parameter])
     found = (re.match(r"blocks\.(\d+)\.", name) for name in updates)
     blocks = dict(Counter("others" if block is None else block[1] for block in found))
-    counts = len(checkpoint.entries) - len(unmatched), len(checkpoint.entries)
-    lost = tuple(sorted(unmatched)), tuple(sorted(misshapen))
+    total = len(checkpoint.entries)
+    lost, unfit = tuple(sorted(unmatched)), tuple(sorted(misshapen))
     told = (_is_causal(checkpoint, updates), blocks, tuple(updates.values()), _told_scale(checkpoint))
-    stack.reports.append(LoraReport(spec.path, spec.strength, *counts, *lost, *told))
+    stack.reports.append(LoraReport(spec.path, spec.strength, total - len(unmatched), total, lost, unfit, *told))
 
 
 def _told_scale(checkpoint: Checkpoint) -> float:

@@ -72,11 +72,7 @@ class PackedWeight(nn.Module):
 def read_packed(
     checkpoint: Checkpoint, quantization: Quantization, key: str, shape: tuple[int, ...], device: torch.device | str
 ) -> PackedWeight:
-    """Read a quantised weight and its scales to a device.
-
-    Args:
-        quantization: See `read_quantization`.
-        shape: Its shape in the module, without padding.
+    """Read a quantised weight and its scales to a device; `shape`: its own in the module, without padding.
 
     Raises:
         CheckpointError: A scale is not finite.
@@ -113,9 +109,7 @@ class PackedLinear(nn.Module):
     def set_low_rank(self, down: Tensor, up: Tensor) -> None:
         """Add `up @ down` to the weight, as a side branch: the packed weight is not rounded again.
 
-        Args:
-            down: [R, in], in the compute dtype.
-            up: [out, R], in the compute dtype, strength included.
+        `down`: [R, in], `up`: [out, R], strength included; in the compute dtype.
         """
         assert down.shape == (up.shape[1], self.in_features)
         assert up.shape[0] == self.out_features

@@ -95,14 +95,11 @@ class ModelRegistry:
             return key in self._live
 
     def acquire(self, key: ModelKey, load: Callable[[], Model], *, expected_bytes: int = 0) -> Model:
-        """Return the model `key`, loading it if it is not live, and mark it as in use.
+        """Return the model `key`, loading it if it is not live, and mark it as in use; `release` it when done.
 
         Args:
             load: Loads it; called at most once while the model is live.
             expected_bytes: About how large it will be: room is made before loading, not after.
-
-        Returns:
-            The model. Call `release` when done with it.
         """
         with self._lock:
             live = self._live.get(key)

@@ -64,12 +64,10 @@ def joined(parts: Sequence[SpeechTable]) -> SpeechTable:
 
 
 def to_video_rate(features: Iterable[Tensor]) -> SpeechTable:
-    """Interpolate features to 30 Hz and pick the nearest for each video frame.
+    """Interpolate features to 30 Hz and pick the nearest for each video frame: number round_half_to_even(1.875 i).
 
-    `features`: one [T, E] per layer, 50 states a second: [A, T, E], or layers as they come, of which none is kept.
-
-    Returns:
-        The table, float32 on the CPU: row i is state round_half_to_even(1.875 i) of the 30 Hz sequence.
+    `features`: one [T, E] per layer, 50 states a second: [A, T, E], or layers as they come, of which none is kept. The
+    table is float32, on the CPU.
 
     Source: Wan2.2, wan/modules/s2v/audio_encoder.py, linear_interpolation and get_audio_embed_bucket_fps.
     """
@@ -170,10 +168,8 @@ class Loudness:
 def chunk_embed(table: SpeechTable, offset: int, num_latent_frames: int) -> Tensor | None:
     """Take one chunk's rows: [1, A, E, 4F], zeros past the sound, or None if the chunk begins past the table.
 
-    Args:
-        table: The voice, or the part of it that the chunk needs; past its end the last part.
-        offset: The chunk's first video frame, at least the table's first.
-        num_latent_frames: The chunk's length F; it takes 4F video frames.
+    `table`: the voice, or the part of it that the chunk needs; past its end the last part. `offset`: the chunk's first
+    video frame, at least the table's first.
     """
     num_frames = 4 * num_latent_frames
     count = table.num_chunks(num_frames)

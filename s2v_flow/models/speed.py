@@ -14,14 +14,9 @@ _SECONDS = 0.3
 
 
 def measure(device: str, item_bytes: int) -> dict[str, float]:
-    """Measure a device.
+    """Measure a device: FLOP a second, in "matrices", "attention" and "convolutions" of sizes at which it is busy.
 
-    Args:
-        device: torch's name of it.
-        item_bytes: 4 for float32, 2 for bfloat16.
-
-    Returns:
-        FLOP a second, in "matrices", "attention" and "convolutions" of sizes at which the device is busy.
+    `item_bytes`: 4 for float32, 2 for bfloat16.
     """
     rows, tokens, side = (8192, 8192, 256) if device != "cpu" else (512, 1024, 16)
     options: Any = {"device": device, "dtype": torch.float32 if item_bytes == 4 else torch.bfloat16}

@@ -33,13 +33,10 @@ class TextEncoder:
         return [*tokens(self._tokenizer, text), EOS_ID]
 
     def encode(self, text: str) -> Tensor:
-        """Encode a prompt.
+        """Encode a prompt: [1, S, D], the features of its own tokens, in the weights' dtype.
 
-        `text`: the prompt. Past 512 tokens it is cut, so that the end-of-text token is the last of 512.
-
-        Returns:
-            [1, S, D], the features of the prompt's own tokens, in the weights' dtype. A model that expects 512 rows
-            expects zeros in the rest.
+        Past 512 tokens it is cut, so that the end-of-text token is the last of 512. A model that expects 512 rows
+        expects zeros in the rest.
         """
         return self.encode_parts([(text, 1.0)])
 
@@ -67,11 +64,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode tokens: [B, S, D], zero where the mask is.
-
-        Args:
-            input_ids: [B, S], int64.
-            attention_mask: [B, S], 1 for a token, 0 for padding.
+        """Encode tokens: [B, S, D], zero where the mask is; `input_ids`: int64 [B, S]; `attention_mask`: [B, S].
 
         Source: Raffel et al., "Exploring the Limits of Transfer Learning", 2020; transformers' UMT5EncoderModel.
         """
@@ -80,12 +73,9 @@ class TextEncoder:
 
 
 def build_umt5(shapes: Shapes) -> nn.Module:
-    """Build a UMT5 encoder on the meta device.
+    """Build a UMT5 encoder on the meta device: transformers' UMT5EncoderModel, its embedding one module of two names.
 
     `shapes`: the checkpoint's keys and shapes; every size is read off them.
-
-    Returns:
-        transformers' UMT5EncoderModel, whose token embedding is one module under two names.
 
     Raises:
         KeyError: A key that gives a size is missing.

@@ -132,12 +132,9 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode a whole clip, four frames at a time, so that memory does not grow with its length.
+        """Encode a whole clip, [B, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1, four frames at a time: memory stays the same.
 
-        `pixels`: [B, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1.
-
-        Returns:
-            The raw latent mean [B, 16, F, H, W], F = k + 1, in the weights' dtype. Nothing is sampled.
+        Returns the raw latent mean [B, 16, k + 1, H, W], in the weights' dtype. Nothing is sampled.
 
         Raises:
             ValueError: The shape is not as above.
@@ -171,12 +168,9 @@ class WanVAE(nn.Module):
         return self.conv1(x)[:, :LATENT_CHANNELS].contiguous(), EncoderState(carry.kept)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Decode a whole latent at once; memory grows with its length (`decode_next` streams).
+        """Decode a whole raw latent [B, 16, F, H, W] at once; memory grows with its length (`decode_next` streams).
 
-        `latent`: [B, 16, F, H, W], raw.
-
-        Returns:
-            Pixels [B, 3, 4F - 3, 8H, 8W], about [-1, 1] but not clamped, in the weights' dtype.
+        Returns pixels [B, 3, 4F - 3, 8H, 8W], about [-1, 1] but not clamped, in the weights' dtype.
 
         Raises:
             ValueError: The shape is not as above.
@@ -250,12 +244,7 @@ STD = (
 
 
 def normalise(latent: Tensor) -> Tensor:
-    """Turn a raw latent into what the DiT sees: (latent - mean) / std per channel.
-
-    `latent`: [B, 16, F, H, W], floating point, raw.
-
-    Returns:
-        [B, 16, F, H, W] in the latent's dtype, computed in float32.
+    """Turn a raw latent [B, 16, F, H, W] into what the DiT sees: (latent - mean) / std in float32, given in its dtype.
 
     Raises:
         ValueError: The latent has not 5 dimensions or not 16 channels.
@@ -265,12 +254,7 @@ def normalise(latent: Tensor) -> Tensor:
 
 
 def denormalise(latent: Tensor) -> Tensor:
-    """Turn what the DiT sees into a raw latent: latent * std + mean per channel.
-
-    `latent`: [B, 16, F, H, W], floating point, normalised.
-
-    Returns:
-        [B, 16, F, H, W] in the latent's dtype, computed in float32.
+    """Turn what the DiT sees, [B, 16, F, H, W], into a raw latent: latent * std + mean in float32, given in its dtype.
 
     Raises:
         ValueError: The latent has not 5 dimensions or not 16 channels.

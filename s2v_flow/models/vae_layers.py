@@ -41,14 +41,10 @@ class Carry:
         return tuple(self._kept)
 
     def window(self, x: Tensor, num_past: int = CAUSAL_FRAMES) -> tuple[Tensor, Tensor]:
-        """Allocate the input of a causal convolution over `x`: the past frames, then room for the present ones.
+        """Allocate the input of a causal convolution over x [B, D, T, H, W]: past frames, then room for the present.
 
-        Args:
-            x: [B, D, T, H, W]; gives shape, dtype and device.
-            num_past: How many frames the layer remembers; zeros at the video's start.
-
-        Returns:
-            The window [B, D, num_past + T, H, W], and a view of its last T frames, for the caller to fill.
+        Returns the window [B, D, num_past + T, H, W], of x's dtype and device, its first frames those of the past,
+        zeros at the video's start; and a view of its last T frames, for the caller to fill.
         """
         B, D, T, H, W = x.shape
         window = empty(x, B, D, num_past + T, H, W)
@@ -75,13 +71,10 @@ def empty(like: Tensor, *shape: int) -> Tensor:
 class RMSNorm(nn.Module):
     """Scale every pixel's channel vector to length sqrt(D), times a gain per channel.
 
-    Lengths are measured in float32 at least, where the squares of 16-bit activations neither overflow nor vanish.
+    Lengths are measured in float32 at least, where the squares of 16-bit activations neither overflow nor vanish. The
+    stored gain has `num_axes` axes of size 1 after its channels.
 
     Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py, RMS_norm.
-
-    Args:
-        width: Number of channels D.
-        num_axes: How many axes of size 1 the stored gain has after its channels.
     """
 
     def __init__(self, width: int, num_axes: int = 3) -> None:
@@ -89,12 +82,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width, *(1,) * num_axes))
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Normalise over channels: [B, D, T, H, W] in x's dtype; `out` if given.
-
-        Args:
-            x: [B, D, T, H, W].
-            out: Where to write; same shape and dtype, may be a view.
-        """
+        """Normalise x [B, D, T, H, W] over channels, in its dtype; into `out`, of that shape, if given."""
         out = torch.empty_like(x) if out is None else out
         precision = torch.promote_types(x.dtype, torch.float32)
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=precision)  # [B, 1, T, H, W]

@@ -170,14 +170,9 @@ def decode_next_tiled(
 
 
 def encode_tiled(vae: WanVAE, pixels: Tensor, tiles: int) -> Tensor:
-    """Encode a whole clip in `tiles` by `tiles` tiles, one after the other: see `WanVAE.encode`.
+    """Encode a whole clip, [B, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1, in `tiles` by `tiles` tiles: see `WanVAE.encode`.
 
-    Args:
-        pixels: [B, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1.
-        tiles: How many tiles a side, at least 1.
-
-    Returns:
-        The raw latent mean [B, 16, k + 1, H, W], in the weights' dtype.
+    Returns the raw latent mean [B, 16, k + 1, H, W], in the weights' dtype.
 
     Raises:
         ValueError: The shape is not as above.

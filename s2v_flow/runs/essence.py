@@ -66,10 +66,8 @@ def note_maker(
 ) -> Callable[[PlanNode, Mapping[str, Entry]], bytes]:
     """Return what gives a run its notes: the essence of a sink, as what stands behind an mp4.
 
-    Args:
-        recipe_of: The recipe that a plan node belongs to.
-        device_class: "cpu", "cuda" or "mps".
-        tags: Gives more texts by name, for a recipe and a plan of one output.
+    `recipe_of`: the recipe that a plan node belongs to; `tags`: more texts by name, for a recipe and a plan of one
+    output.
     """
 
     def note(node: PlanNode, entries: Mapping[str, Entry]) -> bytes:

@@ -127,14 +127,9 @@ def _beta_indices(steps: int) -> Levels:
 
 
 def symmetric_beta_quantile(probability: Levels, shape: float) -> Levels:
-    """Invert the regularised incomplete beta function I_x(a, a), by bisection to the last bit.
+    """Invert the regularised incomplete beta function I_x(a, a), by bisection to the last bit: float64 x in [0, 1].
 
-    Args:
-        probability: Values in [0, 1], float64.
-        shape: a > 0.
-
-    Returns:
-        x in [0, 1] with I_x(a, a) = probability. I_(1-x) = 1 - I_x leaves only x <= 1/2 to solve for.
+    `shape`: a > 0. I_(1-x) = 1 - I_x leaves only x <= 1/2 to solve for.
     """
     tail = np.minimum(probability, 1 - probability)
     low, high = np.zeros_like(tail), np.full_like(tail, 0.5)

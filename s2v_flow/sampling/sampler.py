@@ -155,8 +155,7 @@ def make_sampler(
     """Make a sampler.
 
     Args:
-        scheduler: One of `catalog.SCHEDULERS`. Has no effect on the samplers in `catalog.OWN_SCHEDULE`, which bring
-            their own noise levels.
+        scheduler: One of `catalog.SCHEDULERS`; without effect on the samplers in `catalog.OWN_SCHEDULE`.
         steps: How many steps, at least `catalog.minimum_steps(name, scheduler)`.
         shift: The shift of the noise schedule, > 0.
         seed: The run's seed, 0 to 2^64 - 1; only samplers that draw step noise use it here.
@@ -191,28 +190,19 @@ def _moved(state: SolverState, device: torch.device) -> SolverState:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, cfg: float) -> Tensor:
-    """Combine the two branches: unconditional + cfg * (conditional - unconditional).
+    """Combine predictions with and without the prompt: unconditional + cfg * (conditional - unconditional), a new one.
+
+    Both are velocities or clean latents, of one shape and dtype; cfg 1 gives the conditional one.
 
     Source: J. Ho and T. Salimans, 2022, Classifier-free diffusion guidance, equation 6 (with cfg = 1 + w).
-
-    Args:
-        conditional: The prediction given the prompt; velocities or clean latents, any shape.
-        unconditional: The prediction given the negative prompt; same kind, shape and dtype.
-        cfg: The guidance scale; 1 gives the conditional prediction.
-
-    Returns:
-        The guided prediction; the arguments are not changed.
     """
     return (conditional - unconditional).mul_(cfg).add_(unconditional)
 
 
 def denoised_from_velocity(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
-    """Return the clean latent x0 = x - sigma * velocity of a flow model, in x's dtype.
+    """Return the clean latent x0 = x - sigma * velocity of a flow model, in x's dtype, float32.
 
-    Args:
-        x: The noisy latent, float32.
-        velocity: The model's output, same shape, any floating dtype; widened to x's before it is scaled.
-        sigma: The noise level of x.
+    `velocity`: the model's output, any floating dtype; widened before it is scaled.
     """
     return x.sub(velocity.to(x.dtype), alpha=sigma)
 
@@ -221,18 +211,12 @@ NUM_SEEDS = 2**64
 
 
 def initial_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """Draw the noise that a sample starts as.
+    """Draw the noise that a sample starts as: standard normal of `shape` [B, 16, F, H, W], float32 on the CPU.
 
-    Args:
-        shape: The latent's full shape, [B, 16, F, H, W].
-        seed: 0 to 2^64 - 1.
-
-    Returns:
-        Standard normal noise of `shape`, float32 on the CPU: what torch.manual_seed(seed) and torch.randn give, without
-        touching torch's global generator.
+    It is what torch.manual_seed(seed) and torch.randn give, without touching torch's global generator.
 
     Raises:
-        ValueError: The seed is out of range.
+        ValueError: The seed is not from 0 to 2^64 - 1.
     """
     return torch.randn(
         tuple(shape), generator=torch.Generator("cpu").manual_seed(check_seed(seed)), dtype=torch.float32
@@ -240,17 +224,13 @@ def initial_noise(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def step_generator(seed: int, device: torch.device) -> torch.Generator:
-    """Make the generator of the noise that ancestral samplers add after a step.
+    """Make the generator of the noise that ancestral samplers add after a step, on the device that the sample lives on.
 
-    It lives on the sampling device, as ComfyUI's does. On the CPU its seed is one more than the run's, because the
-    run's own seed would repeat the starting noise.
-
-    Args:
-        seed: The run's seed, 0 to 2^64 - 1.
-        device: The device that the sample lives on.
+    ComfyUI's lives there, too. On the CPU its seed is one more than the run's, because the run's own seed would repeat
+    the starting noise.
 
     Raises:
-        ValueError: The seed is out of range.
+        ValueError: The seed is not from 0 to 2^64 - 1.
     """
     offset = 1 if device.type == "cpu" else 0
     return torch.Generator(device).manual_seed((check_seed(seed) + offset) % NUM_SEEDS)

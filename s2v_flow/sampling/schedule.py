@@ -17,15 +17,12 @@ from s2v_flow.sampling.catalog import MINIMUM_STEPS, SchedulerName
 
 
 def scheduled_sigmas(scheduler: SchedulerName, steps: int, shift: float) -> tuple[float, ...]:
-    """Return a scheduler's noise levels, falling, the last one 0.
+    """Return a scheduler's noise levels, float32 values, falling, the last one 0: usually steps + 1 of them.
 
     Args:
         scheduler: One of `catalog.SCHEDULERS`.
         steps: How many steps to ask for; `ddim_uniform` and `beta` may give another number.
         shift: The shift of the noise schedule, > 0; `linear_quadratic` does not depend on it.
-
-    Returns:
-        The levels, float32 values, usually steps + 1 of them.
 
     Raises:
         ValueError: An unknown scheduler, too few steps, a shift that is not positive, or levels that repeat

@@ -304,13 +304,6 @@ class Interval:
 def comfy_sigmas(scheduler: SchedulerName, steps: int, shift: float) -> tuple[float, ...]:
     """Return ComfyUI's levels for UniPC: one step more, without the last but one level; the last is 2^-10, not 0.
 
-    Args:
-        scheduler: One of `catalog.SCHEDULERS`.
-        shift: The shift of the noise schedule, > 0.
-
-    Returns:
-        The levels, usually steps + 1 of them.
-
     Raises:
         ValueError: As `schedule.scheduled_sigmas`, or no level is left above 2^-10.
     """

@@ -106,13 +106,10 @@ KINDS: Mapping[str, str] = {
 
 
 def detect_family(shapes: Shapes) -> str:
-    """Say what kind of model a file holds, from its keys and shapes.
+    """Say what kind of model a file holds, from its keys, without the file's prefix, and shapes.
 
-    `shapes`: key to shape, without the file's prefix.
-
-    Returns:
-        "lora", "all-in-one", "wan s2v", "wan vae", "umt5 encoder", "wav2vec2", the name of another family, or
-        "unknown (...)" with the first key.
+    Returns "lora", "all-in-one", "wan s2v", "wan vae", "umt5 encoder", "wav2vec2", the name of another family, or
+    "unknown (...)" with the first key.
     """
     if is_lora(shapes):
         return "lora"
@@ -135,14 +132,9 @@ def detect_family(shapes: Shapes) -> str:
 
 
 def describe_mismatch(wanted: str, shapes: Shapes) -> str | None:
-    """Explain why a file is not of the wanted family, naming what it lacks.
+    """Explain why a file is not of the wanted family, naming what it lacks, by its shapes without the file's prefix.
 
-    Args:
-        wanted: A family, as `detect_family` spells it.
-        shapes: Key to shape, without the file's prefix.
-
-    Returns:
-        A clause ("this is a wan t2v checkpoint: it has no audio_injector.*"), or None if the family fits.
+    Returns a clause ("this is a wan t2v checkpoint: it has no audio_injector.*"), or None if the family fits.
     """
     found = detect_family(shapes)
     if found == wanted:
@@ -158,12 +150,7 @@ def describe_mismatch(wanted: str, shapes: Shapes) -> str | None:
 
 
 def advice(path: Path, wanted: str, shapes: Shapes, node: str) -> str:
-    """Return what to do about a file that is not of the wanted family.
-
-    Args:
-        wanted: A family, as `detect_family` spells it.
-        shapes: Key to shape, without the file's prefix.
-    """
+    """Return what to do about a file that is not of the wanted family, by its shapes without the file's prefix."""
     found = detect_family(shapes)
     kind = next((kind for kind, family in KINDS.items() if family == wanted), None)
     if found == "all-in-one" and kind is not None and detect_family(parts_of(shapes).get(kind, {})) == wanted:

@@ -94,12 +94,8 @@ class Header:
 def read_header(path: Path, *, any_name: bool = False) -> Header:
     """Read and check the header of a safetensors file; the data section is not touched.
 
-    Args:
-        path: The file. Names and contents that promise a pickle are refused unread.
-        any_name: Judge by the contents alone: the name may be a pickle's.
-
-    Returns:
-        The header; its tensors cover the data section without gap or overlap.
+    The tensors cover that without gap or overlap. Names and contents that promise a pickle are refused unread; with
+    `any_name` only the contents count.
 
     Raises:
         MissingError: There is no such file, or it cannot be read.
@@ -234,12 +230,7 @@ def _pickle_refused(path: Path) -> RefusedError:
 
 
 def convert_command(source: Path, target: Path | None = None, *more: str) -> str:
-    """Return the command line that makes a safetensors file of a model in another form.
-
-    Args:
-        target: What to make; unless given, a file beside it.
-        more: Further arguments.
-    """
+    """Return the command line that makes a safetensors file of a model in another form: `target`, or one beside it."""
     if target is None:
         target = source.with_name(source.name.removesuffix(".index.json")).with_suffix(".safetensors")
         target = source.with_name(f"{source.stem}-converted.safetensors") if target == source else target
@@ -252,11 +243,7 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 
 def parse_map(path: Path, raw: bytes, what: str = "header") -> dict[str, Any]:
-    """Parse a JSON map, its size bounded, no name twice.
-
-    Args:
-        raw: The JSON text.
-        what: Which part of the file it is, for messages.
+    """Parse a JSON map, its size bounded, no name twice; `what`: which part of the file it is, for messages.
 
     Raises:
         CheckpointError: It is none.

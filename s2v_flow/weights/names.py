@@ -144,11 +144,9 @@ _DIFFUSERS = (
 
 @lru_cache(maxsize=20_000)
 def read_key(key: str) -> tuple[str, str] | None:
-    """Take a LoRA's key apart.
+    """Take a LoRA's key apart: the layer's path as written, and the role; None for a key that is none of a LoRA.
 
-    Returns:
-        The layer's path as written, and the role: down, up, alpha, diff, diff_b, magnitude, lokr_w1 ... hada_w2_b; None
-        for a key that is none of a LoRA.
+    Roles are down, up, alpha, diff, diff_b, magnitude, lokr_w1 ... hada_w2_b.
     """
     match = _FACTORS.fullmatch(key) or _OTHERS.fullmatch(key)
     return None if match is None else (match["path"], _ROLES.get(match["role"], match["role"]))

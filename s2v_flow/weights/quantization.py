@@ -93,10 +93,7 @@ class Quantization:
 
 
 def read_quantization(checkpoint: Checkpoint) -> Quantization:
-    """Find a file's quantised weights, in any of the supported layouts.
-
-    Returns:
-        The quantised weights; none for a file in full precision.
+    """Find a file's quantised weights, in any of the supported layouts: none in a file in full precision.
 
     Raises:
         CheckpointError: The file uses another format (it is named), or scales are missing or of the wrong shape.

@@ -84,12 +84,7 @@ def _cast(piece: Piece, wanted: str) -> Iterator[bytes]:
 
 
 def write_tensors(file: BinaryIO, pieces: Sequence[Piece], metadata: Mapping[str, str], on_progress: Progress) -> None:
-    """Write a safetensors file; equal tensors and metadata give equal bytes.
-
-    Args:
-        file: Where to write, from its beginning.
-        pieces: The tensors, in any order.
-        metadata: Free-form texts for the header.
+    """Write a safetensors file from its beginning; equal tensors, in any order, and metadata give equal bytes.
 
     Raises:
         CheckpointError: The header is too long, or a tensor yields another number of bytes than it has.

@@ -32,11 +32,7 @@ _UNUSED, _BYTE = 5, 6
 
 
 def find_tokenizer(checkpoint: Checkpoint, given: str | Path | None = None) -> bytes:
-    """Return a text encoder's SentencePiece model, serialised.
-
-    Args:
-        checkpoint: The text encoder's file.
-        given: A file that holds the model; unless given, the one inside counts.
+    """Return a text encoder's SentencePiece model, serialised: that of the `given` file, else the one inside its own.
 
     Raises:
         MissingError, CheckpointError: The file is missing; there is no tokenizer; it is damaged or too large.
@@ -73,11 +69,7 @@ def holds_tokenizer(checkpoint: Checkpoint) -> bool:
 
 
 def sentencepiece_model(path: Path, metadata: Mapping[str, Value]) -> bytes:
-    """Return the serialised model, as `SentencePieceProcessor.LoadFromSerializedProto` takes it.
-
-    Args:
-        path: The GGUF file.
-        metadata: Its metadata, see `read_gguf`.
+    """Return the model in a GGUF file's metadata as `SentencePieceProcessor.LoadFromSerializedProto` takes it.
 
     Raises:
         CheckpointError: There is no tokenizer inside, or it is damaged.
@@ -128,15 +120,11 @@ def is_surely_short(text: str) -> bool:
 
 
 def measure(path: Path, text: str | Sequence[str], given: Path | None = None) -> tuple[int, str]:
-    """Count a prompt's tokens with the tokenizer of a text encoder.
+    """Count a prompt's tokens with the tokenizer of a text encoder's file, or with the one `given`.
 
-    Args:
-        path: The text encoder's file.
-        text: The prompt, or its parts, where each is tokenised by itself.
-        given: A tokenizer's own file, where there is one.
+    `text`: the prompt, or its parts, where each is tokenised by itself.
 
-    Returns:
-        How many tokens there are, the end of the text included, and the last words among the first 512 of them.
+    Returns how many tokens there are, the end of the text included, and the last words among the first 512 of them.
 
     Raises:
         CheckpointError: The tokenizer is missing or damaged.
