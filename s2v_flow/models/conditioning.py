@@ -31,16 +31,12 @@ class PreparedText:
 
 @dataclass(frozen=True)
 class InjectedAudio:
-    """What one injector adds to the video: keys and values of each frame's tokens, and the scale and shift of its norm.
+    """What one injector adds to the video: keys and values of each frame's tokens, scale and shift of its norm."""
 
-    keys, values: [B or 1, F, N, 5, K], in the dtype to compute in.
-    scale, shift: float32 [B or 1, F, 1, D]; the scale has one added already.
-    """
-
-    keys: Tensor
-    values: Tensor
-    scale: Tensor
-    shift: Tensor
+    keys: Tensor  # [B or 1, F, N, 5, K], in the dtype to compute in
+    values: Tensor  # alike
+    scale: Tensor  # float32 [B or 1, F, 1, D], one added already
+    shift: Tensor  # float32 [B or 1, F, 1, D]
 
 
 @dataclass(frozen=True)
@@ -76,26 +72,16 @@ class Shard(Protocol):
 
 @dataclass(frozen=True)
 class PreparedChunk:
-    """A chunk's geometry and tokens other than the noisy ones, once per chunk. Tokens run: video, reference, motion.
+    """A chunk's geometry and tokens other than the noisy ones, once per chunk. Tokens run: video, reference, motion."""
 
-    latent_shape: the shape (B, C, F, H, W) of what is denoised.
-    conditioning: whose numbers.
-    num_video_tokens: F (H / 2) (W / 2).
-    num_noisy_tokens: how many tokens, from the first, see the timestep; the others see time 0.
-    video_offset: what is added to the embedded video, float32 [B or 1, L video or 1, D]: control tokens and mask.
-    still_tokens: embedded reference and motion, masks added, float32 [B, L still, D]; L still may be 0.
-    rotations: float32 [L, 1, K / 2, 2].
-    shard: None, or this process's part of the tokens: then the two numbers and the rotations are its own tokens'.
-    """
-
-    latent_shape: tuple[int, int, int, int, int]
+    latent_shape: tuple[int, int, int, int, int]  # (B, C, F, H, W) of what is denoised
     conditioning: Conditioning
-    num_video_tokens: int
-    num_noisy_tokens: int
-    video_offset: Tensor
-    still_tokens: Tensor
-    rotations: Tensor
-    shard: Shard | None = None
+    num_video_tokens: int  # F (H / 2) (W / 2)
+    num_noisy_tokens: int  # how many tokens, from the first, see the timestep; the others see time 0
+    video_offset: Tensor  # added to the embedded video: control tokens and mask, float32 [B or 1, L video or 1, D]
+    still_tokens: Tensor  # embedded reference and motion, masks added, float32 [B, L still, D]; L still may be 0
+    rotations: Tensor  # float32 [L, 1, K / 2, 2]
+    shard: Shard | None = None  # this process's part: then the two numbers and the rotations are its own tokens'
 
 
 def require_conditioning(value: str) -> None:
@@ -119,16 +105,11 @@ def require_shape(name: str, tensor: Tensor, *expected: int | tuple[int, ...] | 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A stretch of the past and how it is packed.
+    """A stretch of the past and how it is packed."""
 
-    num_frames: latent frames.
-    patch: latent frames, rows and columns that make one token.
-    start_time: the position of its oldest token; the video starts at 0.
-    """
-
-    num_frames: int
-    patch: tuple[int, int, int]
-    start_time: int
+    num_frames: int  # latent frames
+    patch: tuple[int, int, int]  # latent frames, rows and columns that make one token
+    start_time: int  # the position of its oldest token; the video starts at 0
 
 
 BUCKETS = (

@@ -104,20 +104,13 @@ class Gelu(nn.GELU):
 
 @dataclass(frozen=True)
 class Step:
-    """What every block of one forward pass shares.
+    """What every block of one forward pass shares."""
 
-    time: projected timesteps, float32 [B + 1, 6, D]; the last row is time 0.
-    num_noisy: how many tokens, from the first, see the timestep.
-    rotations: float32 [L, 1, K / 2, 2].
-    dtype: what matrices and attention compute in.
-    kernel: what computes self-attention; None: torch.
-    """
-
-    time: Tensor
-    num_noisy: int
-    rotations: Tensor
-    dtype: torch.dtype
-    kernel: Kernel | None = None
+    time: Tensor  # projected timesteps, float32 [B + 1, 6, D]; the last row is time 0
+    num_noisy: int  # how many tokens, from the first, see the timestep
+    rotations: Tensor  # float32 [L, 1, K / 2, 2]
+    dtype: torch.dtype  # what matrices and attention compute in
+    kernel: Kernel | None = None  # what computes self-attention; None: torch
 
 
 class Block(nn.Module):

@@ -35,23 +35,14 @@ def float32_timestep(sigma: float) -> float:
 
 @dataclass(frozen=True)
 class Solver:
-    """A row of the table of samplers: the step, and what a sampler does in its own way.
-
-    Attributes:
-        step: Takes one step.
-        sigmas: Scheduler, steps and shift to noise levels.
-        draws_noise: Whether steps add fresh noise.
-        is_start_scaled: Whether x starts as sigma_0 times the noise, rather than the noise.
-        timestep: Level to the time the model is told.
-        result: The last x to the sample.
-    """
+    """A row of the table of samplers: the step, and what a sampler does in its own way."""
 
     step: Step
-    sigmas: Callable[[SchedulerName, int, float], tuple[float, ...]] = scheduled_sigmas
-    draws_noise: bool = False
-    is_start_scaled: bool = True
-    timestep: Callable[[float], float] = float32_timestep
-    result: Callable[[Tensor], Tensor] = lambda x: x
+    sigmas: Callable[[SchedulerName, int, float], tuple[float, ...]] = scheduled_sigmas  # by scheduler, steps and shift
+    draws_noise: bool = False  # steps add fresh noise
+    is_start_scaled: bool = True  # x starts as sigma_0 times the noise, rather than the noise
+    timestep: Callable[[float], float] = float32_timestep  # level to the time the model is told
+    result: Callable[[Tensor], Tensor] = lambda x: x  # the last x to the sample
 
 
 def _own(step: Step, first_time: float) -> Solver:
@@ -79,20 +70,12 @@ SOLVERS: Mapping[SamplerName, Solver] = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler with its noise levels, ready to run.
-
-    Attributes:
-        name: The sampler's name.
-        sigmas: The falling noise levels, one more than there are steps.
-        seed: The run's seed; what step noise is drawn from.
-        device: Where the sample lives.
-        solver: The table's row.
-    """
+    """A sampler with its noise levels, ready to run."""
 
     name: SamplerName
-    sigmas: tuple[float, ...]
-    seed: int
-    device: torch.device
+    sigmas: tuple[float, ...]  # falling, one more than there are steps
+    seed: int  # the run's: what step noise is drawn from
+    device: torch.device  # where the sample lives
     solver: Solver
 
     @property

@@ -173,18 +173,12 @@ class Variant:
 
     Source: W. Zhao et al., 2023, UniPC, algorithms 1 and 2, data prediction; FLOW_B2, the authors' default solver:
     Wan-Video/Wan2.2, wan/utils/fm_solvers_unipc.py, FlowUniPCMultistepScheduler.
-
-    Attributes:
-        order: The highest order of an interval.
-        alpha: Level to the scale of the clean latent in x.
-        log_snr: Level > 0 to lambda.
-        is_b2: Whether B is E (B2) or -h (B1).
     """
 
-    order: int
-    alpha: Callable[[float], float]
-    log_snr: Callable[[float], float]
-    is_b2: bool
+    order: int  # the highest of an interval
+    alpha: Callable[[float], float]  # level to the scale of the clean latent in x
+    log_snr: Callable[[float], float]  # level > 0 to lambda
+    is_b2: bool  # whether B is E (B2) or -h (B1)
 
 
 COMFY_B1 = Variant(order=3, alpha=lambda sigma: 1.0, log_snr=lambda sigma: -math.log(sigma), is_b2=False)
@@ -238,21 +232,13 @@ def unipc_step(variant: Variant, denoise: Denoise, sigmas: Sequence[float], stat
 
 @dataclass(frozen=True)
 class Interval:
-    """The coefficients of one interval, from the levels alone.
+    """The coefficients of one interval, from the levels alone."""
 
-    Attributes:
-        ratio: sigma' / sigma.
-        decay: alpha' E, alpha' being alpha at the interval's end.
-        scale: alpha' B.
-        gaps: r_1 to r_p; r_p = 1 is the interval's own end.
-        moments: b_1 to b_p.
-    """
-
-    ratio: float
-    decay: float
-    scale: float
-    gaps: tuple[float, ...]
-    moments: tuple[float, ...]
+    ratio: float  # sigma' / sigma
+    decay: float  # alpha' E, alpha' being alpha at the interval's end
+    scale: float  # alpha' B
+    gaps: tuple[float, ...]  # r_1 to r_p; r_p = 1 is the interval's own end
+    moments: tuple[float, ...]  # b_1 to b_p
 
     @classmethod
     def at(cls, variant: Variant, sigmas: Sequence[float], i: int) -> Interval:

@@ -29,19 +29,14 @@ _CACHE = "cache."
 class SolverState:
     """Everything a solver remembers between steps.
 
-    Attributes:
-        step: How many steps are done.
-        x: The sample, float32; what the next step starts from.
-        history: Earlier tensors by series and age: "denoised_1" is the last step's, "denoised_2" the one's before.
-        rng: The state of the generator of step noise, uint8 on the CPU; None where nothing was drawn.
-        cache: What a step cache remembers; None without one.
+    `history`: earlier tensors by series and age: "denoised_1" is the last step's, "denoised_2" the one's before.
     """
 
-    step: int
-    x: Tensor
+    step: int  # how many are done
+    x: Tensor  # the sample, float32: what the next step starts from
     history: Mapping[str, Tensor] = field(default_factory=dict)
-    rng: Tensor | None = None
-    cache: Memory | None = None
+    rng: Tensor | None = None  # the state of the generator of step noise, uint8 on the CPU, where some was drawn
+    cache: Memory | None = None  # what a step cache remembers
 
     def past(self, series: str) -> list[Tensor]:
         """Return the tensors of a series, the last step's first."""

@@ -29,21 +29,15 @@ _NAMES = ("numbers", "x", "rate", "computed_0", "computed_1", "computed_2")
 class Memory:
     """What the cache remembers between steps.
 
-    Attributes:
-        step: How many steps are done.
-        reused: How many of them were not computed.
-        change: The sum of expected relative changes since the last computed step.
-        x: What the last step started from.
-        computed: What the last computed step started from, and its velocities, the guided branch's first.
-        rate: The relative change of the velocity to be expected per mean absolute change of x, a scalar on the device;
-            None before two steps are computed.
+    `rate`: the relative change of the velocity to be expected per mean absolute change of x, a scalar on the device;
+    None before two steps are computed.
     """
 
-    step: int = 0
-    reused: int = 0
-    change: float = 0.0
-    x: Tensor | None = None
-    computed: tuple[Tensor, ...] = ()
+    step: int = 0  # how many are done
+    reused: int = 0  # how many of them were not computed
+    change: float = 0.0  # the sum of expected relative changes since the last computed step
+    x: Tensor | None = None  # what the last step started from
+    computed: tuple[Tensor, ...] = ()  # what the last computed step started from; its velocities, the guided one first
     rate: Tensor | None = None
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -72,12 +66,10 @@ class Memory:
 
 
 class StepCache:
-    """The cache of one run of a sampler that calls the model once a step.
+    """The cache of one run, of `num_steps`, of a sampler that calls the model once a step.
 
-    Args:
-        kind: "easy" or "velocity": what stands in for a velocity that is not computed.
-        threshold: How large the sum of relative changes may become, > 0; 0.2 is usual.
-        num_steps: How many steps the run takes.
+    `kind`: "easy" or "velocity": what stands in for a velocity that is not computed; `threshold`: how large the sum of
+    relative changes may become, > 0; 0.2 is usual.
     """
 
     def __init__(self, kind: str, threshold: float, num_steps: int) -> None:

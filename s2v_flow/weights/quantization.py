@@ -51,21 +51,13 @@ _SCALE_LIKE = re.compile(r"scale|scalar|zero|amax|quant|qdata|smooth", re.IGNORE
 
 @dataclass(frozen=True)
 class Packing:
-    """How one weight is stored.
+    """How one weight is stored."""
 
-    Attributes:
-        format: "float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "nvfp4", "mxfp8", or a GGUF block type ("Q4_K").
-        shape: The weight's own shape; of nvfp4 and mxfp8 padded to whole blocks.
-        scale: The key of its scales; None where the format has none, or all are 1.
-        scale_2: The key of nvfp4's second scale.
-        group: The columns that are rotated together (ConvRot); 0: none are.
-    """
-
-    format: str
-    shape: tuple[int, ...]
-    scale: str | None = None
-    scale_2: str | None = None
-    group: int = 0
+    format: str  # "float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "nvfp4", "mxfp8", or a GGUF block type ("Q4_K")
+    shape: tuple[int, ...]  # the weight's own; of nvfp4 and mxfp8 padded to whole blocks
+    scale: str | None = None  # the key of its scales; None where the format has none, or all are 1
+    scale_2: str | None = None  # the key of nvfp4's second scale
+    group: int = 0  # the columns that are rotated together (ConvRot); 0: none are
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """Tell whether a weight of `shape` fits: of formats that pad, up to whole blocks."""
