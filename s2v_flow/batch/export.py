@@ -49,18 +49,9 @@ def export_jobs(jobs: Sequence[Job], options: Options, form: str, image: str = "
 
 
 def _shell(commands: Sequence[str], image: str, on_gpu: bool) -> str:
-    lines = [f"{command} || failed=$((failed + 1))" for command in commands]
-    end = 'if [ "$failed" -gt 0 ]; then echo "$failed jobs failed" >&2; exit 1; fi'
-    return "\n".join(
-        [
-            "#!/bin/sh",
-            "# the jobs one after the other; what is stored is not computed again",
-            "failed=0",
-            *lines,
-            end,
-            "",
-        ]
-    )
+    head = "#!/bin/sh\n# the jobs one after the other; what is stored is not computed again\nfailed=0\n"
+    end = 'if [ "$failed" -gt 0 ]; then echo "$failed jobs failed" >&2; exit 1; fi\n'
+    return head + "".join(f"{command} || failed=$((failed + 1))\n" for command in commands) + end
 
 
 def _slurm(commands: Sequence[str], image: str, on_gpu: bool) -> str:

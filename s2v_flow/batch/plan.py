@@ -173,12 +173,9 @@ def _refuse_same_outputs(jobs: Sequence[Job]) -> None:
         for output in job.outputs:
             other = taken.setdefault(output, job)
             if other is not job:
-                raise RecipeError(
-                    f"{other.name} and {job.name} both write {output}; nothing was run",
-                    fix="give each a file of its own: a column nodes.video.file in the table, a name like "
-                    "out/talk_${params.seed}.mp4 in the recipe, or -m, which puts the value into the name",
-                    exit_code=ExitCode.RECIPE,
-                )
+                fix = "give each a file of its own: a column nodes.video.file in the table, a name like "
+                fix += "out/talk_${params.seed}.mp4 in the recipe, or -m, which puts the value into the name"
+                raise RecipeError(f"{other.name} and {job.name} both write {output}; nothing was run", fix)
 
 
 def _named(jobs: Sequence[Job]) -> str:

@@ -164,10 +164,8 @@ def read_batch(path: Path) -> Batch:
         jobs = tuple(map(Job.from_json, found["jobs"]))
         return Batch(path, jobs, Options(**known, overrides=overrides), Path(found["folder"]))
     except OSError as error:
-        text = f"{path}: cannot be read: {error.strerror}"
-        raise MissingError(
-            text, fix="name the batch.json, or its folder; `s2vflow batch` prints where it is"
-        ) from error
+        fix = "name the batch.json, or its folder; `s2vflow batch` prints where it is"
+        raise MissingError(f"{path}: cannot be read: {error.strerror}", fix) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MissingError(f"{path}: this is no batch.json that s2vflow wrote", fix="plan it again") from error
 

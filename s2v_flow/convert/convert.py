@@ -118,10 +118,8 @@ def _shards(source: Path) -> Shards | None:
     if source.is_dir():
         indexes = sorted(source.glob(f"*{INDEX_SUFFIX}"))
         if len(indexes) != 1:
-            raise MissingError(
-                f"{source}: a folder is converted if it holds one *{INDEX_SUFFIX}, and this one holds {len(indexes)}",
-                fix="name the file",
-            )
+            what = f"a folder is converted if it holds one *{INDEX_SUFFIX}, and this one holds {len(indexes)}"
+            raise MissingError(f"{source}: {what}", fix="name the file")
         return open_shards(indexes[0])
     if source.name.endswith(".json"):
         return open_shards(source)

@@ -77,10 +77,8 @@ def convert_pickle(
         S2VFlowError: Whatever the child found wrong with it.
     """
     if sys.platform == "win32":
-        raise RefusedError(
-            f"{source}: is a pickle, and Windows cannot limit the process that would open it",
-            fix="convert it on Linux or macOS, or in WSL",
-        )
+        what = f"{source}: is a pickle, and Windows cannot limit the process that would open it"
+        raise RefusedError(what, fix="convert it on Linux or macOS, or in WSL")
     with ExitStack() as stack:
         read = stack.enter_context(open_file(source))
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="s2vflow-"))

@@ -174,9 +174,8 @@ def open_shards(index: Path) -> Shards:
     for key in sorted(listed.keys() | found.keys()):
         if found.get(key) != listed.get(key):
             said, fact = (f"in {place}" if place else "nowhere" for place in (listed.get(key), found.get(key)))
-            raise CheckpointError(
-                f"{index}: {key!r} should be {said}, and is {fact}", fix="download the shards and the index again"
-            )
+            fix = "download the shards and the index again"
+            raise CheckpointError(f"{index}: {key!r} should be {said}, and is {fact}", fix)
     return Shards(tuple(index.parent / name for name in names), tuple(pieces), metadata, index)
 
 

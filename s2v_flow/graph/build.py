@@ -66,10 +66,8 @@ def _check_outputs(planner: Planner) -> None:
                     planner.problem(node.recipe_node, str(path[-1]), "R136", message, fix)
                 first = writers.setdefault(node.files[path], node.name)
                 if first != node.name:
-                    message = f"{path[-1]}: {first} writes the same file"
-                    planner.problem(
-                        node.recipe_node, str(path[-1]), "R131", message, "give each node a file of its own"
-                    )
+                    message, fix = f"{path[-1]}: {first} writes the same file", "give each node a file of its own"
+                    planner.problem(node.recipe_node, str(path[-1]), "R131", message, fix)
 
 
 def _graph(nodes: Iterable[PlanNode]) -> nx.DiGraph[str]:

@@ -82,8 +82,6 @@ def _failed(error: Exception, node: PlanNode) -> S2VFlowError:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return S2VFlowError(f"{node.name}: out of memory: {text}", fix=_SIZE_FIX, exit_code=ExitCode.OUT_OF_MEMORY)
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return S2VFlowError(
-        f"{node.name}: {text}",
-        fix=f"change the settings or the files that this names; if nothing is wrong with them, report it, with "
-        f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}",
-    )
+    fix = "change the settings or the files that this names; if nothing is wrong with them, report it, with "
+    fix += f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+    return S2VFlowError(f"{node.name}: {text}", fix)

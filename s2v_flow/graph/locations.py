@@ -96,7 +96,5 @@ class Locations:
             is_lost = any(not os.path.lexists(os.path.realpath(link)) for link in links)
             is_lost = is_lost or (os.path.islink(named) and not target.parent.is_dir())
             return named if is_lost else target  # what a link stands for, such as a disk, is never made
-        raise RefusedError(
-            f"the recipe wants to write outside its folder: {text} is {target}",
-            fix=f"use a path inside {root}, or say --output-dir {target.parent}",
-        )
+        fix = f"use a path inside {root}, or say --output-dir {target.parent}"
+        raise RefusedError(f"the recipe wants to write outside its folder: {text} is {target}", fix)

@@ -38,9 +38,7 @@ class Node(BaseModel):
     outputs: ClassVar[Mapping[str, PortType]] = {}  # port name -> type; the first is what `$node` means
     is_sink: ClassVar[bool] = False  # its effect is a file: it is what a run is for
     is_stored: ClassVar[bool] = False  # its outputs are kept as artifacts
-    is_kept: ClassVar[bool] = (
-        False  # not stored, but what it gives out is kept where there is room: see `graph.context`
-    )
+    is_kept: ClassVar[bool] = False  # not stored, but kept where there is room: see `graph.context.Keep`
     stage: ClassVar[int] = 0  # where the graph leaves a choice, lower stages run first: encoders before the big model
     slow_imports: ClassVar[tuple[str, ...]] = ()  # modules of other packages that its run imports, in seconds
     has_numerics: ClassVar[bool] = False  # computes with tensors: the numerics policy is part of its identity

@@ -166,9 +166,8 @@ class Results:
                 if failure is None:
                     self.tell(error.reason, error.fix)
                 failure = error
-                error.__traceback__ = error.__cause__ = error.__context__ = (
-                    None  # they hold what the node had in memory
-                )
+                # they hold what the node had in memory
+                error.__traceback__ = error.__cause__ = error.__context__ = None
             finally:
                 self._leave(scratch.folder)
         assert failure is not None

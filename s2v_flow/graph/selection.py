@@ -95,10 +95,8 @@ class Selection:
             if node.name in barred and node.node.is_stored and statuses[node.name].status in TO_COMPUTE
         ]
         if lacking:
-            raise MissingError(
-                f"{why} needs results that are not stored: {listed(lacking)}",
-                fix=f"run without {why} first; `s2vflow plan` tells why each of them must run",
-            )
+            fix = f"run without {why} first; `s2vflow plan` tells why each of them must run"
+            raise MissingError(f"{why} needs results that are not stored: {listed(lacking)}", fix)
 
 
 def members(plan: Plan, given: str) -> set[str]:

@@ -112,11 +112,8 @@ class Bucket:
     start_time: int  # the position of its oldest token; the video starts at 0
 
 
-BUCKETS = (
-    Bucket(1, (1, 2, 2), -1),
-    Bucket(2, (2, 4, 4), -3),
-    Bucket(16, (4, 8, 8), -19),
-)  # newest first, as tokens run
+# newest first, as tokens run
+BUCKETS = (Bucket(1, (1, 2, 2), -1), Bucket(2, (2, 4, 4), -3), Bucket(16, (4, 8, 8), -19))
 
 
 class MotionPacker(nn.Module):

@@ -387,9 +387,8 @@ class WanS2V(nn.Module):
         if not branches:
             raise ValueError("branches: expected at least one, got none")
         for branch in branches:
-            require_shape(
-                "text keys", branch.text.blocks[0].keys, (1, batch_size), self.config.num_heads, None, HEAD_WIDTH
-            )
+            keys = branch.text.blocks[0].keys
+            require_shape("text keys", keys, (1, batch_size), self.config.num_heads, None, HEAD_WIDTH)
             if branch.audio is not None:
                 keys = branch.audio.blocks[0].keys
                 require_shape("audio keys", keys, (1, batch_size), num_latent_frames, None, None, HEAD_WIDTH)

@@ -280,10 +280,8 @@ def _check_whole(checkpoint: Checkpoint, parameter: str, keys: Mapping[str, str]
         raise CheckpointError(f"{checkpoint.path}: damaged: {parameter!r} has {found}, but not both factors", _FIX)
     unread = [key for role, key in keys.items() if role != "alpha" and checkpoint.dtypes[key][:1] not in "FB"]
     if unread:
-        found = f"{unread[0]!r} is {checkpoint.dtypes[unread[0]]}"
-        raise CheckpointError(
-            f"{checkpoint.path}: {found}: factors are read in float only", "use a file in bf16 or fp16"
-        )
+        what = f"{unread[0]!r} is {checkpoint.dtypes[unread[0]]}: factors are read in float only"
+        raise CheckpointError(f"{checkpoint.path}: {what}", "use a file in bf16 or fp16")
 
 
 def _shape_mismatch(sizes: Shapes, expected: tuple[int, ...]) -> str | None:

@@ -25,12 +25,10 @@ def measure(device: str, item_bytes: int) -> dict[str, float]:
     clip = torch.randn(1, 96, 4, side, side, **options)
     kernel = torch.randn(96, 96, 3, 3, 3, **options)
     with torch.inference_mode():
+        attention = _per_second(lambda: F.scaled_dot_product_attention(heads, heads, heads))
         return {
             "matrices": 2 * rows * 4096**2 * _per_second(lambda: F.linear(x, weight)),
-            "attention": 4
-            * tokens**2
-            * 2048
-            * _per_second(lambda: F.scaled_dot_product_attention(heads, heads, heads)),
+            "attention": 4 * tokens**2 * 2048 * attention,
             "convolutions": 2 * 27 * 96**2 * 4 * side**2 * _per_second(lambda: F.conv3d(clip, kernel, padding=1)),
         }
 

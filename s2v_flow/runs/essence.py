@@ -95,17 +95,13 @@ def read_essence(path: Path) -> Essence:
     """
     note = read_note(path)
     if note is None:
-        raise MediaError(
-            f"{path} does not say how it was made",
-            fix="only an mp4 as s2vflow wrote it does; tools that cut or recode it drop the note",
-        )
+        fix = "only an mp4 as s2vflow wrote it does; tools that cut or recode it drop the note"
+        raise MediaError(f"{path} does not say how it was made", fix)
     try:
         return Essence.model_validate_json(note)
     except ValidationError as error:
-        raise MediaError(
-            f"{path}: its note cannot be read: {error.error_count()} values are not as expected",
-            fix="read it with the version of s2vflow that wrote it",
-        ) from error
+        text = f"{path}: its note cannot be read: {error.error_count()} values are not as expected"
+        raise MediaError(text, fix="read it with the version of s2vflow that wrote it") from error
 
 
 def essence_in(path: Path) -> Essence | None:

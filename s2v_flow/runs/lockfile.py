@@ -45,11 +45,8 @@ def lock_text(recipe: Recipe, plan: Plan, digest: Callable[[Path], str], *, kept
         section, name = _name(item)
         sha256 = digest(item.file)
         if seen.setdefault((section, name), sha256) != sha256:
-            raise S2VFlowError(
-                f"two different files are called {name}: a lock could not tell them apart",
-                fix="give one of them another name",
-                exit_code=ExitCode.RECIPE,
-            )
+            text = f"two different files are called {name}: a lock could not tell them apart"
+            raise S2VFlowError(text, fix="give one of them another name", exit_code=ExitCode.RECIPE)
         sections[section][name] = f"{_PREFIX}{sha256}"
     sections[_PACKAGES] = kept.get(_PACKAGES, {}) | packages_of(recipe, plan)
     above = f"The models and inputs of {recipe.path.name}; `s2vflow run --locked` refuses any others.\n"
@@ -103,11 +100,8 @@ def check_lock(path: Path, recipe: Recipe, plan: Plan, digest: Callable[[Path], 
         wanted = None if entry is None else plain(entry)
         if wanted != version:
             message = f"{package} {version} is installed, {wanted or 'no version of it'} was locked"
-            fix = (
-                f"pip install '{package}=={wanted}'; or, if this one is meant, `{again}`"
-                if wanted
-                else f"`{again}` writes the lock anew"
-            )
+            fix = f"pip install '{package}=={wanted}'; or, if this one is meant, `{again}`"
+            fix = fix if wanted else f"`{again}` writes the lock anew"
             faults[_PACKAGES, package] = (entry or tree).origin.diagnostic("L004", message, fix=fix)
     if faults:
         found_all = sorted(faults.values(), key=Diagnostic.sort_key)

@@ -49,10 +49,8 @@ def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[
                     raise S2VFlowError(text, fix="name a new one, or remove it", exit_code=ExitCode.USAGE) from None
                 file = open(target, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            fix = "name another file with --events"
-            raise S2VFlowError(
-                f"{target}: cannot be written: {error.strerror}", fix, exit_code=ExitCode.USAGE
-            ) from error
+            text, fix = f"{target}: cannot be written: {error.strerror}", "name another file with --events"
+            raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE) from error
         try:
             yield (_UntilItFails(file, tell, run),)
         finally:

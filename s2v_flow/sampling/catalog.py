@@ -13,19 +13,8 @@ from s2v_flow.plugins import SAMPLERS as PLUGINS
 from s2v_flow.plugins import declared
 
 SAMPLERS = (
-    "uni_pc",
-    "uni_pc_bh2",
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "dpmpp_2m",
-    "lcm",
-    "res_multistep",
-    "ddim",
-    "deis",
-    "ipndm",
-    "flow_unipc",
-    "flow_dpmpp",
+    *("uni_pc", "uni_pc_bh2", "euler", "euler_ancestral", "heun", "dpmpp_2m", "lcm", "res_multistep", "ddim", "deis"),
+    *("ipndm", "flow_unipc", "flow_dpmpp"),
 )
 """The built-in samplers."""
 

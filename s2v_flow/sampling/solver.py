@@ -20,12 +20,7 @@ from s2v_flow.sampling.levels import COMFY_LAST_SIGMA, NUM_TRAIN_LEVELS, own_lev
 from s2v_flow.sampling.schedule import check_falling, check_shift, scheduled_sigmas
 from s2v_flow.sampling.state import Denoise, Draw, SolverState
 
-ADAMS_BASHFORTH = (
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 DEIS_ORDER = 3
 QUADRATURE_POINTS = 32
 COMFY_RESULT_SCALE = 0.999

@@ -109,12 +109,8 @@ def tokenizer_arrays(path: Path, metadata: Mapping[str, Value]) -> tuple[list[by
         tokens, scores, types = arrays
         if not isinstance(tokens, Array) or not isinstance(scores, Array) or not isinstance(types, Array):
             raise CheckpointError(f"{path}: has no tokenizer inside", fix="name one: tokenizer: spiece.model")
-        if (
-            tokens.type != _TEXT
-            or scores.type != 6
-            or types.type != 5
-            or not tokens.count == scores.count == types.count
-        ):
+        is_typed = (tokens.type, scores.type, types.type) == (_TEXT, _FLOAT, _INT)
+        if not is_typed or not tokens.count == scores.count == types.count:
             raise reader.damaged("its tokenizer's lists do not fit each other")
         return (
             [*reader.texts(tokens)],
@@ -173,9 +169,8 @@ class _Reader:
         return int(self.scalar(code))
 
     def scalar(self, code: str) -> float | int | bool:
-        value: float | int | bool = struct.unpack_from(f"<{code}", self._data, self.take(struct.calcsize(f"<{code}")))[
-            0
-        ]
+        place = self.take(struct.calcsize(f"<{code}"))
+        value: float | int | bool = struct.unpack_from(f"<{code}", self._data, place)[0]
         return value
 
     def raw(self, limit: int) -> bytes:
@@ -219,9 +214,8 @@ class _Reader:
         code = _SCALARS.get(array.type)
         if code is None:
             raise self.damaged("its tokenizer holds texts where numbers should be")
-        yield from struct.unpack_from(
-            f"<{array.count}{code}", self._data, self.take(array.count * struct.calcsize(f"<{code}"))
-        )
+        place = self.take(array.count * struct.calcsize(f"<{code}"))
+        yield from struct.unpack_from(f"<{array.count}{code}", self._data, place)
 
     def own_shape(self, name: str, stored: tuple[int, ...], noted: Value | None) -> tuple[int, ...]:
         """Return a tensor's shape: the noted one, where a converter has rearranged its rows to fill blocks."""

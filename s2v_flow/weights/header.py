@@ -198,10 +198,8 @@ def _explain_foreign(path: Path, file: BinaryIO, start: bytes) -> None:
         return
     pointer = _LFS.match(text)
     if pointer is not None:
-        raise CheckpointError(
-            f"{path}: is a Git LFS pointer, not the file itself, which has {pointer[1]} bytes",
-            fix="run `git lfs pull` in its repository, or download the file itself",
-        )
+        what = f"{path}: is a Git LFS pointer, not the file itself, which has {pointer[1]} bytes"
+        raise CheckpointError(what, fix="run `git lfs pull` in its repository, or download the file itself")
     if text.startswith("{") and '"weight_map"' in text:
         raise CheckpointError(f"{path}: is an index of shards, not a model", f"join them: {convert_command(path)}")
     is_page = text.startswith("<")
@@ -209,10 +207,8 @@ def _explain_foreign(path: Path, file: BinaryIO, start: bytes) -> None:
     words = words if len(words) <= _SHOWN_TEXT else words[:_SHOWN_TEXT] + "..."
     what = "a web page or XML" if is_page else "text"
     said = f"; it says {words!r}" if words else ""
-    raise CheckpointError(
-        f"{path}: is {what}, not a model: the download failed{said}",
-        fix="download the file again; if it says that a login is needed, log in or accept the model's licence first",
-    )
+    fix = "download the file again; if it says that a login is needed, log in or accept the model's licence first"
+    raise CheckpointError(f"{path}: is {what}, not a model: the download failed{said}", fix)
 
 
 def _text(start: bytes) -> str | None:
@@ -223,10 +219,8 @@ def _text(start: bytes) -> str | None:
 
 
 def _pickle_refused(path: Path) -> RefusedError:
-    return RefusedError(
-        f"{path}: is a pickle (PyTorch's older format), which can run code when opened; it was not opened",
-        fix=f"convert it first: {convert_command(path)}",
-    )
+    what = f"{path}: is a pickle (PyTorch's older format), which can run code when opened; it was not opened"
+    return RefusedError(what, fix=f"convert it first: {convert_command(path)}")
 
 
 def convert_command(source: Path, target: Path | None = None, *more: str) -> str:

@@ -112,9 +112,7 @@ def write_tensors(file: BinaryIO, pieces: Sequence[Piece], metadata: Mapping[str
             done += len(block)
             on_progress(done, position)
         if done != due:
-            raise CheckpointError(
-                f"{piece.name!r} changed while it was read", fix="wait until it is completely written"
-            )
+            raise CheckpointError(f"{piece.name!r} changed while it was read", "wait until it is completely written")
 
 
 def _check_space(file: BinaryIO, needed: int) -> None:
@@ -123,8 +121,6 @@ def _check_space(file: BinaryIO, needed: int) -> None:
     status = os.fstatvfs(file.fileno())
     free = status.f_bavail * status.f_frsize
     if needed > free:
-        raise S2VFlowError(
-            f"{size_text(needed)} are to be written, {size_text(free)} are free",
-            fix="free some space, or name a target on another disk with -o",
-            exit_code=ExitCode.DISK_FULL,
-        )
+        fix = "free some space, or name a target on another disk with -o"
+        what = f"{size_text(needed)} are to be written, {size_text(free)} are free"
+        raise S2VFlowError(what, fix, exit_code=ExitCode.DISK_FULL)

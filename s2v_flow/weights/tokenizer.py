@@ -102,9 +102,7 @@ def read_tokenizer(model: bytes, name: str) -> SentencePieceProcessor:
         processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
         what = f"{name}: its tokenizer ({TOKENIZER_KEY}) is damaged, or is no SentencePiece model"
-        raise CheckpointError(
-            what, "name the spiece.model of google/umt5-xxl (tokenizer.json is another form)"
-        ) from error
+        raise CheckpointError(what, f"{_FIX} (tokenizer.json is another form)") from error
     return processor
 
 
