@@ -69,7 +69,7 @@ def test_opening_a_gguf_file_needs_no_torch() -> None:
 def test_the_tokenizer_inside_gives_the_same_tokens_as_its_model() -> None:
     """Spaces, brackets, ligatures, Chinese and what no piece covers, normalised by the table inside."""
     rebuilt, model = SentencePieceProcessor(), SentencePieceProcessor(model_file=str(SPIECE))
-    rebuilt.LoadFromSerializedProto(sentencepiece_model(UMT5, read_gguf(UMT5).metadata))
+    rebuilt.LoadFromSerializedProto(sentencepiece_model(UMT5, read_gguf(UMT5).gguf))
     for prompt in (
         "The man is playing the guitar.",
         "  two   spaces ",
