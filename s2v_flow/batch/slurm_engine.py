@@ -42,7 +42,7 @@ class Task:
 
     def __call__(self) -> None:
         """Run jobs."""
-        self.worker = ProcessWorker(self.setup)
+        self.worker, signals = ProcessWorker(self.setup), self.folder / "signal.json"
         _write(self.folder / "pid.json", self.worker.pid)
         while not (self.folder / "close").exists():
             number = self._next()
@@ -53,7 +53,9 @@ class Task:
             self.worker.send(Job.from_json(entry["job"]), Path(entry["log"]))
             answer = gone = None
             while answer is None and gone is None:
-                self._pass_signal()
+                if signals.exists():
+                    self.worker.signal(_read(signals))
+                    signals.unlink()
                 gone = self.worker.gone()
                 answer = self.worker.answer()
                 time.sleep(0.0 if answer or gone else _POLL_SECONDS)
@@ -86,12 +88,6 @@ class Task:
         while (self.folder / f"answer-{number}.json").exists():
             number += 1
         return number if (self.folder / f"job-{number}.json").exists() else None
-
-    def _pass_signal(self) -> None:
-        path = self.folder / "signal.json"
-        if path.exists() and self.worker is not None:
-            self.worker.signal(_read(path))
-            path.unlink()
 
 
 class SlurmWorker:

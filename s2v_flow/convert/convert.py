@@ -97,7 +97,9 @@ def convert(request: Request, on_progress: Progress = lambda done, total: None) 
     metadata = {_VERSION: __version__, _DIGESTS: " ".join(digests.values())}
     if shards is not None:
         metadata = {**shards.metadata, **metadata}
-    wanted = Wanted(request.kind, request.dtype, metadata, request.tokenizer or _find_tokenizer(request.source))
+    beside = request.source.parent / TOKENIZER_FILE
+    tokenizer = request.tokenizer or (beside if beside.is_file() else None)
+    wanted = Wanted(request.kind, request.dtype, metadata, tokenizer)
     notes: tuple[str, ...] = ()
     with writing(request.target), temporary(request.target.parent, ".safetensors") as (file, name):
         if shards is not None:
@@ -141,11 +143,6 @@ def _check_target(request: Request, sources: Sequence[Path]) -> None:
 def _there_already(target: Path) -> S2VFlowError:
     fix = "name another file with -o, or overwrite it with --force"
     return S2VFlowError(f"{target}: is there already", fix, exit_code=ExitCode.USAGE)
-
-
-def _find_tokenizer(source: Path) -> Path | None:
-    path = source.parent / TOKENIZER_FILE
-    return path if path.is_file() else None
 
 
 def _from_shards(source: Path, shards: Shards, wanted: Wanted, file: BinaryIO, on_progress: Progress) -> None:

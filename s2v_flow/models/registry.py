@@ -9,7 +9,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from types import TracebackType
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -22,7 +21,6 @@ class HasModule(Protocol):
     @property
     def module(self) -> nn.Module:
         """The weights."""
-        ...
 
 
 Model = TypeVar("Model", bound="nn.Module | HasModule")
@@ -158,9 +156,7 @@ class ModelRegistry:
     def __enter__(self) -> ModelRegistry:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._lock:
             self._free(list(self._live))
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from s2v_flow.cache.store import Entry
@@ -135,9 +134,7 @@ class Recorder:
             self._write(self._manifest("running", None))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Write the manifest; that it cannot be written is a warning, for the results are there."""
         status: RunStatus = "finished" if kind is None else "failed" if issubclass(kind, Exception) else "interrupted"
         message = str(error) or type(error).__name__ if status == "failed" else None

@@ -56,14 +56,6 @@ def _normal(steps: int, shift: float) -> Tensor:
     return levels.shifted(torch.linspace(*levels.normal_ends(shift), steps) / levels.NUM_TRAIN_LEVELS, shift)
 
 
-def _sgm_uniform(steps: int, shift: float) -> Tensor:
-    return _normal(steps + 1, shift)[:-1]
-
-
-def _kl_optimal(steps: int, shift: float) -> Tensor:
-    return torch.tan(torch.from_numpy(levels.kl_angles(steps, shift)))
-
-
 def _exact(scheduler: Callable[[int, float], levels.Levels]) -> Callable[[int, float], Tensor]:
     return lambda steps, shift: torch.from_numpy(scheduler(steps, shift).copy())
 
@@ -71,10 +63,10 @@ def _exact(scheduler: Callable[[int, float], levels.Levels]) -> Callable[[int, f
 SCHEDULERS: Mapping[str, Callable[[int, float], Tensor]] = {
     "simple": _exact(levels.simple),
     "normal": _normal,
-    "sgm_uniform": _sgm_uniform,
+    "sgm_uniform": lambda steps, shift: _normal(steps + 1, shift)[:-1],
     "beta": _exact(levels.beta),
     "linear_quadratic": _exact(levels.linear_quadratic),
-    "kl_optimal": _kl_optimal,
+    "kl_optimal": lambda steps, shift: torch.tan(torch.from_numpy(levels.kl_angles(steps, shift))),
     "ddim_uniform": _exact(levels.ddim_uniform),
 }
 """Scheduler to the function that gives its levels without the last 0, from steps and shift. Names: `catalog.py`."""
