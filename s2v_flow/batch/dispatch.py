@@ -191,10 +191,7 @@ class BatchRun:
             slot.worker.send(job, self._batch.log(job).absolute())
 
     def _choose(self, slot: _Slot | None) -> Job | None:
-        """Return a job with the worker's models, else one whose models nobody else has, else the first.
-
-        None: all that are left are with other machines.
-        """
+        """Return a job with the worker's models, else one whose models nobody has, else the first, if there is one."""
         others = {other.group for other in self._slots.values() if other is not slot}
         taken = self._claims.elsewhere()
         free = [job for job in self._queue if job.key not in taken]

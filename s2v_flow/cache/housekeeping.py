@@ -313,7 +313,7 @@ def _users(kept: Collection[Kept]) -> dict[str, set[str]]:
 def _free(root: Path, item: Kept, users: dict[str, set[str]], started: float, *, is_dry: bool) -> int:
     """Remove what only a removed entry used; return how many bytes that frees.
 
-    An object touched since `started` stays: a result that is being stored may use it.
+    What was touched since `started` stays: a result that is being stored may use it.
     """
     freed = 0
     for output in set(item.entry.outputs.values()):

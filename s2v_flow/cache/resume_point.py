@@ -31,9 +31,7 @@ class ResumePoints:
         return self.root / "checkpoints" / fingerprint[:2] / f"{fingerprint}.safetensors"
 
     def write(self, fingerprint: str, facts: Mapping[str, str], payload: bytes) -> None:
-        """Put a resume point in the place of the one before it, whole or not at all.
-
-        `payload`: the tensors, as a safetensors file's bytes.
+        """Put a resume point, a safetensors file's bytes, in the place of the one before it, whole or not at all.
 
         Raises:
             S2VFlowError: It cannot be written; the one before it stands.

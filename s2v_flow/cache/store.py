@@ -166,15 +166,14 @@ class Store:
 
         Args:
             preimage: What the fingerprint was made from, as JSON values.
-            outputs: Per port the bytes of a safetensors file, or a finished file, which is moved (copied
-                from another disk).
+            outputs: Per port the bytes of a safetensors file, or a finished file, moved or, from another disk, copied.
             facts: Small JSON values for people; they are no part of the identity.
             replaces: Put this entry in the place of one that is there.
             items: What `described` returns for the outputs, if the caller has it already.
 
         Raises:
-            CannotWriteError: The store cannot be written (disk full, read-only). A finished file that is not in its
-                place any more is in the store, as an object.
+            CannotWriteError: The store cannot be written. A finished file that is not in its place any more is an
+            object.
         """
         with writing(self.root):
             self._make_root()

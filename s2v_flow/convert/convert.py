@@ -154,11 +154,7 @@ def _from_shards(source: Path, shards: Shards, wanted: Wanted, file: BinaryIO, o
 
 
 def _verify(path: Path, request: Request, metadata: Mapping[str, str]) -> tuple[str, int]:
-    """Check a finished file as untrusted input; return its kind and how many tensors it has.
-
-    Raises:
-        CheckpointError, RefusedError: It is not what it should be.
-    """
+    """Check a finished file as untrusted input; return its kind and how many tensors it has."""
     checkpoint = Checkpoint.open(path)
     names = checkpoint.file_keys.values()
     if checkpoint.metadata != metadata or not all(name.isprintable() for name in names):

@@ -141,12 +141,7 @@ def known_digest(path: Path, memory_path: Path | None) -> str | None:
 
 @per_file
 def _noted_digest(path: Path, memory_path: Path | None) -> str:
-    """Return a file's remembered sha256.
-
-    Raises:
-        LookupError: It is not known, or the file has changed since.
-        MissingError: The file is missing.
-    """
+    """Return a file's remembered sha256; raise LookupError where it is not known, or the file has changed since."""
     try:
         identity = _identity(os.stat(path))
     except OSError as error:

@@ -114,11 +114,7 @@ def remove_unused(paths: Iterable[Path]) -> int:
 
 
 def _take(path: Path, on_wait: Callable[[str], None], between: Callable[[], None]) -> int:
-    """Return the descriptor of the lock once it is ours.
-
-    Raises:
-        OSError: See `try_lock`.
-    """
+    """Return the descriptor of the lock once it is ours; OSErrors are those of `try_lock`."""
     is_told = False
     while True:
         found = try_lock(path)

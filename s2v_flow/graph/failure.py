@@ -60,16 +60,14 @@ def placed(error: S2VFlowError, node: PlanNode) -> S2VFlowError:
 
 
 def _refused(error: Exception, folder: Path | None) -> CannotWriteError | None:
-    """Return the error that files cannot be written in a scratch folder, if that is what an exception says.
-
-    A full disk needs no file name in the exception.
-    """
+    """Return the error that files cannot be written in a scratch folder, if that is what an exception says."""
     if folder is None:
         return None
     if not isinstance(error, OSError):
         match = _WRAPPED.search(str(error))
         return cannot_write(folder, _refusal(int(match["number"]))) if match else None
     is_there = isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder)
+    # a full disk needs no file name
     return cannot_write(folder, error) if is_there or error.errno in _WRITING_ONLY else None
 
 

@@ -225,11 +225,7 @@ class Results:
                 self._folders.remove(folder)
 
     def _blocks(self, item: StoredObject, path: Path) -> Iterator[bytes]:
-        """Yield a held file's bytes.
-
-        Raises:
-            DamagedObjectError: They are not what they were.
-        """
+        """Yield a held file's bytes; raise DamagedObjectError where they are not what they were."""
         try:
             if file_sha256(path) != item.sha256:
                 raise ChangedBytesError

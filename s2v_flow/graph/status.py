@@ -206,10 +206,8 @@ def explain(
 ) -> str:
     """Say what differs from the nearest stored result of the same kind: text like "nodes.first.steps: 4 -> 20".
 
-    Args:
-        name: The plan node; among equally near results, its own earlier ones count first.
-        entries: Stored results, the newest first.
-        node: What it is, which tells the values of fields that an identity leaves out, and their defaults.
+    `entries`: stored results, the newest first; among equally near ones, those of the plan node `name` count first.
+    `node` tells the values of fields that an identity leaves out, and their defaults.
     """
     best: list[str] | None = None
     for entry in sorted(entries, key=lambda entry: entry.facts.get("node") != name):

@@ -98,14 +98,8 @@ def windowed_video_rate(
     exactly 5/3 states each, not stretched to the clip's ends (which moves them by less than 14 ms). So a change late in
     a voice leaves its earlier segments as they were, bit for bit.
 
-    Args:
-        read: `read(start, stop)` gives samples [n] at 16 kHz, normalised (see `Loudness`).
-        num_samples: How many there are.
-        window_states: A window's length in states, at least 1.
-        final_norm: As in `AudioEncoder.states`.
-
-    Yields:
-        Tables of 320 rows each, the last one shorter; as many as `speech_rate.num_segments` says.
+    `read(start, stop)` gives samples [n] at 16 kHz, normalised (see `Loudness`), of which there are `num_samples`. The
+    tables have 320 rows each, the last one fewer; there are as many as `speech_rate.num_segments` says.
     """
     states = num_states(num_samples)
     length = num_features(states)

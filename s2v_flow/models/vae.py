@@ -149,14 +149,10 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def encode_next(self, pixels: Tensor, state: EncoderState | None) -> tuple[Tensor, EncoderState]:
-        """Encode the next frames of a clip.
+        """Encode the next frames of a clip: the raw latent mean [B, 16, f + 1 or f, H, W], and the state for the next.
 
-        Args:
-            pixels: [B, 3, T, 8H, 8W] in [-1, 1]; T = 4f + 1 (f >= 0) in the first call, 4f (f >= 1) later.
-            state: What the call before returned; None in the first call.
-
-        Returns:
-            The raw latent mean [B, 16, f + 1 or f, H, W], and the state for the next call.
+        `pixels`: [B, 3, T, 8H, 8W] in [-1, 1]; T = 4f + 1 (f >= 0) in the first call, whose state is None, 4f (f >= 1)
+        later.
 
         Raises:
             ValueError: The shape is not as above, or is not that of the state.
@@ -179,15 +175,10 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def decode_next(self, latent: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
-        """Decode the next latent frames of a video; memory grows with how many are given at once.
+        """Decode the next latent frames of a video, raw [B, 16, f, H, W], f >= 1; memory grows with f.
 
-        Args:
-            latent: [B, 16, f, H, W], raw, f >= 1.
-            state: What the call before returned; None in the first call.
-
-        Returns:
-            Pixels [B, 3, 4f - 3 in the first call or 4f, 8H, 8W], about [-1, 1] but not clamped, in the weights' dtype,
-            and the state for the next call.
+        Returns pixels [B, 3, 4f - 3 in the first call, whose state is None, or 4f, 8H, 8W], about [-1, 1] but not
+        clamped, in the weights' dtype, and the state for the next call.
 
         Raises:
             ValueError: The shape is not as above, or is not that of the state.

@@ -138,14 +138,7 @@ def decode_next_tiled(
 ) -> tuple[Tensor, TiledState]:
     """Decode the next latent frames of a video in `tiles` by `tiles` tiles: see `WanVAE.decode_next`.
 
-    Args:
-        latent: [B, 16, f, H, W], raw, f >= 1.
-        state: What the call before returned, also with another number of tiles or none; None in the first call.
-        tiles: How many tiles a side, at least 1.
-
-    Returns:
-        Pixels [B, 3, 4f - 3 in the first call or 4f, 8H, 8W], about [-1, 1] but not clamped, in the weights' dtype, and
-        the state for the next call.
+    `state`: what the call before returned, also with another number of tiles or none; None in the first call.
 
     Raises:
         ValueError: The shape is not as above, or is not that of the state.

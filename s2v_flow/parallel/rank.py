@@ -101,14 +101,10 @@ class Rank:
     ) -> list[Tensor]:
         """Take this rank's part of a forward pass.
 
-        Args:
-            attention: The model's backend.
-            parts: The branches of guidance, each as its text and its audio.
-            x: The latent, on rank 0; the others get it from there.
-            time: The timestep, on rank 0.
+        `parts`: the branches of guidance, each as its text and its audio. `x`, `time`: the latent and the timestep, on
+        rank 0; the others get them from there.
 
-        Returns:
-            The velocities of all branches, on rank 0; on others, those that it has taken part in.
+        Returns the velocities of all branches, on rank 0; on others, those that it has taken part in.
         """
         x = torch.empty(chunk.latent_shape, device=self._device) if x is None else x.float().contiguous()
         time = x.new_empty(chunk.latent_shape[0]) if time is None else time.to(x)

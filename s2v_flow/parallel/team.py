@@ -146,11 +146,7 @@ class Team:
         self._rank.abandon()
 
     def _fail(self, error: BaseException) -> NoReturn:
-        """Raise what is to be told of an error in a call; nothing can be called any more.
-
-        Raises:
-            S2VFlowError: Memory ran out on a rank, or a process left.
-        """
+        """Raise what is to be told of an error in a call: memory ran out, or a rank left; no more can be called."""
         failure = memory_failure(error)
         if failure is None and not self._is_lost.wait(_LOST_SECONDS):
             if error is self._unmet:

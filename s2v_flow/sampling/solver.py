@@ -262,11 +262,9 @@ class Interval:
     def move(self, x: Tensor, guesses: Sequence[Tensor], rho: Sequence[float], ahead: Tensor | None = None) -> Tensor:
         """Move x over the interval, to the sample at its end.
 
-        Args:
-            x: The sample at its start.
-            guesses: The model's guesses at its start (m_i) and at the levels before, newest first.
-            rho: The weights of the differences D_1, D_2, ..., as long as there are any.
-            ahead: The model's guess at its end, if known: the last of the differences.
+        `guesses`: the model's at its start (m_i) and at the levels before, newest first; `rho`: the weights of the
+        differences D_1, D_2, ..., as long as there are any; `ahead`: the model's guess at its end, if known: the last
+        of the differences.
         """
         m = guesses[0]
         others = list(guesses[1 : len(self.gaps)]) + ([] if ahead is None else [ahead])

@@ -49,11 +49,8 @@ def check_layout(
 ) -> None:
     """Check that a file of a known family is whole: no tensor is missing, misshapen or too many.
 
-    Args:
-        family: As `detect_family` spells it.
-        entries: Key to entry, without the file's prefix.
-        packings: The quantised weights: see `read_quantization`.
-        has_tokenizer: Whether a text encoder's tokenizer stands elsewhere than in a tensor.
+    `entries`: without the file's prefix; `packings`: its quantised weights; `has_tokenizer`: whether a text encoder's
+    tokenizer stands elsewhere than in a tensor.
 
     Raises:
         CheckpointError: It is not; the tensors are named.

@@ -42,9 +42,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a model file and check its header; no tensor is read.
-
-        `path`: A safetensors or GGUF file.
+        """Open a safetensors or GGUF file and check its header; no tensor is read.
 
         Raises:
             MissingError: There is no such file, or it cannot be read.
@@ -83,14 +81,12 @@ class Checkpoint:
         return found
 
     def tensor(self, key: str) -> Tensor:
-        """Read one tensor.
+        """Read one tensor, of those that there are: on the CPU, in the stored dtype, mapped from the file.
 
-        Returns:
-            A CPU tensor in the stored dtype, mapped from the file: pages are read when they are used. Of GGUF's block
-            types its bytes, uint8 [..., bytes of a row]; [blocks, bytes] where a row is not made of whole blocks.
+        Pages are read when they are used. Of GGUF's block types it is the bytes, uint8 [..., bytes of a row], or
+        [blocks, bytes] where a row is not made of whole blocks.
 
         Raises:
-            KeyError: The file holds no such tensor.
             CheckpointError: The file changed since it was opened.
         """
         if self.gguf is not None:
