@@ -7,7 +7,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from s2v_flow.batch.job import NEVER_AGAIN, Job
 from s2v_flow.batch.record import Batch
 from s2v_flow.batch.worker import LocalEngine, Outcome, Report, Setup
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.graph.interrupt import StoppedError, StopRequest, exit_code_of, never
+from s2v_flow.graph.interrupt import StoppedError, exit_code_of, never, patience
 
 GRACE_SECONDS = 60.0  # between SIGTERM, which waits for the end of a step, and SIGKILL
 _POLL_SECONDS = 0.25
@@ -154,9 +153,8 @@ class BatchRun:
         Raises:
             StoppedError: As asked; every job that ran has left a resume point.
         """
-        patience = self._should_stop.patiently() if isinstance(self._should_stop, StopRequest) else nullcontext()
         try:
-            with patience:
+            with patience(self._should_stop):
                 while self._queue or any(slot.job for slot in self._slots.values()):
                     if self._should_stop() and not self._stop_signal:
                         code = exit_code_of(self._should_stop)

@@ -130,12 +130,11 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 @dataclass(frozen=True)
 class Shards:
-    """Tensors in one or more safetensors files. `index` tells their files, where there is one."""
+    """Tensors in one or more safetensors files."""
 
     files: tuple[Path, ...]
     pieces: tuple[Piece, ...]
     metadata: Mapping[str, str]
-    index: Path | None = None
 
 
 def open_single(path: Path) -> Shards:
@@ -176,7 +175,7 @@ def open_shards(index: Path) -> Shards:
             said, fact = (f"in {place}" if place else "nowhere" for place in (listed.get(key), found.get(key)))
             fix = "download the shards and the index again"
             raise CheckpointError(f"{index}: {key!r} should be {said}, and is {fact}", fix)
-    return Shards(tuple(index.parent / name for name in names), tuple(pieces), metadata, index)
+    return Shards(tuple(index.parent / name for name in names), tuple(pieces), metadata)
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -206,13 +206,8 @@ class TakenError(Exception):
     """Another file has the name already."""
 
 
-def numbered(path: Path, number: int) -> Path:
-    """Return the name of a path's second file, third file and so on: talk.2.mp4; the first has the path itself."""
-    return path if number < 2 else path.with_name(f"{path.stem}.{number}{path.suffix}")
-
-
 def free_name(path: Path, fits: Callable[[Path], bool]) -> Path:
-    """Return the wanted name where it fits, else a number that is in use and fits, else the first above all in use.
+    """Return the wanted name where it fits, else a number that is in use and fits, else a new one: talk.2.mp4.
 
     `fits`: tells of a name whether it is free, or is the result's already.
     """
@@ -224,7 +219,8 @@ def free_name(path: Path, fits: Callable[[Path], bool]) -> Path:
         names = os.listdir(path.parent)
     found = sorted({int(match[1]) for name in names if (match := pattern.fullmatch(name))})
     numbers = chain(found, count(max(found, default=1) + 1))
-    return next(name for number in numbers if fits(name := numbered(path, number)))
+    others = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in numbers)
+    return next(name for name in others if fits(name))
 
 
 def is_file_there(path: Path) -> bool:

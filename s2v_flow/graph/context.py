@@ -16,7 +16,7 @@ from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import CannotWriteError, writing
 from s2v_flow.graph.events import Listener, NodeCached, Noted, StageStarted, StepDone
 from s2v_flow.graph.fingerprint import as_made
-from s2v_flow.graph.interrupt import ShouldStop, StoppedError, StopRequest, exit_code_of
+from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, patience
 from s2v_flow.wording import size_text
 
 
@@ -56,20 +56,13 @@ Watch = Callable[[str, Mapping[str, Any], Any], None]
 Way = Mapping[str, Any]  # what a node does otherwise for lack of memory: see `nodes.memory.needs`
 
 
-class CopyTo(Protocol):
-    """Puts a stored output's bytes, and a trailer behind them, at a path; tells whether the file had to change."""
-
-    def __call__(self, target: Path, trailer: bytes = b"") -> bool:
-        """See `Store.copy_to`."""
-
-
 @dataclass(frozen=True)
 class Artifact:
     """A stored output. Its bytes are read, and verified, each time they are asked for, and not kept."""
 
     digest: str
     read: Callable[[], bytes]
-    copy_to: CopyTo
+    copy_to: Callable[..., bool]  # of a target, and a trailer: see `Store.copy_to`
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ class RunContext:
 
     def stepwise(self) -> AbstractContextManager[None]:
         """Return a block in which a request to stop waits for the end of a step."""
-        return nullcontext() if self.resume_point is None else self.resume_point.stepwise()
+        return nullcontext() if self.resume_point is None else patience(self.resume_point.should_stop)
 
     def step(self, step: int, total: int, unit: str = "step") -> None:
         """Report that `step` of `total` is done."""
@@ -172,15 +165,6 @@ class ResumePoint:
     def stop(self, where: str) -> StoppedError:
         """Return the error that ends the run, to be raised at a step's end."""
         return StoppedError(f"{self.node} {where}", exit_code_of(self.should_stop))
-
-    @contextmanager
-    def stepwise(self) -> Iterator[None]:
-        """Inside this block, a first signal waits for the node to ask `should_stop`."""
-        if isinstance(self.should_stop, StopRequest):
-            with self.should_stop.patiently():
-                yield
-        else:
-            yield
 
 
 def progress_text(facts: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 
 from s2v_flow.errors import ExitCode
@@ -108,6 +108,11 @@ class StopRequest:
             self._tell(f"\nstopping at the end of this step, with a resume point; {again} again stops at once\n")
             return
         raise StoppedError(exit_code=EXIT_CODES[name])
+
+
+def patience(should_stop: ShouldStop) -> AbstractContextManager[None]:
+    """Return a block in which a first signal waits until `should_stop` is asked."""
+    return should_stop.patiently() if isinstance(should_stop, StopRequest) else nullcontext()
 
 
 def never() -> bool:
