@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from s2v_flow.demo.weights import fill_all
+from s2v_flow.demo.plan import fill_all
 from s2v_flow.models.conditioning import Branch, Conditioning, PreparedChunk
 from s2v_flow.models.dit import WanS2V
 

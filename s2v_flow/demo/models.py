@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from s2v_flow.demo.plan import trained_files, wav2vec2_sizes
-from s2v_flow.demo.weights import fill_all, uniform
+from s2v_flow.demo.plan import fill_all, trained_files, uniform, wav2vec2_sizes
 from s2v_flow.errors import RefusedError
 from s2v_flow.models.audio_encoder import build_wav2vec2
 from s2v_flow.models.dit import S2VConfig, WanS2V

@@ -1,5 +1,8 @@
 """The demo's trained models: what was learned lies in `learned/`, in half precision; the rest follows from rules.
 
+Untrained weights are a pure function of (seed, key, shape): the same on every machine, nothing to download. The tests'
+models are filled by this one rule, too, which is also the rule behind the golden files.
+
 How they were trained: the folder `training/` of the repository. Most of this is the DiT's plan: which channels carry
 what, and every weight that need not be learned. Learning to copy a portrait through attention takes a small model
 longer than anything else, so that is built in. Attention is positional: queries and keys are constants, plus flags that
@@ -18,21 +21,23 @@ A large constant in every token makes layer norm all but linear. D width, 256; P
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from s2v_flow.demo.weights import fill_all
 from s2v_flow.models.audio_encoder import build_wav2vec2
 from s2v_flow.models.dit import S2VConfig, WanS2V
 from s2v_flow.models.load import shapes_of
 from s2v_flow.models.vae import VAEConfig, WanVAE
 
+_UNIT = np.float32(2.0 / (1 << 24))
 FOLDER = Path(__file__).with_name("learned")
 WAV2VEC2_SEED = 11
 QUIET = ("attention.out_proj.", "feed_forward.output_dense.")  # what a layer adds to its input
@@ -58,6 +63,38 @@ LEARNED_ATTENTION = (3, 4)
 _ROWS, _COLUMNS = 44, 86  # where a head's channels for rows and columns begin; time begins at 0
 _SLOW = 42  # the time pair that hardly turns: flags meet here
 _IGNORED = 84
+
+
+def uniform(seed: int, key: str, shape: Sequence[int]) -> Tensor:
+    """Draw float32 values in [-1, 1) of `shape`, () for a scalar, from a Philox stream keyed by sha256("seed:key")."""
+    count = math.prod(shape)
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    stream = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").copy())
+    words = stream.random_raw((count + 1) // 2).astype("<u8").view("<u4")[:count]
+    values = (words >> 8).astype(np.float32) * _UNIT - np.float32(1.0)
+    return torch.from_numpy(values.reshape(tuple(shape)).copy())
+
+
+def fill(key: str, shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Make the weight named `key`, float32 of `shape`: matrices scaled by fan-in, gains near 1, biases small."""
+    draw = uniform(seed, key, shape)
+    leaf = key.rpartition(".")[2]
+    if key.endswith("padding_tokens") or "modulation" in leaf:
+        return draw * 0.5
+    if key.endswith("casual_audio_encoder.weights"):
+        return 0.5 + 0.4 * draw
+    if leaf in ("gamma", "original0", "weight_g"):
+        return 1.0 + 0.2 * draw
+    if len(shape) <= 1:
+        return 0.1 * draw if leaf == "bias" else 1.0 + 0.2 * draw
+    if key.endswith("relative_attention_bias.weight") or "shared.weight" in key or "trainable_cond_mask" in key:
+        return draw
+    return draw * math.sqrt(3.0 / math.prod(shape[1:]))
+
+
+def fill_all(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
+    """Make every weight of a model, float32, from its keys and shapes; `seed`: which set of weights."""
+    return {key: fill(key, tuple(shape), seed) for key, shape in shapes.items()}
 
 
 def trained_files() -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -18,7 +18,7 @@ from s2v_flow.nodes.resuming import ResumableSampling
 from s2v_flow.nodes.shortage import Fallback, Fallbacks, no_memory
 from s2v_flow.nodes.tensors import unpack
 from s2v_flow.sampling.sampler import denoised_from_velocity, guide, initial_noise, make_sampler
-from s2v_flow.sampling.step_cache import StepCache
+from s2v_flow.sampling.state import StepCache
 from s2v_flow.weights.tokenizer import MAX_TOKENS
 
 if TYPE_CHECKING:

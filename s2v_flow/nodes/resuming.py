@@ -20,8 +20,7 @@ from torch import Tensor
 from s2v_flow.errors import BadNumbersError, S2VFlowError
 from s2v_flow.nodes.shortage import Fallbacks, memory_failure
 from s2v_flow.nodes.tensors import pack
-from s2v_flow.sampling.state import Denoise, SolverState
-from s2v_flow.sampling.step_cache import Memory, StepCache
+from s2v_flow.sampling.state import Denoise, Memory, SolverState, StepCache
 
 if TYPE_CHECKING:
     from s2v_flow.graph.context import ResumePoint, RunContext

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from reference import fill_module, relative_error
 from torch import nn
 
-from s2v_flow.demo.weights import uniform
+from s2v_flow.demo.plan import uniform
 from s2v_flow.models.attention import Grid, attention, rotate_, rotation_table
 from s2v_flow.models.conditioning import MotionPacker, motion_grids
 from s2v_flow.models.dit import comfyui_noisy_tokens, unpatchify

@@ -14,7 +14,7 @@ from test_dit import TINY, run_case
 from torch import nn
 
 from s2v_flow import api
-from s2v_flow.demo.weights import uniform
+from s2v_flow.demo.plan import uniform
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.models.dit import WanS2V
 from s2v_flow.models.footprint import read_weights

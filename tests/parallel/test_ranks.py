@@ -23,7 +23,7 @@ from torch import Tensor
 
 from s2v_flow import api
 from s2v_flow.api.session import Session
-from s2v_flow.demo.weights import fill_all
+from s2v_flow.demo.plan import fill_all
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.events import Event, Noted, StepDone
 from s2v_flow.graph.interrupt import StoppedError, StopRequest

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from s2v_flow.sampling.state import SolverState
-from s2v_flow.sampling.step_cache import Memory, StepCache
+from s2v_flow.sampling.state import Memory, SolverState, StepCache
 
 STEPS = 20
 SHAPE = (1, 16, 2, 4, 4)
