@@ -42,7 +42,7 @@ UMT5_SIZES: Shapes = {
 WAV2VEC2_SIZES: Shapes = {**wav2vec2_sizes(512), "masked_spec_embed": (64,)}
 LORA_RANK = 4
 LORA_BLOCKS = 7  # two more than the model has: their keys have no home
-FP8_MAX = 448.0
+FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 _TOKENIZER = Path(__file__).with_name("tiny_spiece.model")
 
 
@@ -77,17 +77,24 @@ def _files(seed: int) -> Iterator[tuple[str, Weights] | tuple[str, Weights, dict
     yield from trained_files()
     with torch.device("meta"):
         dit_shapes, vae_shapes = shapes_of(WanS2V(DIT)), shapes_of(WanVAE(VAE))
-    dit = fill_all(dit_shapes, seed)
+    dit, scale_shape = fill_all(dit_shapes, seed), (1,) if seed % 2 else ()
     yield "diffusion_models/tiny_s2v.safetensors", dit
-    yield "diffusion_models/tiny_s2v_fp8_scaled.safetensors", _fp8_old(dit, _is_dit_fp8, seed, marker_size=2)
-    yield "diffusion_models/tiny_s2v_fp8_metadata.safetensors", *_fp8_with_metadata(dit, _is_dit_fp8)
+    # the older layout has a marker, the newer one each layer's format, in the metadata or in a tensor beside the layer
+    older = _in_fp8(dit, _is_dit_fp8, "scale_weight", scale_shape)
+    yield "diffusion_models/tiny_s2v_fp8_scaled.safetensors", {**older, "scaled_fp8": torch.zeros(2, dtype=FP8)}
+    newer = _in_fp8(dit, _is_dit_fp8, "weight_scale")
+    told = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": _formats(newer)})}
+    yield "diffusion_models/tiny_s2v_fp8_metadata.safetensors", newer, told
     yield "vae/tiny_vae.safetensors", fill_all(vae_shapes, seed)
 
     text = fill_all(shapes_of(build_umt5(UMT5_SIZES)), seed)
     text[TOKENIZER_KEY] = _as_bytes(_TOKENIZER.read_bytes())
     yield "text_encoders/tiny_umt5.safetensors", text
-    yield "text_encoders/tiny_umt5_fp8_scaled.safetensors", _fp8_old(text, _is_umt5_fp8, seed, marker_size=0)
-    yield "text_encoders/tiny_umt5_fp8_tagged.safetensors", _fp8_with_tags(text, _is_umt5_fp8)
+    older = _in_fp8(text, _is_umt5_fp8, "scale_weight", scale_shape)
+    yield "text_encoders/tiny_umt5_fp8_scaled.safetensors", {**older, "scaled_fp8": torch.zeros(0, dtype=FP8)}
+    newer = _in_fp8(text, _is_umt5_fp8, "weight_scale")
+    tags = {f"{layer}.comfy_quant": _as_bytes(json.dumps(form).encode()) for layer, form in _formats(newer).items()}
+    yield "text_encoders/tiny_umt5_fp8_tagged.safetensors", newer | tags
     audio = fill_all(shapes_of(build_wav2vec2(WAV2VEC2_SIZES)), seed)
     yield "audio_encoders/tiny_wav2vec2.safetensors", audio
 
@@ -108,40 +115,20 @@ def _is_umt5_fp8(key: str) -> bool:
     return ("SelfAttention" in key and "relative" not in key) or "DenseReluDense" in key
 
 
-def _quantize(weights: Weights, is_fp8: Callable[[str], bool]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Turn each chosen matrix into its layer's name, fp8 values, and the float32 scalar that scales them back."""
+def _in_fp8(weights: Weights, is_fp8: Callable[[str], bool], scale_name: str, shape: tuple[int, ...] = ()) -> Weights:
+    """Store the chosen matrices in fp8, each beside the float32 number that scales it back."""
+    stored = dict(weights)
     for key, value in weights.items():
         if key.endswith(".weight") and value.ndim == 2 and is_fp8(key):
             scale = value.abs().max() / FP8_MAX
-            yield key.removesuffix(".weight"), (value / scale).to(torch.float8_e4m3fn), scale
-
-
-def _fp8_old(weights: Weights, is_fp8: Callable[[str], bool], seed: int, *, marker_size: int) -> Weights:
-    """Store matrices in fp8 in the older layout: a marker, and `scale_weight` of shape [] or [1]."""
-    stored = dict(weights)
-    for layer, values, scale in _quantize(weights, is_fp8):
-        stored[f"{layer}.weight"] = values
-        stored[f"{layer}.scale_weight"] = scale.reshape(1) if seed % 2 else scale
-    stored["scaled_fp8"] = torch.zeros(marker_size, dtype=torch.float8_e4m3fn)
+            stored[key] = (value / scale).to(FP8)
+            stored[f"{key.removesuffix('.weight')}.{scale_name}"] = scale.reshape(shape)
     return stored
 
 
-def _fp8_with_metadata(weights: Weights, is_fp8: Callable[[str], bool]) -> tuple[Weights, dict[str, str]]:
-    """Store matrices in fp8 in the newer layout: `weight_scale`, and the formats in the file's metadata."""
-    stored, layers = dict(weights), {}
-    for layer, values, scale in _quantize(weights, is_fp8):
-        stored |= {f"{layer}.weight": values, f"{layer}.weight_scale": scale}
-        layers[layer] = {"format": "float8_e4m3fn"}
-    return stored, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
-
-
-def _fp8_with_tags(weights: Weights, is_fp8: Callable[[str], bool]) -> Weights:
-    """Store matrices in fp8 in the newer layout: `weight_scale`, and each layer's format in a tensor beside it."""
-    stored = dict(weights)
-    for layer, values, scale in _quantize(weights, is_fp8):
-        tag = _as_bytes(json.dumps({"format": "float8_e4m3fn"}).encode())
-        stored |= {f"{layer}.weight": values, f"{layer}.weight_scale": scale, f"{layer}.comfy_quant": tag}
-    return stored
+def _formats(stored: Weights) -> dict[str, dict[str, str]]:
+    """Return each fp8 layer's format, as files of the newer layout say it."""
+    return {key.removesuffix(".weight"): {"format": "float8_e4m3fn"} for key in stored if stored[key].dtype == FP8}
 
 
 def _lora(seed: int) -> Weights:
