@@ -44,7 +44,8 @@ def can_step(sampler: SamplerName, scheduler: SchedulerName, steps: int, shift: 
     if sampler in OWN_SCHEDULE:
         return is_falling(own_levels(UNIPC_FIRST_TIME if sampler == "flow_unipc" else 1.0, steps, shift))
     with np.errstate(all="ignore"):
-        bounds = _BOUNDS[scheduler](steps + (sampler in ONE_STEP_MORE), shift)
+        asked = steps + (sampler in ONE_STEP_MORE), shift
+        bounds = _BOUNDS[scheduler](*asked) if scheduler in _BOUNDS else (EXACT[scheduler](*asked),) * 2
         low, high = ([*np.minimum(bound.astype(np.float32), 1).tolist(), 0.0] for bound in bounds)
     falls = all(level > lower for level, lower in zip(low[:-1], high[1:], strict=True))
     return falls and (sampler not in ONE_STEP_MORE or low[-3] > COMFY_LAST_SIGMA)
@@ -157,10 +158,6 @@ def _symmetric_beta_tail(x: Levels, shape: float) -> Levels:
 Bounds = tuple[Levels, Levels]
 
 
-def _exactly(levels: Callable[[int, float], Levels]) -> Callable[[int, float], Bounds]:
-    return lambda steps, shift: (levels(steps, shift),) * 2
-
-
 def _normal_bounds(steps: int, shift: float) -> Bounds:
     times = np.linspace(*normal_ends(shift), steps)
     slack = np.full(steps, _TIME_SLACK)
@@ -179,12 +176,9 @@ def _kl_optimal_bounds(steps: int, shift: float) -> Bounds:
     return levels * (1 - _SLACK), levels * (1 + _SLACK)
 
 
+EXACT: Mapping[SchedulerName, Callable[[int, float], Levels]] = {
+    "simple": simple, "beta": beta, "linear_quadratic": linear_quadratic, "ddim_uniform": ddim_uniform,
+}  # fmt: skip
 _BOUNDS: Mapping[SchedulerName, Callable[[int, float], Bounds]] = {
-    "simple": _exactly(simple),
-    "normal": _normal_bounds,
-    "sgm_uniform": _sgm_uniform_bounds,
-    "beta": _exactly(beta),
-    "linear_quadratic": _exactly(linear_quadratic),
-    "kl_optimal": _kl_optimal_bounds,
-    "ddim_uniform": _exactly(ddim_uniform),
-}
+    "normal": _normal_bounds, "sgm_uniform": _sgm_uniform_bounds, "kl_optimal": _kl_optimal_bounds,
+}  # fmt: skip

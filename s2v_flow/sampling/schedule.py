@@ -14,6 +14,7 @@ from torch import Tensor
 
 from s2v_flow.sampling import levels
 from s2v_flow.sampling.catalog import MINIMUM_STEPS, SchedulerName
+from s2v_flow.sampling.catalog import SCHEDULERS as NAMES
 
 
 def scheduled_sigmas(scheduler: SchedulerName, steps: int, shift: float) -> tuple[float, ...]:
@@ -29,7 +30,7 @@ def scheduled_sigmas(scheduler: SchedulerName, steps: int, shift: float) -> tupl
             (too many steps).
     """
     if scheduler not in SCHEDULERS:
-        raise ValueError(f"unknown scheduler {scheduler!r}; known: {', '.join(SCHEDULERS)}")
+        raise ValueError(f"unknown scheduler {scheduler!r}; known: {', '.join(NAMES)}")
     least = MINIMUM_STEPS.get(scheduler, 1)
     if steps < least:
         raise ValueError(f"scheduler {scheduler} needs at least {least} steps, got {steps}")
@@ -61,12 +62,9 @@ def _exact(scheduler: Callable[[int, float], levels.Levels]) -> Callable[[int, f
 
 
 SCHEDULERS: Mapping[str, Callable[[int, float], Tensor]] = {
-    "simple": _exact(levels.simple),
+    **{name: _exact(found) for name, found in levels.EXACT.items()},
     "normal": _normal,
     "sgm_uniform": lambda steps, shift: _normal(steps + 1, shift)[:-1],
-    "beta": _exact(levels.beta),
-    "linear_quadratic": _exact(levels.linear_quadratic),
     "kl_optimal": lambda steps, shift: torch.tan(torch.from_numpy(levels.kl_angles(steps, shift))),
-    "ddim_uniform": _exact(levels.ddim_uniform),
 }
 """Scheduler to the function that gives its levels without the last 0, from steps and shift. Names: `catalog.py`."""
