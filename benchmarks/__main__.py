@@ -105,13 +105,13 @@ def vae_works() -> dict[str, Work]:
 
     from benchmarks.models import random_weights
     from s2v_flow.models import vae_layers
-    from s2v_flow.models.vae import DecoderState, VAEConfig, WanVAE
+    from s2v_flow.models.vae import StreamState, VAEConfig, WanVAE
 
     latent, pixels = torch.randn(1, 16, (FRAMES + 3) // 4, 16, 16), torch.rand(1, 3, FRAMES, 128, 128) * 2 - 1
 
     def decoder(vae: WanVAE) -> Work:
         def decode() -> None:
-            state: DecoderState | None = None
+            state: StreamState | None = None
             for part in latent.split(1, dim=2):
                 _, state = vae.decode_next(part, state)
 

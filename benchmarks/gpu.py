@@ -28,7 +28,7 @@ from s2v_flow.models.attention import try_backend
 from s2v_flow.models.footprint import Weights, chunk_bytes, decoding_bytes
 from s2v_flow.models.packed import PackedLinear, PackedWeight, multiply_in_fp8
 from s2v_flow.models.registry import weight_bytes
-from s2v_flow.models.vae import DecoderState, VAEConfig, WanVAE
+from s2v_flow.models.vae import StreamState, VAEConfig, WanVAE
 from s2v_flow.sampling.sampler import denoised_from_velocity, initial_noise, make_sampler
 from s2v_flow.weights.quantization import Packing
 
@@ -231,7 +231,7 @@ def decoding(scale: Scale) -> Iterator[Row]:
         latent = torch.randn(1, 16, scale.latent_frames, size.height, size.width, device=scale.device)
 
         def decode(vae: WanVAE = vae, latent: Tensor = latent) -> None:
-            state: DecoderState | None = None
+            state: StreamState | None = None
             for part in latent.split(1, dim=2):
                 _, state = vae.decode_next(part, state)
 

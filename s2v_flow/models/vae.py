@@ -49,15 +49,8 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
-class EncoderState:
-    """What the encoder remembers between calls: the last input frames of every causal layer, in the order they run."""
-
-    frames: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class DecoderState:
-    """What the decoder remembers between calls: the last input frames of every causal layer, in the order they run."""
+class StreamState:
+    """What encoder or decoder remember between calls: the last input frames of every causal layer, as they run."""
 
     frames: tuple[Tensor, ...]
 
@@ -148,7 +141,7 @@ class WanVAE(nn.Module):
         return torch.cat(latents, dim=2)  # [B, 16, F, H, W]
 
     @torch.no_grad()
-    def encode_next(self, pixels: Tensor, state: EncoderState | None) -> tuple[Tensor, EncoderState]:
+    def encode_next(self, pixels: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
         """Encode the next frames of a clip: the raw latent mean [B, 16, f + 1 or f, H, W], and the state for the next.
 
         `pixels`: [B, 3, T, 8H, 8W] in [-1, 1]; T = 4f + 1 (f >= 0) in the first call, whose state is None, 4f (f >= 1)
@@ -161,7 +154,7 @@ class WanVAE(nn.Module):
         _check_stream(pixels, state)
         carry = Carry(state.frames if state else None)
         x = self.encoder(pixels.to(self.conv1.weight.dtype, memory_format=LAYOUT), carry)  # [B, 32, F, H, W]
-        return self.conv1(x)[:, :LATENT_CHANNELS].contiguous(), EncoderState(carry.kept)
+        return self.conv1(x)[:, :LATENT_CHANNELS].contiguous(), StreamState(carry.kept)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode a whole raw latent [B, 16, F, H, W] at once; memory grows with its length (`decode_next` streams).
@@ -174,7 +167,7 @@ class WanVAE(nn.Module):
         return self.decode_next(latent, None)[0]
 
     @torch.no_grad()
-    def decode_next(self, latent: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+    def decode_next(self, latent: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
         """Decode the next latent frames of a video, raw [B, 16, f, H, W], f >= 1; memory grows with f.
 
         Returns pixels [B, 3, 4f - 3 in the first call, whose state is None, or 4f, 8H, 8W], about [-1, 1] but not
@@ -188,7 +181,7 @@ class WanVAE(nn.Module):
         _check_stream(latent, state)
         carry = Carry(state.frames if state else None)
         pixels: Tensor = self.decoder(self.conv2(latent.to(self.conv2.weight.dtype, memory_format=LAYOUT)), carry)
-        return pixels, DecoderState(carry.kept)
+        return pixels, StreamState(carry.kept)
 
 
 def _middle(width: int) -> nn.ModuleList:
@@ -211,7 +204,7 @@ def _check_pixels(pixels: Tensor, is_first: bool) -> None:
         raise ValueError(f"a clip {rule} frames, got {num_frames}")
 
 
-def _check_stream(x: Tensor, state: EncoderState | DecoderState | None) -> None:
+def _check_stream(x: Tensor, state: StreamState | None) -> None:
     """Refuse a state of another video: the first causal layer has remembered frames of the input's own size."""
     if state is None:
         return

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2v_flow.models.vae import SPATIAL_STRIDE, DecoderState, WanVAE
+from s2v_flow.models.vae import SPATIAL_STRIDE, StreamState, WanVAE
 
 OVERLAP = 8  # latent rows and columns that neighbours share at least: 64 pixels
 MOST_TILES = 8  # a side
@@ -102,19 +102,19 @@ class TiledState:
     """What a decoder in tiles remembers between calls: its tiles' states, row by row, offloaded to host memory."""
 
     grid: Grid
-    tiles: tuple[DecoderState, ...]
+    tiles: tuple[StreamState, ...]
 
     @classmethod
-    def of(cls, whole: DecoderState, grid: Grid) -> TiledState:
+    def of(cls, whole: StreamState, grid: Grid) -> TiledState:
         """Cut the state of a decoder of whole pictures."""
         layers = [(frames, frames.shape[-1] // grid.columns.length) for frames in moved(whole, "cpu").frames]
         tiles = [
             tuple(grid.part(frames, row, column, scale).contiguous() for frames, scale in layers)
             for row, column in grid.starts()
         ]
-        return cls(grid, tuple(map(DecoderState, tiles)))
+        return cls(grid, tuple(map(StreamState, tiles)))
 
-    def whole(self) -> DecoderState:
+    def whole(self) -> StreamState:
         """Return the state of a decoder of whole pictures: each tile's share side by side, not blended."""
         rows, columns = self.grid.rows.shares(), self.grid.columns.shares()
         layers = []
@@ -130,11 +130,11 @@ class TiledState:
                 ]
                 bands.append(torch.cat(band, dim=-1))
             layers.append(torch.cat(bands, dim=-2))
-        return DecoderState(tuple(layers))
+        return StreamState(tuple(layers))
 
 
 def decode_next_tiled(
-    vae: WanVAE, latent: Tensor, state: DecoderState | TiledState | None, tiles: int
+    vae: WanVAE, latent: Tensor, state: StreamState | TiledState | None, tiles: int
 ) -> tuple[Tensor, TiledState]:
     """Decode the next latent frames of a video in `tiles` by `tiles` tiles: see `WanVAE.decode_next`.
 
@@ -146,9 +146,9 @@ def decode_next_tiled(
     grid = Grid.cut(latent.shape[-2], latent.shape[-1], tiles)
     if isinstance(state, TiledState) and state.grid != grid:
         state = state.whole()
-    if isinstance(state, DecoderState):
+    if isinstance(state, StreamState):
         state = TiledState.of(state, grid)
-    kept: list[DecoderState] = []
+    kept: list[StreamState] = []
 
     def parts() -> Iterator[Tensor]:
         for index, (row, column) in enumerate(grid.starts()):
@@ -183,6 +183,6 @@ def most_tiles(height: int, width: int) -> int:
     return tiles
 
 
-def moved(state: DecoderState, device: torch.device | str) -> DecoderState:
+def moved(state: StreamState, device: torch.device | str) -> StreamState:
     """Return a state on another device."""
-    return DecoderState(tuple(frames.to(device) for frames in state.frames))
+    return StreamState(tuple(frames.to(device) for frames in state.frames))

@@ -146,14 +146,14 @@ class StreamDecoder(Fallbacks):
 
     def fallbacks(self) -> Iterator[Fallback]:
         """Fewer latent frames at once, then tiles."""
-        from s2v_flow.models.vae import DecoderState
+        from s2v_flow.models.vae import StreamState
         from s2v_flow.models.vae_tiles import most_tiles, moved
 
         while self._group > 1:
             self._group //= 2
             text = f"retries with {self._group} latent frame{'s' if self._group > 1 else ''} at once"
             yield Fallback("group", text, {"frames_per_call": self._group})
-        if isinstance(self._state, DecoderState):
+        if isinstance(self._state, StreamState):
             self._state = moved(self._state, "cpu")
         for tiles in range(self._tiles + 1, most_tiles(*self._size) + 1):
             self._tiles = tiles

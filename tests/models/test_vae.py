@@ -11,7 +11,7 @@ from reference import fill_module, load_golden, load_keys, relative_error
 from torch import Tensor
 
 from s2v_flow.errors import CheckpointError
-from s2v_flow.models.vae import DecoderState, EncoderState, VAEConfig, WanVAE, normalise
+from s2v_flow.models.vae import StreamState, VAEConfig, WanVAE, normalise
 
 
 def make_vae(width: int) -> WanVAE:
@@ -41,7 +41,7 @@ def groupings(total: int) -> Iterator[tuple[int, ...]]:
 
 
 def decode_in_groups(vae: WanVAE, latent: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    state: DecoderState | None = None
+    state: StreamState | None = None
     parts = []
     for group in latent.split(list(sizes), dim=2):
         pixels, state = vae.decode_next(group, state)
@@ -129,7 +129,7 @@ def test_encoding_does_not_depend_on_how_frames_are_grouped() -> None:
     pixels = torch.rand(1, 3, 17, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
     whole = vae.encode(pixels)
     for sizes in ([17], [5, 12], [1, 16], [9, 4, 4], [1, 8, 8]):
-        state: EncoderState | None = None
+        state: StreamState | None = None
         parts = []
         for group in pixels.split(sizes, dim=2):
             latent, state = vae.encode_next(group, state)

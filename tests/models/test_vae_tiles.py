@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import fill_module, load_golden, relative_error
 from torch import Tensor
 
-from s2v_flow.models.vae import DecoderState, VAEConfig, WanVAE
+from s2v_flow.models.vae import StreamState, VAEConfig, WanVAE
 from s2v_flow.models.vae_tiles import (
     MOST_TILES,
     OVERLAP,
@@ -107,7 +107,7 @@ def test_decoding_in_tiles_is_a_stream(vae: WanVAE) -> None:
     """Any grouping of frames gives the whole clip's frames, to rounding; a change of tiles midway loses no frame."""
     latent = noise(1, 16, 4, 10, 16)
     whole, _ = decode_next_tiled(vae, latent, None, 2)
-    state: TiledState | DecoderState | None = None
+    state: TiledState | StreamState | None = None
     parts = []
     for part in latent.split([1, 1, 2], dim=2):
         pixels, state = decode_next_tiled(vae, part, state, 2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.context import Numerics, RunContext
 from s2v_flow.models.registry import ModelRegistry
-from s2v_flow.models.vae import DecoderState, VAEConfig, WanVAE
+from s2v_flow.models.vae import StreamState, VAEConfig, WanVAE
 from s2v_flow.models.vae_tiles import decode_next_tiled, encode_tiled
 from s2v_flow.nodes.shortage import StreamDecoder, encoded
 
@@ -41,7 +41,7 @@ class CrampedVae(WanVAE):
         self.room, self.group = room, group
         self.states: list[str] = []
 
-    def decode_next(self, latent: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+    def decode_next(self, latent: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
         self._ask(latent.shape[-2] * latent.shape[-1], latent.shape[2])
         return super().decode_next(latent, state)
 
