@@ -35,6 +35,7 @@ _COUNTS = (
 _LARGEST = 1e30
 _BOXES = (b"udta", b"uuid")
 """What may stand behind a film: its note."""
+_CHANGED = "its bytes have changed"
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.ESTALE})
 """What says nothing about a file: it may be read another time."""
 
@@ -134,7 +135,7 @@ class Store:
         except OSError as error:
             raise self._unreadable(item, error) from error
         if hashlib.sha256(payload).hexdigest() != item.sha256:
-            raise self._changed(item)
+            raise self._lost(item, _CHANGED)
         return payload
 
     def copy_to(self, item: StoredObject, target: Path, trailer: bytes = b"", replaces: bool = True) -> bool:
@@ -150,7 +151,7 @@ class Store:
         try:
             return put_copy(self._blocks(item), item, target, trailer, replaces)
         except ChangedBytesError as error:
-            raise self._changed(item) from error
+            raise self._lost(item, _CHANGED) from error
 
     def publish(
         self,
@@ -236,7 +237,7 @@ class Store:
         except OSError as error:
             raise DamagedObjectError.at(path, error.strerror or str(error)) from error
         if not is_sound:
-            raise DamagedObjectError.at(path, "its bytes have changed")
+            raise DamagedObjectError.at(path, _CHANGED)
 
     def quarantine(self, item: StoredObject) -> None:
         """Move a damaged object to quarantine."""
@@ -300,19 +301,15 @@ class Store:
         except OSError as error:
             raise self._unreadable(item, error) from error
 
-    def _unreadable(self, item: StoredObject, error: OSError) -> DamagedObjectError:
-        """Return the error for an object that cannot be read; it must not stand in the way of a new one."""
+    def _lost(self, item: StoredObject, reason: str, *, is_passing: bool = False) -> DamagedObjectError:
+        """Return the error for an object that is gone or damaged, which must not stand in the way of a new one."""
         path = self.object_path(item)
-        if error.errno in _PASSING or not quarantine(self.root, path):
+        if is_passing or not quarantine(self.root, path):
             self._unusable.add(item.file_name)
-        return DamagedObjectError.at(path, error.strerror or str(error))
+        return DamagedObjectError.at(path, reason)
 
-    def _changed(self, item: StoredObject) -> DamagedObjectError:
-        """Return the error for an object whose bytes have changed, and quarantine it."""
-        path = self.object_path(item)
-        if not quarantine(self.root, path):
-            self._unusable.add(item.file_name)
-        return DamagedObjectError.at(path, "its bytes have changed")
+    def _unreadable(self, item: StoredObject, error: OSError) -> DamagedObjectError:
+        return self._lost(item, error.strerror or str(error), is_passing=error.errno in _PASSING)
 
     def _entry_path(self, fingerprint: str) -> Path:
         return self.root / entry_place(fingerprint)
