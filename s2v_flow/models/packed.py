@@ -123,12 +123,6 @@ class PackedLinear(nn.Module):
             y = y + F.linear(F.linear(x, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
         return y
 
-    def extra_repr(self) -> str:
-        """Describe the layer as nn.Linear does."""
-        rank = 0 if self.lora_down is None else self.lora_down.shape[0]
-        form = self.packed.packing.format
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {form}, rank={rank}"
-
 
 class PackedEmbedding(nn.Module):
     """An embedding that keeps its table packed and expands the rows that are looked up."""

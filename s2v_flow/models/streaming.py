@@ -100,11 +100,6 @@ class WeightStream:
         # unit by unit: what a unit held before is freed before the next one needs room
         self._units = tuple(_at_rest(*_plan(modules, left), slab) for modules, slab in zip(units, slabs, strict=True))
 
-    @property
-    def num_bytes(self) -> int:
-        """The offloaded weights, in bytes."""
-        return sum(unit.num_bytes for unit in self._units)
-
     def __iter__(self) -> Generator[int, None, None]:
         """Yield each unit's number while its layers have their weights on the device."""
         memory = [torch.empty(self.largest_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
