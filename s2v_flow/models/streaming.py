@@ -78,10 +78,10 @@ class WeightStream:
     (`contextlib.closing`). Two copies are alive at a time; between two passes there is none.
 
     Args:
-        units: For each number the modules that are used then. besides: Modules inside of them whose weights are left as
-        they are. is_pinned: Whether the weights are packed into pinned memory, from which copies need no help of the
-        host, a unit in
-            one piece. Otherwise those in host memory stay where they are: in a mapped model file.
+        units: For each number the modules that are used then.
+        besides: Modules inside of them whose weights are left as they are.
+        is_pinned: Whether the weights are packed into pinned memory, from which copies need no help of the host, a unit
+            in one piece. Otherwise those in host memory stay where they are: in a mapped model file.
     """
 
     def __init__(
