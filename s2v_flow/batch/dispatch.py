@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from s2v_flow.batch.claims import Claims
-from s2v_flow.batch.job import NEVER_AGAIN, Job
-from s2v_flow.batch.record import Batch
+from s2v_flow.batch.record import NEVER_AGAIN, Batch, Claims, Job
 from s2v_flow.batch.worker import LocalEngine, Outcome, Report, Setup
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.interrupt import StoppedError, exit_code_of, never, patience

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import yaml
 
-from s2v_flow.batch.job import NEVER_AGAIN, Job
+from s2v_flow.batch.record import NEVER_AGAIN, Job
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.options import Options
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from s2v_flow.api import Options, Planned, plan
-from s2v_flow.batch.job import Job
+from s2v_flow.batch.record import Job
 from s2v_flow.batch.spec import MAX_JOBS, Row
 from s2v_flow.cache.budget import free_bytes
 from s2v_flow.cache.housekeeping import objects_size

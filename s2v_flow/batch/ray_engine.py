@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.batch.job import Job
+from s2v_flow.batch.record import Job
 from s2v_flow.batch.worker import Outcome, ProcessWorker, Setup
 from s2v_flow.errors import ExitCode, S2VFlowError
 

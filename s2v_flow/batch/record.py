@@ -1,4 +1,9 @@
-"""What is written down of a batch: batch.json with its jobs, and beside it a folder of logs and what became of each."""
+"""What is written down of a batch: batch.json with its jobs, and beside it a folder of logs and what became of each.
+
+Several processes may run one batch, on machines that share that folder, whose locks may not work. Each says which jobs
+it has in a file of its own, whose beat counts up. Nobody waits for another's job: another one is taken. Two that take a
+job at the same moment may both run it; the store lets the first result count.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,15 @@ import json
 import os
 import platform
 import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.batch.job import Job
 from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.files.atomic import TakenError, free_name, is_alive, machine_id, put_new, temporary, writing
 from s2v_flow.files.lock import held, is_held
@@ -23,11 +28,67 @@ from s2v_flow.recipe.argument import Override
 from s2v_flow.version import __version__
 
 NAME = "batch.json"
+NEVER_AGAIN = frozenset({2, 3, 4, 5, 6, 8})  # exit codes that the same job would give again
+BEAT_SECONDS = 2.0
+STALE_SECONDS = 30.0  # without a beat: its process, or its machine, is gone
 _PROCESS = f"-{machine_id()}-{os.getpid()}"
 _PATHS = ("override_files", "models_dirs", "extra_model_paths", "input_dirs")
 _PATH = ("output_dir", "cache_dir")
 _CHANGES = ("profiles", "override_files", "overrides", "axes")  # of every recipe
 _PLAIN = ("profiles", "axes", "cache_remote", "cache_limit", "device", "vram", "overwrite")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe, the changes that are this job's own, and what its plan says.
+
+    `axes` are those of its cell ("seed=1"), `origin` says where the job was written ("jobs.csv:4"). `group` is equal
+    for jobs that need the same model and LoRA files. `seconds` is the estimate, `frames` the length of the video.
+    """
+
+    number: int
+    recipe: str
+    overrides: tuple[Override, ...] = ()
+    axes: tuple[str, ...] = ()
+    origin: str = ""
+    group: str = ""
+    seconds: float | None = None
+    frames: int | None = None
+    disk_bytes: int = 0  # that the cache will hold of it, at least
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # of plan nodes, as far as they are known
+    outputs: tuple[str, ...] = ()
+    is_done: bool = False  # stored and delivered before the batch began
+    asked: str = ""  # a digest of the plan's nodes and their fields: what is to be computed, on whatever device
+
+    @property
+    def key(self) -> str:
+        """What the job is among processes that run the batch: its number, and what is asked."""
+        return f"{self.number} {self.asked}"
+
+    @property
+    def name(self) -> str:
+        """The job for people: "job 3 (talk.yaml, seed=1, jobs.csv:4)"."""
+        return f"job {self.number} ({', '.join(part for part in (self.recipe, *self.axes, self.origin) if part)})"
+
+    def options(self, given: Options) -> Options:
+        """Return a batch's options with the job's own changes."""
+        axes = self.axes or given.axes
+        return replace(given, overrides=(*given.overrides, *self.overrides), axes=axes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the job's entry in batch.json."""
+        return {**vars(self), "overrides": [[item.kind, item.text] for item in self.overrides]}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Job:
+        """Return the job of such an entry.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is none.
+        """
+        tuples = {name: tuple(map(str, entry[name])) for name in ("axes", "outputs")}
+        overrides = tuple(Override(kind, str(text)) for kind, text in entry["overrides"])
+        return cls(**{**entry, **tuples, "overrides": overrides})
 
 
 @dataclass(frozen=True)
@@ -181,3 +242,81 @@ def _identity(path: Path) -> object:
 def _identity_of(head: Any, jobs: Sequence[Any]) -> object:
     asked = [json.dumps([job[name] for name in ("recipe", "overrides", "axes")]) for job in jobs]
     return head["folder"], json.dumps([head["options"][name] for name in _CHANGES]), asked
+
+
+class Claims:
+    """The jobs that this process has taken, and those of others, in a folder that all of them see.
+
+    A job's key is equal in two processes where both mean the same work: see `Job.key`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"claims-{machine_id()}-{os.getpid()}.json"
+        self._beat, self._written, self._looked = 0, 0.0, 0.0
+        self._own: dict[str, list[str]] = {}
+        self._seen: dict[Path, tuple[bytes, float, bool]] = {}  # what, since when, whether it has ever changed
+        self._others: dict[str, list[str]] = {}
+
+    def take(self, key: str) -> bool:
+        """Take a job, unless another process has it, or has ended it."""
+        if key in self._look():
+            return False
+        self.note(key, "running")
+        if self._look(before=self._path).get(key) is None:
+            return True
+        self.note(key, "")
+        return False
+
+    def note(self, key: str, state: str, message: str = "") -> None:
+        """Say that a job runs here, or how it ended: done, failed; "": that it may be taken."""
+        self._own.pop(key, None)
+        if state:
+            self._own[key] = [state, message, platform.node()]
+        self._write()
+
+    def elsewhere(self) -> dict[str, list[str]]:
+        """Give a sign of life, and return what others say of jobs by key: state, message, host. Quick to ask."""
+        now = time.monotonic()
+        if now - self._written > BEAT_SECONDS:
+            self._write()
+        if now - self._looked > BEAT_SECONDS / 2:
+            self._look()
+        return self._others
+
+    def close(self) -> None:
+        """Give everything back."""
+        with suppress(OSError):
+            self._path.unlink()
+
+    def _write(self) -> None:
+        self._beat, self._written = self._beat + 1, time.monotonic()
+        with suppress(OSError):
+            told = {"pid": os.getpid(), "beat": self._beat, "jobs": self._own}
+            write_whole(self._path, json.dumps(told).encode(), is_flushed=False)
+
+    def _look(self, before: Path | None = None) -> dict[str, list[str]]:
+        """Read what others say; `before`: only those whose names come first."""
+        self._looked = time.monotonic()
+        found: dict[str, list[str]] = {}
+        for path, jobs in self._files():
+            if before is None or path < before:
+                found |= jobs
+        self._others = found if before is None else self._others
+        return found
+
+    def _files(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        for path in self._path.parent.glob("claims-*.json"):
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                text = path.read_bytes()
+                told = json.loads(text)
+                before = self._seen.get(path)
+                if before is None or before[0] != text:
+                    before = self._seen[path] = (text, self._looked, before is not None)
+                is_here = path.name.startswith(f"claims-{machine_id()}-")
+                is_gone = self._looked - before[1] > STALE_SECONDS or (is_here and not is_alive(told["pid"]))
+                if is_gone and path != self._path:
+                    path.unlink()
+                elif path != self._path:
+                    # what a process ended counts once it has been seen to live: its file may be an old one
+                    jobs = told["jobs"].items()
+                    yield path, {key: job for key, job in jobs if before[2] or job[0] == "running"}

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.batch.job import Job
+from s2v_flow.batch.record import Job
 from s2v_flow.batch.worker import Outcome, ProcessWorker, Setup
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.files.atomic import write_whole, writing

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from s2v_flow.api.session import Session
-from s2v_flow.batch.job import Job
 from s2v_flow.batch.plan import asked_of
+from s2v_flow.batch.record import Job
 from s2v_flow.errors import ExitCode, RecipeError, S2VFlowError
 from s2v_flow.graph.events import Event, Noted
 from s2v_flow.graph.interrupt import StoppedError, StopRequest

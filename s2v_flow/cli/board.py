@@ -14,8 +14,7 @@ from s2v_flow.wording import counted, duration_text, visible
 
 if TYPE_CHECKING:
     from s2v_flow.batch.dispatch import Told
-    from s2v_flow.batch.job import Job
-    from s2v_flow.batch.record import Batch
+    from s2v_flow.batch.record import Batch, Job
 
 _LOG_LINES = 5  # of a failed job that are shown
 _LOG_BYTES = 4000

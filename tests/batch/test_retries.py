@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from s2v_flow.batch.dispatch import BatchRun, Policy, Told
-from s2v_flow.batch.job import Job
-from s2v_flow.batch.record import Batch
+from s2v_flow.batch.record import Batch, Job
 from s2v_flow.batch.worker import Outcome, Setup
 from s2v_flow.cli.progress import Progress
 from s2v_flow.options import Options

@@ -16,7 +16,7 @@ import pytest
 from runs_for_tests import Place
 from test_batch import batch, running, seeded
 
-from s2v_flow.batch.claims import Claims
+from s2v_flow.batch.record import Claims
 from s2v_flow.cache.housekeeping import verify
 
 SEEDS = range(1, 4)
