@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from s2v_flow.demo.models import WAV2VEC2_SIZES
-from s2v_flow.demo.weights import fill_all
+from s2v_flow.demo.plan import fill_all
 from s2v_flow.models.audio_encoder import build_wav2vec2
 from s2v_flow.models.vae import VAEConfig, WanVAE
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.errors import MissingError, S2VFlowError
-from s2v_flow.files.atomic import TakenError, free_name, is_alive, machine_id, put_new, temporary, writing
+from s2v_flow.files.atomic import TakenError, free_name, is_alive, machine_id, put_new, temporary, write_whole, writing
 from s2v_flow.files.lock import held, is_held
 from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Override

@@ -241,7 +241,7 @@ def _has_accounting() -> bool:
 
 def _write(path: Path, value: Any) -> None:
     with writing(path):
-        write_whole(path, json.dumps(value).encode())
+        write_whole(path, json.dumps(value).encode(), is_flushed=False)
 
 
 def _read(path: Path) -> Any:

@@ -38,7 +38,7 @@ _REFUSED = {
     35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_TEXT, _ARRAY = 8, 9
+_INT, _FLOAT, _TEXT, _ARRAY = 5, 6, 8, 9
 _WHOLE_NUMBERS = (4, 5, 10, 11)
 
 # llama.cpp's names for a T5 encoder, and ComfyUI's
