@@ -218,9 +218,9 @@ def check_version(version: str) -> None:
 
 
 def read_pickle(path: str) -> tuple[dict[str, Tensor], int]:
-    """Open a file with PyTorch's restricted unpickler, and let nothing through but plain tensors: by name.
+    """Open a file with PyTorch's restricted unpickler, and let nothing through but plain tensors, by name.
 
-    And tell how many entries beside the state dict were left out.
+    The second value is how many entries beside the state dict were left out.
 
     Raises:
         RefusedError: It holds something else, or tensors that are not what they seem.
