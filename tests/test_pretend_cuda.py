@@ -357,12 +357,12 @@ def test_two_gpus_make_what_a_cpu_makes(
 
 
 @pytest.mark.slow
-def test_where_memory_runs_out_a_run_goes_on_with_less(recipe: Path, tiny_models: Path, tmp_path: Path) -> None:
+def test_where_memory_runs_out_a_run_goes_on_with_less(recipe: Path, demo_models: Path, tmp_path: Path) -> None:
     """The transformer's weights, 48 MB, fit, but not a step beside them: the same bits in less."""
     with pretend_cuda():
-        whole = latent(recipe, options(tmp_path, tiny_models), device="cuda")
+        whole = latent(recipe, options(tmp_path, demo_models), device="cuda")
     told: list[str] = []
-    chosen = options(tmp_path, tiny_models, tmp_path / "b", sets=["nodes.dit.placement=resident"])
+    chosen = options(tmp_path, demo_models, tmp_path / "b", sets=["nodes.dit.placement=resident"])
     with pretend_cuda(56_000_000):
         take = lambda event: told.append(event.text) if isinstance(event, Noted) else None  # noqa: E731
         less = latent(recipe, chosen, device="cuda", on_event=take)

@@ -149,8 +149,8 @@ def verdict(kind: str, kept: Mapping[str, Any] | None, now: Mapping[str, Any]) -
 
 
 @pytest.fixture(scope="module")
-def now(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> dict[str, Any]:
-    return sketches(tmp_path_factory.mktemp("versions"), tiny_models)
+def now(tmp_path_factory: pytest.TempPathFactory, demo_models: Path) -> dict[str, Any]:
+    return sketches(tmp_path_factory.mktemp("versions"), demo_models)
 
 
 @pytest.mark.slow
