@@ -33,11 +33,10 @@ _COUNTS = (
     *("frames", "num_samples", "width", "height"),
 )
 _LARGEST = 1e30
-_BOXES = (b"udta", b"uuid")
-"""What may stand behind a film: its note."""
+_BOXES = (b"udta", b"uuid")  # what may stand behind a film: its note
 _CHANGED = "its bytes have changed"
+# what says nothing about a file: it may be read another time
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.ESTALE})
-"""What says nothing about a file: it may be read another time."""
 
 
 class DamagedObjectError(S2VFlowError):
@@ -284,12 +283,9 @@ class Store:
         return False
 
     def _has(self, item: StoredObject) -> bool:
-        if item.file_name in self._unusable:
-            return False
-        try:
-            return self.object_path(item).stat().st_size == item.size
-        except OSError:
-            return False
+        with suppress(OSError):
+            return item.file_name not in self._unusable and self.object_path(item).stat().st_size == item.size
+        return False
 
     def _blocks(self, item: StoredObject) -> Iterator[bytes]:
         """Yield an object's bytes; its read errors differ in type from the caller's write errors."""

@@ -132,9 +132,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(limit=st.sampled_from([0, 700, 1300, 10**9]), shift=st.sampled_from([None, -2.0, 20_000.0]))
     def evict(self, limit: int, shift: float | None) -> None:
         """Evict, most often hours later, or years earlier: after a wrong clock."""
-        entries = list(self.root.glob("entries/??/*"))
+        entries = sorted(self.root.glob("entries/??/*"))
         if shift is not None:
-            for path in (*entries, *self.root.glob("objects/??/*")):
+            for path in (*entries, *sorted(self.root.glob("objects/??/*"))):
                 os.utime(path, (time.time() + shift * HOUR,) * 2)
         held = self.pinned | self.needed
         held |= {path.stem for path in entries if -HOUR < time.time() - path.stat().st_mtime < HOUR - 5}
