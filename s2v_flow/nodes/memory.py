@@ -38,6 +38,7 @@ from s2v_flow.wording import size_text
 
 PROCESS_BYTES = 275 * 2**20  # resident in a process that has imported torch and codecs (Linux, torch 2.13)
 _ENCODERS_BYTES = 117 * 2**20  # and transformers' UMT5 and Wav2Vec2
+_HEAP = 1.3  # the process's growth while frames are decoded, of what torch holds: pieces of glibc's heap stay free
 _FLOPS_PER_PIXEL = 100.0  # of copying, scaling and writing a frame: it matters where nothing is decoded
 _WAYS = {
     "placement": "weights are streamed",
@@ -281,7 +282,8 @@ class _Needs:
             return None
         assert isinstance(node.node, DecodeFrames)
         width, height = (tile_side(node.facts[side], node.node.tiles) for side in ("width", "height"))
-        return decoding_bytes(vae, width, height, self._frames_per_call(node.name))
+        held = decoding_bytes(vae, width, height, self._frames_per_call(node.name))
+        return int(held * _HEAP) if self._numerics.device_class == "cpu" else held
 
     def _stored(self, node: PlanNode) -> int | None:
         """Return the bytes that a node stores, where they are known exactly."""
