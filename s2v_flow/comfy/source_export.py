@@ -124,6 +124,9 @@ class SourceExporter:
         name = self._source(planned, key).node if key in planned.inputs else key
         return None if name == key else name
 
+    def _giver(self, planned: PlanNode, key: str) -> PlanNode:
+        return self._plan.node(self._source(planned, key).node)
+
     def _source(self, planned: PlanNode, key: str) -> Source:
         given = planned.inputs[key]
         if key == "speech" and not isinstance(given, Source):
@@ -158,7 +161,7 @@ class SourceExporter:
 
     def model(self, planned: PlanNode, chunk: Chunk) -> Link:
         """Return a chunk's model with its LoRAs, its shift and its step cache."""
-        loader = self._plan.node(self._source(planned, "model").node)
+        loader = self._giver(planned, "model")
         key = loader.name, chunk.shift, chunk.step_cache_threshold if chunk.step_cache != "off" else 0.0
         if key not in self._models:
             node: Any = loader.node
@@ -182,7 +185,7 @@ class SourceExporter:
         """Return the VAE that a chunk's inputs were encoded with, or any: ComfyUI wants one connected."""
         for key in ("reference", "control", "motion"):
             if key in planned.inputs:
-                return self.one(self._plan.node(self._source(planned, key).node), "vae")
+                return self.one(self._giver(planned, key), "vae")
         loader = next((item for item in self._plan.nodes if item.node.kind == "load_vae"), None)
         if loader is None:
             return self._sheet.shared("VAELoader", "vae", vae_name="wan_2.1_vae.safetensors")
@@ -190,14 +193,14 @@ class SourceExporter:
 
     def control(self, planned: PlanNode, offset: int, num_latent_frames: int) -> Link | None:
         """Return a chunk's pose frames. ComfyUI takes the first ones of what it gets: later ones are cut out."""
-        source = self._source(self._plan.node(self._source(planned, "control").node), "control_video")
-        given = self._plan.node(source.node)
+        encoder = self._giver(planned, "control")
+        given = self._giver(encoder, "control_video")
         node: Any = given.node
         if given.node.kind == "frames_slice" and offset and node.length == 1 and node.start == 0:
             return None  # its one frame is long past
         if given.node.kind == "frames_delay" and node.count == offset:
             return self.one(given, "frames")
-        link = self._link(source)
+        link = self.one(encoder, "control_video")
         if not offset:
             return link
         length = 4 * (num_latent_frames - 1) + 1
@@ -205,7 +208,7 @@ class SourceExporter:
 
     def motion(self, planned: PlanNode) -> Link:
         """Return the clip whose motion the first chunk continues."""
-        return self.one(self._plan.node(self._source(planned, "motion").node), "motion_video")
+        return self.one(self._giver(planned, "motion"), "motion_video")
 
     def _add(self, planned: PlanNode, class_type: str, **given: Any) -> Link:
         return self._sheet.add(class_type, planned.name, **given)

@@ -82,8 +82,8 @@ def _comment(file: BinaryIO, form: str, path: str | os.PathLike[str]) -> bytes |
             texts = [text for name, text in container.metadata.items() if name.lower() == "comment"]
     except MediaError:
         return None
-    notes = [text.encode() for text in texts if text.startswith(_BEGINNING) and len(text) <= MAX_NOTE_BYTES]
-    return notes[0] if notes else None
+    notes = (text.encode() for text in texts if text.startswith(_BEGINNING) and len(text) <= MAX_NOTE_BYTES)
+    return next(notes, None)
 
 
 def _boxes(file: BinaryIO, size: int, path: str | os.PathLike[str]) -> Iterator[tuple[bytes, int, int]]:

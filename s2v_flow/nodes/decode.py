@@ -75,10 +75,10 @@ class Decode(Node):
         chain: Chain = video.facts["chain"]
         in_pixels = bool(chain.parts) and all(part.frames for part in chain.parts)
         before, num_before = (None, 0) if in_pixels else self._before(chain)
-        if in_pixels:
-            total, drop = self._pixel_frames(planner, name, chain)
-        else:
-            total, drop = self._latent_frames(planner, name, chain, num_before)
+        own = FRAMES_PER_LATENT * chain.num_latent_frames
+        decoded = sum(part.num_frames for part in chain.parts)
+        total = decoded if in_pixels else own + FRAMES_PER_LATENT * num_before - _LEAD
+        drop = self._dropped(planner, name, chain, total - own, in_pixels=in_pixels)
         frames = voice_frames(chain.settings)
         num_parts = len(chain.parts)
         if frames is not None and self.trim == "audio" and not chain.is_open:
@@ -126,33 +126,20 @@ class Decode(Node):
             return chain.start, MOTION_LATENT_FRAMES
         return (reference.source, 1) if reference else (None, 1)
 
-    def _latent_frames(self, planner: Planner, name: str, chain: Chain, num_before: int) -> tuple[int, int]:
-        """Return how many frames the decoder gives out, and how many of them are to be dropped."""
-        total = FRAMES_PER_LATENT * (chain.num_latent_frames + num_before) - _LEAD
-        if self.drop_frames != "auto":
-            return total, self.drop_frames
-        warmup = warmup_frames(chain.settings)
-        if num_before:
-            return total, FRAMES_PER_LATENT * num_before - _LEAD + warmup
-        self._require_warmup(planner, name, "prefix", "prefix: none", chain, _LEAD)
-        return total, max(warmup - _LEAD, 0)
+    def _dropped(self, planner: Planner, name: str, chain: Chain, num_more: int, *, in_pixels: bool) -> int:
+        """Return how many frames are dropped at the start, where there are `num_more` than the chunks are long.
 
-    def _pixel_frames(self, planner: Planner, name: str, chain: Chain) -> tuple[int, int]:
-        total = sum(part.num_frames for part in chain.parts)
+        Below 0, so many are lacking: the warm-up has to stand for them, or picture and sound are out of time.
+        """
         if self.drop_frames != "auto":
-            return total, self.drop_frames
-        dropped = FRAMES_PER_LATENT * chain.num_latent_frames - total
-        self._require_warmup(planner, name, "latent", "motion: pixels", chain, dropped)
-        return total, max(warmup_frames(chain.settings) - dropped, 0)
-
-    @staticmethod
-    def _require_warmup(planner: Planner, name: str, key: str, what: str, chain: Chain, lacking: int) -> None:
-        """Record a mistake where frames are lacking at the start that no warm-up stands for."""
+            return self.drop_frames
         warmup = warmup_frames(chain.settings)
-        if "speech" in chain.settings.inputs and warmup < lacking:
-            message = f"{what} needs warmup_frames of at least {lacking} to keep picture and sound in time"
+        if "speech" in chain.settings.inputs and warmup + num_more < 0:
+            key, what = ("latent", "motion: pixels") if in_pixels else ("prefix", "prefix: none")
+            message = f"{what} needs warmup_frames of at least {-num_more} to keep picture and sound in time"
             fix = "set warmup_frames in the encode_audio node, or drop_frames here"
             planner.problem(name, key, "R110", f"{message}, got {warmup}", fix)
+        return max(warmup + num_more, 0)
 
 
 def _within(chain: Chain, num_frames: int, wanted: int) -> tuple[Chain, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from s2v_flow.history.compare import Difference, inputs_that_differ
@@ -92,7 +93,7 @@ def graph_of(values: Mapping[str, Any], nodes: Sequence[NodeRecord] = ()) -> Gra
         columns[rank(name)].append(name)
     rows: dict[str, float] = {}
     for column in sorted(columns):
-        heights = {name: _mean([rows[source] for source in sources[name]]) for name in columns[column]}
+        heights = {name: fmean([rows[source] for source in sources[name]] or [0.0]) for name in columns[column]}
         for index, name in enumerate(sorted(columns[column], key=lambda name: heights[name])):
             rows[name] = index - (len(columns[column]) - 1) / 2
     tallest = max(map(len, columns.values()), default=1)
@@ -109,10 +110,6 @@ def graph_of(values: Mapping[str, Any], nodes: Sequence[NodeRecord] = ()) -> Gra
         boxes.append(Box(name, kind, state, len(own), duration_text(sum(seconds)) if seconds else "", *places[name]))
     edges = [_edge(places[source], places[name]) for name in kinds for source in sources[name]]
     return Graph(boxes, edges, (max(columns, default=0) + 1) * across - _GAP_ACROSS + 2, tallest * down - _GAP_DOWN + 2)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def _edge(source: tuple[int, int], target: tuple[int, int]) -> str:
