@@ -13,6 +13,7 @@ from s2v_flow.comfy.source_export import Sheet, SourceExporter
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.nodes.chunk import Chunk
+from s2v_flow.nodes.edit import piece
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.params import whole_reference
@@ -132,8 +133,7 @@ class _Exporter:
             whole, count = self._videos[node.latent.node]
             values = {"dim": node.axis, "index": node.index, "amount": node.amount}
             link = self._sheet.add("LatentCut", name, samples=whole, **values)
-            left = count - node.index if node.index >= 0 else -node.index
-            return link, min(max(left, 1), node.amount) if node.axis == "t" else count
+            return link, piece(count, node.index, node.amount)[1] if node.axis == "t" else count
         video = None if node.kind == "sample" else self._videos[node.video.node]
         several = len(self._chunks[name]) > 1
         for number, (planned, chunk) in enumerate(self._chunks[name], start=1):

@@ -24,6 +24,7 @@ from s2v_flow.comfy.meaning import (
     Solver,
     Translator,
 )
+from s2v_flow.nodes.edit import piece
 from s2v_flow.nodes.sample import Sample
 from s2v_flow.sampling.catalog import CALLS_PER_STEP
 from s2v_flow.wording import did_you_mean
@@ -167,8 +168,8 @@ def _chunk(at: AtNode, chunk: Prepared, settings: dict[str, Any], seed: Value) -
     total = None if base.num_frames is None else base.num_frames + num_frames
     joined = Latent(ref, total, base.size, {**base.settings, **wanted})
     cut = {"latent": ref, "axis": "t", "index": -num_frames, "amount": num_frames}
-    piece = at.add("latent_cut", "last_chunk", cut, titled=False)
-    return Latent(piece, num_frames, base.size, joined.settings, piece=(base.ref, joined))
+    last = at.add("latent_cut", "last_chunk", cut, titled=False)
+    return Latent(last, num_frames, base.size, joined.settings, piece=(base.ref, joined))
 
 
 def _control(at: AtNode, chunk: Prepared, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,10 +189,10 @@ def _control(at: AtNode, chunk: Prepared, settings: Mapping[str, Any]) -> dict[s
     if base.num_frames is None:
         raise at.refuse("control_video: how long the loaded latent is, is not in the workflow")
     offset, length = 4 * base.num_frames, 4 * ((chunk.length.value - 1) // 4) + 1
-    piece = at.draft[given]
-    numbers = [getattr(piece.fields.get(name), "value", None) for name in ("start", "length")]
-    if piece.kind == "frames_slice" and numbers == [offset, length]:  # cut by hand, so that it goes on
-        return {"control_video": piece.fields["frames"]}
+    pose = at.draft[given]
+    numbers = [getattr(pose.fields.get(name), "value", None) for name in ("start", "length")]
+    if pose.kind == "frames_slice" and numbers == [offset, length]:  # cut by hand, so that it goes on
+        return {"control_video": pose.fields["frames"]}
     at.mistakes.note("as in ComfyUI, the pose video begins anew in every chunk; --modernise lets it go on")
     return {"control_video": at.add("frames_delay", "pose_again", {"frames": given, "count": offset}, titled=False)}
 
@@ -276,8 +277,7 @@ def _cut(at: AtNode) -> Any:
     cut_of = (whole.ref, axis, index.value, amount.value)
     if axis != "t":
         return Latent(ref, whole.num_frames, None, whole.settings, cut_of)
-    left = None if whole.num_frames is None else whole.num_frames - index.value if index.value >= 0 else -index.value
-    count = None if left is None else max(min(amount.value, left), 1)
+    count = None if whole.num_frames is None else piece(whole.num_frames, index.value, amount.value)[1]
     return Latent(ref, count, whole.size, whole.settings, cut_of)
 
 
@@ -310,7 +310,7 @@ def _from_batch(at: AtNode) -> Any:
     if not takes_all and length.value >= _WHOLE:
         at.note(f"it takes {length.value} of {left} frames; the rest is cut, as there")
     fields = {"frames": found.ref, "start": index, "length": None if takes_all else length}
-    count = None if left is None else max(min(left, length.value), 1)
+    count = None if found.total is None else piece(found.total, index.value, length.value)[1]
     return at.made("frames_slice", "part", fields, "frames", count)
 
 

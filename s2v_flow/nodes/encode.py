@@ -162,9 +162,8 @@ class EncodeAudio(Node):
 
     def window_states(self, num_samples: int) -> int | None:
         """Return a window's length in states, or None for a voice that is encoded as a whole."""
-        is_auto = self.window_seconds == "auto"
-        longest = WHOLE_SECONDS if self.window_seconds == "auto" else self.window_seconds
-        window = LONG_WINDOW_SECONDS if is_auto else longest
+        given = self.window_seconds
+        longest, window = (WHOLE_SECONDS, LONG_WINDOW_SECONDS) if given == "auto" else (given, given)
         return None if num_samples <= longest * SAMPLE_RATE_HZ else round(window * STATES_HZ)
 
 
