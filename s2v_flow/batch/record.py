@@ -20,6 +20,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.files.atomic import TakenError, free_name, is_alive, machine_id, put_new, temporary, write_whole, writing
 from s2v_flow.files.lock import held, is_held
@@ -86,9 +88,11 @@ class Job:
         Raises:
             KeyError, TypeError, ValueError: It is none.
         """
-        tuples = {name: tuple(map(str, entry[name])) for name in ("axes", "outputs")}
         overrides = tuple(Override(kind, str(text)) for kind, text in entry["overrides"])
-        return cls(**{**entry, **tuples, "overrides": overrides})
+        return _JOB.validate_python({**entry, "overrides": overrides})
+
+
+_JOB = TypeAdapter(Job)
 
 
 @dataclass(frozen=True)
@@ -227,13 +231,13 @@ def read_batch(path: Path) -> Batch:
     except OSError as error:
         fix = "name the batch.json, or its folder; `s2vflow batch` prints where it is"
         raise MissingError(f"{path}: cannot be read: {error.strerror}", fix) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MissingError(f"{path}: this is no batch.json that s2vflow wrote", fix="plan it again") from error
 
 
 def _identity(path: Path) -> object:
     """Return what makes a batch the same one; None where the file is none."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         found = json.loads(path.read_bytes())
         return _identity_of(found, found["jobs"])
     return None

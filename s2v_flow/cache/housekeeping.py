@@ -180,7 +180,7 @@ def _held(root: Path) -> tuple[set[str], float]:
     held: set[str] = set()
     since = float("inf")
     for marker in _own(root, "live/*.json", _MARKER):
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError, RecursionError):
             if _is_live(marker):
                 since = min(since, marker.stat().st_mtime)
                 held.update(json.loads(marker.read_bytes()))

@@ -260,9 +260,26 @@ def test_a_job_that_cannot_succeed_is_not_tried_again(stored: Place) -> None:
 def test_what_is_no_batch_is_said(tmp_path: Path) -> None:
     """A folder without one, and a file of something else."""
     assert call("batch", "status", tmp_path)[0] == 4
-    (tmp_path / "batch.json").write_text("{}", encoding="utf-8")
-    code, _, err = call("batch", "status", tmp_path)
-    assert (code, "this is no batch.json that s2vflow wrote" in err) == (4, True)
+    given = {
+        name: []
+        for name in (*["profiles", "axes", "override_files", "models_dirs", "extra_model_paths", "input_dirs"],)
+    }
+    given |= dict.fromkeys(("cache_remote", "cache_limit", "output_dir", "cache_dir"))
+    given |= {"device": "cpu", "overwrite": False, "overrides": []}
+    job = {"number": 1, "recipe": "a.yaml", "overrides": [["set", "a=1"]], "axes": [], "outputs": []}
+    batch = {"folder": ".", "options": given, "jobs": [job]}
+    whole, deep = json.dumps(batch), "[" * 100_000
+    for changes in ({"number": []}, {"recipe": 5}, {"origin": ["x"]}, {"fingerprints": "x"}, {"axes": "x"}):
+        batches = json.dumps({**batch, "jobs": [{**job, **changes}]})
+        assert status_of(tmp_path, batches) == (4, True), changes
+    assert status_of(tmp_path, "{}") == status_of(tmp_path, deep) == (4, True)
+    assert status_of(tmp_path, whole) == (0, False)
+
+
+def status_of(folder: Path, text: str) -> tuple[int, bool]:
+    (folder / "batch.json").write_text(text, encoding="utf-8")
+    code, _, err = call("batch", "status", folder)
+    return code, "this is no batch.json that s2vflow wrote" in err
 
 
 def program(made: Place, *arguments: object) -> subprocess.Popen[str]:
