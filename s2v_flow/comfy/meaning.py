@@ -300,6 +300,8 @@ class AtNode:
     def optional(self, name: str) -> Any:
         """Return what a linked input means, or None where it is not linked."""
         given = self.node.inputs.get(name)
+        if name in self.node.lacking:
+            self.note(f"{name} is left out: it comes from a node that is switched off")
         return self._follow(given) if isinstance(given, Link) else None
 
     def meaning(self, name: str, type_: type[MeaningT]) -> MeaningT:

@@ -190,7 +190,8 @@ def _explain_foreign(path: Path, file: BinaryIO, start: bytes) -> None:
     fix = "name a .safetensors file, or download the .safetensors file again"
     for place, mark, what in _FOREIGN_STARTS:
         if start[place:].startswith(mark):
-            raise CheckpointError(f"{path}: is {what}", fix)
+            as_it_is = "put it into a models folder, and name it as the checkpoint of a load node"
+            raise CheckpointError(f"{path}: is {what}", as_it_is if mark == b"GGUF" else fix)
     if _ONNX.match(start) or path.suffix.lower() == ".onnx":
         raise CheckpointError(f"{path}: is an ONNX model, which is not supported", fix)
     text = _text(start)

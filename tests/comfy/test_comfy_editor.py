@@ -199,10 +199,11 @@ def test_a_bypassed_node_passes_on_an_input_of_any_type(tmp_path: Path, plain_te
 
 
 def test_what_a_muted_node_gives_is_absent(tmp_path: Path) -> None:
-    """A muted LoadImage takes the reference away; a muted prompt is a mistake."""
+    """A muted LoadImage takes the reference away, with a note; a muted prompt is a mistake."""
     document = editor()
     node_of(document, "LoadImage")["mode"] = 2
     assert "reference" not in recipe_of(document, tmp_path).nodes
+    assert "ref_image is left out: it comes from a node that is switched off" in imported(document, tmp_path).notes[0]
     node_of(document, "CLIPTextEncode")["mode"] = 2
     with pytest.raises(RecipeError) as caught:
         imported(document, tmp_path)

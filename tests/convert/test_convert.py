@@ -273,8 +273,9 @@ def test_what_is_no_model_or_another_kind_is_said(tmp_path: Path, tiny_models: P
 )
 def test_other_files_are_called_by_their_names(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         convert(Request(tmp_path / "a.pth", tmp_path / "a.safetensors"))
+    assert ("name it as the checkpoint of a load node" in (caught.value.fix or "")) == content.startswith(b"GGUF")
 
 
 def test_a_folder_is_its_one_index(tmp_path: Path) -> None:
