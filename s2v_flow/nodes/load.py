@@ -209,10 +209,8 @@ class _Loader(Node):
         return {port: open_handle(context, kind, self.precision, partial(self.load, context))}
 
     def load(self, context: RunContext, path: Path, **options: Any) -> Any:
-        """Load the model, by the function of the kind's name; see `open_handle`."""
-        from s2v_flow.models import load
-
-        return getattr(load, self.kind)(path, dtype=options["dtype"], device=options["device"])
+        """Load the model; see `open_handle`."""
+        raise NotImplementedError
 
 
 class LoadTextEncoder(_Loader):
@@ -257,6 +255,12 @@ class LoadAudioEncoder(_Loader):
     )
     precision: Precision = Field("auto", description="auto: float32.")
 
+    def load(self, context: RunContext, path: Path, **options: Any) -> Any:
+        """Load the encoder."""
+        from s2v_flow.models.load import load_audio_encoder
+
+        return load_audio_encoder(path, dtype=options["dtype"], device=options["device"])
+
 
 class LoadVae(_Loader):
     """Load the Wan video VAE."""
@@ -269,6 +273,12 @@ class LoadVae(_Loader):
         description="File name under the models folder's vae/."
     )
     precision: Precision = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
+
+    def load(self, context: RunContext, path: Path, **options: Any) -> Any:
+        """Load the VAE."""
+        from s2v_flow.models.load import load_vae
+
+        return load_vae(path, dtype=options["dtype"], device=options["device"])
 
 
 class LoadLatent(Node):
