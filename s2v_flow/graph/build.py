@@ -14,8 +14,8 @@ import networkx as nx
 
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.graph.link import sort
+from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.node import Plan, Planner, PlanNode, Remember, Spec
-from s2v_flow.graph.ports import Locations
 from s2v_flow.wording import worded
 
 _MAX_NAME_BYTES = 255  # on every usual file system

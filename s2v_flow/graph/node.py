@@ -20,19 +20,8 @@ from pydantic import BaseModel, ConfigDict
 
 from s2v_flow.errors import Diagnostic, Place
 from s2v_flow.graph.context import Artifact, RunContext
-from s2v_flow.graph.ports import (
-    FieldPath,
-    FileField,
-    Locations,
-    Missing,
-    Neutral,
-    Port,
-    PortType,
-    Ref,
-    Source,
-    Value,
-    marks,
-)
+from s2v_flow.graph.locations import Locations, Missing
+from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Port, PortType, Ref, Source, Value, marks
 from s2v_flow.wording import WARNING
 
 Given = Value | Source | tuple[Source, ...] | None

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from s2v_flow.convert.release import RELEASE_FILES, RELEASE_FOLDER
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
-from s2v_flow.graph.ports import FileField, Locations, Missing, ModelFolder
+from s2v_flow.graph.locations import Locations, Missing, ModelFolder
+from s2v_flow.graph.ports import FileField
 from s2v_flow.library.downloads import RemoteFile, at_endpoint, check_space, fetch, look_up
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.problems import Problems, StopReadingError

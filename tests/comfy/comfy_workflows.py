@@ -17,8 +17,9 @@ from s2v_flow.comfy.graph import Mistakes, read_prompt
 from s2v_flow.comfy.importer import Imported, checked, import_workflow
 from s2v_flow.errors import RecipeError
 from s2v_flow.graph.build import build_plan
+from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.node import Plan
-from s2v_flow.graph.ports import Locations, Source
+from s2v_flow.graph.ports import Source
 from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.load import load_recipe
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from s2v_flow.errors import ExitCode, RefusedError
-from s2v_flow.graph.ports import FileField, Locations, Missing
+from s2v_flow.graph.locations import Locations, Missing
+from s2v_flow.graph.ports import FileField
 
 MODEL = FileField("model", "diffusion model", ("diffusion_models", "unet"))
 IMAGE = FileField("input", "image")

@@ -10,8 +10,9 @@ from toy import Glue, Join, LoadTool, Read, Save, Split, ToySpec, Word, plan_toy
 
 from s2v_flow.errors import RecipeError, RefusedError
 from s2v_flow.graph.build import build_plan
+from s2v_flow.graph.locations import Locations, Missing
 from s2v_flow.graph.node import Node
-from s2v_flow.graph.ports import Locations, Missing, Ref, Source, Value
+from s2v_flow.graph.ports import Ref, Source, Value
 
 R = Ref.parse
 

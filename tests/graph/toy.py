@@ -14,8 +14,9 @@ from s2v_flow.files.facts import file_digest
 from s2v_flow.graph.build import build_plan
 from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.events import Event, NodeStarted, Noted
+from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.node import Node, Plan, Planner
-from s2v_flow.graph.ports import FileField, Locations, Neutral, Port, Ref, Value
+from s2v_flow.graph.ports import FileField, Neutral, Port, Ref, Value
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import NodeStatus, assess
 

@@ -9,7 +9,8 @@ from recipes_for_tests import call, write_recipe
 
 from s2v_flow.api import Options
 from s2v_flow.errors import RecipeError
-from s2v_flow.graph.ports import FileField, Locations, ModelFolder
+from s2v_flow.graph.locations import Locations, ModelFolder
+from s2v_flow.graph.ports import FileField
 from s2v_flow.library.needs import find_extra_models, read_extra_models
 
 VAE = FileField("model", "VAE", ("vae",))
