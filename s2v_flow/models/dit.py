@@ -9,11 +9,11 @@ Source: Wan2.2, wan/modules/s2v/model_s2v.py, WanModel_S2V.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -181,13 +181,17 @@ class WanS2V(nn.Module):
         """Whether the blocks are compiled, or will be by the next call."""
         return self.blocks[0]._compiled_call_impl is not None
 
-    def compile_blocks(self) -> None:
-        """Let torch.compile make each block's code, once for all, on the first call: seconds to minutes.
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Let torch.compile make the blocks' code, once for all, on the first call: seconds to minutes.
 
-        The weights have to stay on the device.
+        The last of several blocks stays as it is: it computes fewer tokens, for which everything would be compiled
+        again. The weights have to stay on the device.
+
+        Args:
+            backend: What torch.compile takes: a name, or a function of a graph and its inputs.
         """
-        for block in self.blocks:
-            block.compile()
+        for block in self.blocks[: max(1, len(self.blocks) - 1)]:
+            block.compile(backend=backend)
 
     def _passing(self, use: Use, count: int) -> AbstractContextManager[Iterable[int]]:
         """Return the numbers of `count` layers, in order, each with its weights where it computes."""

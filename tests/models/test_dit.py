@@ -214,6 +214,21 @@ def test_what_branches_share_is_computed_once() -> None:
 
 
 @pytest.mark.slow
+def test_blocks_share_one_graph_but_for_the_last_which_is_not_compiled() -> None:
+    """Another number of tokens is another graph: it is compiled for all sizes then."""
+    graphs = []
+
+    def counting(graph: Any, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    model = fill_module(WanS2V(TINY))
+    model.compile_blocks(counting)
+    assert relative_error(*run_case(model, "dit_extend_full_motion")) <= TOLERANCE
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
 def test_a_full_forward_pass_needs_fewer_flops_than_comfyui() -> None:
     """640x640, 20 latent frames, with motion: ComfyUI's takes 1980.2e12.
 
