@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ settings.register_profile(  # however busy the machine is
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
+READ_BY_THE_PROGRAM = tuple(
+    f"S2VFLOW_{name}"
+    for name in ("CACHE_DIR", "CACHE_LIMIT", "CACHE_REMOTE", "DEFAULTS", "EXTRA_MODEL_PATHS", "MODELS_DIR")
+)
 LONGEST = ("batch", "demo", "views", "parallel", "docs", "e2e")
 
 
@@ -35,6 +39,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give tests an empty home folder: what the user has there decides nothing, and nothing is left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        for name in [*READ_BY_THE_PROGRAM, "XDG_CACHE_HOME", "XDG_CONFIG_HOME"]:
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

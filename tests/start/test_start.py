@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from recipes_for_tests import PORTRAIT, RECIPES, call, write_voice
+from runs_for_tests import Place
 
 from s2v_flow import api
 from s2v_flow.errors import S2VFlowError
@@ -168,11 +169,12 @@ def test_a_portrait_that_cannot_be_used_is_exit_code_4(
     assert not (tmp_path / "recipe.yaml").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_exit_code_2(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_exit_code_2(tmp_path: Path, quick_run: Place) -> None:
+    lock = ["lock", quick_run.recipe, *quick_run.where]
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for target in (tmp_path / "file" / "recipe.yaml", tmp_path / "folder"):
-        for command in (["init"], ["init", "--force"], ["schema"], ["lock", RECIPES / "demo.yaml"]):
+        for command in (["init"], ["init", "--force"], ["schema"], lock):
             code, _, err = call(*command, "-o", target)
             assert (code, "cannot be written" in err, "fix: name another file with -o" in err) == (2, True, True), err
 
