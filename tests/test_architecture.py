@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
     },
     "library": {"convert", "files", "models", "weights", "recipe", "graph", "wording", "errors"},
-    "comfy": {"nodes", "recipe", "graph", "sampling", "wording", "errors"},
+    "comfy": {"nodes", "recipe", "graph", "sampling", "media", "wording", "errors"},
     "start": {"files", "library", "recipe", "graph", "media", "errors"},
     # runs and the Python face
     "runs": {

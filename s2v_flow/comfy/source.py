@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.errors import ExitCode, MediaError, MissingError, RefusedError, S2VFlowError
 from s2v_flow.recipe.species import similar_file
 
 MAX_BYTES = 50 << 20
@@ -161,17 +161,13 @@ def _exif_texts(file: BinaryIO, path: Path) -> Iterator[tuple[str, str]]:
 
 def _recording_texts(file: BinaryIO, form: str | None, path: Path) -> Iterator[tuple[str, str]]:
     """Yield the tags of a video or sound, in ogg a stream's; some nodes put a JSON object with both into a comment."""
-    import av
+    from s2v_flow.media.source import AV_ERRORS, open_container, tags_of
 
-    options = {"protocol_whitelist": "none"}  # nothing but this file is read, and as nothing else than its format
     try:
-        with av.open(file, format=form, container_options=options, metadata_errors="replace") as container:
-            tags = [
-                *container.metadata.items(),
-                *(pair for stream in container.streams for pair in stream.metadata.items()),
-            ]
-    except (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise bad_file(path, f"a damaged video or sound ({error})") from error
+        with open_container(file, form, path) as container:  # nothing but this file is read
+            tags = [pair for part in (container, *container.streams) for pair in tags_of(part)]
+    except (MediaError, *AV_ERRORS) as error:
+        raise bad_file(path, f"a damaged video or sound ({error.__cause__ or error})") from error
     for key, text in tags:
         if len(text) > MAX_BYTES:
             raise _too_large(path)

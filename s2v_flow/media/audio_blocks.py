@@ -16,6 +16,7 @@ from fractions import Fraction
 from io import FileIO
 from typing import Any, NamedTuple
 
+import av
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
@@ -246,8 +247,12 @@ def _frame_samples(frame: Any, path: str | os.PathLike[str]) -> NDArray[np.float
         raise MediaError(f"{path}: samples of type {name} are not supported", "convert it to wav by ffmpeg")
     if count > MAX_AUDIO_CHANNELS:
         raise _too_many_channels(path, count)
-    # PyAV finds more planes than there are from 8 channels on, and to_ndarray reads them: garbage, or a crash
-    planes, size = (frame.planes[:count], frame.samples) if frame.format.is_planar else (frame.planes[:1], -1)
+    if (
+        frame.format.is_planar and count == MAX_AUDIO_CHANNELS
+    ):  # PyAV finds more planes than eight, and fails from 19 on
+        packing = av.AudioResampler(frame.format.packed, frame.layout, frame.sample_rate)
+        (frame,) = packing.resample(frame)
+    planes, size = (frame.planes, frame.samples) if frame.format.is_planar else (frame.planes[:1], -1)
     values = np.stack([np.frombuffer(plane, dtype=dtype, count=size) for plane in planes])
     if not frame.format.is_planar:
         values = values[0, : frame.samples * count].reshape(-1, count).T  # [channels, samples]

@@ -74,12 +74,12 @@ def read_note(path: str | os.PathLike[str]) -> bytes | None:
 
 def _comment(file: BinaryIO, form: str, path: str | os.PathLike[str]) -> bytes | None:
     """Return a container's comment if it is a note, as a remux has left it."""
-    from s2v_flow.media.source import open_container
+    from s2v_flow.media.source import open_container, tags_of
 
     file.seek(0)
     try:
         with open_container(file, form, path) as container:
-            texts = [text for name, text in container.metadata.items() if name.lower() == "comment"]
+            texts = [text for name, text in tags_of(container) if name.lower() == "comment"]
     except MediaError:
         return None
     notes = (text.encode() for text in texts if text.startswith(_BEGINNING) and len(text) <= MAX_NOTE_BYTES)

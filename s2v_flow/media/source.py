@@ -41,6 +41,8 @@ MAX_VIDEO_FRAMES = MAX_VIDEO_SECONDS * 60
 AV_ERRORS = (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError)
 """What PyAV raises for a file that is damaged, or is not what it claims to be; OSError where that sends it before the
 file's start."""
+# what is no UTF-8 in a tag: from 19 on PyAV keeps its bytes so and cannot be asked, before, it has to be asked
+_TAG_OPTIONS = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "surrogateescape"}
 
 
 _ALLOWED_GAP_SECONDS = Fraction(1, 4)  # between the length that a header promises and the last packet
@@ -130,22 +132,29 @@ def id3_end(head: bytes) -> int:
     return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
 
 
-def open_container(file: Any, format_name: str, path: str | os.PathLike[str]) -> Any:
+def open_container(file: Any, format_name: str | None, path: str | os.PathLike[str]) -> Any:
     """Open a file, or what reads and seeks like one, with one named demuxer, that can open nothing else.
+
+    None names the one that FFmpeg takes for it.
 
     Raises:
         MediaError: the file is not of that format, or damaged.
     """
     try:
-        return av.open(
-            file,
-            mode="r",
-            format=format_name,
-            container_options={"protocol_whitelist": "none"},
-            metadata_errors="replace",
-        )
+        options = {"protocol_whitelist": "none"}
+        return av.open(file, mode="r", format=format_name, container_options=options, **_TAG_OPTIONS)
     except AV_ERRORS as error:
         raise damaged(path, error) from error
+
+
+def tags_of(part: Any) -> list[tuple[str, str]]:
+    """Return the tags of a container or a stream, name and text; U+FFFD stands for what is no UTF-8 in them."""
+    pairs = part.metadata.items()
+    return [(_without_surrogates(name), _without_surrogates(text)) for name, text in pairs]
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def usable_track(streams: Sequence[Any], what: str, path: str | os.PathLike[str], note: Callable[[str], None]) -> Any:

@@ -68,6 +68,12 @@ def sound(path: Path, tags: dict[str, str], codec: str) -> None:
         container.mux(stream.encode())
 
 
+def latin_1(path: Path) -> None:
+    """A tag that is no UTF-8 beside the workflow's."""
+    sound(path, {"artist": "caf@", "prompt": PROMPT}, "flac")
+    path.write_bytes(path.read_bytes().replace(b"caf@", b"caf\xe9"))
+
+
 MAKERS = {
     "a.json": lambda path: path.write_text(WORKFLOW),
     "bom.json": lambda path: path.write_bytes(b"\xef\xbb\xbf" + WORKFLOW.encode()),
@@ -86,6 +92,7 @@ MAKERS = {
     "a.flac": lambda path: sound(path, {"prompt": PROMPT, "workflow": WORKFLOW}, "flac"),
     "a.mp3": lambda path: sound(path, {"prompt": PROMPT, "workflow": WORKFLOW}, "libmp3lame"),
     "a.opus": lambda path: sound(path, {"prompt": PROMPT, "workflow": WORKFLOW}, "libopus"),
+    "latin-1.flac": latin_1,
     "a.latent": lambda path: save_file({"latent_tensor": np.zeros(3)}, path, {"prompt": PROMPT}),
 }
 

@@ -13,6 +13,7 @@ from recipes_for_tests import read_audio
 
 from s2v_flow.errors import MediaError
 from s2v_flow.media.audio import open_audio, probe_audio
+from s2v_flow.media.source import open_container, tags_of
 
 RATE = 48_000
 HOLE = (0.3, 0.6)  # seconds after the sound's start
@@ -60,6 +61,17 @@ def packets(track: av.AudioStream, tone_hz: int) -> list[av.Packet]:
         frame.sample_rate, frame.pts, frame.time_base = RATE, start, Fraction(1, RATE)
         found += track.encode(frame)
     return [packet for packet in [*found, *track.encode(None)] if packet.pts is not None]
+
+
+def test_tags_in_any_encoding_are_read(tmp_path: Path) -> None:
+    """What is no UTF-8 in them is no reason to refuse the sound, and no half of a pair gets into a text."""
+    path = film(tmp_path / "a.mkv", "matroska", "flac", video_from=None)
+    content = path.read_bytes()
+    assert b"Lavf" in content
+    path.write_bytes(content.replace(b"Lavf", b"caf\xe9"))
+    assert read_audio(path).num_samples == RATE
+    with path.open("rb") as file, open_container(file, "matroska", path) as container:
+        assert "caf\ufffd" in dict(tags_of(container))["ENCODER"]
 
 
 def sounding(waveform: NDArray[np.float32]) -> list[tuple[float, float]]:
