@@ -450,7 +450,7 @@ def guard_device() -> None:
         methods = (ctypes.c_void_p * 32)(*[ctypes.cast(method, ctypes.c_void_p).value] * 32)
         guard = (ctypes.c_void_p * 1)(ctypes.addressof(methods))
         guards[1] = ctypes.addressof(guard)
-        torch._C._ensureCUDADeviceGuardSet()
+    torch._C._ensureCUDADeviceGuardSet()
 
 
 def meet_over_gloo(meet: Any, name: str, *, device_id: torch.device | None = None, **options: Any) -> None:
