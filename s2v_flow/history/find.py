@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 from s2v_flow.cache.housekeeping import is_running
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
 from s2v_flow.runs.essence import read_essence
-from s2v_flow.runs.manifest import Essence, Manifest
+from s2v_flow.runs.manifest import Essence, Manifest, from_text
 from s2v_flow.runs.record import RUN_ID
 from s2v_flow.wording import did_you_mean
 
 LAST = "last"
 _NAME = "manifest.json"
 _MAX_BYTES = 64 << 20
-_MAX_DIGITS = 300
 _MAX_NAMED = 10  # runs that a message names
 
 
@@ -104,9 +101,7 @@ def _stored(path: Path) -> Manifest:
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}", "check its permissions") from error
     try:
-        # not by pydantic: it may hold names that are no UTF-8, escaped; and what no float can be is no count
-        found = json.loads(content, parse_int=lambda text: int(text) if len(text) < _MAX_DIGITS else inf)
-        return Manifest.model_validate(found)
+        return from_text(Manifest, content)
     except (ValueError, RecursionError) as error:
         raise MissingError(f"{path}: is damaged, or of another version of s2vflow") from error
 

@@ -81,7 +81,7 @@ def reproduce(
     with tempfile.TemporaryDirectory(prefix=temporary_prefix(), dir=options.cache_root / "tmp") as name:
         folder = Path(name)
         recipe = folder / "recipe.yaml"
-        recipe.write_text(essence.recipe, encoding="utf-8")
+        recipe.write_text(essence.recipe, encoding="utf-8", errors="surrogatepass")
         target = video.name if video.suffix == ".mp4" else f"{video.name}.mp4"
         fresh = replace(
             options,

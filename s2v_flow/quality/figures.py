@@ -76,7 +76,7 @@ class Measure:
         audio_seconds = self._audio_seconds
         rows = np.frombuffer(self._rows).reshape(-1, _COLUMNS)
         seconds = len(rows) / self._fps
-        borders = [start for start in chunk_starts if 0 < start < len(rows)]
+        borders = sorted({start for start in chunk_starts if 0 < start < len(rows)})
         return {
             "sync": dict(NO_SYNC) if self._sync is None else self._sync.figures(),
             "drift": _drift(rows, borders, self._fps),

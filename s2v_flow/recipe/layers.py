@@ -211,7 +211,7 @@ def merge_layers(recipe: Written, changes: Changes, problems: Problems) -> Merge
         chain = read_chain(recipe, problems, is_recipe=True)
     else:
         source = Source(str(recipe), changes.inside[1], ())
-        tree = read_yaml(changes.inside[0].encode(), source, problems)
+        tree = read_yaml(changes.inside[0].encode(errors="surrogatepass"), source, problems)
         chain = [read_layer(tree, str(recipe), problems, is_recipe=True)]
     overrides = [layer for file in changes.files for layer in read_chain(file, problems, is_recipe=False)]
     known: dict[str, Body] = {}

@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from s2v_flow.cache.store import Entry
 from s2v_flow.errors import MediaError
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.media.provenance import MAX_NOTE_BYTES, note_box, read_note, tags_box
 from s2v_flow.recipe.config import portable_text
 from s2v_flow.recipe.document import Recipe
-from s2v_flow.runs.manifest import Essence, EssenceNode, FileRecord, to_note
+from s2v_flow.runs.manifest import Essence, EssenceNode, FileRecord, from_text, to_note
 from s2v_flow.runs.values import alone, file_records, home_hidden, part_of, without_nodes
 from s2v_flow.wording import WARNING, shortened
 
@@ -98,9 +96,9 @@ def read_essence(path: Path) -> Essence:
         fix = "only an mp4 as s2vflow wrote it does; tools that cut or recode it drop the note"
         raise MediaError(f"{path} does not say how it was made", fix)
     try:
-        return Essence.model_validate_json(note)
-    except ValidationError as error:
-        text = f"{path}: its note cannot be read: {error.error_count()} values are not as expected"
+        return from_text(Essence, note)
+    except (ValueError, RecursionError) as error:
+        text = f"{path}: its note cannot be read: it is damaged, or of another version of s2vflow"
         raise MediaError(text, fix="read it with the version of s2vflow that wrote it") from error
 
 

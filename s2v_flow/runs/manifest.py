@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from math import inf
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, field_validator, model_validator
 
 from s2v_flow.quality import known
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # it makes a file's name in the cache
+PartT = TypeVar("PartT", bound="Part")
+_MAX_DIGITS = 300
 NodeState = Literal["computed", "stored", "live", "skipped", "failed", "interrupted", "not_reached"]
 
 
@@ -182,6 +185,17 @@ class Essence(Part):
         None, description="Of the frames before encoding, uint8 RGB, one after the other."
     )
     chunk_starts: list[int] = Field([], description="The first frame of each chunk but the first.")
+
+
+def from_text(kind: type[PartT], text: bytes) -> PartT:
+    """Read what `to_text` or `to_note` wrote.
+
+    Raises:
+        ValueError, RecursionError: It is damaged, or of another version.
+    """
+    # not by pydantic: it may hold names that are no UTF-8, escaped; and what no float can be is no count
+    found = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < _MAX_DIGITS else inf)
+    return kind.model_validate(found)
 
 
 def to_text(part: Part) -> str:

@@ -121,7 +121,7 @@ def loras_of(run: Manifest) -> list[tuple[str, str, list[tuple[str, int, float]]
     """Return each LoRA of a run once: its id, how much has a home, and by block (name, weights, share of the most)."""
     found = {}
     for lora in run.loras:
-        most = max(lora.blocks.values(), default=0)
+        most = max(lora.blocks.values(), default=0) or 1
         blocks = sorted(lora.blocks.items(), key=lambda item: (not item[0].isdigit(), item[0].zfill(4)))
         text = f"{lora.matched} of {lora.total} tensors have a home in the model"
         found[lora.id] = lora.id, text, [(name, count, count / most) for name, count in blocks]
@@ -137,9 +137,10 @@ def cues_of(values: Mapping[str, Any]) -> list[tuple[float, str]]:
             found[part[1], part[2]][part[3]] = value
     cues = []
     for entry in found.values():
-        at = float(entry.pop("at", 0.0))
+        at = entry.pop("at", 0.0)
         text = entry.pop("prompt", None) or ", ".join(f"{name} {shown(value)}" for name, value in entry.items())
-        cues.append((at, str(text)))
+        if isinstance(at, (int, float)):
+            cues.append((float(at), str(text)))
     return sorted(cues)
 
 

@@ -114,7 +114,7 @@ def film_of(path: Path, label: str, figures: Mapping[str, Any] | None = None) ->
         poster=_jpeg(poster, _POSTER_SIDE),
         figures=figures or measured,
         essence=essence,
-        seams=tuple(start / float(info.fps) for start in starts),
+        seams=tuple(seam["frame"] / float(info.fps) for seam in measured["seams"]),
         strip=_jpeg(strip, 2 * WIDTH),
         wave="" if sound is None else _envelope(_peaks(sound, count / float(info.fps))),
         loudness="" if voice is None else _curve(voice / max(float(voice.max(initial=0.0)), 1e-9), is_closed=True),

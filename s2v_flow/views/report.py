@@ -86,7 +86,7 @@ def write_report(
     text = _rendered({**content, "films": list(_sourced(content["films"], target, embed=embed))})
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, text.encode())
+        write_whole(target, text.encode(errors="backslashreplace"))  # a file's name may be no UTF-8
     return target
 
 
@@ -153,7 +153,7 @@ class _Sources:
 
     def _file(self, run: Manifest, output: OutputRecord) -> Path:
         """Return a run's video: as it was delivered, else a copy of what the cache holds."""
-        recipe, name = Path(run.recipe.path).expanduser(), Path(output.name).expanduser()
+        recipe, name = (Path(os.path.expanduser(text)) for text in (run.recipe.path, output.name))
         places = [self.options.output_dir] if self.options.output_dir else []
         places += [Path.cwd(), recipe.parent]
         candidates = [self.known[output.node]] if output.node in self.known else [place / name for place in places]
@@ -239,8 +239,8 @@ def _sourced(films: Sequence[Film], target: Path, *, embed: bool) -> Iterator[Fi
     room = _EMBEDDED_BYTES // max(len(films), 1)
     for item in films:
         inside = proxy_of(item, room) if embed else ""
-        beside = quote(os.path.relpath(item.path.absolute(), target.absolute().parent).replace(os.sep, "/"))
-        yield replace(item, src=inside or beside)
+        beside = os.path.relpath(item.path.absolute(), target.absolute().parent).replace(os.sep, "/")
+        yield replace(item, src=inside or quote(os.fsencode(beside)))
 
 
 def _rendered(content: Mapping[str, Any]) -> str:

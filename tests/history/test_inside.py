@@ -112,6 +112,16 @@ def test_a_note_of_a_node_that_writes_nothing_is_refused(node: str, done: Place)
     assert (cache.stat().st_mode & 0o777, list((cache / "tmp").iterdir())) == (0o700, []), "its owner's alone"
 
 
+def test_a_recipe_inside_that_is_no_utf_8_is_told_where(done: Place) -> None:
+    note = read_note(done.video) or b""
+    told, content = note.replace(b"text: blurry", rb"text: \ud800"), done.video.read_bytes()
+    done.video.write_bytes(content[: -len(note_box(note))] + note_box(told))
+    for command in ("check", "report", "reproduce"):
+        page = ("-o", done.folder / "a.html") if command == "report" else ()
+        code, _, err = done.call(command, done.video, *page) if page else call(command, done.video)
+        assert (code, "is not UTF-8" in err) == ((0, False) if page else (3, True)), err
+
+
 def test_parameters_stay_and_files_given_from_elsewhere_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

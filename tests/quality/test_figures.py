@@ -160,6 +160,11 @@ def test_known_drift_and_seams(voice: Audio, talking: Frames) -> None:
     assert drift["likeness"]["per_chunk"][1] < drift["likeness"]["per_chunk"][0]
 
 
+def test_borders_in_any_order_are_borders(talking: Frames) -> None:
+    """As somebody else's note may have them; one that is there twice is one."""
+    assert measured(talking, None, (64, 48, 48, 0, 10**400)) == measured(talking, None, (48, 64))
+
+
 def test_gates_name_what_is_not_met(voice: Audio, talking: Frames) -> None:
     good = measured(talking, voice)
     strict = {"max_lag_frames": 1, "min_correlation": 0.5, "min_confidence": 0.5, "max_guards": 0}

@@ -147,6 +147,17 @@ def test_a_file_that_says_nothing_is_refused_with_the_reason(done: Place, tmp_pa
         read_essence(film)
 
 
+def test_a_note_holds_names_that_are_no_utf_8_and_no_count_that_is_none(done: Place, tmp_path: Path) -> None:
+    """Such a folder's name, as Python escapes it; a size that no disk has."""
+    film, note = tmp_path / "film.mp4", json.loads(read_note(done.video) or b"")
+    note["files"][0]["name"] = "\udcff.safetensors"
+    film.write_bytes(film_of(done) + note_box(json.dumps(note).encode()))
+    assert read_essence(film).files[0].name == "\udcff.safetensors"
+    note["files"][0]["size"] = 10**400
+    film.write_bytes(film_of(done) + note_box(json.dumps(note).encode()))
+    assert call("show", film)[0] == 4
+
+
 def test_a_note_of_a_very_long_video_does_without_its_nodes() -> None:
     node = EssenceNode(kind="extend", fingerprint="a" * 64, outputs={"latent": "b" * 64})
     essence = Essence(

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -137,6 +138,24 @@ def test_what_a_recipe_says_is_text(quick_run: Place, tmp_path: Path) -> None:
     assert len(page.all("script")) == 1
     assert page.texts["pre"] == evil
     assert evil[:40] in page.texts["text"] or evil[:30] in page.texts["text"]
+
+
+def test_a_value_that_no_run_writes_is_left_out(quick_run: Place, tmp_path: Path) -> None:
+    """A time that is no number, a LoRA that changes nothing, a home of nobody; a name that is no UTF-8 is shown."""
+    done = copied(quick_run, tmp_path / os.fsdecode(b"here \xff"))
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["recipe"]["values"] |= {f"nodes.talk.timeline[{at!r}].at": at for at in ("soon", [], {}, 0.5)}
+        manifest["recipe"]["path"], manifest["error"] = "~nobody-of-this-name/recipe.yaml", "no such file: \udcff"
+        manifest["loras"] = [{"node": "first", "id": "a", "matched": 0, "total": 2, "blocks": {"0": 0}}]
+
+    change_manifest(done, change)
+    target = done.video.with_suffix(".html")
+    for subject in ("last", done.video):
+        code, _, err = done.call("report", subject, "-o", target)
+        assert code == 0, err
+    (shown,) = Page(target).all("video")
+    assert shown["src"] == "talk.mp4"
 
 
 def test_a_file_that_is_no_report_stays(quick_run: Place, tmp_path: Path) -> None:
