@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import inf
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from s2v_flow.quality import known
 
@@ -20,7 +20,7 @@ NodeState = Literal["computed", "stored", "live", "skipped", "failed", "interrup
 class Part(BaseModel):
     """A part of a manifest. What a later version adds is passed over on reading."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class NamedDigest(Part):
@@ -96,7 +96,7 @@ class NodeRecord(Part):
     kind: str
     status: NodeState = Field(description="live: made as it was used. skipped: nothing needed it.")
     fingerprint: Digest | None = Field(description="Its identity; null where it was not found out.")
-    seconds: FiniteFloat | None = Field(None, description="Wall time, where it was computed in this run.")
+    seconds: float | None = Field(None, description="Wall time, where it was computed in this run.")
     peak_bytes: int | None = Field(None, description="The process's peak memory when it was done.")
     peak_device_bytes: int | None = Field(None, description="The most on one GPU so far, where the run used one.")
     outputs: dict[str, Digest] = Field(description="The stored results' sha256 by port.")
@@ -132,7 +132,7 @@ class Manifest(Part):
     error: str | None = Field(None, description="Why it failed.")
     started: str = Field(description="UTC, ISO 8601.")
     ended: str | None = Field(description="UTC, ISO 8601; null until it ends.")
-    seconds: FiniteFloat | None = Field(description="null until it ends.")
+    seconds: float | None = Field(description="null until it ends.")
     recipe: RecipeRecord
     given: GivenRecord
     git: GitRecord | None = Field(None, description="null where there is no repository, or no git.")

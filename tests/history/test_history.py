@@ -137,6 +137,9 @@ def test_a_run_is_shown_by_its_id_its_beginning_or_its_file(done: Place, ids: li
     assert text.startswith("run a**b: killed")
     assert "\nrecipe: /no utf-8: \\udcff" in text
     assert json.loads(done.call("show", ids[0], "--json")[1]) == json.loads(path.read_text())
+    for number in ("NaN", "1e999"):  # --json, and the page, could not tell them
+        moved.write_text(changed.replace('"values": {', f'"values": {{"params.x": [{number}],', 1))
+        assert done.call("show", moved)[0] == 4
     assert done.call("show", "last")[1].startswith("run 2")
 
 

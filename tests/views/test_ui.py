@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 from page_for_tests import Open, served, started
 from PIL import Image
 from recipes_for_tests import call, write_clip, write_voice
@@ -17,6 +21,8 @@ from recipes_for_tests import call, write_clip, write_voice
 from s2v_flow import api
 from s2v_flow.api import Options
 from s2v_flow.errors import MissingError
+from s2v_flow.files.lock import is_held
+from s2v_flow.views.ui.app import serve
 from s2v_flow.views.ui.jobs import Queue
 
 CAP = 1 << 16
@@ -210,6 +216,24 @@ def test_a_form_has_a_field_for_every_value_with_its_bounds(page: Open, folder: 
     assert places == {"params.image": "wide.png", "params.audio": ""}, "what is not there is not asked for"
 
 
+def test_a_name_that_is_no_utf_8_is_a_name(page: Open, folder: Path) -> None:
+    """The list of recipes has it, and it may be asked for; and a name that no file can have is refused."""
+    named = folder / os.fsdecode(b"caf\xe9.yaml")
+    named.write_text(RECIPE, encoding="utf-8")
+    assert named.name in {item["source"] for item in page.json("/api/recipes")["recipes"]}
+    assert page.json("/api/form", {"source": named.name})["profiles"] == ["small"]
+    named.unlink()
+    for source in ("\ud800\0.yaml", "\ud800.yaml"):
+        assert page.ask("/api/form", {"source": source})[0] in (403, 404)
+
+
+def test_an_address_that_no_call_has_is_refused(page: Open) -> None:
+    """Also numbers of more digits than Python reads."""
+    for path in (f"/api/jobs/{'9' * 5000}/stop", f"/api/runs/last/videos/{'9' * 5000}"):
+        status, _, text = page.ask(path, None, "POST" if "jobs" in path else "GET")
+        assert (status, bool(json.loads(text)["error"])) == (414, True)
+
+
 def test_a_wrong_value_is_told_where_it_is_and_nothing_is_written(page: Open, folder: Path) -> None:
     for values in ({"params.crf": "many"}, {"nodes.video.fsp": "4"}):
         status, _, text = page.ask("/api/jobs", {"source": "recipe.yaml", "values": values})
@@ -271,6 +295,63 @@ def test_a_queue_survives_its_program(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="is no queue"):
         Queue(path)
     assert path.exists()
+
+
+def test_a_queue_with_a_value_that_no_job_has_is_not_begun(tmp_path: Path) -> None:
+    """Nor one of a later version, nor a folder in its place: later on, the page would end in the middle of its work."""
+    path = tmp_path / "queue.json"
+    Queue(path).add(Path("ui/a.yaml"), {})
+    sound = json.loads(path.read_bytes())
+    (job,) = sound["jobs"]
+    wrong = {"id": (None, "x", 0, 1.5, 10**400), "status": ([], {}, "gone"), "seconds": (float("nan"), "x")}
+    wrong |= dict.fromkeys(("recipe", "command", "run", "error"), (None, 3, [], {}))
+    jobs = [[{**job, name: value}] for name, values in wrong.items() for value in values]
+    jobs += [[{key: job[key] for key in job if key != name}] for name in ("id", "recipe", "command")]
+    files = [json.dumps({**sound, "jobs": some}) for some in (*jobs, [job, job], {"a": job}, [None], None)]
+    for text in (*files, json.dumps({**sound, "queue": 2}), "", "[]", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(MissingError, match="is no queue, or of another version"):
+            Queue(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(MissingError, match="is no queue: Is a directory"):
+        Queue(path)
+
+
+def test_a_page_has_its_folder_before_it_reads_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that start at once, the second goes on with no queue that the first is changing."""
+    monkeypatch.chdir(tmp_path)
+    Path("ui").mkdir()
+    os.mkfifo("ui/queue.json")  # reading it waits
+    asked: queue.Queue[uvicorn.Server] = queue.Queue()
+    given = {"is_ready": lambda address: None, "on_server": asked.put}
+    thread = threading.Thread(target=serve, args=(Options(cache_dir=tmp_path), (), 0), kwargs=given)
+    thread.start()
+    with open("ui/queue.json", "wb") as reading:
+        is_taken = is_held(Path("ui/.lock"))
+        reading.write(b'{"queue": 1, "jobs": []}')
+    asked.get(timeout=30).should_exit = True
+    thread.join()
+    assert is_taken
+
+
+@pytest.mark.slow
+def test_what_else_a_run_prints_does_not_end_the_queue(folder: Path, tmp_path: Path) -> None:
+    """A kind of another package, say, lines that are JSON and no events."""
+    (tmp_path / "sitecustomize.py").write_text("print('3', '{}', '[1]', 'null', sep='\\n')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        made = Queue(tmp_path / "queue.json", ("--cache-dir", "cache"))
+        job = made.add(Path("recipe.yaml"), {})
+
+        async def work() -> None:
+            working = asyncio.create_task(made.work())
+            while job.status in ("waiting", "running") and not working.done():
+                await asyncio.sleep(0.05)
+            working.cancel()
+
+        asyncio.run(work())
+    assert job.status == "finished", made.log
 
 
 def test_one_page_serves_a_folder_and_a_port(page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from s2v_flow import api
 from s2v_flow.cache.store import Store, StoredObject
 from s2v_flow.errors import ExitCode, MissingError, RecipeError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import writing
-from s2v_flow.files.lock import held, is_held
+from s2v_flow.files.lock import try_lock
 from s2v_flow.history.compare import compare
 from s2v_flow.history.find import Listing, find, list_runs, run_ids
 from s2v_flow.history.text import listing_json
@@ -45,6 +45,7 @@ Call = Callable[[Request], Any]
 _PAGE = Path(__file__).parent / "page"
 _REPORTS = FOLDER / "reports"
 _MAX_BODY_BYTES = 1 << 20
+_MAX_PATH = 4096
 _MAX_SHOWN = 60  # runs
 _LOOK_SECONDS, _BEAT_SECONDS = 0.5, 15.0
 _STATUS = {ExitCode.REFUSED: 403, ExitCode.MISSING: 404}
@@ -61,6 +62,13 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+
+
+class _Answer(JSONResponse):
+    """JSON in ASCII, as no other form has names that are no UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
 
 
 class Gallery:
@@ -178,7 +186,7 @@ class Page:
         suffix = path.suffix.lower()
         kind = "image" if suffix in roots.PICTURES else "audio" if suffix in roots.SOUNDS else "video"
         is_ours = kind == "video" and await run_in_threadpool(essence_in, path) is not None
-        return JSONResponse({"path": path.as_posix(), "kind": "recipe" if is_ours else kind}, 201)
+        return _Answer({"path": path.as_posix(), "kind": "recipe" if is_ours else kind}, 201)
 
     def _recipes(self, request: Request) -> dict[str, Any]:
         return {"folder": str(Path.cwd()), "recipes": self._desk.recipes()}
@@ -195,11 +203,11 @@ class Page:
             api.require_files(planned)
             write_recipe(path, text)
         known = {name: max(cost.seconds, 0.01) for name, cost in planned.estimate.nodes.items()}
-        return JSONResponse(asdict(self._queue.add(path, {} if planned.estimate.unknown else known)), 201)
+        return _Answer(asdict(self._queue.add(path, {} if planned.estimate.unknown else known)), 201)
 
     async def _change(self, request: Request) -> Response:
         self._queue.change(request.path_params["id"], request.path_params["what"])
-        return JSONResponse({"jobs": [asdict(job) for job in self._queue.jobs]})
+        return _Answer({"jobs": [asdict(job) for job in self._queue.jobs]})
 
     async def _events(self, request: Request) -> Response:
         return StreamingResponse(self._changes(), media_type="text/event-stream")
@@ -246,7 +254,7 @@ class Page:
         _, err = await made.communicate()
         if made.returncode:
             raise S2VFlowError(err.decode(errors="replace").strip())
-        return JSONResponse({"report": f"/files/work/{target.as_posix()}"}, 201)
+        return _Answer({"report": f"/files/work/{target.as_posix()}"}, 201)
 
 
 def _static(name: str) -> Call:
@@ -257,7 +265,7 @@ def _looking(work: Callable[[Request], Any]) -> Call:
     """Return a call that answers with what a function finds, in a thread."""
 
     async def answer(request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(work, request))
+        return _Answer(await run_in_threadpool(work, request))
 
     return answer
 
@@ -266,7 +274,7 @@ def _wishing(work: Callable[[Wish], Any]) -> Call:
     """Return a call that answers with what a function makes of the wish that was sent, in a thread."""
 
     async def answer(request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(work, Wish.read(await _body(request))))
+        return _Answer(await run_in_threadpool(work, Wish.read(await _body(request))))
 
     return answer
 
@@ -290,7 +298,7 @@ async def _explain(request: Request, error: Exception) -> Response:
         return Response(status_code=400)  # nobody reads it: the sender has left
     text = mistakes_text(error) if isinstance(error, RecipeError) and error.diagnostics else error.message
     status = 413 if isinstance(error, roots.TooLargeError) else _STATUS.get(error.exit_code, 422)
-    return JSONResponse({"error": text, "fix": error.fix}, status)
+    return _Answer({"error": text, "fix": error.fix}, status)
 
 
 class Guard:
@@ -332,14 +340,16 @@ class Guard:
     def _refusal(self, asked: HTTPConnection[Any], is_first: bool) -> JSONResponse | None:
         host, origin = asked.headers.get("host"), asked.headers.get("origin")
         if host not in self._hosts or origin not in (None, f"http://{host}"):
-            return JSONResponse({"error": "this address answers its own page only"}, 403)
+            return _Answer({"error": "this address answers its own page only"}, 403)
         scheme, _, bearer = asked.headers.get("authorization", "").partition(" ")
         given = bearer if scheme.lower() == "bearer" else asked.cookies.get(self._cookie)
         given = asked.query_params["token"] if is_first else given
+        if len(asked.scope["path"]) > _MAX_PATH:
+            return _Answer({"error": "no address of this page is as long"}, 414)
         if not given:
-            return JSONResponse({"error": "open the address that `s2vflow ui` printed: it holds the token"}, 401)
+            return _Answer({"error": "open the address that `s2vflow ui` printed: it holds the token"}, 401)
         if not hmac.compare_digest(given.encode(), self._token.encode()):
-            return JSONResponse({"error": "the token is of another start: open the newest address"}, 403)
+            return _Answer({"error": "the token is of another start: open the newest address"}, 403)
         return None
 
 
@@ -369,16 +379,19 @@ def serve(
     with writing(FOLDER):
         FOLDER.mkdir(exist_ok=True)
         lock.touch()
-    if is_held(lock):
-        fix = "use its address, or end it; or work in another folder"
-        raise S2VFlowError("another s2vflow ui serves this folder", fix, exit_code=ExitCode.USAGE)
-    page = Page(options, words, max_upload_bytes)
-    try:
-        listening = socket.create_server(("127.0.0.1", port))
-    except OSError as error:
-        fix = "name another one with --port, or none: then any that is free is taken"
-        raise S2VFlowError(f"port {port}: {error.strerror}", fix, exit_code=ExitCode.USAGE) from error
-    with listening, held(lock):
+    with ExitStack() as stack:
+        with suppress(OSError):  # where locks do not work
+            mine = try_lock(lock)
+            if mine is None:
+                fix = "use its address, or end it; or work in another folder"
+                raise S2VFlowError("another s2vflow ui serves this folder", fix, exit_code=ExitCode.USAGE)
+            stack.callback(os.close, mine)
+        page = Page(options, words, max_upload_bytes)
+        try:
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        except OSError as error:
+            fix = "name another one with --port, or none: then any that is free is taken"
+            raise S2VFlowError(f"port {port}: {error.strerror}", fix, exit_code=ExitCode.USAGE) from error
         port, token = listening.getsockname()[1], secrets.token_urlsafe(32)
         app = Guard(page.app(), token, port)
         server = uvicorn.Server(

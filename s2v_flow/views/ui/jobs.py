@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, FiniteFloat
 
 import s2v_flow
 from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
@@ -32,13 +34,13 @@ _OVER = ("finished", "failed", "stopped")
 class Job:
     """A run that was asked for. status: waiting, running, stopping, and then finished, failed or stopped."""
 
-    id: int
+    id: Annotated[int, Field(ge=1, lt=2**53)]  # a browser's whole numbers
     recipe: str
     command: str
-    status: str = "waiting"
+    status: Literal["waiting", "running", "stopping", "finished", "failed", "stopped"] = "waiting"
     run: str = ""
     error: str = ""
-    seconds: float | None = None
+    seconds: FiniteFloat | None = None
 
 
 @dataclass
@@ -78,6 +80,11 @@ class Live:
         share = min(1.0, (self.done + self.part) / self.total) if self.total else 0.0
         told = {key: getattr(self, key) for key in ("job", "node", "step", "preview")}
         return {**told, "share": round(share, 4), "seconds": round(time.monotonic() - self.began, 1)}
+
+
+class _File(BaseModel):
+    queue: Literal[1]  # the version
+    jobs: list[Job]
 
 
 class Queue:
@@ -186,7 +193,7 @@ class Queue:
         assert process.stdout is not None
         assert self.live is not None
         async for line in process.stdout:
-            with suppress(ValueError):
+            with suppress(ValueError, TypeError, KeyError):  # printed by something else
                 event = json.loads(line)
                 job.run = event["run"]
                 self.live.take(event)
@@ -237,10 +244,14 @@ def _read(path: Path) -> list[Job]:
     if not path.exists():
         return []
     try:
-        jobs = [Job(**job) for job in json.loads(path.read_bytes())["jobs"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        jobs = _File.model_validate(json.loads(path.read_bytes())).jobs
+        if len({job.id for job in jobs}) < len(jobs):
+            raise ValueError("two jobs have one id")
+    except (OSError, ValueError, RecursionError) as error:
         fix = "move it away: the page begins with an empty queue then"
-        raise MissingError(f"{path}: is no queue, or of another version: {error}", fix) from error
+        why = f": {error.strerror}" if isinstance(error, OSError) else ", or of another version"
+        raise MissingError(f"{path}: is no queue{why}", fix) from error
     for job in jobs:
-        job.status = {"running": "waiting", "stopping": "stopped"}.get(job.status, job.status)
+        if job.status in ("running", "stopping"):
+            job.status = "waiting" if job.status == "running" else "stopped"
     return jobs
