@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,7 +99,8 @@ class ResumableSampling:
             S2VFlowError: Memory ran out for good; a resume point of the steps that are done is written.
         """
         total, resume_point = self.sampler.num_steps, self.context.resume_point
-        begun = (self._resumed(resume_point) if resume_point else None) or self.sampler.start(noise())
+        begun = self.sampler.start(noise())
+        begun = (self._resumed(resume_point, begun) if resume_point else None) or begun
         state = begun
         started = self._saved_at = self._stepped_at = time.monotonic()
         for state in self._states(denoise, begun):
@@ -157,22 +159,47 @@ class ResumableSampling:
             written = "resume point written" if is_saved else "without a resume point"
             raise resume_point.stop(f"after step {state.step} of {self.sampler.num_steps}, {written}")
 
-    def _resumed(self, resume_point: ResumePoint) -> SolverState | None:
+    def _resumed(self, resume_point: ResumePoint, begun: SolverState) -> SolverState | None:
         found = resume_point.load()
         if found is None:
             return None
         facts, payload = found
-        try:
-            state = SolverState.from_tensors(load(payload))
-        except (ValueError, SafetensorError) as error:
-            resume_point.refuse(f"it holds no solver's state: {error}")
-            return None
-        expected = self._facts(state.step)
-        wrong = [name for name, value in expected.items() if facts.get(name) != value]
-        if wrong or not 0 < state.step < self.sampler.num_steps:
+        step = next((step for step in range(1, self.sampler.num_steps) if str(step) == facts.get("step")), 0)
+        wrong = [name for name, value in self._facts(step).items() if facts.get(name) != value]
+        if wrong or not step:
             resume_point.refuse(f"it is of another run: {', '.join(wrong) or 'step'} differs")
             return None
+        blind = self.sampler.iterate(lambda x, sigma: x, self.sampler.start(torch.zeros_like(begun.x)))
+        (like,) = deque(islice(blind, step), maxlen=1)  # it has the same tensors as the state that is looked for
+        try:
+            state = self._checked(load(payload), like)
+        except (ValueError, RuntimeError, SafetensorError) as error:
+            resume_point.refuse(f"it holds no solver's state: {error}")
+            return None
         self.context.note(f"goes on from the resume point after step {state.step} of {self.sampler.num_steps}")
+        return state
+
+    def _checked(self, tensors: Mapping[str, Tensor], like: SolverState) -> SolverState:
+        """Return a state of as many steps as `like`, of tensors that are as its are, and of a step cache's.
+
+        Raises:
+            ValueError, RuntimeError: One is missing, too many, of another form, or not finite.
+        """
+        expected = {name: (tensor.dtype, tensor.shape) for name, tensor in like.to_tensors().items()}
+        if self.cache is not None:
+            small = {"cache.numbers": (torch.float64, torch.Size([3])), "cache.rate": (torch.float32, torch.Size([]))}
+            of_cache = (name for name in tensors if name.startswith("cache."))
+            expected |= {name: small.get(name, (torch.float32, like.x.shape)) for name in of_cache}
+        found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        odd = [name for name, form in (expected | found).items() if form != expected.get(name) or name not in found]
+        odd += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if odd or tensors["step"] != like.step:
+            raise ValueError(f"{', '.join(sorted(odd)) or 'step'} is not as it should be")
+        state = SolverState.from_tensors(tensors)
+        if self.cache is not None and (state.cache is None or state.cache.step != like.step):
+            raise ValueError("its step cache is of another step")
+        if state.rng is not None:
+            torch.Generator(self.sampler.device).set_state(state.rng)
         return state
 
     def _facts(self, step: int) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +47,7 @@ def test_the_latent_alone_would_not_do(tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         bench.run(3)
     facts, payload = bench.folder.read(KEY) or ({}, b"")
-    tensors = {name: tensor for name, tensor in load(payload).items() if not name.startswith("history.")}
+    tensors = {name: tensor * (not name.startswith("history.")) for name, tensor in load(payload).items()}
     bench.folder.write(
         KEY, {name: facts[name] for name in facts if name not in ("schema", "fingerprint")}, save(tensors)
     )
@@ -133,10 +133,50 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen(tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "quarantine").iterdir()} == {path.name}
 
 
+def spoilt(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield what may stand in a tensor's place in a sound file: another dtype, shape or step, bad numbers."""
+    yield from (tensor.to(dtype) for dtype in (torch.float16, torch.int32))
+    yield from (tensor.reshape(1, -1).clone(), tensor.reshape(-1)[:0].clone())
+    if tensor.is_floating_point():
+        yield torch.full_like(tensor, float("nan"))
+    elif tensor.ndim:
+        yield torch.zeros_like(tensor)  # no state of a generator
+    else:
+        yield from (tensor + 1, tensor + 2**62)
+
+
+@pytest.mark.parametrize("sampler", ["uni_pc", "euler_ancestral", "euler"])
+def test_a_state_that_this_sampler_does_not_make_is_told_and_not_used(sampler: str, tmp_path: Path) -> None:
+    """Whatever stands in a tensor's place, or one is missing or too many: it begins anew, to the right result."""
+    cached = {"step_cache": "easy", "step_cache_threshold": 1.0} if sampler == "euler" else {}
+    bench = Bench(tmp_path, sampler, **cached)
+    whole = bench.run()
+    with pytest.raises(StoppedError):
+        bench.run(3)
+    facts, payload = bench.folder.read(KEY) or ({}, b"")
+    sound = load(payload)
+    needed = {name for name in sound if name != "cache.rate" and not name.endswith(("_2", "_3"))}
+    wrong = [{**sound, name: tensor} for name in needed for tensor in spoilt(sound[name])]
+    wrong += [{key: sound[key] for key in sound if key != name} for name in needed]
+    wrong += [
+        {**sound, name: sound["x"].clone()} for name in {"rng", "history.guess_1", "history.denoised_9"} - {*sound}
+    ]
+    for tensors in wrong:
+        bench.folder.write(KEY, facts, save(tensors))
+        assert torch.equal(bench.run().view(torch.int32), whole.view(torch.int32))
+        assert bench.steps()[0] == 1
+        assert [note.text.partition(":")[0] for note in bench.notes()] == [
+            "the resume point is not used, it holds no solver's state"
+        ]
+
+
 def test_a_sound_file_that_holds_no_state_is_not_used(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    for payload in (save({"latent": torch.zeros(1)}), save({"step": torch.tensor(3)})):
-        bench.folder.write(KEY, {}, payload)
+    with pytest.raises(StoppedError):
+        bench.run(3)
+    facts, _ = bench.folder.read(KEY) or ({}, b"")
+    for step, tensors in (("3", {"latent": torch.zeros(1)}), ("3", {"step": torch.tensor(3)}), ("0", {}), ("", {})):
+        bench.folder.write(KEY, {**facts, "step": step}, save(tensors))
         bench.run()
         assert [note.is_warning for note in bench.notes()] == [True]
         assert bench.steps()[0] == 1
