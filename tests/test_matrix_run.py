@@ -66,7 +66,7 @@ def test_a_cell_is_delivered_before_the_next_is_sampled_and_each_model_is_loaded
     assert sorted(registry.loads.values()) == [1] * 4
 
 
-def fail(*_: object) -> None:
+def fail(*_: Any, **__: Any) -> None:
     raise OSError("the printer is out of ink")
 
 

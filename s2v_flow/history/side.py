@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import count
 from math import ceil, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2v_flow import api
 from s2v_flow.api import Planned
+from s2v_flow.files.atomic import TakenError
 from s2v_flow.graph.run import RunResult
 from s2v_flow.history.find import find
 from s2v_flow.recipe.matrix import Cell
@@ -60,20 +61,22 @@ def _summarise(cells: Sequence[Cell], videos: Mapping[str, Path], stem: str, ove
     swept = "-".join(dict.fromkeys(part.partition("=")[0] for cell in cells for part in cell.parts.values()))
     first = next(iter(videos.values()))
     identities = [page_identity(page) for page in (*sheets, *films)]
-    for number in count(1):
+    info, number = probe_video(first), 1
+    while True:
         base = re.sub(r"[^\w.-]", "_", f"{stem}.cells.{swept}" + (f".{number}" if number > 1 else ""))
         names = [f"{base}.page{index}" if len(sheets) > 1 else base for index in range(1, len(sheets) + 1)]
         targets = [first.with_name(f"{name}{suffix}") for suffix in (".png", ".mp4") for name in names]
         named = zip(targets, identities, strict=True)
         if overwrites or all(not os.path.lexists(target) or mark_of(target) == identity for target, identity in named):
-            break
-    info = probe_video(first)
-    for page, target in zip(sheets, targets, strict=False):
-        contact_sheet(page, target)
-    for page, target in zip(films, targets[len(sheets) :], strict=True):
-        audio = open_audio(first) if info.has_audio else None
-        side_by_side(page, target, audio, Fraction(info.fps))
-    return targets
+            with suppress(TakenError):  # by another run, just now: it is looked at, too
+                for page, target in zip(sheets, targets, strict=False):
+                    contact_sheet(page, target, replaces=overwrites)
+                for page, target in zip(films, targets[len(sheets) :], strict=True):
+                    audio = open_audio(first) if info.has_audio else None
+                    side_by_side(page, target, audio, Fraction(info.fps), replaces=overwrites)
+                return targets
+        else:
+            number += 1
 
 
 def laid_out(cells: Sequence[Cell], videos: Mapping[str, Path]) -> list[list[list[Tile | None]]]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -43,12 +44,12 @@ class Tile:
 Page = Sequence[Sequence[Tile | None]]  # rows of as many columns each; None leaves a hole
 
 
-def contact_sheet(page: Page, target: str | os.PathLike[str]) -> None:
+def contact_sheet(page: Page, target: str | os.PathLike[str], *, replaces: bool = True) -> None:
     """Write a PNG with pictures of every video: of the same times, which stand below; of a shorter one its last.
 
     Four of each; where there are more than four columns, two. Nothing is done where it was made of the same before.
 
-    `target`: the PNG; written whole or not at all.
+    `target`: the PNG; written whole or not at all. `replaces`: another file is replaced, else TakenError raised.
     """
     identity = page_identity(page)
     if mark_of(Path(target)) == identity:
@@ -61,11 +62,13 @@ def contact_sheet(page: Page, target: str | os.PathLike[str]) -> None:
     sheet = _composed(page, _captions(page, len(shares) * _FRAME_WIDTH + _GAP), strips)
     mark = PngImagePlugin.PngInfo()
     mark.add_text(_MARK, identity)
-    with replacing(Path(target)) as temporary:
+    with replacing(Path(target), replaces) as temporary:
         Image.fromarray(sheet).save(temporary, format="PNG", pnginfo=mark)
 
 
-def side_by_side(page: Page, target: str | os.PathLike[str], audio: Sound | None, fps: Fraction) -> None:
+def side_by_side(
+    page: Page, target: str | os.PathLike[str], audio: Sound | None, fps: Fraction, *, replaces: bool = True
+) -> None:
     """Write an mp4 that shows a page's videos at once, the time below; shorter ones stand still at their end.
 
     Nothing is done where it was made of the same before.
@@ -74,6 +77,7 @@ def side_by_side(page: Page, target: str | os.PathLike[str], audio: Sound | None
         page: At least one video; all are scaled to the first one's size, and down to a 4K picture together.
         target: The mp4; written whole or not at all.
         fps: Frames a second.
+        replaces: Whether another file is replaced, or TakenError raised.
     """
     identity = page_identity(page)
     if mark_of(Path(target)) == identity:
@@ -87,7 +91,8 @@ def side_by_side(page: Page, target: str | os.PathLike[str], audio: Sound | None
         captions = _captions(page, width)
         across = captions[0].shape[1] * len(page[0])
         size = (across, len(page) * (captions[0].shape[0] + height) + _LINE_HEIGHT)
-        writer = stack.enter_context(VideoWriter(target, *size, fps=fps, audio=audio, metadata={_MARK: identity}))
+        given: dict[str, Any] = {"fps": fps, "audio": audio, "metadata": {_MARK: identity}, "replaces": replaces}
+        writer = stack.enter_context(VideoWriter(target, *size, **given))
         for index, pictures in enumerate(_in_step(readers)):
             shown = _composed(page, captions, [_scaled(picture, width, height) for picture in pictures])
             time = _caption((_time_code(index / fps),), across, _FONT_SIZES[0])

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from s2v_flow.errors import S2VFlowError
-from s2v_flow.files.atomic import temporary_prefix, writing
+from s2v_flow.files.atomic import put_new, temporary_prefix, writing
 from s2v_flow.media.audio import Sound
 from s2v_flow.media.resample import Joined
 
@@ -53,9 +53,11 @@ class VideoWriter:
         preset: one of `PRESETS`.
         audio: the sound, or none.
         metadata: tags for the whole file, under any names.
+        replaces: put it in the place of a file that is there.
 
     Raises:
         ValueError: a setting is out of range.
+        TakenError: on leaving, another file is there.
         CannotWriteError: the file cannot be written; `exit_code` tells a full disk.
     """
 
@@ -69,6 +71,7 @@ class VideoWriter:
         preset: str = "medium",
         audio: Sound | None = None,
         metadata: Mapping[str, str] | None = None,
+        replaces: bool = True,
     ) -> None:
         if width < 2 or height < 2 or width % 2 or height % 2:
             raise ValueError(f"width and height must be even, got {width}x{height}")
@@ -78,7 +81,7 @@ class VideoWriter:
             raise ValueError(
                 f"fps {fps} must be at least 0.001, crf {crf} from 0 to 51, preset {preset!r} one of {PRESETS}"
             )
-        self.path = Path(path)
+        self.path, self._replaces = Path(path), replaces
         self.num_frames = 0
         self._width, self._height = width, height
         self._fps = Fraction(fps).limit_denominator(1_000_000)  # FFmpeg's numbers have 31 bits
@@ -95,7 +98,7 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         with ExitStack() as stack:
-            temporary = stack.enter_context(replacing(self.path))
+            temporary = stack.enter_context(replacing(self.path, self._replaces))
             with _explained(self.path):
                 named = "+use_metadata_tags" * bool(self._metadata)  # FFmpeg reads one table of names: a note's, else
                 self._container = av.open(
@@ -246,8 +249,8 @@ class _AacFeed:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a new, empty file beside `path`; it takes the name if all goes well, and goes away if not.
+def replacing(path: Path, replaces: bool = True) -> Iterator[Path]:
+    """Give a new, empty file beside `path`; it takes the name if all goes well (and it is free), and goes away if not.
 
     What a killed process leaves of it is found by its name, and removed by the next run that writes to that folder.
     """
@@ -260,7 +263,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with _explained(path):
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            temporary.replace(path) if replaces else put_new(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from recipes_for_tests import options, tiny, write_recipe, write_voice
 from s2v_flow import api
 from s2v_flow.graph.run import RunResult
 from s2v_flow.history.side import laid_out, summarise
+from s2v_flow.media import sheet
 from s2v_flow.media.writer import VideoWriter
 
 
@@ -56,24 +59,50 @@ def test_further_axes_and_many_values_make_pages(place: Path, tiny_models: Path)
     assert [[row.count("|") + 1 for row in page] for page in wide] == [[8, 8, 8], [2, 2, 2]]
 
 
+def swept(place: Path, made: api.Planned, level: int) -> RunResult:
+    """Return the result of a sweep whose videos are all of one grey."""
+    outputs = {}
+    for label in made.labels:
+        path = place / f"talk.{label}.mp4"
+        with VideoWriter(path, 32, 32, preset="ultrafast") as writer:
+            writer.write(np.full((2, 32, 32, 3), level, np.uint8))
+        outputs[f"{label}/video"] = (path,)
+    return RunResult((), (), outputs, {})
+
+
 def test_a_sweeps_pages_are_named_after_its_axes_and_numbered(place: Path, tiny_models: Path) -> None:
     """The same again writes nothing; other videos under the same names leave the first pages alone."""
-    made = planned(place, tiny_models, "nodes.first.seed=1,2")
-
-    def result(level: int) -> RunResult:
-        outputs = {}
-        for label in made.labels:
-            path = place / f"talk.{label}.mp4"
-            with VideoWriter(path, 32, 32, preset="ultrafast") as writer:
-                writer.write(np.full((2, 32, 32, 3), level, np.uint8))
-            outputs[f"{label}/video"] = (path,)
-        return RunResult((), (), outputs, {})
-
-    first = summarise(made, result(10))
+    made, result = planned(place, tiny_models, "nodes.first.seed=1,2"), functools.partial(swept, place)
+    first = summarise(made, result(made, 10))
     assert [path.name for path in first] == ["recipe.cells.seed.png", "recipe.cells.seed.mp4"]
     before = [path.stat().st_mtime_ns for path in first]
-    assert summarise(made, result(10)) == first
-    second = summarise(made, result(200))
+    assert summarise(made, result(made, 10)) == first
+    second = summarise(made, result(made, 200))
     assert [path.name for path in second] == ["recipe.cells.seed.2.png", "recipe.cells.seed.2.mp4"]
     assert [path.stat().st_mtime_ns for path in first] == before
-    assert summarise(planned(place, tiny_models, "nodes.first.seed=1"), result(10)) == []
+    assert summarise(planned(place, tiny_models, "nodes.first.seed=1"), result(made, 10)) == []
+
+
+@pytest.mark.parametrize("suffix", [".png", ".mp4"])
+def test_a_page_that_another_run_writes_meanwhile_stays(
+    suffix: str, tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These get a number; the other run's of the same videos is this one's, too."""
+    write_voice(tmp_path / "voice.wav", 0.5)
+    made = planned(tmp_path, tiny_models, "nodes.first.seed=1,2")
+    for path in summarise(made, swept(tmp_path, made, 10)):
+        path.rename(path.with_stem("others"))
+    name = {".png": "contact_sheet", ".mp4": "side_by_side"}[suffix]
+    write, taken = getattr(sheet, name), tmp_path / f"recipe.cells.seed{suffix}"
+
+    def meanwhile(*args: Any, **given: Any) -> None:
+        if not taken.exists():
+            taken.write_bytes(tmp_path.joinpath(f"others{suffix}").read_bytes())
+        write(*args, **given)
+
+    monkeypatch.setattr(sheet, name, meanwhile)
+    for level, stem in ((10, "recipe.cells.seed"), (200, "recipe.cells.seed.2")):
+        taken.unlink(missing_ok=True)
+        found = summarise(made, swept(tmp_path, made, level))
+        assert [path.stem for path in found] == [stem, stem]
+        assert taken.read_bytes() == tmp_path.joinpath(f"others{suffix}").read_bytes()
