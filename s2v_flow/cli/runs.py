@@ -174,5 +174,5 @@ def lock(recipe: Path, as_json: bool, output: Path | None, force: bool, **given:
 
     target = output or lock_path(recipe)
     text = make_lock(recipe, make_options(**given))
-    write_recipe(target, text, force=force or output is None, replaces=b"\nlock: ")
+    write_recipe(target, text, force=force, replaces=b"\nlock: ")
     report.print_json({"lock": str(target)}) if as_json else report.print_result(str(target))

@@ -175,7 +175,7 @@ def write_recipe(path: Path, text: str, *, force: bool = False, replaces: bytes 
         before = path.read_bytes() if path.is_file() else None
         if before == text.encode():
             return
-        is_older = replaces is not None and before is not None and replaces in before[:400]
+        is_older = replaces is not None and before is not None and replaces in b"\n" + before[:400]
         with temporary(path.parent, path.suffix) as (file, name):
             file.write(text.encode())
             file.close()

@@ -142,6 +142,26 @@ def test_a_lock_elsewhere_replaces_an_older_lock_and_no_other_file(here: Place) 
     assert other.read_bytes() == lock_of(here).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("text", "is_lock"),
+    [
+        ("<<<<<<< HEAD\n# The models\nlock: 1\nmodels: {}\n=======\nlock: 1\n>>>>>>> other\n", True),
+        ("lock: 2\n", True),
+        ("# my own notes\nmodels: [a, b]\n", False),
+        ("", False),
+    ],
+)
+def test_a_damaged_lock_is_written_anew_and_anything_else_stays(text: str, is_lock: bool, here: Place) -> None:
+    """As docs/troubleshooting.md says at L001."""
+    sound = lock_of(here).read_text(encoding="utf-8")
+    lock_of(here).write_text(text, encoding="utf-8")
+    code, _, err = call("lock", here.recipe, *here.where)
+    assert (code, lock_of(here).read_text(encoding="utf-8")) == ((0, sound) if is_lock else (2, text))
+    assert ("is there already" in err, "overwrite it with --force" in err) == (not is_lock, not is_lock)
+    assert call("lock", here.recipe, *here.where, "--force")[0] == 0
+    assert lock_of(here).read_text(encoding="utf-8") == sound
+
+
 def test_a_missing_file_cannot_be_locked(here: Place) -> None:
     (here.folder / "voice.wav").unlink()
     code, out, err = call("lock", here.recipe, *here.where)
