@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import typing
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from runs_for_tests import Place, copied
 from s2v_flow.cli.describe import schema_text
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph import events
-from s2v_flow.runs.stream import EventStream, type_name
+from s2v_flow.runs.stream import EventStream, open_events, type_name
 
 SCHEMA = Path(__file__).parent.parent / "schemas" / "events.schema.json"
 EXAMPLES: tuple[events.Event, ...] = (
@@ -131,6 +132,22 @@ def test_events_replace_earlier_events_and_no_other_file(done: Place, tmp_path: 
     for _ in range(3):
         assert done.run("--events", tmp_path / "events.jsonl")[0] == 0
         assert [line["type"] for line in checked((tmp_path / "events.jsonl").read_text())].count("version") == 1
+
+
+def test_two_runs_at_once_do_not_write_to_one_file(done: Place, tmp_path: Path) -> None:
+    """The second is refused, whatever is in it by then; once the first is over, its events are replaced."""
+    target = tmp_path / "events.jsonl"
+    with open_events(str(target), lambda event: None, "20261122-161502-7f3a") as (tell,):
+        for _ in range(2):
+            before = target.read_bytes()
+            code, out, err = done.run("--events", target)
+            assert (code, out, target.read_bytes()) == (2, "", before)
+            assert f"--events {target}: another run writes to it" in err
+            tell(EXAMPLES[0])
+    assert done.run("--events", target)[0] == 0
+    assert {line["run"] for line in checked(target.read_text())} != {"20261122-161502-7f3a"}
+    with open_events(os.devnull, lambda event: None, "1"), open_events(os.devnull, lambda event: None, "2"):
+        pass  # it has room for both
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_run(done: Place, tmp_path: Path) -> None:

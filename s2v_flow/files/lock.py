@@ -64,14 +64,20 @@ def turn(
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Lock a file that is there inside this block, for `is_held`; where nothing can be locked, do nothing."""
+def held(path: Path, *, waits: bool = True) -> Iterator[bool]:
+    """Lock a file that is there inside this block, for `is_held`; where nothing can be locked, do nothing.
+
+    Gives False where it is not to wait and another process has it.
+    """
+    is_ours = True
     with ExitStack() as stack:
-        with suppress(OSError):
+        try:
             file = stack.enter_context(path.open("r+b"))
             if _FCNTL is not None:
-                _FCNTL.flock(file, _FCNTL.LOCK_EX)
-        yield
+                _FCNTL.flock(file, _FCNTL.LOCK_EX if waits else _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
+        except OSError as error:
+            is_ours = not isinstance(error, BlockingIOError)
+        yield is_ours
 
 
 def is_held(path: Path) -> bool | None:

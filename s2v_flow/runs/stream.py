@@ -8,14 +8,16 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, TextIO
 
 from pydantic import TypeAdapter
 
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.files.lock import held
 from s2v_flow.graph.events import Event, Listener, Noted
 from s2v_flow.version import __version__
 
@@ -40,22 +42,24 @@ def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[
     elif target == "-":
         yield (EventStream(sys.stdout, run),)
     else:
-        try:
+        with ExitStack() as stack:
             try:
-                file = open(target, "x", encoding="utf-8")  # noqa: SIM115
-            except FileExistsError:
-                if not _may_be_written(target):
-                    text = f"--events {target}: another file is there, and stays"
-                    raise S2VFlowError(text, fix="name a new one, or remove it", exit_code=ExitCode.USAGE) from None
+                with suppress(FileExistsError):
+                    open(target, "x").close()
+                is_ours = not os.path.isfile(target) or stack.enter_context(held(Path(target), waits=False))
+                if not is_ours or not _may_be_written(target):
+                    what = "another file is there, and stays" if is_ours else "another run writes to it"
+                    fix = "name a new one, or remove it" if is_ours else "name another one"
+                    raise S2VFlowError(f"--events {target}: {what}", fix, exit_code=ExitCode.USAGE)
                 file = open(target, "w", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            text, fix = f"{target}: cannot be written: {error.strerror}", "name another file with --events"
-            raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE) from error
-        try:
-            yield (_UntilItFails(file, tell, run),)
-        finally:
-            with suppress(OSError):  # what was still to be written: it has been told
-                file.close()
+            except OSError as error:
+                text, fix = f"{target}: cannot be written: {error.strerror}", "name another file with --events"
+                raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE) from error
+            try:
+                yield (_UntilItFails(file, tell, run),)
+            finally:
+                with suppress(OSError):  # what was still to be written: it has been told
+                    file.close()
 
 
 def _may_be_written(target: str) -> bool:

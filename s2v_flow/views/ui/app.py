@@ -28,7 +28,7 @@ from s2v_flow import api
 from s2v_flow.cache.store import Store, StoredObject
 from s2v_flow.errors import ExitCode, MissingError, RecipeError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import writing
-from s2v_flow.files.lock import try_lock
+from s2v_flow.files.lock import held
 from s2v_flow.history.compare import compare
 from s2v_flow.history.find import Listing, find, list_runs, run_ids
 from s2v_flow.history.text import listing_json
@@ -380,12 +380,9 @@ def serve(
         FOLDER.mkdir(exist_ok=True)
         lock.touch()
     with ExitStack() as stack:
-        with suppress(OSError):  # where locks do not work
-            mine = try_lock(lock)
-            if mine is None:
-                fix = "use its address, or end it; or work in another folder"
-                raise S2VFlowError("another s2vflow ui serves this folder", fix, exit_code=ExitCode.USAGE)
-            stack.callback(os.close, mine)
+        if not stack.enter_context(held(lock, waits=False)):
+            fix = "use its address, or end it; or work in another folder"
+            raise S2VFlowError("another s2vflow ui serves this folder", fix, exit_code=ExitCode.USAGE)
         page = Page(options, words, max_upload_bytes)
         try:
             listening = stack.enter_context(socket.create_server(("127.0.0.1", port)))

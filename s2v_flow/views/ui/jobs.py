@@ -245,8 +245,6 @@ def _read(path: Path) -> list[Job]:
         return []
     try:
         jobs = _File.model_validate(json.loads(path.read_bytes())).jobs
-        if len({job.id for job in jobs}) < len(jobs):
-            raise ValueError("two jobs have one id")
     except (OSError, ValueError, RecursionError) as error:
         fix = "move it away: the page begins with an empty queue then"
         why = f": {error.strerror}" if isinstance(error, OSError) else ", or of another version"
