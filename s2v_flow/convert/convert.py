@@ -99,7 +99,7 @@ def convert(request: Request, on_progress: Progress = lambda done, total: None) 
         metadata = {**shards.metadata, **metadata}
     beside = request.source.parent / TOKENIZER_FILE
     tokenizer = request.tokenizer or (beside if beside.is_file() else None)
-    wanted = Wanted(request.kind, request.dtype, metadata, tokenizer)
+    wanted = Wanted(request.kind, request.dtype, metadata, tokenizer, request.tokenizer is not None)
     notes: tuple[str, ...] = ()
     with writing(request.target), temporary(request.target.parent, ".safetensors") as (file, name):
         if shards is not None:
@@ -169,8 +169,6 @@ def _verify(path: Path, request: Request, metadata: Mapping[str, str]) -> tuple[
         from s2v_flow.weights.tokenizer import read_tokenizer
 
         read_tokenizer(checkpoint.tensor(TOKENIZER_KEY).numpy().tobytes(), str(request.tokenizer or request.source))
-    elif request.tokenizer is not None:
-        raise S2VFlowError(f"--tokenizer: {request.source} is no text encoder", exit_code=ExitCode.USAGE)
     return kind, len(checkpoint.entries)
 
 

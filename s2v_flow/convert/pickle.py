@@ -86,7 +86,7 @@ def convert_pickle(
         files = [read.fileno(), target.fileno()]
         if wanted.tokenizer is not None:
             files.append(stack.enter_context(open_file(wanted.tokenizer)).fileno())
-        told = {"kind": wanted.kind, "dtype": wanted.dtype, "metadata": dict(wanted.metadata)}
+        told = {**vars(wanted), "metadata": dict(wanted.metadata), "tokenizer": None}
         job = json.dumps({"files": files, "wanted": told, "limits": asdict(limits)})
         child = subprocess.Popen(
             [sys.executable, "-I", "-B", "-c", _CODE, job, str(Path(__file__).parents[2])],
@@ -170,7 +170,7 @@ def _convert(source: int, target: int, tokenizer: int | None = None, *, wanted: 
     pieces = [_piece(name, value) for name, value in tensors.items()]
     spelling = None if tokenizer is None else Path(f"/dev/fd/{tokenizer}")
     with os.fdopen(target, "wb") as file:
-        write_model(file, pieces, Wanted(**wanted, tokenizer=spelling), partial(_say, "written"))
+        write_model(file, pieces, Wanted(**{**wanted, "tokenizer": spelling}), partial(_say, "written"))
     return num_left_out
 
 

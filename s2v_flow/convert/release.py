@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from s2v_flow.errors import CheckpointError, MissingError, RefusedError
+from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.weights.family import KINDS, describe_mismatch, detect_family, is_all_in_one, part_of
 from s2v_flow.weights.header import MAX_HEADER_BYTES, Header, parse_map, read_header
 from s2v_flow.weights.layout import TOKENIZER_KEY
@@ -64,12 +64,13 @@ def kind_of(shapes: Shapes, wanted: str = "auto") -> str:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be made: the kind it must have, the dtype, texts for the header, a text encoder's tokenizer."""
+    """What is to be made: the kind it must have, the dtype, texts for the header, a tokenizer, whether it was named."""
 
     kind: str = "auto"
     dtype: str = "keep"
     metadata: Mapping[str, str] = field(default_factory=dict)
     tokenizer: Path | None = None
+    is_tokenizer_named: bool = False
 
 
 def write_model(file: BinaryIO, pieces: Sequence[Piece], wanted: Wanted, on_progress: Progress) -> None:
@@ -77,13 +78,15 @@ def write_model(file: BinaryIO, pieces: Sequence[Piece], wanted: Wanted, on_prog
 
     Raises:
         MissingError: A tokenizer is needed, and is not there.
+        S2VFlowError: One is named, and this is no text encoder.
         CheckpointError: The tensors are no model that is known.
-        S2VFlowError: They cannot be written.
     """
     pieces = _of_one_model(pieces, wanted.kind)
     names = new_names([piece.name for piece in pieces])
     pieces = [in_dtype(replace(piece, name=names[piece.name]), wanted.dtype) for piece in pieces]
     kind = kind_of({piece.name: piece.shape for piece in pieces}, wanted.kind)
+    if wanted.is_tokenizer_named and kind != "text_encoder":
+        raise S2VFlowError("is no text encoder", "leave out --tokenizer", exit_code=ExitCode.USAGE)
     if kind == "text_encoder" and TOKENIZER_KEY not in names.values():
         tokenizer = _read_tokenizer(wanted.tokenizer)
         pieces.append(Piece(TOKENIZER_KEY, "U8", (len(tokenizer),), lambda: [tokenizer]))

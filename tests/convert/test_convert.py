@@ -207,10 +207,16 @@ def test_a_text_encoder_needs_its_tokenizer(tmp_path: Path, tiny_models: Path) -
     assert text_state(convert(Request(source, target, tokenizer=SPIECE)).target)
 
 
-def test_a_tokenizer_for_anything_else_is_a_slip(tmp_path: Path, tiny_models: Path) -> None:
-    with pytest.raises(S2VFlowError, match="is no text encoder"):
-        convert(Request(one(tmp_path, tiny_models), tmp_path / "a.safetensors", tokenizer=SPIECE))
-    assert os.listdir(tmp_path) == ["vae.pth"]
+@pytest.mark.parametrize("is_pickle", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_tokenizer_for_anything_else_is_a_slip(is_pickle: bool, tmp_path: Path, tiny_models: Path) -> None:
+    """Told before anything is written."""
+    source = (make_vae if is_pickle else one)(tmp_path, tiny_models)
+    written: list[int] = []
+    request = Request(source, tmp_path / "a.safetensors", tokenizer=SPIECE)
+    with pytest.raises(S2VFlowError, match=f"{source.name}: is no text encoder") as caught:
+        convert(request, lambda done, total: written.append(done))
+    assert (caught.value.exit_code, written) == (2, [])
+    assert os.listdir(tmp_path) == [source.name]
 
 
 def test_a_target_is_never_overwritten_unless_asked(tmp_path: Path, tiny_models: Path) -> None:
