@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         *("graph", "models", "weights", "sampling", "media", "quality", "files", "machine", "plugins", "wording"),
         "errors",
     },
-    "library": {"convert", "files", "models", "weights", "recipe", "graph", "wording", "errors"},
+    "library": {"convert", "demo", "files", "models", "weights", "recipe", "graph", "wording", "errors"},
     "comfy": {"nodes", "recipe", "graph", "sampling", "media", "wording", "errors"},
     "start": {"files", "library", "recipe", "graph", "media", "errors"},
     # runs and the Python face

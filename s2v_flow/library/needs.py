@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from s2v_flow.convert.release import RELEASE_FILES, RELEASE_FOLDER
+from s2v_flow.demo.catalog import DEMO_FILES
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.graph.locations import Locations, Missing, ModelFolder
 from s2v_flow.graph.ports import FileField
@@ -151,6 +152,9 @@ def near_files(file: str, kind: str, looked_in: Sequence[str]) -> tuple[list[str
     like = [stems[stem] for stem in difflib.get_close_matches(wanted.stem, stems, n=3)]
     near = [wanted.name] if wanted.name in there else like
     chosen = [there[name] for name in near or sorted(own)[:_SHORT]]
+    ours = (PurePosixPath(name).stem for name in DEMO_FILES if name.startswith(f"{kind}/{wanted.stem[:4]}"))
+    if not near and (made := difflib.get_close_matches(wanted.stem, ours, n=1)):
+        return [f"{made[0]}.safetensors, which this program makes"], True
     texts = [
         f"{path.name} ({size_text(path.stat().st_size)}) in {path.parent}{_other_place(path, kind) if roots else ''}"
         for path in chosen

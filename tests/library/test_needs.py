@@ -226,6 +226,24 @@ def test_a_missing_model_shows_names_like_it_with_their_sizes(tmp_path: Path) ->
     assert f"near: wan2.1_vae.safetensors (3.0 MB) in {models / 'vae/old'}" in call("plan", recipe, *where(tmp_path))[1]
 
 
+@pytest.mark.parametrize(
+    ("node", "name", "meant"),
+    [
+        ("dit", "demo_dit.safetensor", "demo_s2v.safetensors, which this program makes"),
+        ("vae", "demo_vea.safetensors", "demo_vae.safetensors, which this program makes"),
+        ("vae", "my_vae.safetensors", None),
+        ("vae", "demo_s2v.safetensors", None),
+    ],
+)
+def test_a_name_like_one_of_the_demos_models_is_told(node: str, name: str, meant: str | None, tmp_path: Path) -> None:
+    """Whether they have been made yet or not; of another kind, or another name, they are not what was meant."""
+    recipe = write_recipe(tmp_path, {node: {"checkpoint": name}})
+    for command in ("plan", "run", "models"):
+        code, out, err = call(command, recipe, *where(tmp_path))
+        assert (code, f"near: {meant}" in out) == (4, meant is not None), err
+        assert command != "run" or (f"fix: is it {meant}?" in err) == (meant is not None)
+
+
 def test_what_has_a_missing_models_name_and_is_no_file_is_called_so(tmp_path: Path) -> None:
     """A folder as diffusers has it, a link whose target is gone, one that leads to itself, a pipe."""
     folder = tmp_path / "models" / "vae"
