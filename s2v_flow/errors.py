@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -69,6 +70,31 @@ class Diagnostic:
         if self.place is None:
             return ("\uffff", 0, 0, self.code)
         return (self.place.file, self.place.line, self.place.column, self.code)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written.
+
+    `excerpt` is the source line; `width` is how many of its characters the value takes; relative paths in the value
+    start at `base_dir`, the directory of the file (for `--set`: where the command was given).
+    """
+
+    place: Place
+    excerpt: str
+    base_dir: Path
+    width: int = 1
+
+    def diagnostic(self, code: str, message: str, *, inside: str | None = None, fix: str | None = None) -> Diagnostic:
+        """Return a mistake that is marked here."""
+        return Diagnostic(code, message, self.place, self.excerpt or None, self.width, inside, fix)
+
+    def around(self, part: str) -> Origin:
+        """Return the origin of a part of this text, or this one where the part does not stand on its first line."""
+        start = self.excerpt.find(part, self.place.column - 1, self.place.column - 1 + self.width)
+        if start < 0:
+            return self
+        return replace(self, place=replace(self.place, column=start + 1), width=len(part))
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.context import Watch
 from s2v_flow.graph.interrupt import ShouldStop, never
 from s2v_flow.graph.locations import Locations
-from s2v_flow.graph.selection import Selection
+from s2v_flow.graph.status import Selection
 from s2v_flow.library.needs import HOMES, find_extra_models, models_folder, read_extra_models
 from s2v_flow.recipe.argument import Changes, Override
 from s2v_flow.wording import did_you_mean

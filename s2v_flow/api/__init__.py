@@ -26,10 +26,10 @@ from s2v_flow.graph.build import build_plan, merge_plans
 from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.estimate import Flops, estimate
 from s2v_flow.graph.events import Listener, Noted, StageStarted, ignore
+from s2v_flow.graph.interrupt import gpu_turn
 from s2v_flow.graph.node import Plan
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, assess
-from s2v_flow.graph.turns import gpu_turn
 from s2v_flow.library.needs import meant_instead, misnamed
 from s2v_flow.machine import device_class, free_memory_bytes, hardware, resolve_device
 from s2v_flow.nodes.memory import needs, require_room
@@ -41,9 +41,8 @@ from s2v_flow.parallel import shared_models
 from s2v_flow.parallel.layout import check_ranks, rank_device
 from s2v_flow.quality import known, unmet
 from s2v_flow.recipe.argument import Changes
-from s2v_flow.recipe.document import Recipe, only_output
 from s2v_flow.recipe.layers import Written
-from s2v_flow.recipe.load import Variant, load_cells, load_recipe
+from s2v_flow.recipe.load import Recipe, Variant, load_cells, load_recipe, only_output
 from s2v_flow.runs.environment import FileDigests, plugins_of, torch_version
 from s2v_flow.runs.essence import essence_in, likely_folders, note_maker, video_notes
 from s2v_flow.runs.lockfile import check_lock, lock_path

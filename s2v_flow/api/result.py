@@ -21,8 +21,7 @@ from s2v_flow.graph.status import TO_COMPUTE, NodeStatus, placing
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
 from s2v_flow.nodes.memory import ways_text
-from s2v_flow.recipe.document import Recipe
-from s2v_flow.recipe.load import Variant
+from s2v_flow.recipe.load import Recipe, Variant
 from s2v_flow.wording import did_you_mean, size_text
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from s2v_flow.errors import RecipeError
+from s2v_flow.errors import Origin, RecipeError
 from s2v_flow.recipe.argument import Override
 from s2v_flow.recipe.problems import Problems, collecting
 from s2v_flow.recipe.reader import MAX_BYTES, read_file
-from s2v_flow.recipe.tree import Origin, Tree, origins_of, plain
+from s2v_flow.recipe.tree import Tree, origins_of, plain
 from s2v_flow.wording import shown
 
 MAX_FILE_BYTES = 64_000_000

@@ -267,7 +267,7 @@ def make_options(**given: Any) -> Options:
     from s2v_flow.api import Options
     from s2v_flow.cache.budget import parse_size
     from s2v_flow.cli.defaults import with_defaults
-    from s2v_flow.graph.selection import Selection
+    from s2v_flow.graph.status import Selection
 
     given["selection"] = Selection(
         **{each.name: given.pop(each.name) for each in fields(Selection) if each.name in given}

@@ -15,10 +15,10 @@ from s2v_flow.cli.progress import Level, Progress
 from s2v_flow.errors import ExitCode, RecipeError, S2VFlowError
 from s2v_flow.graph.events import Listener, RunFinished
 from s2v_flow.graph.run import RunResult
-from s2v_flow.graph.selection import Selection
+from s2v_flow.graph.status import Selection
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.recipe.argument import Override
-from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.load import Recipe
 from s2v_flow.recipe.tree import plain, tree_at
 from s2v_flow.runs.record import new_run_id, runs_root
 from s2v_flow.runs.stream import open_events, to_all

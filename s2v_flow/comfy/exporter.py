@@ -15,7 +15,7 @@ from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.edit import piece
 from s2v_flow.nodes.table import NODE_KINDS
-from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.load import Recipe
 from s2v_flow.recipe.params import whole_reference
 from s2v_flow.recipe.tree import plain
 from s2v_flow.sampling.catalog import SAMPLERS

@@ -14,7 +14,7 @@ from typing import Any
 from s2v_flow.comfy.graph import Box, Graph, Note, Value
 from s2v_flow.comfy.meaning import Draft, DraftNode, NodeRef
 from s2v_flow.graph.node import Node
-from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.load import Recipe
 
 _MAX = 40
 

@@ -36,9 +36,8 @@ from s2v_flow.comfy.sources import SOURCES
 from s2v_flow.comfy.values import VALUES
 from s2v_flow.errors import Place, RecipeError
 from s2v_flow.recipe.argument import Changes
-from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import flow_text, to_yaml
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import Recipe, load_recipe
 from s2v_flow.recipe.params import escaped
 from s2v_flow.recipe.reader import FORBIDDEN
 from s2v_flow.wording import shortened

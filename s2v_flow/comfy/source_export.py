@@ -10,10 +10,9 @@ from s2v_flow.comfy.catalog import classes
 from s2v_flow.comfy.graph import ComfyNode, Link, Value
 from s2v_flow.comfy.scaling import SCALERS
 from s2v_flow.comfy.sources import WHOLE_SECONDS
-from s2v_flow.graph.node import Node, Plan, PlanNode
+from s2v_flow.graph.node import Node, NodeSpec, Plan, PlanNode
 from s2v_flow.graph.ports import Source
 from s2v_flow.nodes.chunk import Chunk
-from s2v_flow.recipe.document import NodeSpec
 
 # Kinds that are one node there: its class, and what each of its inputs takes: a port's source, or a field.
 _PLAIN: Mapping[str, tuple[str, Mapping[str, str]]] = {

@@ -8,21 +8,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 
 from s2v_flow.errors import Diagnostic, RecipeError
-from s2v_flow.graph.link import sort
 from s2v_flow.graph.locations import Locations
-from s2v_flow.graph.node import Plan, Planner, PlanNode, Remember, Spec
+from s2v_flow.graph.node import NodeSpec, Plan, Planner, PlanNode, Remember
 from s2v_flow.wording import worded
 
 _MAX_NAME_BYTES = 255  # on every usual file system
 
 
 def build_plan(
-    specs: Mapping[str, Spec],
+    specs: Mapping[str, NodeSpec],
     order: Sequence[str],
     locations: Locations,
     remember: Remember = lambda what, file, compute: compute(),
@@ -68,6 +69,24 @@ def _check_outputs(planner: Planner) -> None:
                 if first != node.name:
                     message, fix = f"{path[-1]}: {first} writes the same file", "give each node a file of its own"
                     planner.problem(node.recipe_node, str(path[-1]), "R131", message, fix)
+
+
+def sort(graph: nx.DiGraph[str], orders: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """Yield the nodes of a graph without cycles, each after those that it uses.
+
+    `orders`: which goes first where there is a choice, different for each; else as in the graph.
+    """
+    orders = orders or {name: index for index, name in enumerate(graph)}
+    waits_for = dict(graph.in_degree())
+    ready = [(orders[name], name) for name, count in waits_for.items() if not count]
+    heapify(ready)
+    while ready:
+        _, name = heappop(ready)
+        yield name
+        for user in graph[name]:
+            waits_for[user] -= 1
+            if not waits_for[user]:
+                heappush(ready, (orders[user], user))
 
 
 def _graph(nodes: Iterable[PlanNode]) -> nx.DiGraph[str]:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from s2v_flow.errors import Diagnostic, Place
+from s2v_flow.errors import Diagnostic, Origin, Place
 from s2v_flow.graph.context import Artifact, RunContext
 from s2v_flow.graph.locations import Locations, Missing
 from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Port, PortType, Ref, Source, Value, marks
@@ -235,30 +235,37 @@ class Plan:
         return {node.name: node for node in self.nodes}
 
 
-class Origin(Protocol):
-    """Where a value was written."""
+@dataclass(frozen=True)
+class NodeSpec:
+    """A node of a recipe. `origins` says where each field's value was written; `()` is the node's name itself."""
 
-    @property
-    def place(self) -> Place:
-        """File, line and column."""
-
-    @property
-    def base_dir(self) -> Path:
-        """The folder at which relative paths start."""
-
-
-class Spec(Protocol):
-    """A recipe's node as planning needs it: the checked node, and how to place what is found later."""
-
-    @property
-    def node(self) -> Node:
-        """The validated node."""
+    name: str
+    kind: str
+    node: Node
+    place: Place
+    origins: Mapping[FieldPath, Origin]
 
     def origin(self, field: str | FieldPath) -> Origin:
-        """Return where a field's value was written."""
+        """Return where a field's value was written, or the nearest thing around it: the node, for a default.
+
+        A value that came from a parameter was written where the parameter's value was: in a recipe, a profile, or on
+        the command line.
+        """
+        path = (field,) if isinstance(field, str) else field
+        while path not in self.origins:
+            path = path[:-1]
+        return self.origins[path]
+
+    def base_dir(self, field: str | FieldPath) -> Path:
+        """Return the absolute directory at which a relative path in this field starts."""
+        return self.origin(field).base_dir
 
     def diagnostic(self, field: str | FieldPath, code: str, message: str, fix: str | None = None) -> Diagnostic:
-        """Place a mistake at a field's value."""
+        """Return a mistake that was found later (in planning, say), marked at a field's value."""
+        path = (field,) if isinstance(field, str) else field
+        text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+        inside = f"nodes.{self.name}{text} (kind: {self.kind})"
+        return self.origin(path).diagnostic(code, message, inside=inside, fix=fix)
 
 
 Remember = Callable[[str, Path, Callable[[], dict[str, Any]]], dict[str, Any]]
@@ -269,7 +276,7 @@ Remember = Callable[[str, Path, Callable[[], dict[str, Any]]], dict[str, Any]]
 class Planner:
     """What a node asks and says while it plans itself: plan nodes, values, missing files and mistakes are collected."""
 
-    specs: Mapping[str, Spec]
+    specs: Mapping[str, NodeSpec]
     locations: Locations
     remember: Remember
     values: dict[str, dict[str, Value]] = field(default_factory=dict)

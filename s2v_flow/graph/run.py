@@ -16,12 +16,11 @@ from s2v_flow.errors import MissingError, S2VFlowError
 from s2v_flow.files.atomic import TakenError, writing
 from s2v_flow.graph.context import Artifact, Closable, Keep, Numerics, ResumePoint, RunContext, Watch, Way
 from s2v_flow.graph.events import Delivered, Listener, NodeCached, NodeFinished, NodeStarted, Noted, RunStarted
-from s2v_flow.graph.failure import failures_of, placed
 from s2v_flow.graph.fingerprint import as_made, fingerprint
-from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never
+from s2v_flow.graph.interrupt import ShouldStop, StoppedError, exit_code_of, never, node_turn
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.ports import Source
-from s2v_flow.graph.results import Results, Scratch, reap_outputs
+from s2v_flow.graph.results import Results, Scratch, failures_of, placed, reap_outputs
 from s2v_flow.graph.status import (
     NodeStatus,
     described_files,
@@ -31,7 +30,6 @@ from s2v_flow.graph.status import (
     output_digests,
     preimage,
 )
-from s2v_flow.graph.turns import node_turn
 from s2v_flow.machine import forget_peaks, peak_device_bytes, peak_memory_bytes, trim_heap
 
 _MENDS = 3

@@ -18,7 +18,7 @@ from s2v_flow.errors import MediaError, MissingError
 from s2v_flow.files.atomic import make_root, temporary_prefix, writing
 from s2v_flow.graph.events import Listener, ignore
 from s2v_flow.graph.run import RunResult
-from s2v_flow.graph.selection import Selection
+from s2v_flow.graph.status import Selection
 from s2v_flow.machine import device_class
 from s2v_flow.recipe.argument import Override
 from s2v_flow.runs.environment import FileDigests

@@ -22,7 +22,7 @@ from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.graph.locations import Locations, Missing, ModelFolder
 from s2v_flow.graph.ports import FileField
 from s2v_flow.library.downloads import RemoteFile, at_endpoint, check_space, fetch, look_up
-from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.load import Recipe
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import read_file
 from s2v_flow.recipe.tree import Entry, MapValue, Scalar, absolute_dir

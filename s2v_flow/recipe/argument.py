@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from s2v_flow.errors import Place
+from s2v_flow.errors import Origin, Place
 from s2v_flow.graph.ports import NAME
 from s2v_flow.recipe.fields import Accepts
 from s2v_flow.recipe.objects import tree_of
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import FORBIDDEN, MAX_DEPTH, Source, read_text, read_yaml
-from s2v_flow.recipe.tree import ListValue, Origin, Scalar, ScalarValue, Tree, plain, read_scalar
+from s2v_flow.recipe.tree import ListValue, Scalar, ScalarValue, Tree, plain, read_scalar
 from s2v_flow.wording import shortened, shown
 
 _DASHED = re.compile(r"(\d+) *- *(\d+)")

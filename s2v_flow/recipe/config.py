@@ -7,24 +7,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from s2v_flow.errors import Origin
+from s2v_flow.graph.node import NodeSpec
 from s2v_flow.graph.ports import FieldPath
-from s2v_flow.recipe.document import NodeSpec, Recipe
 from s2v_flow.recipe.emit import to_yaml
 from s2v_flow.recipe.layers import LANGUAGE_VERSION
+from s2v_flow.recipe.load import Recipe
 from s2v_flow.recipe.params import Parameters, escaped, whole_reference
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import (
-    Entry,
-    ListValue,
-    MapValue,
-    Origin,
-    Scalar,
-    Tree,
-    absolute_dir,
-    children,
-    path_text,
-    plain,
-)
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Scalar, Tree, absolute_dir, children, path_text, plain
 
 
 def config_text(recipe: Recipe, *, resolved: bool = True, with_origins: bool = False) -> str:

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from s2v_flow.errors import Place
+from s2v_flow.errors import Origin, Place
 from s2v_flow.graph.ports import NAME
 from s2v_flow.quality import GATES
 from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.objects import tree_of
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.reader import Source, read_file, read_yaml
-from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, origins_of, plain
+from s2v_flow.recipe.tree import Entry, MapValue, Scalar, Tree, origins_of, plain
 from s2v_flow.wording import did_you_mean, shortened, shown
 
 LANGUAGE_VERSION = 1

@@ -1,15 +1,20 @@
-"""The way in: from a recipe's path to validated nodes, or to all of its mistakes."""
+"""The way in: from a recipe's path to a recipe that is right, nodes validated and linked, or to all of its mistakes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from s2v_flow.graph.link import link, sort
-from s2v_flow.graph.node import Node
+import networkx as nx
+from pydantic import ValidationError
+
+from s2v_flow.errors import ExitCode, Place, S2VFlowError
+from s2v_flow.graph.build import sort
+from s2v_flow.graph.node import Node, NodeSpec
+from s2v_flow.graph.ports import Port, Ref
 from s2v_flow.recipe.argument import NO_CHANGES, Argument, Changes, parse_overrides
-from s2v_flow.recipe.document import NodeSpec, Recipe
 from s2v_flow.recipe.layers import Body, Written, merge_layers, name_of
 from s2v_flow.recipe.matrix import Cell, Matrix, expand, parse_axes, read_matrix, with_axes
 from s2v_flow.recipe.overrides import apply_overrides
@@ -17,7 +22,60 @@ from s2v_flow.recipe.params import Parameters
 from s2v_flow.recipe.problems import Problems, collecting
 from s2v_flow.recipe.tree import Entry, MapValue, plain
 from s2v_flow.recipe.validate import check_node, check_profile
-from s2v_flow.wording import shortened
+from s2v_flow.wording import did_you_mean, nearest, shortened, shown
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe with all its layers applied and all references to parameters resolved.
+
+    `nodes` is in the order of the file, `order` has each after those that it uses; `files` are all that were read, the
+    innermost base first, then what --set-file named; `document` is the merged text (`params` and `nodes`), with
+    `$params.x` still in it and every origin; `profile_places` says which profile a value at a place belongs to;
+    `matrix` is what the recipe varies, `matrix_text` the same as it is written; `folder` is where relative paths start,
+    if not beside `path`; `require` is what the figures of videos must be, by their names in `quality`.
+    """
+
+    path: Path
+    description: str | None
+    params: Mapping[str, Any]
+    nodes: Mapping[str, NodeSpec]
+    order: tuple[str, ...]
+    files: tuple[Path, ...]
+    document: MapValue
+    profile_places: Mapping[Place, str] = field(default_factory=dict)
+    matrix: Matrix = field(default_factory=Matrix)
+    matrix_text: MapValue | None = None
+    folder: Path | None = None
+    require: Mapping[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        params = ", ".join(f"{name}={shown(value)}" for name, value in self.params.items())
+        return f"<Recipe {self.path}: {len(self.nodes)} nodes{f'; {shortened(params, 200)}' if params else ''}>"
+
+
+def only_output(recipe: Recipe, given: Path | None) -> Path | None:
+    """Check a name given for the recipe's only output, and return it.
+
+    Raises:
+        S2VFlowError: The recipe has no output or several, or this one's files are called otherwise.
+    """
+    if given is None:
+        return None
+    sinks = [spec for spec in recipe.nodes.values() if spec.node.is_sink]
+    names = ", ".join(f"nodes.{spec.name}.file" for spec in sinks) or "the recipe writes no file"
+    if len(sinks) != 1:
+        fix = f"give each its own with --set: {names}" if sinks else "add a save_video node"
+        raise S2VFlowError(f"-o names one file, the recipe writes {len(sinks)}", fix, exit_code=ExitCode.USAGE)
+    node = sinks[0].node
+    try:
+        type(node).model_validate({**dict(node), "file": given.name})
+    except ValidationError as error:
+        about = type(node).model_fields["file"].description
+        message = f"-o {given}: {sinks[0].name} ({node.kind}) cannot write a file of this name"
+        raise S2VFlowError(message, f"its file is: {about}", exit_code=ExitCode.USAGE) from error
+    return given
+
 
 _UNSAID = "a node is wrong, but nothing was said of it"
 
@@ -156,3 +214,115 @@ def _check_nodes(
         inside = f"nodes.{fault.node}.{fault.field} (kind: {specs[fault.node].kind})"
         problems.add(fault.code, fault.message, specs[fault.node].origins[fault.field,], inside=inside, fix=fault.fix)
     return specs, are_valid, () if faults else tuple(sort(graph))
+
+
+_MAX_ADVISED = 100  # looking for the nearest name among hundreds takes milliseconds
+
+
+@dataclass(frozen=True)
+class LinkProblem:
+    """A reference that leads nowhere, to the wrong thing, or back to where it stands."""
+
+    node: str
+    field: str
+    code: str
+    message: str
+    fix: str | None = None
+
+
+def link(nodes: Mapping[str, Node], unchecked: Collection[str] = ()) -> tuple[nx.DiGraph[str], list[LinkProblem]]:
+    """Link nodes to a graph.
+
+    `unchecked`: names of nodes that exist but are too wrong to be linked: references to them are left alone.
+
+    Returns:
+        The graph, an edge from each node to those that use it, with the attribute `fields`: a tuple of pairs (input
+        field, output port); and what is wrong. Faulty references make no edges, except those that close a cycle.
+    """
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph.add_nodes_from(nodes)
+    problems: list[LinkProblem] = []
+    linker = _Linker(nodes)
+    for name, node in nodes.items():
+        ports = node.input_ports()
+        for key, ref in node.refs().items():
+            if ref.node in unchecked:
+                continue
+            found = linker.check(name, key, ports[key][0], ref, advises=len(problems) < _MAX_ADVISED)
+            if isinstance(found, LinkProblem):
+                problems.append(found)
+            else:
+                fields = graph.edges[ref.node, name]["fields"] if graph.has_edge(ref.node, name) else ()
+                graph.add_edge(ref.node, name, fields=(*fields, (key, found)))
+    problems += _cycles(graph)
+    return graph, problems
+
+
+class _Linker:
+    """Finds what a reference means among the nodes, and advises on those that mean nothing."""
+
+    def __init__(self, nodes: Mapping[str, Node]) -> None:
+        self._nodes = nodes
+        self._givers: dict[str, list[str]] = {}  # port type -> nodes that give it
+        for name, node in nodes.items():
+            for port_type in dict.fromkeys(node.outputs.values()):
+                self._givers.setdefault(port_type, []).append(name)
+
+    def check(self, name: str, field: str, wanted: Port, ref: Ref, *, advises: bool) -> LinkProblem | str:
+        """Return the output port that a reference means, or what is wrong with it."""
+        if ref.node not in self._nodes:
+            fix = self._advise_node(name, wanted, ref) if advises else None
+            return LinkProblem(name, field, "R020", f"{field}: there is no node {shortened(ref.node)}", fix)
+        node = self._nodes[ref.node]
+        fitting = self._fitting(name, wanted) if advises else None
+        if not node.outputs:
+            message = f"{field}: ${ref.node} ({node.kind}) writes a file and has no output"
+            return LinkProblem(name, field, "R021", message, fitting)
+        port = next(iter(node.outputs)) if ref.port is None else ref.port
+        if port not in node.outputs:
+            fix = did_you_mean(port, node.outputs, "its ports")
+            return LinkProblem(name, field, "R021", f"{field}: ${ref.node} has no port {shortened(port)}", fix)
+        if node.outputs[port] != wanted.type:
+            message = f"{field}: {_words(wanted.type)} expected, {ref} is {_with_article(node.outputs[port])}"
+            return LinkProblem(name, field, "R022", message, fitting)
+        if ref.node == name:
+            return LinkProblem(name, field, "R023", f"{field}: {name} refers to itself", fitting)
+        return port
+
+    def _advise_node(self, name: str, wanted: Port, ref: Ref) -> str:
+        """Suggest a node of the right type: one with a similar name, or all."""
+        givers = [other for other in self._givers.get(wanted.type, ()) if other != name]
+        match = nearest(ref.node, givers)
+        return f"did you mean ${match}?" if match is not None else self._fitting(name, wanted)
+
+    def _fitting(self, name: str, wanted: Port) -> str:
+        fitting = [f"${other}" for other in self._givers.get(wanted.type, ())[:6] if other != name]
+        what = _words(wanted.type)
+        return f"nodes that give {what}: {', '.join(fitting[:5])}" if fitting else f"no other node gives {what}"
+
+
+def _words(port_type: str) -> str:
+    return port_type.replace("_", " ")
+
+
+def _with_article(port_type: str) -> str:
+    words = _words(port_type)
+    if port_type in ("frames", "audio", "speech", "conditioning"):  # not counted in English
+        return words
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _cycles(graph: nx.DiGraph[str]) -> Iterator[LinkProblem]:
+    """Yield one problem per knot of nodes that depend on each other: a shortest way round, from its first node."""
+    order = {name: index for index, name in enumerate(graph)}
+    knots = [knot for knot in nx.strongly_connected_components(graph) if len(knot) > 1]
+    for knot in sorted(knots, key=lambda names: min(order[name] for name in names)):
+        first = min(knot, key=order.__getitem__)
+        inner = graph.subgraph(knot)
+        ways = nx.single_source_shortest_path(inner, first)
+        last = min(inner.predecessors(first), key=lambda name: (len(ways[name]), order[name]))
+        path = [*ways[last], first]
+        field = graph.edges[last, first]["fields"][0][0]
+        names = " -> ".join(path if len(path) <= 20 else [*path[:10], "...", *path[-10:]])
+        fix = "give one of these inputs another node"
+        yield LinkProblem(first, field, "R023", f"{field}: nodes depend on themselves: {names}", fix)

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from s2v_flow.errors import Origin
 from s2v_flow.recipe.argument import Argument, FaultyOverrideError, check_characters, faulty, parse_path
 from s2v_flow.recipe.emit import scalar_text
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.reader import Source, read_yaml
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, plain, read_scalar
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Scalar, Tree, plain, read_scalar
 from s2v_flow.wording import did_you_mean, shortened, shown
 
 _RANGE = re.compile(r"(-?[0-9]{1,20})\.\.(-?[0-9]{1,20})")

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from s2v_flow.errors import Origin
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.reader import FORBIDDEN, MAX_BYTES, MAX_DEPTH, MAX_EVENTS, TOO_DEEP
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, ScalarValue, Tree
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Scalar, ScalarValue, Tree
 
 _MAX_WHOLE = 10**40  # the recipe's text takes 40 digits
 

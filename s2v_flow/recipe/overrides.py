@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from s2v_flow.errors import Origin
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.argument import Argument, FaultyOverrideError, Step, faulty, read_value
@@ -16,7 +17,7 @@ from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.layers import Body
 from s2v_flow.recipe.params import param_takes
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, kind_of, tree_at
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Scalar, Tree, kind_of, tree_at
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from s2v_flow.errors import Origin
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import NAME, FieldPath
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.layers import Body
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, children, kind_of, plain
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Scalar, Tree, children, kind_of, plain
 from s2v_flow.wording import did_you_mean, nearest, shortened, shown
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from s2v_flow.errors import Diagnostic, Place, RecipeError
-from s2v_flow.recipe.tree import Origin
+from s2v_flow.errors import Diagnostic, Origin, Place, RecipeError
 from s2v_flow.wording import worded
 
 _UNREADABLE = frozenset({"R003", "R005", "R008"})  # whatever else is said of such a value would only follow from that

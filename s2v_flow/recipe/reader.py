@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from s2v_flow.errors import Place
+from s2v_flow.errors import Origin, Place
 from s2v_flow.recipe.problems import Problems, StopReadingError
 from s2v_flow.recipe.species import file_species, place_species, similar_file
-from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Origin, Scalar, Tree, absolute_dir, read_scalar
+from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Scalar, Tree, absolute_dir, read_scalar
 from s2v_flow.wording import shortened
 
 MAX_BYTES = 1_000_000

@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from s2v_flow.graph.node import Node
+from s2v_flow.errors import Origin
+from s2v_flow.graph.node import Node, NodeSpec
 from s2v_flow.graph.ports import FieldPath, Ref
-from s2v_flow.recipe.document import NodeSpec
 from s2v_flow.recipe.fields import Accepts, field_at
 from s2v_flow.recipe.params import Parameters, whole_reference
 from s2v_flow.recipe.problems import Problems
-from s2v_flow.recipe.tree import Entry, MapValue, Origin, Scalar, Tree, origins_of, path_text, plain, tree_at
+from s2v_flow.recipe.tree import Entry, MapValue, Scalar, Tree, origins_of, path_text, plain, tree_at
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened, shown
 
 _RANGES = {

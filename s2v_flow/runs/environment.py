@@ -20,7 +20,7 @@ from s2v_flow.graph.events import Listener, StageStarted
 from s2v_flow.graph.node import Plan
 from s2v_flow.machine import device_class
 from s2v_flow.plugins import NODES, SAMPLERS, Plugin, plugins
-from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.load import Recipe
 from s2v_flow.runs.manifest import EnvironmentRecord, GitRecord
 from s2v_flow.version import __version__
 from s2v_flow.wording import size_text

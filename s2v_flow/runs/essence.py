@@ -12,7 +12,7 @@ from s2v_flow.errors import MediaError
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.media.provenance import MAX_NOTE_BYTES, note_box, read_note, tags_box
 from s2v_flow.recipe.config import portable_text
-from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.load import Recipe
 from s2v_flow.runs.manifest import Essence, EssenceNode, FileRecord, from_text, to_note
 from s2v_flow.runs.values import alone, file_records, home_hidden, part_of, without_nodes
 from s2v_flow.wording import WARNING, shortened

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.errors import Diagnostic, ExitCode, MissingError, RecipeError, S2VFlowError
+from s2v_flow.errors import Diagnostic, ExitCode, MissingError, Origin, RecipeError, S2VFlowError
 from s2v_flow.graph.node import Plan
-from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
+from s2v_flow.recipe.load import Recipe
 from s2v_flow.recipe.problems import Problems, collecting
 from s2v_flow.recipe.reader import read_file
-from s2v_flow.recipe.tree import MapValue, Origin, Scalar, Tree, plain
+from s2v_flow.recipe.tree import MapValue, Scalar, Tree, plain
 from s2v_flow.runs.environment import packages_of
 from s2v_flow.runs.values import NamedFile, files_of, without_home
 from s2v_flow.wording import shown, worded

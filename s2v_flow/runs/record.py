@@ -34,7 +34,7 @@ from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus, preimage
 from s2v_flow.machine import device_class
 from s2v_flow.quality import of_videos
-from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.load import Recipe
 from s2v_flow.runs.environment import environment, git_state, packages_of
 from s2v_flow.runs.manifest import (
     GitRecord,

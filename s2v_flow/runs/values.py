@@ -11,8 +11,8 @@ from typing import Any, Literal
 from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.recipe.config import config_json
-from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
+from s2v_flow.recipe.load import Recipe
 from s2v_flow.recipe.tree import Entry, MapValue
 from s2v_flow.runs.manifest import FileRecord
 

@@ -19,9 +19,8 @@ from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.library.needs import meant_instead
 from s2v_flow.recipe.argument import Override
-from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.emit import to_yaml
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import Recipe, load_recipe
 from s2v_flow.recipe.params import escaped, whole_reference
 from s2v_flow.recipe.reader import FORBIDDEN
 from s2v_flow.recipe.tree import plain

@@ -20,8 +20,7 @@ from s2v_flow.graph.build import build_plan
 from s2v_flow.graph.locations import Locations
 from s2v_flow.graph.node import Plan
 from s2v_flow.graph.ports import Source
-from s2v_flow.recipe.document import Recipe
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import Recipe, load_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "e2e"
 Workflow = dict[str, Any]

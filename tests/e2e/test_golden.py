@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from s2v_flow import api
-from s2v_flow.graph.selection import Selection
+from s2v_flow.graph.status import Selection
 from s2v_flow.models.vae import normalise
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -102,7 +102,7 @@ from pathlib import Path
 from recipes_for_tests import options
 from s2v_flow import api
 from s2v_flow.graph.run import peak_memory_bytes
-from s2v_flow.graph.selection import Selection
+from s2v_flow.graph.status import Selection
 
 recipe, folder, models = map(Path, sys.argv[1:])
 api.run(recipe, options(folder, models, selection=Selection(only=("speech",))))

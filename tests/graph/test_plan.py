@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from toy import Glue, Join, LoadTool, Read, Save, Split, ToySpec, Word, plan_toys
+from toy import Glue, Join, LoadTool, Read, Save, Split, Word, plan_toys, toy_spec
 
 from s2v_flow.errors import RecipeError, RefusedError
 from s2v_flow.graph.build import build_plan
@@ -139,8 +139,8 @@ def test_outputs_outside_the_recipes_folder_are_refused_unless_typed(tmp_path: P
 
     def planned(file: str) -> Path:
         specs = {
-            "w": ToySpec(Word(text="w"), inside, file),
-            "s": ToySpec(Save(a=R("$w"), file=str(outside)), inside, file),
+            "w": toy_spec("w", Word(text="w"), inside, file),
+            "s": toy_spec("s", Save(a=R("$w"), file=str(outside)), inside, file),
         }
         return build_plan(specs, ["w", "s"], Locations()).node("s").files["file",]
 

@@ -25,9 +25,9 @@ from s2v_flow.cache import housekeeping
 from s2v_flow.cache.housekeeping import collect, inventory, live_run, remove, verify
 from s2v_flow.cache.store import Store
 from s2v_flow.files import lock
+from s2v_flow.graph.interrupt import node_turn
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import Ref
-from s2v_flow.graph.turns import node_turn
 
 PROCESSES = 8
 KEYS = [hashlib.sha256(b"race %d" % number).hexdigest() for number in range(3)]

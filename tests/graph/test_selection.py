@@ -8,7 +8,7 @@ import pytest
 
 from s2v_flow.api import Options, Planned, plan, require_files
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.graph.selection import Selection
+from s2v_flow.graph.status import Selection
 
 DEMO = Path(__file__).parents[1] / "untrained.yaml"
 

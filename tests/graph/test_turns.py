@@ -16,10 +16,9 @@ from toy import Save, Word, Workshop
 
 from s2v_flow.files.lock import gpu_lock_path, remove_unused, turn
 from s2v_flow.graph.events import Event, NodeCached, Noted
-from s2v_flow.graph.interrupt import StoppedError
+from s2v_flow.graph.interrupt import StoppedError, gpu_turn, node_turn
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import Ref
-from s2v_flow.graph.turns import gpu_turn, node_turn
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from s2v_flow.cache.store import Store
-from s2v_flow.errors import Diagnostic, Place, S2VFlowError
+from s2v_flow.errors import Origin, Place, S2VFlowError
 from s2v_flow.files.atomic import writing
 from s2v_flow.files.facts import file_digest
 from s2v_flow.graph.build import build_plan
 from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.events import Event, NodeStarted, Noted
 from s2v_flow.graph.locations import Locations
-from s2v_flow.graph.node import Node, Plan, Planner
+from s2v_flow.graph.node import Node, NodeSpec, Plan, Planner
 from s2v_flow.graph.ports import FileField, Neutral, Port, Ref, Value
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import NodeStatus, assess
@@ -186,33 +186,15 @@ class Save(Node):
         return [(path, artifacts[port].copy_to(path, note)) for port, path in self.targets(files, artifacts).items()]
 
 
-@dataclass(frozen=True)
-class ToyOrigin:
-    """A place in a recipe."""
-
-    place: Place
-    base_dir: Path
-
-
-@dataclass(frozen=True)
-class ToySpec:
-    """A recipe's node as planning sees it."""
-
-    node: Node
-    base_dir: Path
-    file: str = "toy.yaml"
-    line: int = 1
-
-    def origin(self, field: Any) -> ToyOrigin:
-        return ToyOrigin(Place(self.file, self.line), self.base_dir)
-
-    def diagnostic(self, field: Any, code: str, message: str, fix: str | None = None) -> Diagnostic:
-        return Diagnostic(code, message, Place(self.file, self.line), fix=fix)
+def toy_spec(name: str, node: Node, folder: Path, file: str = "toy.yaml", line: int = 1) -> NodeSpec:
+    """Return a recipe's node as planning sees it."""
+    place = Place(file, line)
+    return NodeSpec(name, node.kind, node, place, {(): Origin(place, "", folder)})
 
 
 def plan_toys(nodes: Mapping[str, Node], folder: Path, locations: Locations | None = None) -> Plan:
     """Plan nodes in the order in which they are given; files are looked for in `folder`."""
-    specs = {name: ToySpec(node, folder, line=line) for line, (name, node) in enumerate(nodes.items(), 1)}
+    specs = {name: toy_spec(name, node, folder, line=line) for line, (name, node) in enumerate(nodes.items(), 1)}
     return build_plan(specs, list(nodes), locations or Locations(models_dirs=[folder]))
 
 

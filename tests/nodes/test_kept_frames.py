@@ -15,7 +15,7 @@ from runs_for_tests import QUICK, Place, copied, place
 from s2v_flow import api
 from s2v_flow.cache.housekeeping import Kept, inventory, remove
 from s2v_flow.graph.events import Event, NodeCached, Noted
-from s2v_flow.graph.selection import Selection
+from s2v_flow.graph.status import Selection
 from s2v_flow.media import writer
 from s2v_flow.models.vae import WanVAE
 

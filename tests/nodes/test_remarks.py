@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from s2v_flow import api
 from s2v_flow.errors import CheckpointError
 from s2v_flow.graph.events import Event, Noted
-from s2v_flow.graph.selection import Selection
+from s2v_flow.graph.status import Selection
 from s2v_flow.media.video import VideoReader
 from s2v_flow.models.text_encoder import TextEncoder
 from s2v_flow.nodes.remarks import is_distilled

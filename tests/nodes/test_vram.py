@@ -18,7 +18,7 @@ from s2v_flow import api
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.estimate import Needs
-from s2v_flow.graph.selection import Selection
+from s2v_flow.graph.status import Selection
 from s2v_flow.models.registry import ModelKey, ModelRegistry
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.memory import needs

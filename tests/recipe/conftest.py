@@ -10,8 +10,7 @@ import pytest
 from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.options import Options
-from s2v_flow.recipe.document import Recipe
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import Recipe, load_recipe
 
 
 @pytest.fixture(scope="session")

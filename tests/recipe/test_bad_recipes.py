@@ -64,7 +64,7 @@ def test_every_code_of_the_reading_layers_is_shown_by_some_bad_recipe() -> None:
     """No code is without an example of its text."""
     texts = "".join(path.read_text(encoding="utf-8") for path in BAD.glob("*.txt"))
     root = Path(s2v_flow.__file__).parent
-    sources = [*root.glob("recipe/*.py"), root / "graph" / "link.py"]
+    sources = root.glob("recipe/*.py")
     used = {code for path in sources for code in re.findall(r'"(R\d{3})"', path.read_text(encoding="utf-8"))}
     assert set(re.findall(r"error\[(R\d+)\]", texts)) == used
 

@@ -13,8 +13,7 @@ from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.argument import Changes, Override
 from s2v_flow.recipe.config import config_json, config_text
-from s2v_flow.recipe.document import Recipe
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import Recipe, load_recipe
 from s2v_flow.recipe.reader import FORBIDDEN
 from s2v_flow.recipe.schema import recipe_schema
 

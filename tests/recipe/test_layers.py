@@ -10,8 +10,7 @@ from s2v_flow.errors import RecipeError
 from s2v_flow.graph.node import Node
 from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Changes, Override
-from s2v_flow.recipe.document import Recipe
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import Recipe, load_recipe
 
 Load = Callable[..., Recipe]
 

@@ -18,9 +18,8 @@ from s2v_flow.graph.node import Node
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.options import Options
 from s2v_flow.recipe.argument import Changes
-from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.fields import field_at
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import Recipe, load_recipe
 from s2v_flow.wording import format_diagnostic
 
 Load = Callable[..., Recipe]
@@ -56,7 +55,7 @@ def test_loading_a_recipe_takes_a_tenth_of_a_second_at_most(kinds: Mapping[str, 
 def test_reading_recipes_imports_neither_torch_nor_numpy() -> None:
     """The language stands on PyYAML, pydantic and networkx alone."""
     code = (
-        "import sys; import s2v_flow.recipe.load, s2v_flow.recipe.schema, s2v_flow.graph.link, networkx;"
+        "import sys; import s2v_flow.recipe.load, s2v_flow.recipe.schema, s2v_flow.graph.build, networkx;"
         "print(sorted({'torch', 'numpy', 's2v_flow.nodes'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

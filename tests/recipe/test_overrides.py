@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from s2v_flow.errors import Diagnostic, RecipeError
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.argument import MAX_TEXT_FILE_BYTES, Changes, Override
-from s2v_flow.recipe.document import Recipe
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import Recipe, load_recipe
 
 Load = Callable[..., Recipe]
 

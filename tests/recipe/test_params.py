@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from s2v_flow.errors import RecipeError
-from s2v_flow.recipe.document import Recipe
+from s2v_flow.recipe.load import Recipe
 
 Load = Callable[..., Recipe]
 

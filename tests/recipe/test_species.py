@@ -13,8 +13,7 @@ from recipes_for_tests import write_clip, write_voice
 
 from s2v_flow.errors import RecipeError
 from s2v_flow.media.provenance import note_box
-from s2v_flow.recipe.document import Recipe
-from s2v_flow.recipe.load import load_recipe
+from s2v_flow.recipe.load import Recipe, load_recipe
 
 Load = Callable[..., Recipe]
 API = {"3": {"class_type": "KSampler", "inputs": {"seed": 1}}}

@@ -19,8 +19,8 @@ from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.files.atomic import free_name
 from s2v_flow.recipe.argument import NO_CHANGES, Override
 from s2v_flow.recipe.config import portable_text
-from s2v_flow.recipe.document import Recipe
 from s2v_flow.recipe.layers import Written, merge_layers
+from s2v_flow.recipe.load import Recipe
 from s2v_flow.recipe.params import whole_reference
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import plain

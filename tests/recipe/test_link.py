@@ -4,13 +4,13 @@ import time
 
 import networkx as nx
 
-from s2v_flow.graph.link import link
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import Ref
 from s2v_flow.nodes.load import LoadLatent, LoadVae
 from s2v_flow.nodes.load_media import LoadAudio, LoadImage
 from s2v_flow.nodes.sample import Extend
 from s2v_flow.nodes.save import SaveImages, SaveLatent
+from s2v_flow.recipe.load import link
 
 
 def extend(video: str) -> Extend:
