@@ -15,7 +15,7 @@ from typing import Any
 from s2v_flow.cli.describe import describe_kinds
 from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.schema import recipe_schema
-from s2v_flow.sampling.catalog import CALLS_PER_STEP, OWN_SCHEDULE, SAMPLERS, SCHEDULERS, minimum_steps
+from s2v_flow.sampling import CALLS_PER_STEP, OWN_SCHEDULE, SAMPLERS, SCHEDULERS, minimum_steps
 from s2v_flow.sampling.sampler import SOLVERS
 from s2v_flow.sampling.schedule import scheduled_sigmas
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from s2v_flow.cache.budget import parse_size
-from s2v_flow.demo.catalog import demo_paths
+from s2v_flow.demo import demo_paths
 from s2v_flow.errors import ExitCode, S2VFlowError
 from s2v_flow.graph.context import Watch
 from s2v_flow.graph.interrupt import ShouldStop, never

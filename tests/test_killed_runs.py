@@ -92,13 +92,13 @@ def serve() -> None:
     import torch
 
     import s2v_flow
-    from s2v_flow.nodes import resuming
+    from s2v_flow.nodes import denoising
 
     torch.set_num_threads(1)
     is_warm = False
     for line in sys.stdin:
         order = json.loads(line)
-        resuming.INTERVAL_SECONDS = order["interval"]
+        denoising.INTERVAL_SECONDS = order["interval"]
         if not is_warm:  # once in this process, so that every import is done
             is_warm = True
             assert s2v_flow.run(order["arguments"][1], **_folders(order["arguments"])).computed

@@ -32,7 +32,7 @@ from s2v_flow.models.registry import weight_bytes
 from s2v_flow.models.streaming import WeightStream
 from s2v_flow.models.vae import VAEConfig, WanVAE
 from s2v_flow.models.vae_tiles import decode_next_tiled
-from s2v_flow.nodes.resuming import FiniteWatch
+from s2v_flow.nodes.denoising import FiniteWatch
 from s2v_flow.nodes.tensors import each_to_frames, to_frames
 from s2v_flow.parallel import layout, team
 from s2v_flow.weights.gguf import BLOCK_SIZES

@@ -18,7 +18,7 @@ from s2v_flow.api.result import Result
 from s2v_flow.cache.housekeeping import live_run
 from s2v_flow.cache.remote import RemoteStore
 from s2v_flow.cache.store import Store
-from s2v_flow.demo.catalog import demo_root
+from s2v_flow.demo import demo_root
 from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
 from s2v_flow.files.atomic import cannot_write
 from s2v_flow.files.facts import recalled, remembered

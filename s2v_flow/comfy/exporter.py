@@ -18,7 +18,7 @@ from s2v_flow.nodes.table import NODE_KINDS
 from s2v_flow.recipe.load import Recipe
 from s2v_flow.recipe.params import whole_reference
 from s2v_flow.recipe.tree import plain
-from s2v_flow.sampling.catalog import SAMPLERS
+from s2v_flow.sampling import SAMPLERS
 
 Format = Literal["api", "editor"]
 _ALL_FRAMES = 4096  # ImageFromBatch takes no more

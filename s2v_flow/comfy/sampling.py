@@ -26,7 +26,7 @@ from s2v_flow.comfy.meaning import (
 )
 from s2v_flow.nodes.edit import piece
 from s2v_flow.nodes.sample import Sample
-from s2v_flow.sampling.catalog import CALLS_PER_STEP
+from s2v_flow.sampling import CALLS_PER_STEP
 from s2v_flow.wording import did_you_mean
 
 _LAST = ("sampler", "scheduler", "shift", "conditioning", "step_cache", "step_cache_threshold")  # behind the seed

@@ -13,7 +13,7 @@ from typing import Any
 from s2v_flow import api
 from s2v_flow.api import Options, plan, require_files
 from s2v_flow.cache.store import Entry
-from s2v_flow.demo.catalog import demo_root
+from s2v_flow.demo import demo_root
 from s2v_flow.errors import MediaError, MissingError
 from s2v_flow.files.atomic import make_root, temporary_prefix, writing
 from s2v_flow.graph.events import Listener, ignore

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from s2v_flow.errors import MediaError, RefusedError
-from s2v_flow.media.crop import centre_cut
+from s2v_flow.media import centre_cut
 from s2v_flow.media.source import MAX_IMAGE_PIXELS, Remark, open_source
 
 Background = Literal["white", "black", "grey", "ignore"]

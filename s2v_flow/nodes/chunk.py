@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from s2v_flow.graph.node import Node, Precision
 from s2v_flow.graph.ports import FieldPath
-from s2v_flow.nodes.fields import Conditioning
-from s2v_flow.nodes.settings import SamplingSettings
+from s2v_flow.nodes.fields import Conditioning, SamplingSettings
 from s2v_flow.nodes.shortage import StreamDecoder, encoded
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from s2v_flow.graph.ports import Source, Value
 from s2v_flow.models.footprint import MOTION_LATENT_FRAMES
 from s2v_flow.models.speech_rate import segments_of
 from s2v_flow.nodes.chunk import Chunk, DecodeChunk, EncodeControl, EncodeMotion
+from s2v_flow.nodes.fields import ChunkSettings, Settings
 from s2v_flow.nodes.frames import require_cut
-from s2v_flow.nodes.settings import ChunkSettings, Settings
 
 FRAMES_PER_LATENT = 4
 FRAME_RATE_HZ = 16

@@ -11,9 +11,8 @@ from s2v_flow.errors import S2VFlowError
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Value
 from s2v_flow.nodes.chunk_plan import Chain, Part
-from s2v_flow.nodes.fields import FramesInput, ImageInput, LatentInput
+from s2v_flow.nodes.fields import FramesInput, ImageInput, LatentInput, Settings
 from s2v_flow.nodes.frames import Frames, concatenated, still, window
-from s2v_flow.nodes.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np

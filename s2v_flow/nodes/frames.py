@@ -9,7 +9,7 @@ from threading import Semaphore
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from s2v_flow.errors import MediaError
-from s2v_flow.media.crop import can_be_cut
+from s2v_flow.media import can_be_cut
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,10 +17,9 @@ from s2v_flow.graph.node import Precision as Resolve
 from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Value
 from s2v_flow.machine import compute_capability
 from s2v_flow.nodes.chunk_plan import Chain, Part
-from s2v_flow.nodes.fields import Attention, DitPrecision, Precision, model_file
+from s2v_flow.nodes.fields import Attention, DitPrecision, Precision, Settings, model_file
 from s2v_flow.nodes.handle import lacks_room, open_handle
 from s2v_flow.nodes.remarks import ModelFacts, is_distilled, remark_on_lora
-from s2v_flow.nodes.settings import Settings
 
 if TYPE_CHECKING:
     from s2v_flow.graph.context import RunContext

@@ -32,7 +32,7 @@ from s2v_flow.models.speech_rate import num_features, num_rows, num_states
 from s2v_flow.nodes.chunk import FRAMES_PER_CALL, Chunk, DecodeChunk, EncodeControl, EncodeMotion
 from s2v_flow.nodes.decode import DecodeFrames
 from s2v_flow.nodes.encode import EncodeAudio, EncodeImage
-from s2v_flow.sampling.catalog import CALLS_PER_STEP
+from s2v_flow.sampling import CALLS_PER_STEP
 from s2v_flow.weights.tokenizer import MAX_TOKENS
 from s2v_flow.wording import size_text
 

@@ -14,7 +14,7 @@ from s2v_flow.graph.ports import Value
 
 if TYPE_CHECKING:
     from s2v_flow.models.lora import LoraReport
-    from s2v_flow.nodes.settings import Settings
+    from s2v_flow.nodes.fields import Settings
 
 FEW_STEPS = 8  # what models that are distilled for few steps are run with, at most
 USUAL_STEPS = 20

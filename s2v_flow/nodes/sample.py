@@ -34,6 +34,7 @@ from s2v_flow.nodes.fields import (
     ReferenceInput,
     Seconds,
     Seed,
+    Settings,
     Shift,
     Side,
     SpeechInput,
@@ -41,10 +42,11 @@ from s2v_flow.nodes.fields import (
     StepCacheThreshold,
     Steps,
     VaeInput,
+    VideoSettings,
+    own_settings,
 )
 from s2v_flow.nodes.remarks import remark_on_prompt, remark_on_settings
-from s2v_flow.nodes.settings import Settings, VideoSettings, own_settings
-from s2v_flow.sampling.catalog import CALLS_PER_STEP, SAMPLERS, SamplerName, SchedulerName, minimum_steps
+from s2v_flow.sampling import CALLS_PER_STEP, SAMPLERS, SamplerName, SchedulerName, minimum_steps
 
 LEAST_MOVING_SIDE = 64  # the oldest of the motion's frames are packed by 8x8 latent pixels
 USUAL_SHIFTS = (0.05, 0.1, 0.25, 0.5, 1.0, 3.0, 5.0, 8.0, 12.0, 100.0)

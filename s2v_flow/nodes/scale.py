@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Value
-from s2v_flow.media.crop import centre_cut
+from s2v_flow.media import centre_cut
 from s2v_flow.nodes.fields import FramesInput, ImageInput
 from s2v_flow.nodes.frames import Frames, require_cut
 from s2v_flow.nodes.load_media import Lazy

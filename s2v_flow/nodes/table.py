@@ -25,7 +25,7 @@ from s2v_flow.nodes.sample import Extend, Sample
 from s2v_flow.nodes.save import SaveImages, SaveLatent, SaveVideo
 from s2v_flow.nodes.scale import FramesScale, ImageScale
 from s2v_flow.plugins import NODES, SAMPLERS, Plugin, plugins
-from s2v_flow.sampling import catalog
+from s2v_flow.sampling import SAMPLERS as OWN_SAMPLERS
 
 NODE_KINDS: tuple[type[Node], ...] = (
     LoadDiffusionModel,
@@ -73,7 +73,7 @@ class Kinds(Mapping[str, type[Node]]):
     @cached_property
     def plugins(self) -> Mapping[str, Plugin]:
         """The kinds of other packages."""
-        plugins(SAMPLERS, catalog.SAMPLERS)  # names that are taken are an error at once
+        plugins(SAMPLERS, OWN_SAMPLERS)  # names that are taken are an error at once
         return plugins(NODES, (*self._own, *_WITHIN))
 
     def __getitem__(self, name: str) -> type[Node]:

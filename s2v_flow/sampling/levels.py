@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from s2v_flow.sampling.catalog import ONE_STEP_MORE, OWN_SCHEDULE, SamplerName, SchedulerName, minimum_steps
+from s2v_flow.sampling import ONE_STEP_MORE, OWN_SCHEDULE, SamplerName, SchedulerName, minimum_steps
 
 Levels: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Time = TypeVar("Time")
@@ -37,7 +37,7 @@ def is_falling(sigmas: Sequence[float]) -> bool:
 def can_step(sampler: SamplerName, scheduler: SchedulerName, steps: int, shift: float) -> bool:
     """Return whether this sampler's noise levels fall; what `make_sampler` refuses, this does not let pass.
 
-    `scheduler`: one of `catalog.SCHEDULERS`.
+    `scheduler`: one of `sampling.SCHEDULERS`.
     """
     if steps < minimum_steps(sampler, scheduler) or not (math.isfinite(shift) and shift > 0):
         return False

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from s2v_flow.plugins import SAMPLERS, plugins
-from s2v_flow.sampling import solver
-from s2v_flow.sampling.catalog import SamplerName, SchedulerName
+from s2v_flow.sampling import SamplerName, SchedulerName, solver
 from s2v_flow.sampling.levels import NUM_TRAIN_LEVELS, UNIPC_FIRST_TIME
 from s2v_flow.sampling.schedule import scheduled_sigmas
 from s2v_flow.sampling.state import Denoise, SolverState, Step
@@ -65,7 +64,7 @@ SOLVERS: Mapping[SamplerName, Solver] = {
     "flow_unipc": _own(solver.flow_unipc, UNIPC_FIRST_TIME),
     "flow_dpmpp": _own(solver.flow_dpmpp, 1.0),
 }
-"""Every sampler. Names: `catalog.py`."""
+"""Every sampler. Names: `__init__.py`."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,8 @@ def make_sampler(
     """Make a sampler.
 
     Args:
-        scheduler: One of `catalog.SCHEDULERS`; without effect on the samplers in `catalog.OWN_SCHEDULE`.
-        steps: How many steps, at least `catalog.minimum_steps(name, scheduler)`.
+        scheduler: One of `sampling.SCHEDULERS`; without effect on the samplers in `sampling.OWN_SCHEDULE`.
+        steps: How many steps, at least `sampling.minimum_steps(name, scheduler)`.
         shift: The shift of the noise schedule, > 0.
         seed: The run's seed, 0 to 2^64 - 1; only samplers that draw step noise use it here.
         device: Where the sample lives, and step noise is drawn.

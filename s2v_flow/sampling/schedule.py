@@ -12,16 +12,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from s2v_flow.sampling import levels
-from s2v_flow.sampling.catalog import MINIMUM_STEPS, SchedulerName
-from s2v_flow.sampling.catalog import SCHEDULERS as NAMES
+from s2v_flow.sampling import MINIMUM_STEPS, SchedulerName, levels
+from s2v_flow.sampling import SCHEDULERS as NAMES
 
 
 def scheduled_sigmas(scheduler: SchedulerName, steps: int, shift: float) -> tuple[float, ...]:
     """Return a scheduler's noise levels, float32 values, falling, the last one 0: usually steps + 1 of them.
 
     Args:
-        scheduler: One of `catalog.SCHEDULERS`.
+        scheduler: One of `sampling.SCHEDULERS`.
         steps: How many steps to ask for; `ddim_uniform` and `beta` may give another number.
         shift: The shift of the noise schedule, > 0; `linear_quadratic` does not depend on it.
 
@@ -67,4 +66,4 @@ SCHEDULERS: Mapping[str, Callable[[int, float], Tensor]] = {
     "sgm_uniform": lambda steps, shift: _normal(steps + 1, shift)[:-1],
     "kl_optimal": lambda steps, shift: torch.tan(torch.from_numpy(levels.kl_angles(steps, shift))),
 }
-"""Scheduler to the function that gives its levels without the last 0, from steps and shift. Names: `catalog.py`."""
+"""Scheduler to the function that gives its levels without the last 0, from steps and shift. Names: `__init__.py`."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2v_flow.sampling.catalog import SchedulerName
+from s2v_flow.sampling import SchedulerName
 from s2v_flow.sampling.levels import COMFY_LAST_SIGMA, NUM_TRAIN_LEVELS, own_levels
 from s2v_flow.sampling.schedule import check_falling, check_shift, scheduled_sigmas
 from s2v_flow.sampling.state import Denoise, Draw, SolverState

@@ -17,7 +17,7 @@ from s2v_flow.graph.events import Event, Noted, StepDone
 from s2v_flow.models.registry import ModelKey, ModelRegistry
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.handle import ModelHandle, never_stream
-from s2v_flow.sampling.catalog import SamplerName
+from s2v_flow.sampling import SamplerName
 
 STEPS = 6
 KEY = "ab" + "0" * 62

@@ -17,7 +17,7 @@ from torch import Tensor
 from s2v_flow.cache.resume_point import seal
 from s2v_flow.errors import BadNumbersError
 from s2v_flow.graph.interrupt import StoppedError
-from s2v_flow.nodes import resuming
+from s2v_flow.nodes import denoising
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -72,7 +72,7 @@ def test_checkpoints_are_written_so_that_no_more_than_a_minute_is_lost(
             bench.folder, "write", lambda key, facts, payload, to=written: to.append(int(facts["step"]))
         )
         now = SimpleNamespace(seconds=100.0)
-        monkeypatch.setattr(resuming, "time", SimpleNamespace(monotonic=lambda now=now: now.seconds))
+        monkeypatch.setattr(denoising, "time", SimpleNamespace(monotonic=lambda now=now: now.seconds))
 
         class SlowModel(CurvedModel):
             def __call__(self, *args: Any, seconds: float = seconds, now: Any = now) -> list[Tensor]:
@@ -219,7 +219,7 @@ def test_bad_numbers_stop_the_run_at_their_step(number: float, tmp_path: Path) -
 
 def test_one_bad_number_is_enough_and_none_is_overlooked_at_the_end() -> None:
     """In any place, in any step, the last one too."""
-    from s2v_flow.nodes.resuming import FiniteWatch
+    from s2v_flow.nodes.denoising import FiniteWatch
 
     for step in (1, 2, 3):
         watch = FiniteWatch()

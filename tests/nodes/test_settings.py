@@ -9,8 +9,8 @@ from recipes_for_tests import options, tiny, write_recipe, write_voice
 
 from s2v_flow import api
 from s2v_flow.nodes.chunk import Chunk
+from s2v_flow.nodes.fields import ChunkSettings, SamplingSettings, VideoSettings
 from s2v_flow.nodes.sample import Extend, Sample, TimelineEntry
-from s2v_flow.nodes.settings import ChunkSettings, SamplingSettings, VideoSettings
 
 OTHER = {  # a value that differs from what the recipe has, for every setting; a new setting needs one
     "steps": 3,

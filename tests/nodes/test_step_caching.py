@@ -20,8 +20,8 @@ from s2v_flow import api
 from s2v_flow.graph.interrupt import StoppedError
 from s2v_flow.graph.ports import Ref
 from s2v_flow.nodes.chunk import Chunk
+from s2v_flow.nodes.fields import Settings, VideoSettings
 from s2v_flow.nodes.sample import Sample, check_settings
-from s2v_flow.nodes.settings import Settings, VideoSettings
 from s2v_flow.runs.manifest import Manifest
 
 STEPS = 12

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2v_flow.sampling.catalog import SAMPLERS, SCHEDULERS, SamplerName, SchedulerName
+from s2v_flow.sampling import SAMPLERS, SCHEDULERS, SamplerName, SchedulerName
 from s2v_flow.sampling.levels import can_step
 from s2v_flow.sampling.sampler import make_sampler
 

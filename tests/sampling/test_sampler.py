@@ -7,7 +7,7 @@ import torch
 from reference import load_golden, relative_error
 from torch import Tensor
 
-from s2v_flow.sampling.catalog import SAMPLERS, SamplerName
+from s2v_flow.sampling import SAMPLERS, SamplerName
 from s2v_flow.sampling.sampler import Sampler, make_sampler
 from s2v_flow.sampling.state import SolverState
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import load_golden
 
-from s2v_flow.sampling.catalog import SCHEDULERS, SchedulerName
+from s2v_flow.sampling import SCHEDULERS, SchedulerName
 from s2v_flow.sampling.levels import symmetric_beta_quantile
 from s2v_flow.sampling.schedule import scheduled_sigmas
 
