@@ -31,7 +31,7 @@ from s2v_flow.graph.node import Plan
 from s2v_flow.graph.run import Run, RunResult
 from s2v_flow.graph.status import EARLIER, TO_COMPUTE, assess
 from s2v_flow.library.needs import meant_instead, misnamed
-from s2v_flow.machine import device_class, free_memory_bytes, hardware, resolve_device
+from s2v_flow.machine import device_class, free_memory_bytes, hardware, measure, resolve_device
 from s2v_flow.nodes.memory import needs, require_room
 from s2v_flow.nodes.precision import check_fit, precision_notes
 from s2v_flow.nodes.table import KINDS as KINDS
@@ -171,8 +171,6 @@ def _speeds(options: Options, device: str) -> dict[int, Flops]:
 
 def calibrated(planned: Planned, options: Options) -> Planned:
     """Measure how fast the device computes, once, in about a second, and estimate again. Imports torch."""
-    from s2v_flow.models.speed import measure
-
     for item_bytes in {each.item_bytes for each in planned.needs.values() if each.weights}:
         key = _speed_key(planned.device, item_bytes)
         remembered(options.cache_root / "facts.json", key, partial(measure, planned.device, item_bytes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,18 @@ class SpeechTable:
     rows: Tensor
     num_features_30hz: int | None
     first_row: int = 0
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return what is stored of it; only the last part tells where the voice ends."""
+        numbers = {"first_row": self.first_row, "num_features_30hz": self.num_features_30hz}
+        known = {name: torch.tensor(number) for name, number in numbers.items() if number is not None}  # int64
+        return {"rows": self.rows.contiguous(), **known}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SpeechTable:
+        """Return the table of such tensors."""
+        end = tensors.get("num_features_30hz")
+        return cls(tensors["rows"], None if end is None else int(end), int(tensors["first_row"]))
 
     def num_chunks(self, num_frames: int) -> int | None:
         """Return how many chunks of `num_frames` video frames the table has; the last is filled up with zeros."""

@@ -32,7 +32,7 @@ from s2v_flow.weights.tokenizer import MAX_TOKENS
 
 if TYPE_CHECKING:
     from s2v_flow.errors import S2VFlowError
-    from s2v_flow.graph.context import Artifact, ResumePoint, RunContext
+    from s2v_flow.graph.context import ResumePoint, RunContext
     from s2v_flow.models.dit import WanS2V
     from s2v_flow.nodes.fields import SamplingSettings
     from s2v_flow.nodes.handle import ModelHandle
@@ -364,7 +364,7 @@ class Denoiser(Fallbacks):
     def _audio_embed(self) -> Tensor | None:
         if "speech" not in self._inputs:
             return None
-        table = joined([_speech(part) for part in self._inputs["speech"]])
+        table = joined([SpeechTable.from_tensors(unpack(part)) for part in self._inputs["speech"]])
         embed = chunk_embed(table, self._settings.audio_offset, self._settings.num_latent_frames)
         return None if embed is None else embed.to(self._context.device)
 
@@ -372,9 +372,3 @@ class Denoiser(Fallbacks):
         """Prepare a prompt, for this chunk alone: at most 420 MB at 14B, and less than a hundredth of a step's work."""
         context = unpack(self._inputs[name])["context"].to(self._context.device)  # [1, S, E]
         return self._model.prepare_text(context, padding=MAX_TOKENS - context.shape[1])
-
-
-def _speech(segment: Artifact) -> SpeechTable:
-    tensors = unpack(segment)
-    end = tensors.get("num_features_30hz")
-    return SpeechTable(tensors["rows"], None if end is None else int(end), int(tensors["first_row"]))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -29,7 +30,13 @@ from s2v_flow.nodes.frames import require_cut
 from s2v_flow.nodes.remarks import remark_on_prompt
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from s2v_flow.graph.context import RunContext
+    from s2v_flow.media.audio import Sound
+    from s2v_flow.models.audio_encoder import AudioEncoder
+    from s2v_flow.models.speech import SpeechTable
 
 WHOLE_SECONDS = 600.0
 LONG_WINDOW_SECONDS = 120.0
@@ -140,21 +147,36 @@ class EncodeAudio(Node):
             {rows: float32 [up to 320, 25, E], first_row: int64 []} each; the last has num_features_30hz: int64 [] too.
         """
         from s2v_flow.models.audio_encoder import require_state
-        from s2v_flow.nodes.hearing import hear
+        from s2v_flow.nodes.tensors import pack_finite
 
         num_samples = context.planned["num_samples"]
         context.record(num_samples=num_samples)
         require_state(num_samples)
-        segments = hear(
-            inputs["audio"],
-            inputs["audio_encoder"].get(),
-            context.scratch,
-            warmup_frames=self.warmup_frames,
-            conditioning=self.conditioning,
-            final_norm=self.final_norm,
-            window_states=self.window_states(num_samples),
-        )
-        return {segment_port(index): path for index, path in enumerate(segments)}
+        window = self.window_states(num_samples)
+        found: dict[str, Any] = {}
+        for index, table in enumerate(self._tables(inputs["audio"], inputs["audio_encoder"].get(), context, window)):
+            found[segment_port(index)] = context.scratch / f"{segment_port(index)}.safetensors"
+            found[segment_port(index)].write_bytes(pack_finite(table.to_tensors()))
+        return found
+
+    def _tables(
+        self, sound: Sound, encoder: AudioEncoder, context: RunContext, window: int | None
+    ) -> Iterator[SpeechTable]:
+        """Encode a voice, as a whole or in windows of so many states; yield its segments as they come."""
+        import numpy as np
+        import torch
+
+        from s2v_flow.media.resample import speech_blocks
+        from s2v_flow.models import speech
+
+        silence = np.zeros(self.warmup_frames * SAMPLES_PER_FRAME, np.float32)
+        blocks = chain([silence], speech_blocks(sound, self.conditioning))  # as the encoder hears it: mono, 16 kHz
+        if window is None:
+            mono = encoder.mono(torch.from_numpy(np.concatenate([*blocks])), self.conditioning)
+            yield from speech.to_video_rate(encoder.states(mono, final_norm=self.final_norm)).segments()
+        else:
+            read, count = _normalised(blocks, context.scratch / "waveform")
+            yield from speech.windowed_video_rate(encoder, read, count, window, final_norm=self.final_norm)
 
     def num_samples(self, of_voice: int, sample_rate_hz: int) -> int:
         """Count what the encoder hears of a voice, at 16 kHz, with the silence in front."""
@@ -165,6 +187,31 @@ class EncodeAudio(Node):
         given = self.window_seconds
         longest, window = (WHOLE_SECONDS, LONG_WINDOW_SECONDS) if given == "auto" else (given, given)
         return None if num_samples <= longest * SAMPLE_RATE_HZ else round(window * STATES_HZ)
+
+
+def _normalised(blocks: Iterable[np.ndarray], path: Path) -> tuple[Callable[[int, int], Tensor], int]:
+    """Put a waveform into a file at `path`, so that memory does not grow with its length.
+
+    Returns:
+        What reads samples from start to stop, float32 [n], normalised by the whole waveform's loudness; and how many
+        there are.
+    """
+    import numpy as np
+    import torch
+
+    from s2v_flow.models.speech import Loudness
+
+    loudness = Loudness()
+    with path.open("wb") as file:
+        for block in blocks:
+            loudness.add(torch.from_numpy(block))
+            file.write(np.ascontiguousarray(block).tobytes())
+
+    def read(start: int, stop: int) -> Tensor:
+        samples = np.fromfile(path, np.float32, stop - start, offset=start * 4)
+        return loudness.normalise(torch.from_numpy(samples))
+
+    return read, loudness.count
 
 
 class EncodeImage(Node):

@@ -15,7 +15,7 @@ from s2v_flow.wording import listed, nearest, path_slip, shortened
 _FTYP = b"ftyp"
 _WORKFLOW_KEYS = (b'"class_type"', b'"last_node_id"', b'"last_link_id"')
 _TEXT_CHUNK = re.compile(rb"[tiz][TE]Xt(?:workflow|prompt)\0", re.IGNORECASE)
-_OURS = b"s2vflow-prov-001"  # media.provenance.BOX_ID
+_OURS = b"s2vflow-prov-001"  # runs.essence.BOX_ID
 _JSON_VERSION = re.compile(rb'"?s2vflow"?\s*:\s*\d')
 _VERSION = re.compile(rb"^s2vflow[ \t]*:", re.MULTILINE)
 _TEXT_ENCODINGS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")

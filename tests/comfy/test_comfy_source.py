@@ -21,7 +21,7 @@ from s2v_flow.api import KINDS
 from s2v_flow.comfy.importer import import_workflow
 from s2v_flow.comfy.source import read_workflow
 from s2v_flow.errors import ExitCode, S2VFlowError
-from s2v_flow.media.provenance import note_box
+from s2v_flow.runs.essence import note_box
 
 WORKFLOW = json.dumps(editor())
 PROMPT = json.dumps(golden())

@@ -30,7 +30,6 @@ from recipes_for_tests import read_audio
 from s2v_flow.errors import ExitCode, MediaError, MissingError, RefusedError, S2VFlowError
 from s2v_flow.media.audio import Audio, probe_audio
 from s2v_flow.media.image import probe_image, read_image
-from s2v_flow.media.provenance import note_box
 from s2v_flow.media.source import (
     MAX_AUDIO_CHANNELS,
     MAX_IMAGE_PIXELS,
@@ -40,6 +39,7 @@ from s2v_flow.media.source import (
 )
 from s2v_flow.media.video import VideoReader, probe_video
 from s2v_flow.media.writer import VideoWriter
+from s2v_flow.runs.essence import note_box
 
 TESTS = Path(__file__).parents[1]
 CORPUS = Path(__file__).parent / "corpus" / "media"

@@ -11,9 +11,8 @@ from recipes_for_tests import PORTRAIT, call, write_voice
 from runs_for_tests import Place, copied
 
 from s2v_flow import api
-from s2v_flow.media.provenance import note_box, read_note
 from s2v_flow.recipe.config import portable_text
-from s2v_flow.runs.essence import read_essence
+from s2v_flow.runs.essence import note_box, read_essence, read_note
 
 DEMO = Path(__file__).parents[1] / "untrained.yaml"
 

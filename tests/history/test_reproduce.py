@@ -12,7 +12,7 @@ import pytest
 from recipes_for_tests import call, write_voice
 from runs_for_tests import Place, copied
 
-from s2v_flow.media.provenance import note_box, read_note
+from s2v_flow.runs.essence import note_box, read_note
 
 Change = Callable[[dict[str, Any]], None]
 

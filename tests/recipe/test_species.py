@@ -12,8 +12,8 @@ from PIL import Image, PngImagePlugin
 from recipes_for_tests import write_clip, write_voice
 
 from s2v_flow.errors import RecipeError
-from s2v_flow.media.provenance import note_box
 from s2v_flow.recipe.load import Recipe, load_recipe
+from s2v_flow.runs.essence import note_box
 
 Load = Callable[..., Recipe]
 API = {"3": {"class_type": "KSampler", "inputs": {"seed": 1}}}

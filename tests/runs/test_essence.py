@@ -16,9 +16,8 @@ from runs_for_tests import QUICK, Place, copied, ran
 from s2v_flow import __version__, api
 from s2v_flow.cache.store import Store
 from s2v_flow.errors import MediaError
-from s2v_flow.media.provenance import MAX_NOTE_BYTES, note_box, read_note
 from s2v_flow.media.video import VideoReader
-from s2v_flow.runs.essence import note_of, read_essence
+from s2v_flow.runs.essence import MAX_NOTE_BYTES, note_box, note_of, read_essence, read_note
 from s2v_flow.runs.manifest import Essence, EssenceNode
 
 

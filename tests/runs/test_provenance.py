@@ -11,9 +11,9 @@ import pytest
 from recipes_for_tests import remux
 
 from s2v_flow.errors import MediaError
-from s2v_flow.media.provenance import BOX_ID, MAX_NOTE_BYTES, note_box, read_note, tags_box
 from s2v_flow.media.video import VideoReader
 from s2v_flow.media.writer import VideoWriter
+from s2v_flow.runs.essence import BOX_ID, MAX_NOTE_BYTES, note_box, read_note, tags_box
 
 FTYP = struct.pack(">I4s", 16, b"ftyp") + b"isom\0\0\0\0"
 
