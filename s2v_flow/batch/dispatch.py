@@ -118,15 +118,11 @@ def open_engine(
     Raises:
         S2VFlowError: What it needs is not installed, or not here.
     """
-    if name == "ray":
-        from s2v_flow.batch.ray_engine import RayEngine
+    if name == "local":
+        return LocalEngine(setups)
+    from s2v_flow.batch.engines import RayEngine, SlurmEngine
 
-        return RayEngine(setups, address)
-    if name == "slurm":
-        from s2v_flow.batch.slurm_engine import SlurmEngine
-
-        return SlurmEngine(setups, batch.logs, slurm)
-    return LocalEngine(setups)
+    return RayEngine(setups, address) if name == "ray" else SlurmEngine(setups, batch.logs, slurm)
 
 
 class BatchRun:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from s2v_flow.api import Options
+    from s2v_flow.batch.plan import BatchFile, Row
     from s2v_flow.batch.record import Batch
-    from s2v_flow.batch.spec import BatchFile, Row
 
 _POLICY = ("engine", "address", "slurm", "notify", "fail_fast", "timeout", "retries", "devices", "workers")
 
@@ -203,8 +203,7 @@ def _asked(
     given: Sequence[str], options: Options, table: Path | None
 ) -> tuple[list[str], Options, list[Row] | None, BatchFile | None]:
     """Return recipes, options and rows, and the batch.yaml that stands for the recipes; the command line says more."""
-    from s2v_flow.batch.plan import find_recipes
-    from s2v_flow.batch.spec import is_batch_file, read_batch_file, read_rows
+    from s2v_flow.batch.plan import find_recipes, is_batch_file, read_batch_file, read_rows
 
     file = read_batch_file(Path(given[0])) if len(given) == 1 and is_batch_file(Path(given[0])) else None
     rows = None if table is None else read_rows(table)

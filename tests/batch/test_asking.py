@@ -22,8 +22,8 @@ from terminal import run_in_terminal
 from test_batch import batch, entries, program, running, seeded, until, written
 
 from s2v_flow.batch.dispatch import Told
+from s2v_flow.batch.plan import BatchFile
 from s2v_flow.batch.record import read_batch
-from s2v_flow.batch.spec import BatchFile
 from s2v_flow.batch.worker import Outcome
 from s2v_flow.cli.board import Board, status_lines
 from s2v_flow.files.lock import held
