@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "media": {"files", "errors"},
     "quality": {"media", "errors"},
     "demo": {"files", "models", "weights", "errors"},
-    "convert": {"files", "models", "weights", "version", "errors"},
+    "convert": {"files", "models", "weights", "version", "wording", "errors"},
     # graph and recipe
     "graph": {"cache", "files", "machine", "wording", "errors"},
     "recipe": {"graph", "quality", "wording", "errors"},
@@ -104,7 +104,7 @@ ALLOWED: dict[str, set[str]] = {
 HEAVY = {"torch", "transformers", "safetensors", "numpy", "av", "imageio", "soundfile", "soxr", "PIL", "sentencepiece"}
 # the rest is light: heavy packages, and the modules that import them, are imported inside functions there
 HEAVY_LAYERS = {"models", "weights", "sampling", "media", "quality", "demo", "convert"}
-HEAVY_MODULES = {"nodes.tensors", "nodes.denoising"} | {f"parallel.{name}" for name in ("rank", "shard", "team")}
+HEAVY_MODULES = {"nodes.tensors", "nodes.denoising"} | {f"parallel.{name}" for name in ("rank", "team")}
 MAX_LINES = 450
 
 

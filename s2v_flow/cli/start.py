@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 @start_options
 def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | None, like: str, force: bool) -> None:
     """Write a first recipe, for a portrait and a voice."""
-    from s2v_flow.start.project import DEFAULT_PROMPT, Start, recipe_text, write_recipe
-    from s2v_flow.start.recipes import RECIPES
+    from s2v_flow.start.project import DEFAULT_PROMPT, RECIPES, Start, recipe_text, write_recipe
 
     if like not in RECIPES:
         fix = f"s2vflow recipe {like} -o {output} writes what is in it"
@@ -178,8 +177,15 @@ def make(
     """Make a video without a recipe; one is left beside it, to change and to run again."""
     from s2v_flow.api import KINDS
     from s2v_flow.cli.running import execute
-    from s2v_flow.start.project import DEFAULT_PROMPT, Start, is_as_written, recipe_path, recipe_text, write_recipe
-    from s2v_flow.start.recipes import RECIPES
+    from s2v_flow.start.project import (
+        DEFAULT_PROMPT,
+        RECIPES,
+        Start,
+        is_as_written,
+        recipe_path,
+        recipe_text,
+        write_recipe,
+    )
 
     recipe = recipe_path(output)
     start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, output.name)

@@ -16,6 +16,7 @@ from s2v_flow.convert.pickle import convert_pickle
 from s2v_flow.convert.release import (
     INDEX_SUFFIX,
     TOKENIZER_FILE,
+    Progress,
     Shards,
     Wanted,
     kind_of,
@@ -31,7 +32,6 @@ from s2v_flow.weights.header import is_pickle
 from s2v_flow.weights.layout import TOKENIZER_KEY
 from s2v_flow.weights.quantization import read_quantization
 from s2v_flow.weights.reader import Checkpoint, refuse_shard
-from s2v_flow.weights.tensor_stream import Progress
 
 _VERSION, _DIGESTS = "s2vflow_version", "s2vflow_source_sha256"
 

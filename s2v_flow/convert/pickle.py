@@ -27,10 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from s2v_flow.convert.release import Wanted, open_file, write_model
+from s2v_flow.convert.release import BLOCK_BYTES, Piece, Progress, Wanted, open_file, stored_name, write_model
 from s2v_flow.errors import CheckpointError, ExitCode, RefusedError, S2VFlowError
 from s2v_flow.weights.header import MAX_RANK
-from s2v_flow.weights.tensor_stream import BLOCK_BYTES, Piece, Progress, stored_name
 
 if TYPE_CHECKING:
     from torch import Tensor

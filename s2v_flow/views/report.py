@@ -26,7 +26,7 @@ from s2v_flow.runs.essence import essence_in
 from s2v_flow.runs.manifest import Essence, Manifest, OutputRecord
 from s2v_flow.runs.record import runs_root
 from s2v_flow.version import __version__
-from s2v_flow.views import figures, film
+from s2v_flow.views import film
 from s2v_flow.views.film import Film, film_of, poster_of, proxy_of
 from s2v_flow.wording import duration_text, size_text
 
@@ -119,7 +119,7 @@ class _Sources:
         make = poster_of if found.cells or len(paths) > _MAX_TIMELINES else film_of
         films = [replace(make(path, path.name, known.get(name)), cell=cell_of(name)) for name, path in paths.items()]
         title = Path(found.recipe.path).stem if len(films) > 1 else films[0].label
-        changes = figures.changes_of(found, list_runs(runs_root(self.options.cache_root)).runs)
+        changes = film.changes_of(found, list_runs(runs_root(self.options.cache_root)).runs)
         more = {"title": title, "facts": _run_facts(found, films), "changes": changes, "axes": _axes(films)}
         return _page(films, found.recipe.values, found, **more)
 
@@ -128,7 +128,7 @@ class _Sources:
         compared = compare(one, other, self.options)
         paths = [next(iter(self._find(text)[1].values())) for text in (one, other)]
         films = [film_of(path, f"{letter}: {path.name}") for letter, path in zip("AB", paths, strict=True)]
-        rows = list(figures.rows_of(compared.differences))
+        rows = list(film.rows_of(compared.differences))
         times = [(item.name, duration_text(item.a), duration_text(item.b)) for item in compared.times]
         measures = [line for line in compared.to_text().splitlines() if line.startswith(("latent: ", "video: "))]
         same = "Nothing differs." if compared.is_same else f"{len(rows)} values, models or inputs differ."
@@ -180,10 +180,10 @@ def _page(
     run = found if isinstance(found, Manifest) else None
     return {
         "films": films,
-        "cues": figures.cues_of(values),
-        "stages": figures.stages_of(run) if run else [],
-        "graph": figures.graph_of(values, run.nodes if run else ()) if values else None,
-        "loras": figures.loras_of(run) if run else [],
+        "cues": film.cues_of(values),
+        "stages": film.stages_of(run) if run else [],
+        "graph": film.graph_of(values, run.nodes if run else ()) if values else None,
+        "loras": film.loras_of(run) if run else [],
         "files": found.files if found else [],
         "recipe": run.recipe.text if run else found.recipe if isinstance(found, Essence) else "",
         "run": run,
@@ -251,5 +251,5 @@ def _rendered(content: Mapping[str, Any]) -> str:
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     about: dict[str, Any] = {"style": style, "script": script, "digests": digests, "version": __version__}
-    about |= {"film": film, "drawn": figures, "duration": duration_text, "size": size_text}
+    about |= {"film": film, "drawn": film, "duration": duration_text, "size": size_text}
     return environment.from_string(source).render({**content, **about})

@@ -17,8 +17,8 @@ from runs_for_tests import Place
 
 from s2v_flow import api
 from s2v_flow.errors import S2VFlowError
+from s2v_flow.start.project import RECIPES as LIKENESSES
 from s2v_flow.start.project import Start, fitting_size, recipe_text, write_recipe
-from s2v_flow.start.recipes import RECIPES as LIKENESSES
 
 OFFICIAL_AREA = 704 * 1024
 SHIPPED = {

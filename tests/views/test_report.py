@@ -23,8 +23,7 @@ from runs_for_tests import Place, copied, place
 
 from s2v_flow.media.writer import VideoWriter
 from s2v_flow.runs.manifest import NodeRecord
-from s2v_flow.views.figures import cues_of, graph_of
-from s2v_flow.views.film import film_of
+from s2v_flow.views.film import cues_of, film_of, graph_of
 from s2v_flow.views.report import MAX_BYTES, cell_of
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from s2v_flow.convert.release import open_shards, open_single
+from s2v_flow.convert import release
+from s2v_flow.convert.release import Piece, in_dtype, open_shards, open_single, write_tensors
 from s2v_flow.errors import (
     BadNumbersError,
     CheckpointError,
@@ -21,8 +22,6 @@ from s2v_flow.errors import (
     RefusedError,
     S2VFlowError,
 )
-from s2v_flow.weights import tensor_stream
-from s2v_flow.weights.tensor_stream import Piece, in_dtype, write_tensors
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 VALUES = {"x": torch.arange(6.0).reshape(2, 3), "y": torch.ones(3, dtype=torch.bfloat16), "z": torch.tensor(7)}
@@ -162,7 +161,7 @@ def test_a_source_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
 
 
 def test_names_that_fill_the_header_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_stream, "MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr(release, "MAX_HEADER_BYTES", 100)
     pieces = [Piece(f"{i}" * 50, "U8", (0,), list) for i in range(3)]
     with pytest.raises(CheckpointError, match="at most 100 are accepted"):
         write_tensors(io.BytesIO(), pieces, {}, lambda done, total: None)

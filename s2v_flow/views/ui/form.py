@@ -25,8 +25,7 @@ from s2v_flow.recipe.params import whole_reference
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import plain
 from s2v_flow.runs.values import files_of
-from s2v_flow.start.project import DEFAULT_PROMPT, Start, recipe_text
-from s2v_flow.start.recipes import RECIPES
+from s2v_flow.start.project import DEFAULT_PROMPT, RECIPES, Start, recipe_text
 from s2v_flow.views.ui import roots
 
 FOLDER = Path("ui")  # where the page writes, below the current folder
