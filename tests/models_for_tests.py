@@ -7,14 +7,22 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from s2v_flow.demo.models import WAV2VEC2_SIZES
 from s2v_flow.demo.plan import fill_all
-from s2v_flow.models.audio_encoder import build_wav2vec2
+from s2v_flow.models.conditioning import Conditioning
+from s2v_flow.models.encoders import AudioEncoder, build_wav2vec2
 from s2v_flow.models.vae import VAEConfig, WanVAE
 
 CHANNELS = 32
 WIDTH = 8
+
+
+def features(encoder: AudioEncoder, waveform: Tensor, conditioning: Conditioning, *, final_norm: bool = True) -> Tensor:
+    """Encode a clip, [L] or [channels, L], in one go: [A, T, E], float32."""
+    states = encoder.states(encoder.mono(waveform, conditioning), final_norm=final_norm)
+    return torch.cat([state[None] for state in states]).float()
 
 
 def make_narrow_models(root: Path, demo_models: Path) -> None:

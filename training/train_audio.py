@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from s2v_flow.demo.plan import WAV2VEC2_SIZES, generated_wav2vec2, uniform
-from s2v_flow.models.audio_encoder import build_wav2vec2
+from s2v_flow.models.encoders import build_wav2vec2
 from training import loop, state
 from training.voices import mouth, speak
 

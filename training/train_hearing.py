@@ -16,8 +16,8 @@ from torch import Tensor
 
 from s2v_flow.demo import plan
 from s2v_flow.demo.plan import WAV2VEC2_SIZES, generated_wav2vec2
-from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2
 from s2v_flow.models.dit_block import CausalAudioEncoder
+from s2v_flow.models.encoders import AudioEncoder, build_wav2vec2
 from s2v_flow.models.speech import to_video_rate
 from training import loop, state
 from training.clips import CHUNK_FRAMES

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from s2v_flow.demo.plan import fill_all, trained_files, uniform, wav2vec2_sizes
 from s2v_flow.errors import RefusedError
-from s2v_flow.models.audio_encoder import build_wav2vec2
 from s2v_flow.models.dit import S2VConfig, WanS2V
+from s2v_flow.models.encoders import build_umt5, build_wav2vec2
 from s2v_flow.models.load import shapes_of
-from s2v_flow.models.text_encoder import build_umt5
 from s2v_flow.models.vae import VAEConfig, WanVAE
 from s2v_flow.weights.layout import TOKENIZER_KEY
 

@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from s2v_flow.models.audio_encoder import build_wav2vec2
 from s2v_flow.models.dit import S2VConfig, WanS2V
+from s2v_flow.models.encoders import build_wav2vec2
 from s2v_flow.models.load import shapes_of
 from s2v_flow.models.vae import VAEConfig, WanVAE
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from s2v_flow.errors import CheckpointError, broken_package
-from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2, merge_weight_norm
+from s2v_flow.models.encoders import AudioEncoder, TextEncoder, build_umt5, build_wav2vec2, merge_weight_norm
 from s2v_flow.models.lora import LoraReport, LoraSpec, LoraStack, open_loras
 from s2v_flow.models.packed import (
     PackedEmbedding,
@@ -22,7 +22,6 @@ from s2v_flow.models.packed import (
     multiply_in_fp8,
     read_packed,
 )
-from s2v_flow.models.text_encoder import TextEncoder, build_umt5
 from s2v_flow.weights.family import describe_mismatch
 from s2v_flow.weights.layout import EMBEDDING_COPY_KEY, EMBEDDING_KEY, compare, own_keys
 from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, Quantization, read_quantization

@@ -25,7 +25,7 @@ from s2v_flow.models.speech_rate import (
 )
 
 if TYPE_CHECKING:
-    from s2v_flow.models.audio_encoder import AudioEncoder
+    from s2v_flow.models.encoders import AudioEncoder
 
 CONTEXT_STATES = 500  # 10 s on each side of a window, encoded but not kept
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from s2v_flow.graph.context import RunContext
     from s2v_flow.media.audio import Sound
-    from s2v_flow.models.audio_encoder import AudioEncoder
+    from s2v_flow.models.encoders import AudioEncoder
     from s2v_flow.models.speech import SpeechTable
 
 WHOLE_SECONDS = 600.0
@@ -146,7 +146,7 @@ class EncodeAudio(Node):
         Returns:
             {rows: float32 [up to 320, 25, E], first_row: int64 []} each; the last has num_features_30hz: int64 [] too.
         """
-        from s2v_flow.models.audio_encoder import require_state
+        from s2v_flow.models.encoders import require_state
         from s2v_flow.nodes.tensors import pack_finite
 
         num_samples = context.planned["num_samples"]

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from models_for_tests import features
 from reference import load_keys, relative_error
 from safetensors.torch import load, load_file, save_file
 
@@ -196,7 +197,7 @@ def test_a_gguf_audio_encoder_hears_as_its_twin(tiny_models: Path, tmp_path: Pat
     write_gguf(tmp_path / "a.gguf", tensors, "Q8_0", tmp_path / "twin.safetensors", arch="wav2vec2")
     sound = torch.sin(torch.arange(4000) / 9)
     heard = [
-        load_audio_encoder(tmp_path / name, dtype=torch.float32, device="cpu").encode(sound, "official")
+        features(load_audio_encoder(tmp_path / name, dtype=torch.float32, device="cpu"), sound, "official")
         for name in ("a.gguf", "twin.safetensors")
     ]
     assert torch.equal(*heard)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from models_for_tests import features
 from reference import fill_module, load_golden, load_keys, relative_error
 from safetensors.torch import load_file, save_file
 
 from s2v_flow.errors import MediaError
-from s2v_flow.models import audio_encoder
-from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2, normalise
+from s2v_flow.models import encoders
+from s2v_flow.models.encoders import AudioEncoder, build_wav2vec2, normalise
 from s2v_flow.models.load import load_audio_encoder
 
 
@@ -25,7 +26,7 @@ def encoder(demo_models: Path) -> AudioEncoder:
 
 def assert_states_equal(encoder: AudioEncoder, name: str) -> None:
     inputs, outputs, _ = load_golden(f"components/{name}")
-    states = encoder.encode(inputs["waveform"][0], "comfyui")
+    states = features(encoder, inputs["waveform"][0], "comfyui")
     assert states.shape[0] == 25
     assert len(outputs) >= 5
     for key, expected in outputs.items():
@@ -44,7 +45,7 @@ def test_a_file_without_the_mask_of_training_gives_the_same_states(
     save_file(weights, tmp_path / "a.safetensors")
     other = load_audio_encoder(tmp_path / "a.safetensors", dtype=torch.float32, device="cpu")
     clip = torch.sin(torch.arange(8000) / 9)
-    assert torch.equal(other.encode(clip, "official"), encoder.encode(clip, "official"))
+    assert torch.equal(features(other, clip, "official"), features(encoder, clip, "official"))
 
 
 @pytest.mark.parity
@@ -69,19 +70,19 @@ def test_conditioning_chooses_the_variance() -> None:
 
 def test_the_two_conditionings_differ_and_mono_needs_no_channel_axis(encoder: AudioEncoder) -> None:
     x = torch.randn(2, 800, generator=torch.Generator().manual_seed(0))
-    official, comfyui = encoder.encode(x, "official"), encoder.encode(x, "comfyui")
+    official, comfyui = features(encoder, x, "official"), features(encoder, x, "comfyui")
     assert 0 < relative_error(official, comfyui) < 1e-2
-    assert torch.equal(encoder.encode(x.mean(0), "official"), official)
+    assert torch.equal(features(encoder, x.mean(0), "official"), official)
 
 
 def test_windows_of_the_first_convolutions_change_nothing(
     encoder: AudioEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(400 + 320 * 20 + 11, generator=torch.Generator().manual_seed(0))
-    whole = encoder.encode(x, "official")
+    whole = features(encoder, x, "official")
     assert whole.shape == (25, 21, 64)
-    monkeypatch.setattr(audio_encoder, "WINDOW_STATES", 4)
-    assert relative_error(encoder.encode(x, "official"), whole) < 1e-6
+    monkeypatch.setattr(encoders, "WINDOW_STATES", 4)
+    assert relative_error(features(encoder, x, "official"), whole) < 1e-6
 
 
 def test_weights_go_with_the_encoder(demo_models: Path) -> None:
@@ -99,6 +100,6 @@ def test_weights_go_with_the_encoder(demo_models: Path) -> None:
 
 
 def test_one_state_needs_400_samples(encoder: AudioEncoder) -> None:
-    assert encoder.encode(torch.ones(400), "official").shape == (25, 1, 64)
+    assert features(encoder, torch.ones(400), "official").shape == (25, 1, 64)
     with pytest.raises(MediaError, match="399 samples"):
-        encoder.encode(torch.ones(399), "official")
+        features(encoder, torch.ones(399), "official")

@@ -9,7 +9,7 @@ import torch
 from reference import fill_module, load_golden
 from torch import Tensor
 
-from s2v_flow.models.audio_encoder import AudioEncoder, build_wav2vec2
+from s2v_flow.models.encoders import AudioEncoder, build_wav2vec2
 from s2v_flow.models.speech import (
     Loudness,
     SpeechTable,

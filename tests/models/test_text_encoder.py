@@ -9,8 +9,8 @@ import torch
 from reference import load_golden, load_keys, relative_error
 
 from s2v_flow.errors import CheckpointError
+from s2v_flow.models.encoders import TextEncoder, build_umt5
 from s2v_flow.models.load import load_text_encoder, shapes_of
-from s2v_flow.models.text_encoder import TextEncoder, build_umt5
 from s2v_flow.weights.tokenizer import EOS_ID, MAX_TOKENS, read_tokenizer
 
 PROMPT = "The man is playing the guitar. He looks down at his hands and sings gently."

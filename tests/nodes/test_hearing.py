@@ -18,7 +18,7 @@ from s2v_flow import api
 from s2v_flow.errors import MediaError
 from s2v_flow.graph.status import Selection
 from s2v_flow.models import load
-from s2v_flow.models.audio_encoder import normalise, require_state
+from s2v_flow.models.encoders import normalise, require_state
 from s2v_flow.models.speech import SpeechTable, chunk_embed, joined
 from s2v_flow.nodes.chunk import Chunk
 from s2v_flow.nodes.encode import EncodeAudio

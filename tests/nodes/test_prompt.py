@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from reference import load_golden, relative_error
 
 from s2v_flow.graph.ports import Ref
+from s2v_flow.models.encoders import TextEncoder
 from s2v_flow.models.load import load_text_encoder
-from s2v_flow.models.text_encoder import TextEncoder
 from s2v_flow.nodes.encode import EncodeText, weighted_parts
 from s2v_flow.weights.tokenizer import EOS_ID
 

@@ -18,7 +18,7 @@ from s2v_flow.errors import CheckpointError
 from s2v_flow.graph.events import Event, Noted
 from s2v_flow.graph.status import Selection
 from s2v_flow.media.video import VideoReader
-from s2v_flow.models.text_encoder import TextEncoder
+from s2v_flow.models.encoders import TextEncoder
 from s2v_flow.nodes.remarks import is_distilled
 from s2v_flow.weights.tokenizer import MAX_TOKENS, is_surely_short, measure, read_tokenizer
 
