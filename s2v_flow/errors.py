@@ -138,6 +138,13 @@ class RecipeError(S2VFlowError):
 
 
 @dataclass(eq=False)
+class UsageError(S2VFlowError):
+    """A command, or a call, asks for what cannot be done."""
+
+    exit_code: ExitCode = field(default=ExitCode.USAGE, kw_only=True)
+
+
+@dataclass(eq=False)
 class MissingError(S2VFlowError):
     """A file that is needed is not there, or cannot be read."""
 

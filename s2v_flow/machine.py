@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import UsageError
 
 if sys.platform != "win32":
     import resource  # here, not on first use: a process may have no file left to open by then
@@ -82,14 +82,14 @@ def resolve_device(asked: str) -> str:
         return "cuda" if num_gpus() > 0 else "cpu"
     if asked.partition(":")[0] == "mps":
         message = "Apple GPUs (mps) are not supported yet: nobody has run the models there, which need float64 and fp8"
-        raise S2VFlowError(message, fix="use --device cpu", exit_code=ExitCode.USAGE)
+        raise UsageError(message, "use --device cpu")
     if not _NAMES.fullmatch(asked):
-        raise S2VFlowError(f"unknown device {asked!r}", fix="use auto, cpu, cuda or cuda:N", exit_code=ExitCode.USAGE)
+        raise UsageError(f"unknown device {asked!r}", "use auto, cpu, cuda or cuda:N")
     index = int(asked.partition(":")[2] or 0)
     if asked.startswith("cuda") and index >= (count := num_gpus()):
         text = f"there is no device {asked}: torch and the driver see {count} GPU{'' if count == 1 else 's'}"
         fix = f"use --device cuda:{count - 1}" if count else "use --device cpu, or install a torch build for your GPU"
-        raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
+        raise UsageError(text, fix)
     return asked
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from s2v_flow.cache.budget import parse_size
 from s2v_flow.demo import demo_paths
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import UsageError
 from s2v_flow.graph.context import Watch
 from s2v_flow.graph.interrupt import ShouldStop, never
 from s2v_flow.graph.locations import Locations
@@ -164,7 +164,7 @@ def read_option(name: str, given: Any, default: Any = None) -> Any:
             raise TypeError
     except TypeError:
         shown = f"{given!r:.80}"
-        raise S2VFlowError(f"{name}: expected {words}, got {shown}", exit_code=ExitCode.USAGE) from None
+        raise UsageError(f"{name}: expected {words}, got {shown}") from None
     return tuple(items) if name in _LISTS else items[0]
 
 

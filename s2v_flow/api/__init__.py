@@ -19,7 +19,7 @@ from s2v_flow.cache.housekeeping import live_run
 from s2v_flow.cache.remote import RemoteStore
 from s2v_flow.cache.store import Store
 from s2v_flow.demo import demo_root
-from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError, UsageError
 from s2v_flow.files.atomic import cannot_write
 from s2v_flow.files.facts import recalled, remembered
 from s2v_flow.graph.build import build_plan, merge_plans
@@ -79,7 +79,7 @@ def _asked(recipe: RecipeLike, options: Options) -> tuple[Written, Changes]:
     if (isinstance(recipe, str) and "\n" in recipe) or not isinstance(recipe, (str, os.PathLike)):
         what = "its text" if isinstance(recipe, str) else type(recipe).__name__
         fix = "give the path, or the text as a dict: yaml.safe_load(text)"
-        raise S2VFlowError(f"expected a recipe's file or a dict, got {what}", fix, exit_code=ExitCode.USAGE)
+        raise UsageError(f"expected a recipe's file or a dict, got {what}", fix)
     path, changes = Path(recipe), options.changes
     if essence := essence_in(path):
         inside = load_recipe(path, kinds=KINDS, changes=Changes(inside=(essence.recipe, path.absolute().parent)))
@@ -213,7 +213,7 @@ def run_planned(
         goes_on: The run has begun under this id, with a first look; its manifest is written anew.
     """
     if not callable(on_event):
-        raise S2VFlowError(f"on_event: expected a function, got {on_event!r}", exit_code=ExitCode.USAGE)
+        raise UsageError(f"on_event: expected a function, got {on_event!r}")
     if models is not None and options.gpus > 1:
         raise S2VFlowError("a Session's runs are on one GPU", "s2v_flow.run(recipe, gpus=N)")
     require_files(planned)

@@ -23,7 +23,7 @@ from typing import Any
 
 from s2v_flow.batch.record import Job
 from s2v_flow.batch.worker import Outcome, ProcessWorker, Setup
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import ExitCode, S2VFlowError, UsageError
 from s2v_flow.files.atomic import write_whole, writing
 
 CHECKPOINT_SECONDS = 100.0  # of the 120 between Slurm's signal and its end
@@ -163,8 +163,7 @@ class SlurmEngine:
         try:
             import submitit
         except ImportError as error:
-            fix = "pip install 's2vflow[slurm]'"
-            raise S2VFlowError("--engine slurm: submitit is not installed", fix, exit_code=ExitCode.USAGE) from error
+            raise UsageError("--engine slurm: submitit is not installed", "pip install 's2vflow[slurm]'") from error
         self.setups = setups
         self._logs = logs.absolute()
         self._tasks: list[Any] = []
@@ -176,7 +175,7 @@ class SlurmEngine:
             self._executor.update_parameters(**given)
         except (RuntimeError, NameError, ValueError, TypeError) as error:
             fix = "--engine slurm runs where sbatch and srun are; --slurm KEY=VALUE takes submitit's parameters"
-            raise S2VFlowError(f"Slurm cannot be used: {error}", fix, exit_code=ExitCode.USAGE) from error
+            raise UsageError(f"Slurm cannot be used: {error}", fix) from error
 
     def start(self, index: int) -> _SlurmWorker:
         """Submit the array at the first call; a task alone where one has been lost.
@@ -344,8 +343,7 @@ class RayEngine:
         try:
             import ray
         except ImportError as error:
-            fix = "pip install 's2vflow[ray]'"
-            raise S2VFlowError("--engine ray: Ray is not installed", fix, exit_code=ExitCode.USAGE) from error
+            raise UsageError("--engine ray: Ray is not installed", "pip install 's2vflow[ray]'") from error
         self.setups = setups
         self._ray: Any = ray
         self._is_ours = not ray.is_initialized()

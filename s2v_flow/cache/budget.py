@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from s2v_flow.cache.housekeeping import collect, objects_size
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import UsageError
 from s2v_flow.wording import size_text
 
 NO_LIMIT = 2**63 - 1
@@ -68,10 +68,10 @@ def parse_size(text: str, option: str = "--limit") -> int:
     except (ValueError, OverflowError):
         size = -1
     if not 0 <= size < NO_LIMIT:
-        raise S2VFlowError(f"{option}: {text!r} is no size", fix="write it like 20G, or none", exit_code=ExitCode.USAGE)
+        raise UsageError(f"{option}: {text!r} is no size", "write it like 20G, or none")
     if 0 < size < _LEAST_BYTES and not match[2]:
         fix = f"write the unit: {text.strip()}G, or {text.strip()}GiB"
-        raise S2VFlowError(f"{option}: {text.strip()} would be bytes", fix, exit_code=ExitCode.USAGE)
+        raise UsageError(f"{option}: {text.strip()} would be bytes", fix)
     return size
 
 

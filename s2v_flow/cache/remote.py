@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from s2v_flow.cache.store import Entry, Store, entry_place, entry_text, file_sha256, parse_entry
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import UsageError
 from s2v_flow.files.atomic import CannotWriteError, cannot_write
 
 ResultT = TypeVar("ResultT")
@@ -39,7 +39,7 @@ class RemoteStore(Store):
             self._files, self._folder = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             fix = "pip install 's2vflow[remote]', and name a folder by its URL: file:///mnt/cache, s3://bucket/cache"
-            raise S2VFlowError(f"--cache-remote {url}: {error}", fix, exit_code=ExitCode.USAGE) from error
+            raise UsageError(f"--cache-remote {url}: {error}", fix) from error
         self._url, self._warn = url, warn
         self._absent: set[str] = set()
         self._damaged: set[str] = set()  # objects over there that are to be written again

@@ -12,7 +12,7 @@ import click
 
 from s2v_flow.cli import report
 from s2v_flow.cli.options import FILE, OrderedGroup, all_of, cache_option, json_option, make_options
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import ExitCode, S2VFlowError, UsageError
 from s2v_flow.wording import size_text
 
 if TYPE_CHECKING:
@@ -248,8 +248,7 @@ def _choose(cache_dir: Path | None, fingerprints: Sequence[str], nodes: Sequence
         ]
         if not meant or (len(meant) > 1 and not is_node):
             count = "none" if not meant else str(len(meant))
-            text, fix = f"{given}: {count} of the stored results are meant", "`s2vflow cache ls` lists them"
-            raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
+            raise UsageError(f"{given}: {count} of the stored results are meant", "`s2vflow cache ls` lists them")
         found.update((item.entry.fingerprint, item) for item in meant)
     return list(found.values())
 

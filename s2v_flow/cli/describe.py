@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import S2VFlowError, UsageError
 from s2v_flow.graph.node import Node, Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus
 from s2v_flow.nodes.table import KINDS
@@ -40,8 +40,7 @@ def describe_kinds(kind: str | None = None) -> list[dict[str, Any]]:
         S2VFlowError: There is no such kind.
     """
     if kind is not None and kind not in KINDS:
-        hint = did_you_mean(kind, KINDS, "kinds")
-        raise S2VFlowError(f"there is no kind {kind!r}", fix=hint, exit_code=ExitCode.USAGE)
+        raise UsageError(f"there is no kind {kind!r}", did_you_mean(kind, KINDS, "kinds"))
     chosen = KINDS.usable() if kind is None else {kind: KINDS[kind]}
     return [_describe(name, item) for name, item in chosen.items()]
 

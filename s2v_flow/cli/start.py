@@ -27,7 +27,7 @@ from s2v_flow.cli.options import (
     recipe_options,
     start_options,
 )
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import ExitCode, UsageError
 from s2v_flow.machine import resolve_device
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def init(portrait: Path | None, voice: Path | None, output: Path, prompt: str | 
 
     if like not in RECIPES:
         fix = f"s2vflow recipe {like} -o {output} writes what is in it"
-        raise S2VFlowError(f"--like {like}: init knows its own names only", fix, exit_code=ExitCode.USAGE)
+        raise UsageError(f"--like {like}: init knows its own names only", fix)
     start = Start(portrait, voice, prompt or DEFAULT_PROMPT, like, f"out/{output.stem}.mp4")
     write_recipe(output, recipe_text(start, output.parent), force=force)
     report.print_result(str(output))
@@ -147,8 +147,7 @@ def schema(output: Path | None, what: str, force: bool) -> None:
     from s2v_flow.cli.describe import schema_text
 
     if output is not None and not output.parent.is_dir():
-        text, fix = f"{output}: cannot be written: there is no such folder", "name another file with -o"
-        raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
+        raise UsageError(f"{output}: cannot be written: there is no such folder", "name another file with -o")
     _deliver(schema_text(what), output, force=force, replaces=b'"$schema"')
 
 
@@ -282,7 +281,7 @@ def ui(port: int, no_browser: bool, **given: Any) -> None:
         if error.name not in ("starlette", "uvicorn"):
             raise
         fix = f"{sys.executable} -m pip install 's2vflow[ui]'"
-        raise S2VFlowError(f"ui needs {error.name}, which is not installed", fix, exit_code=ExitCode.USAGE) from error
+        raise UsageError(f"ui needs {error.name}, which is not installed", fix) from error
     words = []
     for option in click.get_current_context().command.params:
         value = given.get(option.name or "")

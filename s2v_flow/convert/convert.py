@@ -24,7 +24,7 @@ from s2v_flow.convert.release import (
     open_single,
     write_model,
 )
-from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.errors import CheckpointError, MissingError, RefusedError, S2VFlowError, UsageError
 from s2v_flow.files.atomic import TakenError, finish, flush_folder, put_new, reap, temporary, writing
 from s2v_flow.files.facts import file_digest
 from s2v_flow.version import __version__
@@ -132,17 +132,16 @@ def _shards(source: Path) -> Shards | None:
 def _check_target(request: Request, sources: Sequence[Path]) -> None:
     target = request.target
     if target.suffix != ".safetensors":
-        raise S2VFlowError(f"-o {target}: its name has to end in .safetensors", exit_code=ExitCode.USAGE)
+        raise UsageError(f"-o {target}: its name has to end in .safetensors")
     if target.exists():
         if any(os.path.samefile(target, source) for source in sources):
-            raise S2VFlowError(f"-o {target}: is the source itself", "name another file", exit_code=ExitCode.USAGE)
+            raise UsageError(f"-o {target}: is the source itself", "name another file")
         if not request.overwrites or not target.is_file():
             raise _there_already(target)
 
 
 def _there_already(target: Path) -> S2VFlowError:
-    fix = "name another file with -o, or overwrite it with --force"
-    return S2VFlowError(f"{target}: is there already", fix, exit_code=ExitCode.USAGE)
+    return UsageError(f"{target}: is there already", "name another file with -o, or overwrite it with --force")
 
 
 def _from_shards(source: Path, shards: Shards, wanted: Wanted, file: BinaryIO, on_progress: Progress) -> None:

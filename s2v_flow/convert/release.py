@@ -19,7 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from s2v_flow.errors import BadNumbersError, CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.errors import (
+    BadNumbersError,
+    CheckpointError,
+    ExitCode,
+    MissingError,
+    RefusedError,
+    S2VFlowError,
+    UsageError,
+)
 from s2v_flow.weights.family import KINDS, describe_mismatch, detect_family, is_all_in_one, part_of
 from s2v_flow.weights.header import ITEM_BYTES, MAX_HEADER_BYTES, Header, parse_map, read_header
 from s2v_flow.weights.layout import TOKENIZER_KEY
@@ -192,7 +200,7 @@ def write_model(file: BinaryIO, pieces: Sequence[Piece], wanted: Wanted, on_prog
 
     Raises:
         MissingError: A tokenizer is needed, and is not there.
-        S2VFlowError: One is named, and this is no text encoder.
+        UsageError: One is named, and this is no text encoder.
         CheckpointError: The tensors are no model that is known.
     """
     pieces = _of_one_model(pieces, wanted.kind)
@@ -200,7 +208,7 @@ def write_model(file: BinaryIO, pieces: Sequence[Piece], wanted: Wanted, on_prog
     pieces = [in_dtype(replace(piece, name=names[piece.name]), wanted.dtype) for piece in pieces]
     kind = kind_of({piece.name: piece.shape for piece in pieces}, wanted.kind)
     if wanted.is_tokenizer_named and kind != "text_encoder":
-        raise S2VFlowError("is no text encoder", "leave out --tokenizer", exit_code=ExitCode.USAGE)
+        raise UsageError("is no text encoder", "leave out --tokenizer")
     if kind == "text_encoder" and TOKENIZER_KEY not in names.values():
         tokenizer = _read_tokenizer(wanted.tokenizer)
         pieces.append(Piece(TOKENIZER_KEY, "U8", (len(tokenizer),), lambda: [tokenizer]))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import Entry, Store, holds
-from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
+from s2v_flow.errors import MissingError, UsageError
 from s2v_flow.files.atomic import free_name, is_file_there
 from s2v_flow.graph.context import Numerics, progress_text
 from s2v_flow.graph.fingerprint import fingerprint
@@ -303,7 +303,7 @@ class Selection:
                 object.__setattr__(self, name, (getattr(self, name),))
         if self.only and self.start is not None:
             fix = "--only runs a node alone; --from X --until Y runs a part"
-            raise S2VFlowError("--only and --from are both given", fix, exit_code=ExitCode.USAGE)
+            raise UsageError("--only and --from are both given", fix)
 
     def cut(self, plan: Plan) -> Plan:
         """Return the plan without what comes after `until` and `only`.
@@ -333,7 +333,7 @@ class Selection:
         if clash:
             anew = "--no-cache" if self.is_fresh else "--force"
             text = f"{anew} computes anew what {why} takes as it is stored: {listed(clash)}"
-            raise S2VFlowError(text, fix=f"leave out {anew} or {why}", exit_code=ExitCode.USAGE)
+            raise UsageError(text, f"leave out {anew} or {why}")
         return frozenset(name for name in chosen if plan.node(name).node.is_stored or plan.node(name).node.is_kept)
 
     def _barred(self, plan: Plan) -> tuple[set[str], str]:
@@ -373,7 +373,5 @@ def members(plan: Plan, given: str) -> set[str]:
     found = {node.name for node in plan.nodes if given in (node.name, node.recipe_node)}
     if not found:
         known = dict.fromkeys([*(node.recipe_node for node in plan.nodes), *(node.name for node in plan.nodes)])
-        raise S2VFlowError(
-            f"the plan has no node {given!r}", fix=did_you_mean(given, known, "nodes"), exit_code=ExitCode.USAGE
-        )
+        raise UsageError(f"the plan has no node {given!r}", did_you_mean(given, known, "nodes"))
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2v_flow.cache.housekeeping import is_running
-from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
+from s2v_flow.errors import MissingError, UsageError
 from s2v_flow.runs.essence import read_essence
 from s2v_flow.runs.manifest import Essence, Manifest, from_text
 from s2v_flow.runs.record import RUN_ID
@@ -114,11 +114,10 @@ def _find_path(root: Path, text: str) -> Path:
     if len(found) == 1:
         return known[found[0]]
     if found:
-        fix = f"say more of it: {', '.join(found[:_MAX_NAMED])}"
-        raise S2VFlowError(f"{len(found)} runs begin with {text}", fix=fix, exit_code=ExitCode.USAGE)
+        raise UsageError(f"{len(found)} runs begin with {text}", f"say more of it: {', '.join(found[:_MAX_NAMED])}")
     near = did_you_mean(text, list(known)[:_MAX_NAMED], "the last runs")
     fix = near or "no run has been kept yet; is it another --cache-dir?"
-    raise S2VFlowError(f"there is no run {text!r}, and no such file", fix=fix, exit_code=ExitCode.USAGE)
+    raise UsageError(f"there is no run {text!r}, and no such file", fix)
 
 
 def _manifests(root: Path) -> dict[str, Path]:

@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from s2v_flow.convert.release import RELEASE_FILES, RELEASE_FOLDER
-from s2v_flow.demo.catalog import DEMO_FILES
-from s2v_flow.errors import ExitCode, MissingError, RefusedError, S2VFlowError
+from s2v_flow.demo import DEMO_FILES
+from s2v_flow.errors import MissingError, RefusedError, S2VFlowError, UsageError
 from s2v_flow.graph.locations import Locations, Missing, ModelFolder
 from s2v_flow.graph.ports import FileField
 from s2v_flow.library.downloads import RemoteFile, at_endpoint, check_space, fetch, look_up
@@ -228,7 +228,7 @@ def choose(needs: Sequence[ModelNeed], names: Sequence[str]) -> list[ModelNeed]:
     for name in names:
         if name not in known:
             fix = did_you_mean(name, known, "models") or "the recipe names no models"
-            raise S2VFlowError(f"--only: there is no model {name!r}", fix, exit_code=ExitCode.USAGE)
+            raise UsageError(f"--only: there is no model {name!r}", fix)
     return [need for need in needs if not names or need.file in names]
 
 

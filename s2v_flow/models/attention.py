@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import UsageError
 from s2v_flow.models.float32 import RMSNorm
 
 HEAD_WIDTH = 128
@@ -189,7 +189,7 @@ def usable_backend(asked: str, candidates: Sequence[str], device: str, dtype: to
         failure = None if asked == "sdpa" else try_backend(asked, device, dtype)
         if failure is not None:
             text = f"attention: {asked} does not work on {device}: {failure}"
-            raise S2VFlowError(text, fix="use attention: auto, or another backend", exit_code=ExitCode.USAGE)
+            raise UsageError(text, "use attention: auto, or another backend")
         return asked, ""
     failures: list[str] = []
     for backend in candidates[:-1]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from s2v_flow.errors import CheckpointError, ExitCode, S2VFlowError
+from s2v_flow.errors import CheckpointError, UsageError
 from s2v_flow.models.gguf_blocks import dequantize_blocks
 from s2v_flow.weights.quantization import GGUF_FORMATS, Packing, Quantization
 from s2v_flow.weights.reader import Checkpoint
@@ -204,7 +204,7 @@ def require_products(device: torch.device | str) -> None:
         failure = str(error).partition("\n")[0]
     if failure:
         text = f"precision: fp8_fast does not work on {device} with torch {torch.__version__}: {failure}"
-        raise S2VFlowError(text, fix="use precision: auto, or a newer torch", exit_code=ExitCode.USAGE)
+        raise UsageError(text, "use precision: auto, or a newer torch")
 
 
 def multiply_in_fp8(module: nn.Module, *paths: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from s2v_flow.errors import CheckpointError, ExitCode, S2VFlowError
+from s2v_flow.errors import CheckpointError, S2VFlowError, UsageError
 from s2v_flow.files.facts import per_file
 from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.node import Plan, PlanNode
@@ -111,7 +111,7 @@ def _require_compiler(node: PlanNode, device: str) -> None:
 
 
 def _refused(node: PlanNode, message: str, fix: str) -> S2VFlowError:
-    return S2VFlowError(f"{node.name}: {message}", f"{fix} in node {node.name}", exit_code=ExitCode.USAGE)
+    return UsageError(f"{node.name}: {message}", f"{fix} in node {node.name}")
 
 
 def precision_notes(plan: Plan, device: str) -> Iterator[str]:
@@ -156,8 +156,7 @@ def precision_notes(plan: Plan, device: str) -> Iterator[str]:
     if refused:
         names, row = listed(refused), next(iter(refused.values()))
         text = f"{names}: to compute in {row.precision} on {device} is refused: {row.why}"
-        fix = f"set precision: fp32 or fp16 in {names}, or use another device"
-        raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
+        raise UsageError(text, f"set precision: fp32 or fp16 in {names}, or use another device")
 
 
 _Size = Callable[[Shapes], int]

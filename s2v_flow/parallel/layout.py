@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import ExitCode, S2VFlowError, UsageError
 from s2v_flow.graph.node import Plan
 from s2v_flow.graph.ports import Source
 from s2v_flow.machine import num_gpus
@@ -47,11 +47,10 @@ def check_ranks(plan: Plan, to_compute: Collection[str], num_ranks: int, device:
         return
     if device.startswith("cuda:"):
         text = f"--gpus {num_ranks} takes the GPUs from cuda:0 on, not {device}"
-        raise S2VFlowError(text, "--device cuda; CUDA_VISIBLE_DEVICES says which", exit_code=ExitCode.USAGE)
+        raise UsageError(text, "--device cuda; CUDA_VISIBLE_DEVICES says which")
     if asked != "cpu" and num_gpus() < num_ranks:
         text = f"--gpus {num_ranks}: torch and the driver see {num_gpus()} GPUs"
-        fix = f"fewer, or --device cpu for {num_ranks} processes on the CPU"
-        raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
+        raise UsageError(text, f"fewer, or --device cpu for {num_ranks} processes on the CPU")
     found: dict[tuple[int, int], tuple[str, str]] = {}  # heads and branches, with the first chunk that has them
     for node in plan.nodes:
         model = node.inputs.get("model")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import UsageError
 from s2v_flow.media.audio import Sound, open_audio
 from s2v_flow.media.video import VideoReader, probe_video
 from s2v_flow.quality.sync import NO_SYNC, Array, Sync, is_spoken, loudness
@@ -128,7 +128,7 @@ class Measure:
         if x < 0 or y < 0 or width < 1 or height < 1 or x + width > frames.shape[2] or y + height > frames.shape[1]:
             size = f"{frames.shape[2]}x{frames.shape[1]}"
             message = f"the mouth's box {x},{y},{width},{height} does not lie in the picture of {size} pixels"
-            raise S2VFlowError(message, "give x,y,w,h in pixels from the upper left", exit_code=ExitCode.USAGE)
+            raise UsageError(message, "give x,y,w,h in pixels from the upper left")
         parts = frames[:, y : y + height, x : x + width]
         return np.stack([(self._cells(part) @ _LUMA).ravel() for part in parts])
 

@@ -10,7 +10,7 @@ from typing import Any
 import networkx as nx
 from pydantic import ValidationError
 
-from s2v_flow.errors import ExitCode, Place, S2VFlowError
+from s2v_flow.errors import Place, UsageError
 from s2v_flow.graph.build import sort
 from s2v_flow.graph.node import Node, NodeSpec
 from s2v_flow.graph.ports import Port, Ref
@@ -66,14 +66,14 @@ def only_output(recipe: Recipe, given: Path | None) -> Path | None:
     names = ", ".join(f"nodes.{spec.name}.file" for spec in sinks) or "the recipe writes no file"
     if len(sinks) != 1:
         fix = f"give each its own with --set: {names}" if sinks else "add a save_video node"
-        raise S2VFlowError(f"-o names one file, the recipe writes {len(sinks)}", fix, exit_code=ExitCode.USAGE)
+        raise UsageError(f"-o names one file, the recipe writes {len(sinks)}", fix)
     node = sinks[0].node
     try:
         type(node).model_validate({**dict(node), "file": given.name})
     except ValidationError as error:
         about = type(node).model_fields["file"].description
         message = f"-o {given}: {sinks[0].name} ({node.kind}) cannot write a file of this name"
-        raise S2VFlowError(message, f"its file is: {about}", exit_code=ExitCode.USAGE) from error
+        raise UsageError(message, f"its file is: {about}") from error
     return given
 
 

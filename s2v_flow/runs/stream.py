@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from pydantic import TypeAdapter
 
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import S2VFlowError, UsageError
 from s2v_flow.files.lock import held
 from s2v_flow.graph.events import Event, Listener, Noted
 from s2v_flow.version import __version__
@@ -50,11 +50,11 @@ def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[
                 if not is_ours or not _may_be_written(target):
                     what = "another file is there, and stays" if is_ours else "another run writes to it"
                     fix = "name a new one, or remove it" if is_ours else "name another one"
-                    raise S2VFlowError(f"--events {target}: {what}", fix, exit_code=ExitCode.USAGE)
+                    raise UsageError(f"--events {target}: {what}", fix)
                 file = open(target, "w", encoding="utf-8")  # noqa: SIM115
             except OSError as error:
                 text, fix = f"{target}: cannot be written: {error.strerror}", "name another file with --events"
-                raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE) from error
+                raise UsageError(text, fix) from error
             try:
                 yield (_UntilItFails(file, tell, run),)
             finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
+from s2v_flow.errors import MissingError, S2VFlowError, UsageError
 from s2v_flow.files.atomic import TakenError, put_new, temporary
 from s2v_flow.graph.node import Node
 from s2v_flow.graph.ports import FieldPath
@@ -276,7 +276,7 @@ def recipe_text(start: Start, folder: Path) -> str:
         found = FORBIDDEN.search(text)
         if found is not None:
             message = f"the {name} holds the character U+{ord(found[0]):04X}, which may not stand in a recipe"
-            raise S2VFlowError(message, fix="leave it out, or rename the file", exit_code=ExitCode.USAGE)
+            raise UsageError(message, "leave it out, or rename the file")
     literal = {name: escaped(text) for name, text in texts.items()}
     data = start_data(start.like, {**literal, "width": size[0], "height": size[1]}, start.output)
     behind = {path: text for path, text in BEHIND.items() if _has(data, path)}
@@ -316,8 +316,7 @@ def changes_like(start: Start, recipe: Recipe) -> list[Override]:
         found = [name for name, spec in recipe.nodes.items() if spec.kind == kind and (among is None or name in among)]
         if len(found) != 1:
             message = f"{recipe.path} cannot be followed: it has {len(found)} {kind} nodes for one {key}"
-            fix = f"s2vflow recipe {recipe.path} -o NEW.yaml writes its recipe: change that one"
-            raise S2VFlowError(message, fix, exit_code=ExitCode.USAGE)
+            raise UsageError(message, f"s2vflow recipe {recipe.path} -o NEW.yaml writes its recipe: change that one")
         param = whole_reference(nodes[found[0]].get(key))
         place = f"nodes.{found[0]}.{key}" if param is None else f"params.{param}"
         changes.append(Override("set-json", f"{place}={json.dumps(escaped(value))}"))
@@ -331,8 +330,7 @@ def recipe_path(video: Path) -> Path:
         S2VFlowError: The video's name does not end in .mp4.
     """
     if video.suffix != ".mp4":
-        fix = f"-o {video.stem or 'talk'}.mp4"
-        raise S2VFlowError(f"{video}: a video's name ends in .mp4", fix, exit_code=ExitCode.USAGE)
+        raise UsageError(f"{video}: a video's name ends in .mp4", f"-o {video.stem or 'talk'}.mp4")
     return video.with_suffix(".yaml")
 
 
@@ -361,14 +359,10 @@ def write_recipe(path: Path, text: str, *, force: bool = False, replaces: bytes 
             with suppress(TakenError):  # perhaps by another process, of the same
                 put_new(name, path)
             if path.read_bytes() != text.encode():
-                raise S2VFlowError(
-                    f"{path} is there already, and says something else",
-                    fix="name another file with -o, or overwrite it with --force",
-                    exit_code=ExitCode.USAGE,
-                )
+                fix = "name another file with -o, or overwrite it with --force"
+                raise UsageError(f"{path} is there already, and says something else", fix)
     except OSError as error:
-        fix = "name another file with -o"
-        raise S2VFlowError(f"{path}: cannot be written: {error.strerror}", fix, exit_code=ExitCode.USAGE) from error
+        raise UsageError(f"{path}: cannot be written: {error.strerror}", "name another file with -o") from error
 
 
 def _relative(path: Path, folder: Path) -> str:

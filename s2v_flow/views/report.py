@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from s2v_flow.api import Options
 from s2v_flow.cache.store import Store, StoredObject
-from s2v_flow.errors import ExitCode, MissingError, RecipeError, S2VFlowError
+from s2v_flow.errors import MissingError, RecipeError, UsageError
 from s2v_flow.files.atomic import write_whole, writing
 from s2v_flow.history.compare import compare
 from s2v_flow.history.find import find, list_runs
@@ -93,8 +93,7 @@ def write_report(
 def _refuse_other(target: Path) -> None:
     with suppress(FileNotFoundError, IsADirectoryError), target.open("rb") as file:
         if _MARK not in file.read(4096):
-            fix = "name another file with -o"
-            raise S2VFlowError(f"{target} is there already, and is no report", fix, exit_code=ExitCode.USAGE)
+            raise UsageError(f"{target} is there already, and is no report", "name another file with -o")
 
 
 @dataclass

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from s2v_flow import api
 from s2v_flow.cache.store import Store, StoredObject
-from s2v_flow.errors import ExitCode, MissingError, RecipeError, RefusedError, S2VFlowError
+from s2v_flow.errors import ExitCode, MissingError, RecipeError, RefusedError, S2VFlowError, UsageError
 from s2v_flow.files.atomic import writing
 from s2v_flow.files.lock import held
 from s2v_flow.history.compare import compare
@@ -289,7 +289,7 @@ async def _body(request: Request) -> Mapping[str, Any]:
     with suppress(ValueError, RecursionError):
         found = json.loads(text)
     if not isinstance(found, dict):
-        raise S2VFlowError("a JSON object is expected", exit_code=ExitCode.USAGE)
+        raise UsageError("a JSON object is expected")
     return found
 
 
@@ -382,13 +382,13 @@ def serve(
     with ExitStack() as stack:
         if not stack.enter_context(held(lock, waits=False)):
             fix = "use its address, or end it; or work in another folder"
-            raise S2VFlowError("another s2vflow ui serves this folder", fix, exit_code=ExitCode.USAGE)
+            raise UsageError("another s2vflow ui serves this folder", fix)
         page = Page(options, words, max_upload_bytes)
         try:
             listening = stack.enter_context(socket.create_server(("127.0.0.1", port)))
         except OSError as error:
             fix = "name another one with --port, or none: then any that is free is taken"
-            raise S2VFlowError(f"port {port}: {error.strerror}", fix, exit_code=ExitCode.USAGE) from error
+            raise UsageError(f"port {port}: {error.strerror}", fix) from error
         port, token = listening.getsockname()[1], secrets.token_urlsafe(32)
         app = Guard(page.app(), token, port)
         server = uvicorn.Server(

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from s2v_flow import api
-from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.errors import UsageError
 from s2v_flow.files.atomic import free_name
 from s2v_flow.recipe.argument import NO_CHANGES, Override
 from s2v_flow.recipe.config import portable_text
@@ -57,7 +57,7 @@ class Wish:
             return Wish(str(asked["source"]), tuple(map(str, asked.get("profiles") or ())), texts, name[:80])
         except (KeyError, TypeError, ValueError) as error:
             shape = '{"source": "recipes/demo.yaml", "profiles": [], "values": {"params.seed": "7"}, "name": "talk"}'
-            raise S2VFlowError("no such request is known", f"send {shape}", exit_code=ExitCode.USAGE) from error
+            raise UsageError("no such request is known", f"send {shape}") from error
 
 
 class Desk:

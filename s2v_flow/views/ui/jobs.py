@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, FiniteFloat
 
 import s2v_flow
-from s2v_flow.errors import ExitCode, MissingError, S2VFlowError
+from s2v_flow.errors import ExitCode, MissingError, UsageError
 from s2v_flow.files.atomic import write_whole
 
 _MAX_LINE_BYTES = 1 << 26  # of an event: a plan of thousands of nodes is one line
@@ -146,8 +146,7 @@ class Queue:
         elif what == "remove" and not is_running:
             self.jobs.remove(job)
         else:
-            text, fix = f"job {number} is {job.status}: no {what!r} now", "a job takes stop, resume and remove"
-            raise S2VFlowError(text, fix, exit_code=ExitCode.USAGE)
+            raise UsageError(f"job {number} is {job.status}: no {what!r} now", "a job takes stop, resume and remove")
         self._changed()
 
     async def work(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
-from s2v_flow.errors import ExitCode, MediaError, MissingError, RefusedError, S2VFlowError
+from s2v_flow.errors import MediaError, MissingError, RefusedError, S2VFlowError, UsageError
 from s2v_flow.files.atomic import TakenError, finish, free_name, put_new, temporary, writing
 
 RECIPES = (".yaml", ".yml")
@@ -78,7 +78,7 @@ async def save_upload(parts: AsyncIterable[bytes], name: str, folder: Path, limi
     suffix, size = Path(name).suffix.lower(), 0
     if suffix not in (*PICTURES, *SOUNDS, *VIDEOS):
         kinds = ", ".join((*PICTURES, *SOUNDS, *VIDEOS))
-        raise S2VFlowError(f"{name}: no portrait, voice or video", f"use one of {kinds}", exit_code=ExitCode.USAGE)
+        raise UsageError(f"{name}: no portrait, voice or video", f"use one of {kinds}")
     stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:80].strip("_.") or "file"
     with writing(folder), temporary(folder, suffix) as (file, made):
         async for part in parts:
@@ -90,8 +90,7 @@ async def save_upload(parts: AsyncIterable[bytes], name: str, folder: Path, limi
         try:
             await run_in_threadpool(_check_media, made, suffix)
         except S2VFlowError as error:
-            text = error.message.replace(made, name)
-            raise S2VFlowError(text, error.fix, exit_code=ExitCode.USAGE) from error
+            raise UsageError(error.message.replace(made, name), error.fix) from error
         path = made_here / f"{stem}{suffix}"
         while not _is_same(path, made):
             path = free_name(folder / path.name, lambda path: not os.path.lexists(path) or _is_same(path, made))
