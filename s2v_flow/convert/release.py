@@ -304,11 +304,8 @@ def open_shards(index: Path) -> Shards:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        with open(index, "rb") as file:
-            raw = file.read(MAX_HEADER_BYTES + 1)
-    except OSError as error:
-        raise MissingError(f"{index}: cannot be read: {error.strerror}", "check its permissions") from error
+    with open_file(index) as file:
+        raw = file.read(MAX_HEADER_BYTES + 1)
     if len(raw) > MAX_HEADER_BYTES:
         raise CheckpointError(f"{index}: has more than {MAX_HEADER_BYTES} bytes")
     listed = parse_map(index, raw, "index").get("weight_map")

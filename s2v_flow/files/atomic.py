@@ -94,13 +94,13 @@ def is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def temporary(folder: Path, suffix: str, mode: int = 0o644) -> Iterator[tuple[BinaryIO, str]]:
+def temporary(folder: Path, suffix: str) -> Iterator[tuple[BinaryIO, str]]:
     """Open a new file in `folder`; whatever still has its temporary name afterwards is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=folder, prefix=temporary_prefix(), suffix=suffix)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            os.chmod(name, mode)
+            os.chmod(name, 0o644)
             yield file, name
     finally:
         with suppress(OSError):  # renamed by now; or left for `reap`, where not even removing works
@@ -161,13 +161,12 @@ def cannot_write(path: Path, error: OSError) -> CannotWriteError:
     )
 
 
-def stale(folder: Path, now: float | None = None) -> list[Path]:
+def stale(folder: Path) -> list[Path]:
     """List the temporary files and folders in `folder` whose makers are gone.
 
     On this machine: the process is dead. Another machine's, and names of unknown form: nothing in them was touched for
     24 hours.
     """
-    now = time.time() if now is None else now
     found = []
     with suppress(OSError):
         for path in sorted(folder.glob(f"{_PREFIX}*")):
@@ -175,7 +174,7 @@ def stale(folder: Path, now: float | None = None) -> list[Path]:
             if match is not None and match["machine"] == machine_id():
                 is_stale = not is_alive(int(match["pid"]))
             else:
-                is_stale = now - _last_touched(path) > STALE_SECONDS
+                is_stale = time.time() - _last_touched(path) > STALE_SECONDS
             found += [path] if is_stale else []
     return found
 

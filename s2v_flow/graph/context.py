@@ -167,11 +167,6 @@ class ResumePoint:
         return StoppedError(f"{self.node} {where}", exit_code_of(self.should_stop))
 
 
-def progress_text(facts: Mapping[str, str]) -> str:
-    """Say how far a resume point is: "resume point at step 3 of 20"."""
-    return f"resume point at step {facts.get('step', '?')} of {facts.get('steps', '?')}"
-
-
 GroupT = TypeVar("GroupT", bound=Sized)
 
 

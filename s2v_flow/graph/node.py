@@ -338,10 +338,6 @@ class Planner:
         """Record something a person should know before running, about a recipe's node."""
         self.notes.setdefault(name, []).append(f"{WARNING}{text}" if is_warning else text)
 
-    def miss(self, name: str, missing: Missing) -> None:
-        """Record that a plan node lacks a file."""
-        self.missing.setdefault(name, []).append(missing)
-
     def file(self, name: str, *field_path: str | int) -> Path | None:
         """Return the file found for a field of a plan node, or None where it is missing."""
         return self.nodes[name].files.get(field_path)
@@ -357,6 +353,6 @@ class Planner:
                 continue
             found = self.locations.find(mark, text, spec.origin(path).base_dir)
             if isinstance(found, Missing):
-                self.miss(name, found)
+                self.missing.setdefault(name, []).append(found)
             else:
                 yield path, found

@@ -14,7 +14,7 @@ from s2v_flow.cache.resume_point import ResumePoints
 from s2v_flow.cache.store import Entry, Store, holds
 from s2v_flow.errors import MissingError, UsageError
 from s2v_flow.files.atomic import free_name, is_file_there
-from s2v_flow.graph.context import Numerics, progress_text
+from s2v_flow.graph.context import Numerics
 from s2v_flow.graph.fingerprint import fingerprint
 from s2v_flow.graph.node import Node, Plan, PlanNode
 from s2v_flow.graph.ports import Source
@@ -117,7 +117,8 @@ def assess(
             known.update(output_digests(node, key, entry))
             found[node.name] = NodeStatus("HIT", "stored", key, entry)
         elif node.node.is_stored and (facts := resume_points.peek(key)) is not None:
-            found[node.name] = NodeStatus("RESUME", progress_text(facts), key)
+            told = f"resume point at step {facts.get('step', '?')} of {facts.get('steps', '?')}"
+            found[node.name] = NodeStatus("RESUME", told, key)
         elif node.node.is_stored:
             earlier = store.recent(EARLIER) if earlier is None else earlier
             reason = explain(node.name, node.recipe_node, image, earlier, node.node)

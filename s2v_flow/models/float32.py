@@ -48,19 +48,18 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight.
+    """x / rms(x) * weight, 1e-6 added under the root.
 
     Source: B. Zhang and R. Sennrich, 2019, equation 4.
     """
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of x, of any floating dtype; the result is a new float32 tensor."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6)
 
 
 def _float32(parameter: Tensor | None) -> Tensor | None:

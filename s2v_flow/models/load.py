@@ -38,21 +38,13 @@ _Module = TypeVar("_Module")
 
 
 @dataclass(frozen=True)
-class LoadReport:
-    """What was loaded: the file, how many layers stay packed, and one report for each LoRA."""
-
-    path: Path
-    num_tensors: int
-    num_packed_layers: int = 0
-    loras: tuple[LoraReport, ...] = ()
-
-
-@dataclass(frozen=True)
 class LoadedDit:
-    """A diffusion model and how it was loaded."""
+    """A diffusion model and how it was loaded: how many layers stay packed, and one report for each LoRA."""
 
     module: WanS2V
-    report: LoadReport
+    num_tensors: int
+    num_packed_layers: int
+    loras: tuple[LoraReport, ...]
 
 
 @dataclass(frozen=True)
@@ -118,7 +110,7 @@ def load_dit(
     streamed: bool = False,
     fp8_fast: bool = False,
 ) -> LoadedDit:
-    """Load a Wan2.2-S2V diffusion model: the module, in eval mode, and a report.
+    """Load a Wan2.2-S2V diffusion model, in eval mode.
 
     Args:
         path: A safetensors or GGUF file, in full precision or quantised.
@@ -154,8 +146,7 @@ def load_dit(
     num_packed = _fill("wan s2v", module, source, target)
     if streamed:
         module.stream_weights(device)
-    report = LoadReport(source.checkpoint.path, len(source.keys), num_packed, tuple(stack.reports))
-    return LoadedDit(module, report)
+    return LoadedDit(module, len(source.keys), num_packed, tuple(stack.reports))
 
 
 def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> WanVAE:

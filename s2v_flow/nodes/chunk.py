@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from s2v_flow.graph.context import RunContext
 from s2v_flow.graph.node import Node, Precision
 from s2v_flow.graph.ports import FieldPath
 from s2v_flow.nodes.fields import Conditioning, SamplingSettings
@@ -13,7 +14,6 @@ from s2v_flow.nodes.shortage import StreamDecoder, encoded
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from s2v_flow.graph.context import RunContext
 
 MOTION_FRAMES = 73
 FRAMES_PER_CALL = 2  # latent frames that are decoded at once

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from s2v_flow.graph.context import RunContext
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Neutral, Source, Value
 from s2v_flow.models.footprint import MOTION_LATENT_FRAMES
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from s2v_flow.graph.context import RunContext
 
 Prefix = Literal["reference", "first", "none"]
 FramesPerCall = Annotated[int, Field(ge=1, le=64), Neutral()]

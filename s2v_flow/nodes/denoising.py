@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,24 +20,19 @@ from safetensors.torch import load
 from torch import Tensor
 
 from s2v_flow.errors import BadNumbersError, S2VFlowError
+from s2v_flow.graph.context import ResumePoint, RunContext
 from s2v_flow.models.conditioning import Branch, PreparedChunk, PreparedText
+from s2v_flow.models.dit import WanS2V
 from s2v_flow.models.footprint import LATENT_CHANNELS, MOTION_LATENT_FRAMES, num_tokens
 from s2v_flow.models.speech import SpeechTable, chunk_embed, joined
 from s2v_flow.models.vae import denormalise, normalise
+from s2v_flow.nodes.fields import SamplingSettings
+from s2v_flow.nodes.handle import ModelHandle
 from s2v_flow.nodes.shortage import Fallback, Fallbacks, memory_failure, no_memory
 from s2v_flow.nodes.tensors import pack, unpack
-from s2v_flow.sampling.sampler import denoised_from_velocity, guide, initial_noise, make_sampler
+from s2v_flow.sampling.sampler import Sampler, denoised_from_velocity, guide, initial_noise, make_sampler
 from s2v_flow.sampling.state import Denoise, Memory, SolverState, StepCache
 from s2v_flow.weights.tokenizer import MAX_TOKENS
-
-if TYPE_CHECKING:
-    from s2v_flow.errors import S2VFlowError
-    from s2v_flow.graph.context import ResumePoint, RunContext
-    from s2v_flow.models.dit import WanS2V
-    from s2v_flow.nodes.fields import SamplingSettings
-    from s2v_flow.nodes.handle import ModelHandle
-    from s2v_flow.sampling.sampler import Sampler
-
 
 INTERVAL_SECONDS = 60.0
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from s2v_flow.errors import S2VFlowError
+from s2v_flow.graph.context import RunContext
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Value
 from s2v_flow.nodes.chunk_plan import Chain, Part
@@ -17,7 +18,6 @@ from s2v_flow.nodes.frames import Frames, concatenated, still, window
 if TYPE_CHECKING:
     import numpy as np
 
-    from s2v_flow.graph.context import RunContext
 
 Axis = Literal["t", "x", "y"]
 _AXES: dict[str, int] = {"t": 2, "y": 3, "x": 4}  # of [1, 16, F, H, W]

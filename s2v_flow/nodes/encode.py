@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from s2v_flow.graph.context import RunContext
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.node import Precision as Resolve
 from s2v_flow.graph.ports import FieldPath, Source, Value
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from s2v_flow.graph.context import RunContext
     from s2v_flow.media.audio import Sound
     from s2v_flow.models.encoders import AudioEncoder
     from s2v_flow.models.speech import SpeechTable

@@ -6,24 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from s2v_flow.errors import BadNumbersError, CheckpointError
 from s2v_flow.files.facts import per_file
+from s2v_flow.graph.context import RunContext
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.node import Precision as Resolve
 from s2v_flow.graph.ports import FieldPath, FileField, Neutral, Value
 from s2v_flow.machine import compute_capability
+from s2v_flow.models.lora import LoraReport
 from s2v_flow.nodes.chunk_plan import Chain, Part
 from s2v_flow.nodes.fields import Attention, DitPrecision, Precision, Settings, model_file
 from s2v_flow.nodes.handle import lacks_room, open_handle
 from s2v_flow.nodes.remarks import ModelFacts, is_distilled, remark_on_lora
-
-if TYPE_CHECKING:
-    from s2v_flow.graph.context import RunContext
-    from s2v_flow.models.lora import LoraReport
 
 LATENT_KEY = "latent_tensor"
 _YOUNGER = {"attention": "auto", "compile": "off"}  # later fields, with the defaults that change no bytes
@@ -152,7 +150,7 @@ class LoadDiffusionModel(Node):
                 require_products(device)
             options.update(rounds_linears=self.fp8_rounding == "comfyui_2025", fp8_fast=self.precision == "fp8_fast")
             loaded = (context.models().load_dit or load_dit)(path, loras=specs, **options)
-            for lora, report in zip(self.loras, loaded.report.loras, strict=True):
+            for lora, report in zip(self.loras, loaded.loras, strict=True):
                 text, is_idle = coverage_text(lora, report), report.is_idle()
                 why = "its strength is 0" if lora.strength == 0 else f"the update in {report.path.name} is 0 everywhere"
                 idle = f"LoRA {lora.id} changes nothing: {why}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from s2v_flow.errors import MissingError, S2VFlowError
+from s2v_flow.graph.context import RunContext
 from s2v_flow.graph.node import Node, Planner, Precision
 from s2v_flow.graph.ports import FileField, Value
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
@@ -20,8 +21,6 @@ from s2v_flow.nodes.frames import Frames
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from s2v_flow.graph.context import RunContext
 
 
 @dataclass(frozen=True)

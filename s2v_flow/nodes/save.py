@@ -17,6 +17,7 @@ from pydantic import Field
 
 from s2v_flow.errors import S2VFlowError
 from s2v_flow.files.atomic import writing
+from s2v_flow.graph.context import Artifact, RunContext
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import FileField, Neutral, Value
 from s2v_flow.nodes.chunk_plan import FRAME_RATE_HZ
@@ -26,7 +27,6 @@ from s2v_flow.nodes.frames import beside
 if TYPE_CHECKING:
     import numpy as np
 
-    from s2v_flow.graph.context import Artifact, RunContext
 
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 Files = Mapping[tuple[str | int, ...], Path]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from s2v_flow.graph.context import RunContext
 from s2v_flow.graph.node import Node, Planner
 from s2v_flow.graph.ports import Value
 from s2v_flow.media import centre_cut
@@ -18,7 +19,6 @@ from s2v_flow.nodes.load_media import Lazy
 if TYPE_CHECKING:
     import numpy as np
 
-    from s2v_flow.graph.context import RunContext
 
 Method = Literal["nearest-exact", "bilinear", "area", "bicubic", "lanczos"]
 Side = Annotated[int, Field(ge=1, le=16384)]

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from s2v_flow.errors import ExitCode, S2VFlowError
+from s2v_flow.graph.context import RunContext
 from s2v_flow.machine import free_memory_bytes
 from s2v_flow.nodes.handle import free_device_bytes
 from s2v_flow.wording import size_text
@@ -16,7 +17,6 @@ from s2v_flow.wording import size_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from s2v_flow.graph.context import RunContext
 
 Result = TypeVar("Result")
 _SIGNS = (

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from pydantic.fields import FieldInfo
 
 from s2v_flow.errors import Origin
 from s2v_flow.graph.node import Node
@@ -19,9 +20,6 @@ from s2v_flow.recipe.params import param_takes
 from s2v_flow.recipe.problems import Problems
 from s2v_flow.recipe.tree import Entry, ListValue, MapValue, Scalar, Tree, kind_of, tree_at
 from s2v_flow.wording import did_you_mean, listed, nearest, shortened
-
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
 
 
 def apply_overrides(
@@ -84,7 +82,8 @@ class _Change:
             return replace(body, nodes=self._field(body, rest))
         if first.text in body.params.entries:
             return replace(body, params=self._param(body, self.argument.steps))
-        if self.argument.kind == "seed" and (seeded := self._seeded(body)):
+        of_nodes = self._having(body, "seed").items() if self.argument.kind == "seed" else ()
+        if seeded := [name for name, field in of_nodes if field.default is not None]:
             for name in seeded:
                 steps = (Step("nodes", False, 0), Step(name, False, 0), *self.argument.steps)
                 body = replace(self, argument=replace(self.argument, steps=steps)).apply(body)
@@ -102,10 +101,6 @@ class _Change:
             fix = f"{question}parameters: {known or 'none'}; fields: nodes.NODE.FIELD"
         message = f"{self.path}: {'name a value in it' if is_section else 'there is no such parameter'}"
         raise self._faulty(message, first, fix)
-
-    def _seeded(self, body: Body) -> list[str]:
-        """Name the nodes whose kind always has a seed of its own."""
-        return [name for name, field in self._having(body, "seed").items() if field.default is not None]
 
     def _having(self, body: Body, wanted: str) -> dict[str, FieldInfo]:
         """Return a field of each node whose kind has it."""

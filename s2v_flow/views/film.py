@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from s2v_flow.history.compare import Difference, inputs_that_differ
 from s2v_flow.history.side import of_run
 from s2v_flow.runs.essence import essence_in
-from s2v_flow.runs.manifest import Essence, Manifest, NodeRecord
+from s2v_flow.runs.manifest import Manifest, NodeRecord
 from s2v_flow.wording import duration_text, shown, size_text
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ class Film:
     size: tuple[int, int]
     poster: str
     figures: Mapping[str, Any] | None = None
-    essence: Essence | None = None
     seams: tuple[float, ...] = ()  # in seconds
     strip: str = ""
     wave: str = ""
@@ -123,7 +122,6 @@ def film_of(path: Path, label: str, figures: Mapping[str, Any] | None = None) ->
         size=(info.width, info.height),
         poster=_jpeg(poster, _POSTER_SIDE),
         figures=figures or measured,
-        essence=essence,
         seams=tuple(seam["frame"] / float(info.fps) for seam in measured["seams"]),
         strip=_jpeg(strip, 2 * WIDTH),
         wave="" if sound is None else _envelope(_peaks(sound, count / float(info.fps))),

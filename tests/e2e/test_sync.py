@@ -106,7 +106,7 @@ class StampingTextEncoder(nn.Module):
 @pytest.fixture
 def stamping_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the stamping models where the loaders look for theirs."""
-    dit = SimpleNamespace(module=StampingDit(), report=SimpleNamespace(loras=()))
+    dit = SimpleNamespace(module=StampingDit(), loras=())
     makers: dict[str, Callable[..., Any]] = {
         "load_dit": lambda *_, **__: dit,
         "load_text_encoder": lambda *_, **__: StampingTextEncoder(),

@@ -228,7 +228,7 @@ def _load(name: str, path: Path, folder: Path, checkpoint: Checkpoint) -> None:
                 assert down.shape[0] == up.shape[1]
     elif name in ("dit", "fp8", "fp8_metadata"):
         loaded = load.load_dit(path, dtype=torch.float32, device="cpu", quantized=name == "fp8_metadata")
-        assert loaded.report.num_tensors <= len(checkpoint.entries)
+        assert loaded.num_tensors <= len(checkpoint.entries)
     elif name == "vae":
         load.load_vae(path, torch.float32, "cpu")
     elif name.startswith("umt5"):

@@ -75,7 +75,7 @@ def test_full_precision_weights_arrive_unchanged(tiny_models: Path) -> None:
     assert all(torch.equal(found[key], value) for key, value in file.items())
     assert not loaded.module.training
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
-    assert (loaded.report.num_tensors, loaded.report.num_packed_layers, loaded.report.loras) == (315, 0, ())
+    assert (loaded.num_tensors, loaded.num_packed_layers, loaded.loras) == (315, 0, ())
 
 
 @pytest.mark.parametrize("name", ["tiny_s2v_fp8_scaled", "tiny_s2v_fp8_metadata"])
@@ -89,7 +89,7 @@ def test_either_fp8_layout_is_expanded_at_loading(tiny_models: Path, name: str) 
 def test_fp8_weights_stay_in_fp8_if_asked(tiny_models: Path, name: str) -> None:
     loaded = dit(tiny_models, name, dtype=BF16, quantized=True)
     layers = {path: layer for path, layer in loaded.module.named_modules() if isinstance(layer, PackedLinear)}
-    assert len(layers) == loaded.report.num_packed_layers == 110
+    assert len(layers) == loaded.num_packed_layers == 110
     full = state(dit(tiny_models, name, dtype=BF16))
     for path, layer in layers.items():
         assert layer.packed.data.dtype == torch.float8_e4m3fn
@@ -99,7 +99,7 @@ def test_fp8_weights_stay_in_fp8_if_asked(tiny_models: Path, name: str) -> None:
 
 
 def test_full_precision_file_has_nothing_to_keep_in_fp8(tiny_models: Path) -> None:
-    assert dit(tiny_models, "tiny_s2v", quantized=True).report.num_packed_layers == 0
+    assert dit(tiny_models, "tiny_s2v", quantized=True).num_packed_layers == 0
 
 
 def test_linear_layers_take_the_compute_dtype_and_nothing_else_is_narrowed(tiny_models: Path) -> None:
@@ -134,7 +134,7 @@ def test_lora_is_merged_and_its_homeless_keys_are_reported(tiny_models: Path, lo
     with safe_open(tiny_models / "loras" / f"{lora}.safetensors", framework="pt") as file:
         keys = list(file.keys())
     homeless = sorted(key for key in keys if any(part in key for part in ("blocks.5.", "blocks.6.", "img_emb")))
-    (report,) = loaded.report.loras
+    (report,) = loaded.loras
     assert list(report.unmatched) == homeless
     assert (report.matched, report.total) == (len(keys) - len(homeless), len(keys))
 
@@ -179,7 +179,7 @@ def test_a_full_update_of_an_fp8_weight_expands_that_layer_alone(tiny_models: Pa
     layer = loaded.module.blocks[0].self_attn.q
     assert type(layer) is nn.Linear
     assert relative_error(layer.weight, expanded(tiny_models)["blocks.0.self_attn.q.weight"] + 1.0) < 1e-6
-    assert loaded.report.num_packed_layers == 109
+    assert loaded.num_packed_layers == 109
 
 
 def test_two_loras_add_up(tiny_models: Path) -> None:
@@ -188,7 +188,7 @@ def test_two_loras_add_up(tiny_models: Path) -> None:
     one = dit(tiny_models, "tiny_s2v", loras=(lora,)).module.blocks[0].ffn[0].weight
     loaded = dit(tiny_models, "tiny_s2v", loras=(lora, "tiny_lightning_lora_peft"))
     assert relative_error(loaded.module.blocks[0].ffn[0].weight - zero, 2 * (one - zero)) < 1e-5
-    assert len(loaded.report.loras) == 2
+    assert len(loaded.loras) == 2
 
 
 def test_vae_weights_arrive_unchanged(tiny_models: Path) -> None:
