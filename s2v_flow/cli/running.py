@@ -43,9 +43,7 @@ def execute(
 ) -> None:
     """Run a plan, made with these options, and report.
 
-    Args:
-        again: The command, to be repeated.
-        also: Gives what the JSON object has beside the run's own, once that is done.
+    `again`: the command, to be repeated; `also`: gives what the JSON object has beside the run's own, at the end.
     """
     if has_report:
         from s2v_flow.views.report import require_jinja

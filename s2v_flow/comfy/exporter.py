@@ -32,11 +32,7 @@ _HEIGHTS = {"CLIPTextEncode": 120, "LoadImage": 260, "LoadAudio": 60, "SaveVideo
 
 
 def export_workflow(recipe: Recipe, plan: Plan, format_: Format) -> tuple[str, tuple[str, ...]]:
-    """Return a workflow's JSON text, and what ComfyUI will do differently.
-
-    Args:
-        plan: Its plan: it says how many chunks there are.
-        format_: The API's format, or the editor's.
+    """Return a workflow's JSON text, and what ComfyUI will do differently; the plan says how many chunks there are.
 
     Raises:
         RecipeError: With everything that ComfyUI has nothing for.

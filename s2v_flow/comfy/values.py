@@ -45,9 +45,7 @@ _FUNCTIONS: Mapping[str, Any] = MappingProxyType(
 def calculated(text: str, names: Mapping[str, Any]) -> int | float | bool:
     """Return what an expression of ComfyUI's calculating nodes gives: Python's arithmetic, and nothing else of it.
 
-    Args:
-        text: The expression, up to 1,000 characters.
-        names: The values of its letters.
+    `text`: up to 1,000 characters; `names`: the values of its letters.
 
     Raises:
         ValueError: It is no arithmetic, has an unknown name, or its result is no number below 2**64.

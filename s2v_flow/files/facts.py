@@ -96,10 +96,8 @@ def file_digest(
 ) -> str:
     """Return a file's sha256, 64 hexadecimal digits, from memory if the file is unchanged, else by reading all of it.
 
-    Args:
-        memory_path: The JSON table; None: always read.
-        clock_ns: The time, comparable with the file's times.
-        should_stop: Asked after each block.
+    `memory_path`: the JSON table; None: always read. `clock_ns`: the time, comparable with the file's times;
+    `should_stop`: asked after each block.
 
     Raises:
         MissingError: The file is missing, unreadable, or changed while it was read; or reading it was stopped.

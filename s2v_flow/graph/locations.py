@@ -75,11 +75,9 @@ class Locations:
         return Missing(text, kind, tuple(self.homes.get(name.name, ())), looked_in)
 
     def output(self, text: str, base_dir: Path, *, typed_by_user: bool) -> Path:
-        """Return where to write a result.
+        """Return where to write a result; `base_dir`: the folder of the file that says it.
 
-        Args:
-            base_dir: The folder of the file that says it.
-            typed_by_user: Whether it was given on the command line, where any path is the user's own choice.
+        `typed_by_user`: whether it was given on the command line, where any path is the user's own choice.
 
         Raises:
             RefusedError: The path leaves the folders in which a recipe may write.

@@ -111,11 +111,9 @@ class Results:
         is_last: bool,
         holds: bool = False,
     ) -> Entry:
-        """Store a node's outputs, or hold them.
+        """Store a node's outputs, or hold them: in any case where it `holds` what the store has lost once.
 
-        Args:
-            is_last: Nothing uses the result and no file is made of it: the store is where it is to go.
-            holds: Hold it in any case: the store has lost it once.
+        `is_last`: nothing uses the result and no file is made of it: the store is where it is to go.
 
         Raises:
             CannotWriteError: The store cannot be written, and the result is for nothing else.

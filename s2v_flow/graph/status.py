@@ -93,9 +93,8 @@ def assess(
 ) -> dict[str, NodeStatus]:
     """Find out what a run would do, without computing anything: the status of every plan node by name.
 
-    Args:
-        file_digest: sha256 of a file where it is known without much work, else None.
-        forced: Plan nodes that are computed whatever is stored.
+    `file_digest`: sha256 of a file where it is known without much work, else None; `forced`: plan nodes that are
+    computed whatever is stored.
     """
     known: dict[Source, str] = {}
     found: dict[str, NodeStatus] = {}

@@ -182,14 +182,7 @@ def crop_resize(image: NDArray[np.float32], width: int, height: int, antialias: 
     Half-pixel centres. Without `antialias` the two nearest pixels on each axis are mixed whatever the scale, as ComfyUI
     does; with it the filter widens as the image shrinks, as Pillow does (on floats, so nothing is rounded to 8 bits).
 
-    Args:
-        image: float32 [H, W, 3] in [0, 1].
-        width: of the result, in pixels.
-        height: of the result, in pixels.
-        antialias: widen the filter when shrinking.
-
-    Returns:
-        float32 [height, width, 3].
+    `image`: float32 [H, W, 3] in [0, 1]; the result is float32 [height, width, 3].
 
     Raises:
         ValueError: a size is not positive, or the image is too narrow to be cut to that shape.

@@ -73,11 +73,8 @@ def side_by_side(
 
     Nothing is done where it was made of the same before.
 
-    Args:
-        page: At least one video; all are scaled to the first one's size, and down to a 4K picture together.
-        target: The mp4; written whole or not at all.
-        fps: Frames a second.
-        replaces: Whether another file is replaced, or TakenError raised.
+    `page`: at least one video; all are scaled to the first one's size, and down to a 4K picture together. The target is
+    written whole or not at all; `replaces`: whether another file is replaced, or TakenError raised.
     """
     identity = page_identity(page)
     if mark_of(Path(target)) == identity:

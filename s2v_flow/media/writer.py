@@ -194,15 +194,9 @@ class VideoWriter:
 
 
 def write_images(directory: str | os.PathLike[str], name: str, frames: Iterable[NDArray[np.uint8]]) -> list[Path]:
-    """Write frames as <directory>/<name>_00001.png and on, one at a time, each whole or not at all.
+    """Write frames as <directory>/<name>_00001.png and on, one at a time, each whole or not at all; return the files.
 
-    Args:
-        directory: is made if it is missing; files of the same names are replaced.
-        name: the files' first part, without a folder.
-        frames: uint8 [H, W, 3] each, RGB.
-
-    Returns:
-        The files, in order.
+    The directory is made if it is missing; files of the same names are replaced. `frames`: uint8 [H, W, 3] each, RGB.
 
     Raises:
         ValueError: the name has a folder in it, or a frame is of another type or shape.

@@ -228,10 +228,7 @@ class SelfAttention(Projections):
     def forward(self, x: Tensor, rotations: Tensor, num_queries: int, kernel: Kernel | None = None) -> Tensor:
         """Let the first `num_queries` tokens, 1 to L, attend to all: [B, num_queries, D], of x's dtype.
 
-        Args:
-            x: Tokens [B, L, D], in the dtype to compute in.
-            rotations: float32 [L, 1, K / 2, 2].
-            kernel: What computes attention; unless given, torch does.
+        `x`: [B, L, D], in the dtype to compute in; `rotations`: float32 [L, 1, K / 2, 2]; `kernel`: see `attention`.
         """
         q = rotate_(split_heads(self.norm_q(self.q(x[:, :num_queries]))), rotations[:num_queries]).to(x.dtype)
         k = rotate_(split_heads(self.norm_k(self.k(x))), rotations).to(x.dtype)

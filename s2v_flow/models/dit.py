@@ -202,9 +202,8 @@ class WanS2V(nn.Module):
     def prepare_text(self, context: Tensor, *, padding: int = 0) -> PreparedText:
         """Prepare a prompt, once per prompt: the keys and values of every block's cross-attention.
 
-        Args:
-            context: The text encoder's output, [B or 1, S, text width].
-            padding: How many rows of zeros follow it. They have equal keys and values: a few stand for all.
+        `context`: the text encoder's output, [B or 1, S, text width]; `padding`: how many rows of zeros follow it,
+        whose keys and values are equal: a few stand for all.
 
         Raises:
             ValueError: The shape is wrong.

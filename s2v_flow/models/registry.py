@@ -95,9 +95,7 @@ class ModelRegistry:
     def acquire(self, key: ModelKey, load: Callable[[], Model], *, expected_bytes: int = 0) -> Model:
         """Return the model `key`, loading it if it is not live, and mark it as in use; `release` it when done.
 
-        Args:
-            load: Loads it; called at most once while the model is live.
-            expected_bytes: About how large it will be: room is made before loading, not after.
+        `load` is called at most once while the model is live; room for `expected_bytes`, its size, is made before.
         """
         with self._lock:
             live = self._live.get(key)

@@ -84,9 +84,7 @@ def add_chunk(
 ) -> Chain:
     """Plan one more chunk (in pixel mode also its decoding) and return the video that it continues.
 
-    Args:
-        recipe_node: The recipe's node that asks for the chunk.
-        since: The time of the timeline's entry that it is sampled with.
+    `recipe_node` asks for the chunk; `since`: the time of the timeline's entry that it is sampled with.
     """
     fields = settings.fields
     num_latent_frames = latent_frames(fields.length)

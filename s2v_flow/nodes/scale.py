@@ -135,14 +135,10 @@ class FramesScale(_Scale):
 
 
 def resize(image: np.ndarray, width: int, height: int, method: Method, *, crops: bool) -> np.ndarray:
-    """Scale an image with one of ComfyUI's methods: float32 [height, width, 3].
+    """Scale an image, float32 [H, W, 3] in [0, 1], with one of ComfyUI's methods: float32 [height, width, 3].
 
-    Args:
-        image: float32 [H, W, 3] in [0, 1].
-        width: of the result, in pixels.
-        height: of the result, in pixels.
-        method: lanczos goes through 8 bits, as in ComfyUI; the others are torch's, without smoothing.
-        crops: Cut about the centre to the new proportions first.
+    Lanczos goes through 8 bits, as in ComfyUI; the others are torch's, without smoothing. `crops`: cut about the centre
+    to the new proportions first.
 
     Source: Pillow, Image.resize; torch.nn.functional.interpolate (align_corners=False).
     """

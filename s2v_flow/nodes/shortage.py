@@ -106,9 +106,7 @@ class StreamDecoder(Fallbacks):
     The state is an argument and a result: a group that failed is decoded again from the state before it. Another number
     of frames at once may round float32 differently, in the last bit, and tiles are blended: results made so are marked.
 
-    Args:
-        group: How many latent frames are decoded at once, at first.
-        tiles: Into how many tiles a side they are cut, at first.
+    `group`: how many latent frames are decoded at once, `tiles`: into how many tiles a side they are cut, at first.
     """
 
     def __init__(self, vae: Any, group: int, tiles: int, context: RunContext) -> None:

@@ -30,12 +30,8 @@ _NEIGHBOURS = 8  # frames on either side of a seam
 class Measure:
     """Figures of a video, from its frames as they pass; of each frame a dozen numbers stay.
 
-    Args:
-        sound: the video's sound; None where there is none.
-        fps: frames a second.
-        num_frames: how many there will be.
-        mouth: where the mouth is: x, y, width and height in pixels; None: wherever the picture moves with the voice.
-        keeps: keep what `movement` needs: a kilobyte a frame.
+    `mouth`: where it is: x, y, width and height in pixels; None: wherever the picture moves with the voice. `keeps`:
+    keep what `movement` needs: a kilobyte a frame.
     """
 
     def __init__(
@@ -157,11 +153,8 @@ def measure_video(
 ) -> dict[str, Any]:
     """Measure a video file, frame by frame; see `Measure`.
 
-    Args:
-        path: the file.
-        chunk_starts: the first frame of each chunk but the first.
-        mouth: where the mouth is.
-        starts_of: how many frames the video had when its chunks were told: with others it was cut or has another rate.
+    `chunk_starts`: the first frame of each chunk but the first; `starts_of`: how many frames the video had when they
+    were told: with others it was cut or has another rate.
 
     Raises:
         MissingError, MediaError, RefusedError: as `VideoReader`.

@@ -48,9 +48,7 @@ def place_species(path: Path, name: str) -> Species | None:
 def file_species(path: Path, name: str, data: bytes) -> Species | None:
     """Return what a file is that is no recipe, by its content; None where it may be one.
 
-    Args:
-        name: As the user wrote it.
-        data: All of it, or how it begins.
+    `name`: as the user wrote it; `data`: all of it, or how it begins.
     """
     tail = b""
     with suppress(OSError), open(path, "rb") as file:  # where videos say how they were made

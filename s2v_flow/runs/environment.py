@@ -54,12 +54,7 @@ def packages_of(recipe: Recipe, plan: Plan) -> dict[str, str]:
 
 
 def environment(device: str, *, has_host: bool = False) -> EnvironmentRecord:
-    """Return what this process runs on.
-
-    Args:
-        device: What the run is on, as torch names it.
-        has_host: Whether to name the host and the user.
-    """
+    """Return what this process runs on, with the names of host and user if wanted; `device`: as torch names it."""
     return EnvironmentRecord(
         s2vflow=__version__,
         python=platform.python_version(),

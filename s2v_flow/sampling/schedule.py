@@ -19,10 +19,7 @@ from s2v_flow.sampling import SCHEDULERS as NAMES
 def scheduled_sigmas(scheduler: SchedulerName, steps: int, shift: float) -> tuple[float, ...]:
     """Return a scheduler's noise levels, float32 values, falling, the last one 0: usually steps + 1 of them.
 
-    Args:
-        scheduler: One of `sampling.SCHEDULERS`.
-        steps: How many steps to ask for; `ddim_uniform` and `beta` may give another number.
-        shift: The shift of the noise schedule, > 0; `linear_quadratic` does not depend on it.
+    `ddim_uniform` and `beta` may give another number of them; `linear_quadratic` does not depend on the shift.
 
     Raises:
         ValueError: An unknown scheduler, too few steps, a shift that is not positive, or levels that repeat

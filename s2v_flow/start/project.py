@@ -183,11 +183,9 @@ BEHIND: Mapping[FieldPath, str] = MappingProxyType(
 
 
 def start_data(like: str, params: Mapping[str, Any], output: str) -> dict[str, Any]:
-    """Return a recipe like one of `RECIPES`.
+    """Return a recipe like one of `RECIPES`; `params`: image, audio, prompt, width and height.
 
-    Args:
-        params: image, audio, prompt, width and height.
-        output: The video's name, relative to the recipe.
+    `output`: the video's name, relative to the recipe.
     """
     recipe = RECIPES[like]
     names = dict.fromkeys([*_NODES, *recipe.nodes])

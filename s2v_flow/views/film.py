@@ -80,12 +80,9 @@ def poster_of(path: Path, label: str, figures: Mapping[str, Any] | None = None) 
 
 
 def film_of(path: Path, label: str, figures: Mapping[str, Any] | None = None) -> Film:
-    """Return a video with its strip and curves.
+    """Return a video with its strip and curves; its figures are measured unless given.
 
-    Args:
-        path: The video; every frame is decoded, none is kept.
-        label: What to call it.
-        figures: Its figures, where they are known; else they are measured.
+    Every frame is decoded, none is kept.
 
     Raises:
         MissingError, MediaError, RefusedError: As `VideoReader`.
@@ -266,9 +263,7 @@ class Graph(NamedTuple):
 def graph_of(values: Mapping[str, Any], nodes: Sequence[NodeRecord] = ()) -> Graph:
     """Lay a recipe's graph out, from its values by path; a node's chunks and a matrix's cells are one box.
 
-    Args:
-        values: As a manifest has them: "nodes.first.model" is "$dit".
-        nodes: The run's plan nodes, for what became of them.
+    `values`: as a manifest has them: "nodes.first.model" is "$dit"; `nodes`: the run's, for what became of them.
     """
     kinds = {
         path.split(".")[1]: str(kind) for path, kind in values.items() if re.fullmatch(r"nodes\.[^.]+\.kind", path)

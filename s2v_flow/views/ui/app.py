@@ -306,11 +306,6 @@ class Guard:
 
     The token is the query of the page's first address, a cookie that this one sets (HttpOnly, SameSite=Strict), or
     `Authorization: Bearer TOKEN`.
-
-    Args:
-        app: What is guarded.
-        token: The secret.
-        port: The one that is listened on.
     """
 
     def __init__(self, app: ASGIApp, token: str, port: int) -> None:

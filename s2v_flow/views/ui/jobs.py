@@ -88,11 +88,9 @@ class _File(BaseModel):
 
 
 class Queue:
-    """Jobs in their order; `work` runs those that wait.
+    """Jobs in their order, kept in a file; `work` runs those that wait, with `words` as options of every run.
 
-    Args:
-        path: Where the jobs are kept. What was running when the program ended waits again: it goes on.
-        words: Options of every run.
+    What was running when the program ended waits again: it goes on.
 
     Raises:
         MissingError: The file is there and cannot be read.

@@ -33,12 +33,7 @@ class Roots:
     folders: Mapping[str, Path]
 
     def file(self, root: str, text: str, suffixes: tuple[str, ...]) -> Path:
-        """Return the real path of a file below a root.
-
-        Args:
-            root: The folder's name.
-            text: The path below it.
-            suffixes: What its name may end in.
+        """Return the real path of a file by its path below a root, a folder's name.
 
         Raises:
             RefusedError: It lies outside, also by way of `..` or a link, is hidden, or of another kind.
@@ -60,19 +55,14 @@ class Roots:
 async def save_upload(parts: AsyncIterable[bytes], name: str, folder: Path, limit: int, *, made_here: Path) -> Path:
     """Write what is sent to a new file, whole or not at all.
 
-    Args:
-        parts: The bytes, piece by piece.
-        name: What the sender calls it; of that, letters, digits, `-`, `_`, `.` and the suffix stay.
-        folder: Where to write.
-        limit: How many bytes it may have.
-        made_here: Another folder, in which it may lie already.
+    Of the name that the sender gives, letters, digits, `-`, `_`, `.` and the suffix stay.
 
-    Returns:
-        The file: the one that is there already, byte for byte; else a new one, numbered where the name is taken.
+    Returns the file: the one that is there already, also in `made_here`, byte for byte; else a new one in `folder`,
+    numbered where the name is taken.
 
     Raises:
         S2VFlowError: It is no picture, sound or video by its name, or cannot be read as what its name says.
-        TooLargeError: It has more bytes than that.
+        TooLargeError: It has more than `limit` bytes.
         CannotWriteError: It cannot be written.
     """
     suffix, size = Path(name).suffix.lower(), 0
