@@ -55,12 +55,9 @@ _FIX_CACHE = "free some space, or name another folder with --cache-dir"
 
 
 def check(recipe: RecipeLike, options: Options | None = None, **fields: Any) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe: a file, or a dict of its shape, in which paths are relative to the current folder.
 
-    Args:
-        recipe: The recipe's file, or a dict of its shape; paths in a dict are relative to the current folder.
-        options: Profiles, override files, `sets`, `params` and `overrides` count here.
-        fields: Single fields of `Options`.
+    Of the options (and `fields`, single ones of them) profiles, override files, `sets`, `params` and `overrides` count.
 
     Raises:
         RecipeError: With every mistake that was found; also where a recipe's file cannot be read.

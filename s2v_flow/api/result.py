@@ -209,10 +209,9 @@ class Result(RunResult):
         return iter(VideoReader(videos[name], probe_video(videos[name]).fps))
 
     def latents(self) -> dict[str, Tensor]:
-        """Return the sampled latents that the cache holds, by plan node ("first", "talk[1]").
+        """Return the sampled raw latents that the cache holds, float32 [1, 16, F, H, W] on the CPU.
 
-        Returns:
-            Raw latents, float32 [1, 16, F, H, W], on the CPU.
+        They are by plan node ("first", "talk[1]").
 
         Raises:
             S2VFlowError: One of them has been evicted since.

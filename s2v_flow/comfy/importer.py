@@ -198,12 +198,10 @@ def checked(
 
 
 def translate(graph: Graph, mistakes: Mistakes, folder: Path, wanted: Collection[str] | None = None) -> Draft:
-    """Translate what the nodes that save something need.
+    """Translate what the nodes that save something need, or those of them whose ids are `wanted`.
 
-    Args:
-        mistakes: Takes what is wrong, and what a person should know.
-        folder: Where the workflow's pictures may lie, if their size matters.
-        wanted: Ids of the saving nodes that count; all of them unless given.
+    `mistakes` takes what is wrong, and what a person should know; `folder`: where the workflow's pictures may lie, if
+    their size matters.
 
     Raises:
         RecipeError: With everything that recipes cannot express.

@@ -43,14 +43,10 @@ class NodeStatus:
 def preimage(
     node: PlanNode, numerics: Numerics, file_digest: FileDigest, input_digest: Callable[[Source], str | None]
 ) -> dict[str, Any] | str:
-    """Collect what determines a plan node's result.
+    """Return what determines a plan node's result, the pre-image of the fingerprint; or text: what is not known yet.
 
-    Args:
-        file_digest: sha256 of a file, or None where it is not known (yet).
-        input_digest: The digest of an input, or None where it is not known before that input is computed.
-
-    Returns:
-        The pre-image of the fingerprint; or text that says what is not known yet.
+    `file_digest`: sha256 of a file, or None where it is not known (yet); `input_digest`: that of an input, or None
+    before it is computed.
     """
     files: dict[tuple[str | int, ...], str] = {}
     for path, mark, text in node.node.files():

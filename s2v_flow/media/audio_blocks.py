@@ -383,12 +383,8 @@ def to_stereo(samples: NDArray[np.float32], channels: Sequence[str]) -> NDArray[
 
     Nothing is attenuated: the sum of loud channels may exceed full scale.
 
-    Args:
-        samples: float32 [channels, n].
-        channels: FFmpeg's name of each, such as FC; with a name of no place (NONE) the count decides.
-
-    Returns:
-        float32 [2, n].
+    `samples`: float32 [channels, n], of which float32 [2, n] comes; `channels`: FFmpeg's name of each, such as FC; with
+    a name of no place (NONE) the count decides.
 
     Source: Recommendation ITU-R BS.775, downward mixing equations for 3/2 material.
     """

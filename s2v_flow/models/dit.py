@@ -261,7 +261,7 @@ class WanS2V(nn.Module):
         batch_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> PreparedChunk:
-        """Prepare a chunk's geometry, reference, motion and control, once per chunk.
+        """Prepare a chunk's geometry, reference, motion and control, once for any number of `forward` calls.
 
         Latents are normalised, of any floating dtype; a batch of one serves every sample.
 
@@ -276,9 +276,6 @@ class WanS2V(nn.Module):
                 one says that there is no pose video. None: the control embedding is left out, bias included.
             conditioning: Whose positions and timesteps of the still tokens.
             batch_size: B.
-
-        Returns:
-            The prepared chunk, for any number of `forward` calls.
 
         Raises:
             ValueError: A shape or the conditioning is wrong.
@@ -312,15 +309,12 @@ class WanS2V(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, timestep: Tensor, chunk: PreparedChunk, branches: Sequence[Branch]) -> list[Tensor]:
-        """Predict the velocity of a noisy latent, for each branch of guidance.
+        """Predict the velocity of a noisy latent, for each branch of guidance: float32 [B, C, F, H, W].
 
         Args:
             x: The noisy latent, normalised, floating point [B, C, F, H, W].
             timestep: sigma * 1000, floating point [B]; on the device of x, or the device waits for the copy.
             branches: One for cfg 1, two for guidance; what they have in common is computed once.
-
-        Returns:
-            One velocity per branch, float32 [B, C, F, H, W].
 
         Raises:
             ValueError: A shape differs from the prepared chunk's, or there is no branch.

@@ -50,9 +50,8 @@ class Weights:
 def read_weights(path: Path, kind: str, precision: str, *, on_cpu: bool, is_streamed: bool = False) -> Weights:
     """Count a model's weights as its loader will have them, from the file's header.
 
-    Args:
-        kind: The loader's; only diffusion models and text encoders keep quantised weights packed.
-        precision: "fp32", "bf16", "fp16" or "fp8_fast", which has the blocks' matrices in one byte.
+    `kind`: the loader's; only diffusion models and text encoders keep quantised weights packed. `precision`: "fp32",
+    "bf16", "fp16" or "fp8_fast", which has the blocks' matrices in one byte.
 
     Raises:
         MissingError, RefusedError, CheckpointError: The file is missing, a pickle or damaged.

@@ -143,8 +143,7 @@ class EncodeAudio(Node):
     def run(self, context: RunContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Encode the voice: a port for each segment.
 
-        Returns:
-            {rows: float32 [up to 320, 25, E], first_row: int64 []} each; the last has num_features_30hz: int64 [] too.
+        Each is {rows: float32 [up to 320, 25, E], first_row: int64 []}; the last has num_features_30hz: int64 [] too.
         """
         from s2v_flow.models.encoders import require_state
         from s2v_flow.nodes.tensors import pack_finite

@@ -55,13 +55,8 @@ def needs(plan: Plan, to_compute: Collection[str], numerics: Numerics, limit: in
     streamed ("placement"), the branches of guidance run in turn ("in_turn"), fewer latent frames are decoded at once
     ("frames_per_call").
 
-    Args:
-        numerics: The run's numerics policy; on a GPU the device's memory is meant.
-        limit: How many bytes there are; None: any number.
-
-    Returns:
-        By node, what it needs while it runs: its own work, and every model that is live then. Loaders and frames are
-        among them where a way was chosen for them.
+    Returns, by node, what it needs while it runs (on a GPU, of its memory): its own work, and every model that is live
+    then. Loaders and frames are among them where a way was chosen for them. `limit`: in bytes; None: none.
     """
     found = _Needs(plan, to_compute, numerics)
     needed = found.all()

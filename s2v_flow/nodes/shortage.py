@@ -167,10 +167,8 @@ class StreamDecoder(Fallbacks):
 def encoded(vae: Any, pixels: Tensor, context: RunContext) -> Tensor:
     """Encode a clip, in tiles where memory runs out.
 
-    `pixels`: [1, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1, on any device.
-
-    Returns:
-        The raw latent, float32 [1, 16, k + 1, H, W], on the node's device.
+    `pixels`: [1, 3, T, 8H, 8W] in [-1, 1], T = 4k + 1, on any device. Returns the raw latent, float32
+    [1, 16, k + 1, H, W], on the node's device.
 
     Raises:
         S2VFlowError: There is no memory for the smallest tile.

@@ -50,10 +50,9 @@ def torch_dtype(precision: str) -> torch.dtype:
 
 
 def to_frames(pixels: Tensor) -> Tensor:
-    """Turn decoded pixels into frames for people; `pixels`: [1, 3, T, 8H, 8W], about [-1, 1].
+    """Turn decoded pixels [1, 3, T, 8H, 8W], about [-1, 1], into frames for people: uint8 [T, 8H, 8W, 3] on the CPU.
 
-    Returns:
-        uint8 [T, 8H, 8W, 3] on the CPU: (x + 1) / 2 clamped to [0, 1], times 255, rounded.
+    (x + 1) / 2 is clamped to [0, 1], and 255 times that rounded.
 
     Raises:
         BadNumbersError: A pixel is NaN.

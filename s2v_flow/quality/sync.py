@@ -49,11 +49,8 @@ def is_spoken(voice: Array) -> NDArray[np.bool_]:
 class Sync:
     """Sums over a video's frames, from which lag, correlation and confidence follow; no frame is kept.
 
-    Args:
-        voice: loudness of each frame, float64 [T], as `loudness` gives it.
-        fps: frames a second.
-        num_cells: cells of the picture, C.
-        keeps: keep every frame's cells, in 16 bits, for `movement`.
+    `voice`: as `loudness` gives it, float64 [T]; `num_cells`: of the picture, C; `keeps`: keep every frame's cells, in
+    16 bits, for `movement`.
     """
 
     def __init__(self, voice: Array, fps: float, num_cells: int, *, keeps: bool = False) -> None:

@@ -139,7 +139,7 @@ def make_sampler(
     Args:
         scheduler: One of `sampling.SCHEDULERS`; without effect on the samplers in `sampling.OWN_SCHEDULE`.
         steps: How many steps, at least `sampling.minimum_steps(name, scheduler)`.
-        shift: The shift of the noise schedule, > 0.
+        shift: > 0.
         seed: The run's seed, 0 to 2^64 - 1; only samplers that draw step noise use it here.
         device: Where the sample lives, and step noise is drawn.
 

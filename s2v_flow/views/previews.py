@@ -30,11 +30,8 @@ class Previews:
     A step is never waited for: the middle frame of the latent is copied behind the step's own kernels, and turned into
     a picture at a later event, once it has arrived.
 
-    Args:
-        plan: What is run.
-        cache_root: The cache folder; colours are remembered there by the VAE's sha256.
-        folder: Where the pictures go, as `<node>-<step>.jpg`: the run's own folder, once it is there.
-        emit: Told of each picture, as `Preview`; and, once, that none can be written.
+    Colours are remembered below `cache_root` by the VAE's sha256. The pictures go to `folder`, the run's own once it is
+    there, as `<node>-<step>.jpg`. `emit` is told of each, as `Preview`; and, once, that none can be written.
     """
 
     def __init__(self, plan: Plan, cache_root: Path, folder: Path, emit: Listener) -> None:
@@ -115,8 +112,7 @@ def _is_due(event: StepDone) -> bool:
 def fitted_colours(portrait: Artifact) -> NDArray[np.float64]:
     """Fit colours to latents by least squares, on what `encode_image` has stored: the portrait and its latent.
 
-    Returns:
-        float64 [17, 3]: normalised channels, and one, to colours in [-1, 1].
+    Returns float64 [17, 3]: normalised channels, and one, to colours in [-1, 1].
     """
     import numpy as np
     from torch.nn.functional import avg_pool2d

@@ -59,7 +59,7 @@ def write_report(
     embed: bool = False,
     videos: Mapping[str, Path] | None = None,
 ) -> Path:
-    """Write a report: one HTML file of less than 10 MB, its videos linked where they lie.
+    """Write a report, one HTML file of less than 10 MB, its videos linked where they lie; return the page's path.
 
     Args:
         subject: A video's path, a run's id or the beginning of one, or "last".
@@ -69,9 +69,6 @@ def write_report(
         embed: Put small copies of the videos inside, as far as they fit.
         videos: Where the run's videos are, by plan node; else they are looked for, and where they are gone, copied out
             of the cache beside the page.
-
-    Returns:
-        The page's path.
 
     Raises:
         MissingError: There is no such run or file, a video is neither there nor in the cache, or jinja2 is not

@@ -116,12 +116,10 @@ class Queue:
         return self.jobs[-1]
 
     def change(self, number: int, what: str) -> None:
-        """Change a job.
+        """Change the job with the id `number`.
 
-        Args:
-            number: Its id.
-            what: stop: with a resume point, as Ctrl-C does; again: at once; one that waits never starts. resume: let
-                one that is over wait again, before all others. remove: forget one that does not run.
+        stop: with a resume point, as Ctrl-C does; again: at once; one that waits never starts. resume: let one that is
+        over wait again, before all others. remove: forget one that does not run.
 
         Raises:
             MissingError: There is no such job.
