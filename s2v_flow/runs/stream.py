@@ -56,7 +56,7 @@ def open_events(target: str | None, tell: Listener, run: str) -> Iterator[tuple[
                 text, fix = f"{target}: cannot be written: {error.strerror}", "name another file with --events"
                 raise UsageError(text, fix) from error
             try:
-                yield (_UntilItFails(file, tell, run),)
+                yield (EventStream(file, run, tell),)
             finally:
                 with suppress(OSError):  # what was still to be written: it has been told
                     file.close()
@@ -81,34 +81,15 @@ def to_all(*listeners: Listener) -> Listener:
     return listen
 
 
-class _UntilItFails:
-    """Writes events to a file; where that fails, says so and leaves it."""
-
-    def __init__(self, file: TextIO, tell: Listener, run: str) -> None:
-        self._tell = tell
-        self._stream: EventStream | None = None
-        with self._failing():
-            self._stream = EventStream(file, run)
-
-    def __call__(self, event: Event) -> None:
-        if self._stream is not None:
-            with self._failing():
-                self._stream(event)
-
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except S2VFlowError as error:
-            self._stream = None
-            self._tell(Noted("", f"{error.message}; the run goes on without them", is_warning=True))
-
-
 class EventStream:
-    """Writes every event to a text stream as it comes, with the time and the run's id."""
+    """Writes every event to a text stream as it comes, with the time and the run's id.
 
-    def __init__(self, stream: TextIO, run: str) -> None:
-        self._stream, self._run = stream, run
+    Where that fails it tells `tell`, and writes no more; without `tell` it raises an S2VFlowError.
+    """
+
+    def __init__(self, stream: TextIO, run: str, tell: Listener | None = None) -> None:
+        self._stream, self._run, self._tell = stream, run, tell
+        self._is_lost = False
         self._put("version", {"events": VERSION, "s2vflow": __version__})
 
     def __call__(self, event: Event) -> None:
@@ -116,12 +97,18 @@ class EventStream:
         self._put(type_name(type(event)), asdict(event))
 
     def _put(self, kind: str, record: Mapping[str, Any]) -> None:
+        if self._is_lost:
+            return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         try:
             self._stream.write(json.dumps({"type": kind, "time": now, "run": self._run, **record}) + "\n")
             self._stream.flush()
         except OSError as error:
-            raise S2VFlowError(f"the events cannot be written: {error.strerror}") from error
+            text = f"the events cannot be written: {error.strerror}"
+            if self._tell is None:
+                raise S2VFlowError(text) from error
+            self._is_lost = True
+            self._tell(Noted("", f"{text}; the run goes on without them", is_warning=True))
 
 
 def type_name(kind: type) -> str:

@@ -134,8 +134,8 @@ class Page:
     def __init__(self, options: api.Options, words: Sequence[str], max_upload_bytes: int) -> None:
         self._options, self._words, self._max_upload_bytes = options, tuple(words), max_upload_bytes
         self._runs = runs_root(options.cache_root)
-        self._files = roots.Roots({"work": Path.cwd(), "runs": self._runs})
-        self._desk, self._gallery = Desk(options, self._files), Gallery(options.cache_root)
+        self._roots = {"work": Path.cwd(), "runs": self._runs}
+        self._desk, self._gallery = Desk(options, self._roots), Gallery(options.cache_root)
         self._queue, self._naming = Queue(FOLDER / "queue.json", words), asyncio.Lock()
         self.is_closing: Callable[[], bool] = lambda: False
 
@@ -171,7 +171,7 @@ class Page:
         await self._queue.close()
 
     async def _file(self, request: Request) -> Response:
-        path = self._files.file(request.path_params["root"], request.path_params["path"], roots.SHOWN)
+        path = roots.file_below(self._roots, request.path_params["root"], request.path_params["path"], roots.SHOWN)
         if path.suffix.lower() != ".html":
             return FileResponse(path)
         if path.parent != _REPORTS.resolve():

@@ -63,8 +63,8 @@ class Wish:
 class Desk:
     """Turns wishes into recipes; `options` and the current folder say where everything is."""
 
-    def __init__(self, options: api.Options, files: roots.Roots) -> None:
-        self._options, self._files = options, files
+    def __init__(self, options: api.Options, folders: Mapping[str, Path]) -> None:
+        self._options, self._roots = options, folders
 
     def recipes(self) -> list[dict[str, str]]:
         """List what may be chosen: the recipes of the current folder and two levels below, then first ones."""
@@ -120,7 +120,7 @@ class Desk:
             data: dict[str, Any] = yaml.safe_load(recipe_text(start, Path()))
             return data, options
         kinds = (*roots.RECIPES, *roots.VIDEOS)
-        return os.path.relpath(self._files.file("work", wish.source, kinds)), options
+        return os.path.relpath(roots.file_below(self._roots, "work", wish.source, kinds)), options
 
 
 def _recipe_files() -> Iterator[Path]:

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import AsyncIterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
@@ -26,30 +25,24 @@ class TooLargeError(RefusedError):
     """More bytes than may be sent."""
 
 
-@dataclass(frozen=True)
-class Roots:
-    """Folders by name: the only ones from which files are given out."""
+def file_below(roots: Mapping[str, Path], root: str, text: str, suffixes: tuple[str, ...]) -> Path:
+    """Return the real path of a file by its path below a root; `roots`: the only folders that may be named, by name.
 
-    folders: Mapping[str, Path]
-
-    def file(self, root: str, text: str, suffixes: tuple[str, ...]) -> Path:
-        """Return the real path of a file by its path below a root, a folder's name.
-
-        Raises:
-            RefusedError: It lies outside, also by way of `..` or a link, is hidden, or of another kind.
-            MissingError: There is no such file.
-        """
-        base = Path(os.path.realpath(self.folders.get(root, os.devnull)))
-        try:
-            real = Path(os.path.realpath(base / text))
-            inside = real.relative_to(base).parts
-        except ValueError:  # elsewhere, or no path at all
-            inside = ()
-        if not inside or any(part.startswith(".") for part in inside) or real.suffix.lower() not in suffixes:
-            raise RefusedError(f"{text}: the page gives out {', '.join(suffixes)} below {root} only")
-        if not os.path.isfile(real):  # a name that is too long is no file
-            raise MissingError(f"{text}: no such file below {root}")
-        return real
+    Raises:
+        RefusedError: It lies outside, also by way of `..` or a link, is hidden, or of another kind.
+        MissingError: There is no such file.
+    """
+    base = Path(os.path.realpath(roots.get(root, os.devnull)))
+    try:
+        real = Path(os.path.realpath(base / text))
+        inside = real.relative_to(base).parts
+    except ValueError:  # elsewhere, or no path at all
+        inside = ()
+    if not inside or any(part.startswith(".") for part in inside) or real.suffix.lower() not in suffixes:
+        raise RefusedError(f"{text}: the page gives out {', '.join(suffixes)} below {root} only")
+    if not os.path.isfile(real):  # a name that is too long is no file
+        raise MissingError(f"{text}: no such file below {root}")
+    return real
 
 
 async def save_upload(parts: AsyncIterable[bytes], name: str, folder: Path, limit: int, *, made_here: Path) -> Path:
