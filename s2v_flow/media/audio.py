@@ -73,11 +73,6 @@ class Audio:
         """The number of samples of each channel."""
         return int(self.waveform.shape[1])
 
-    @property
-    def duration_seconds(self) -> Fraction:
-        """The exact length."""
-        return Fraction(self.num_samples, self.sample_rate_hz)
-
     def blocks(self) -> Iterator[NDArray[np.float32]]:
         """Yield the samples, [channels, n]: all at once."""
         yield self.waveform

@@ -193,22 +193,20 @@ class VideoWriter:
             self._container.close()
 
 
-def write_images(directory: str | os.PathLike[str], name: str, frames: Iterable[NDArray[np.uint8]]) -> list[Path]:
-    """Write frames as <directory>/<name>_00001.png and on, one at a time, each whole or not at all; return the files.
+def write_images(directory: Path, frames: Iterable[NDArray[np.uint8]]) -> list[Path]:
+    """Write frames as <directory>/frame_00001.png and on, one at a time, each whole or not at all; return the files.
 
     The directory is made if it is missing; files of the same names are replaced. `frames`: uint8 [H, W, 3] each, RGB.
 
     Raises:
-        ValueError: the name has a folder in it, or a frame is of another type or shape.
+        ValueError: a frame is of another type or shape.
         CannotWriteError: a file cannot be written; `exit_code` tells a full disk.
     """
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ValueError(f"name must be a file name without a folder, got {name!r}")
     paths = []
     for number, frame in enumerate(frames, start=1):
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             raise ValueError(f"a frame must be uint8 [H, W, 3], got {frame.dtype} {frame.shape}")
-        path = Path(directory) / f"{name}_{number:05d}.png"
+        path = directory / f"frame_{number:05d}.png"
         encoded = iio.imwrite("<bytes>", frame, extension=".png", plugin="pillow")
         with replacing(path) as temporary, _explained(path):
             temporary.write_bytes(encoded)

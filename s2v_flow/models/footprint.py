@@ -1,6 +1,7 @@
 """How much memory and arithmetic work takes, without torch: for the plan's figures and for what a run decides by.
 
 What models compute with is counted from their code, largest moment by largest moment; each formula says what it counts.
+In them c is the bytes of a number in the dtype that is computed in.
 """
 
 from __future__ import annotations

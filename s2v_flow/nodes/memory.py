@@ -1,8 +1,7 @@
 """What a plan's nodes need, memory and arithmetic, before anything ran: from model files' headers and the video's size.
 
-Nothing is loaded. What a model computes with is counted from the code, largest moment by largest moment; each formula
-says what it counts. In them c is the bytes of a number in the dtype that is computed in. What is measured beside them
-stands in docs/performance.md.
+Nothing is loaded; the formulas are those of `models.footprint`. What is measured beside them stands in
+docs/performance.md.
 """
 
 from __future__ import annotations

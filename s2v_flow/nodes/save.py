@@ -151,7 +151,7 @@ class SaveImages(Sink):
         folder = context.scratch
 
         def write(groups: Iterator[np.ndarray]) -> list[Path]:
-            return write_images(folder, "frame", (frame for group in groups for frame in group))
+            return write_images(folder, (frame for group in groups for frame in group))
 
         return {f"{index:05}": path for index, path in enumerate(beside(reported(context, frames), write), 1)}
 
