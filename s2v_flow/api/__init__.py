@@ -46,7 +46,7 @@ from s2v_flow.recipe.load import Recipe, Variant, load_cells, load_recipe, only_
 from s2v_flow.runs.environment import FileDigests, plugins_of, torch_version
 from s2v_flow.runs.essence import essence_in, likely_folders, note_maker, video_notes
 from s2v_flow.runs.lockfile import check_lock, lock_path
-from s2v_flow.runs.record import Given, Recorder, runs_root
+from s2v_flow.runs.record import Recorder, runs_root
 from s2v_flow.runs.values import files_of
 from s2v_flow.version import __version__
 
@@ -225,7 +225,9 @@ def run_planned(
         statuses=planned.statuses,
         device=planned.device,
         folder=runs_root(options.cache_root),
-        given=_given(options),
+        changes=options.changes,
+        axes=options.axes,
+        output=options.output,
         cells=planned.labels,
         digest=digests.known,
         emit=on_event,
@@ -352,12 +354,6 @@ def _workflows(recipe: Recipe, plan: Plan) -> dict[str, str]:
         }
     except S2VFlowError:
         return {}
-
-
-def _given(options: Options) -> Given:
-    changes = options.changes
-    overrides = (*(f"-m {text}" for text in options.axes), *map(str, changes.overrides))
-    return Given(tuple(changes.profiles), tuple(changes.files), overrides, options.output)
 
 
 def require_files(planned: Planned) -> None:

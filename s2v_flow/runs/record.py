@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -34,6 +34,7 @@ from s2v_flow.graph.node import Plan, PlanNode
 from s2v_flow.graph.status import NodeStatus, preimage
 from s2v_flow.machine import device_class
 from s2v_flow.quality import of_videos
+from s2v_flow.recipe.argument import Changes
 from s2v_flow.recipe.load import Recipe
 from s2v_flow.runs.environment import environment, git_state, packages_of
 from s2v_flow.runs.manifest import (
@@ -58,20 +59,11 @@ def runs_root(cache_root: Path) -> Path:
     return cache_root / "runs"
 
 
-@dataclass(frozen=True)
-class Given:
-    """What was laid over the recipe; `output` is where its only output goes instead."""
-
-    profiles: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
-    overrides: tuple[str, ...] = ()
-    output: Path | None = None
-
-
 @dataclass
 class Recorder:
     """Listens to a run inside a `with` statement; `<folder>/<id>/manifest.json` is there from its start to stay.
 
+    `changes` and `axes` were laid over the recipe, `output` is where its only output goes instead, if anywhere.
     `digest` tells the sha256 of a file if that takes no time, else None; `entries` are to be set to the run's results,
     which grow as it goes on, `not_kept` to those that could not be stored, and `failures` to what failed where others
     went on; `goes_on`: its folder is there already.
@@ -82,7 +74,9 @@ class Recorder:
     statuses: Mapping[str, NodeStatus]
     device: str
     folder: Path
-    given: Given
+    changes: Changes
+    axes: Sequence[str]
+    output: Path | None
     digest: Callable[[Path], str | None]
     emit: Listener
     has_host: bool = False
@@ -147,7 +141,7 @@ class Recorder:
         self.emit(RunFinished(self.id, status, message))
 
     def _manifest(self, status: RunStatus | Literal["running"], error: str | None) -> Manifest:
-        text, origins = written(self.recipe)
+        (text, origins), overrides = written(self.recipe), map(str, self.changes.overrides)
         return Manifest(
             manifest=1,
             id=self.id,
@@ -164,9 +158,9 @@ class Recorder:
                 origins=origins,
             ),
             given=GivenRecord(
-                profiles=list(self.given.profiles),
-                files=[self._named(file) for file in self.given.files],
-                overrides=[home_hidden(given) for given in self.given.overrides],
+                profiles=list(self.changes.profiles),
+                files=[self._named(file) for file in self.changes.files],
+                overrides=[home_hidden(text) for text in (*(f"-m {axis}" for axis in self.axes), *overrides)],
             ),
             git=self._git,
             cells=list(self.cells),
@@ -252,7 +246,7 @@ class Recorder:
                 # what was delivered holds the object, and perhaps a note behind it
                 sha256 = item.sha256 if size == item.size else file_digest(path)
             place = Path(text).with_name(path.name)
-            name = without_home(str(place if self.given.output is None else path))
+            name = without_home(str(place if self.output is None else path))
             facts = {key: entry.facts.get(key) for key in ("frames", "frames_sha256")}
             record = OutputRecord(node=node.name, name=name, sha256=sha256, size=size, changed=event.changed, **facts)
             records.append(record)
