@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from pathlib import Path
-from typing import Any
 
 import networkx as nx
 
@@ -45,7 +44,7 @@ def build_plan(
     targets = [node.name for node in planner.nodes.values() if node.node.is_sink]
     targets = targets or [name for name in planner.nodes if graph.out_degree(name) == 0]
     needed = set(targets).union(*(nx.ancestors(graph, name) for name in targets))
-    nodes = tuple(planner.nodes[name] for name in _sorted(graph) if name in needed)
+    nodes = tuple(planner.nodes[name] for name in sort(graph) if name in needed)
     missing = dict.fromkeys(item for node in nodes for item in planner.missing.get(node.name, []))
     notes = dict.fromkeys(note for node in nodes for note in planner.notes.get(node.recipe_node, []))
     return Plan(nodes, tuple(missing), tuple(notes))
@@ -71,12 +70,12 @@ def _check_outputs(planner: Planner) -> None:
                     planner.problem(node.recipe_node, str(path[-1]), "R131", message, fix)
 
 
-def sort(graph: nx.DiGraph[str], orders: Mapping[str, Any] | None = None) -> Iterator[str]:
+def sort(graph: nx.DiGraph[str]) -> Iterator[str]:
     """Yield the nodes of a graph without cycles, each after those that it uses.
 
-    `orders`: which goes first where there is a choice, different for each; else as in the graph.
+    Where there is a choice, their attributes `order` say which goes first, different for each; else as in the graph.
     """
-    orders = orders or {name: index for index, name in enumerate(graph)}
+    orders = {name: data.get("order", index) for index, (name, data) in enumerate(graph.nodes.items())}
     waits_for = dict(graph.in_degree())
     ready = [(orders[name], name) for name, count in waits_for.items() if not count]
     heapify(ready)
@@ -95,11 +94,6 @@ def _graph(nodes: Iterable[PlanNode]) -> nx.DiGraph[str]:
         graph.add_node(node.name, order=(node.node.stage, position))
         graph.add_edges_from((source.node, node.name) for source in node.sources())
     return graph
-
-
-def _sorted(graph: nx.DiGraph[str]) -> Iterator[str]:
-    """Yield the names in an order in which they can run: by stage where the graph leaves a choice, else as given."""
-    return sort(graph, {name: data["order"] for name, data in graph.nodes.items()})
 
 
 def merge_plans(plans: Sequence[tuple[str, Plan]], *, by_stage: bool = False) -> tuple[Plan, dict[str, str]]:
@@ -137,7 +131,7 @@ def merge_plans(plans: Sequence[tuple[str, Plan]], *, by_stage: bool = False) ->
         first = {full.get(name, name): min(turns[label] for label in labels) for name, labels in users.items()}
         for name, data in graph.nodes.items():
             data["order"] = (first[name] if by_name[name].node.stage else 0, *data["order"])
-    nodes = [by_name[name] for name in _sorted(graph)]
+    nodes = [by_name[name] for name in sort(graph)]
     missing = dict.fromkeys(item for _, plan in plans for item in plan.missing)
     notes = dict.fromkeys(note for _, plan in plans for note in plan.notes)
     return Plan(tuple(nodes), tuple(missing), tuple(notes)), {full[name]: label for name, label in alone.items()}
