@@ -235,9 +235,8 @@ def link(nodes: Mapping[str, Node], unchecked: Collection[str] = ()) -> tuple[nx
 
     `unchecked`: names of nodes that exist but are too wrong to be linked: references to them are left alone.
 
-    Returns:
-        The graph, an edge from each node to those that use it, with the attribute `fields`: a tuple of pairs (input
-        field, output port); and what is wrong. Faulty references make no edges, except those that close a cycle.
+    Returns the graph, an edge from each node to those that use it, by the first `field` that does; and what is wrong.
+    Faulty references make no edges, except those that close a cycle.
     """
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(nodes)
@@ -249,11 +248,10 @@ def link(nodes: Mapping[str, Node], unchecked: Collection[str] = ()) -> tuple[nx
             if ref.node in unchecked:
                 continue
             found = linker.check(name, key, ports[key][0], ref, advises=len(problems) < _MAX_ADVISED)
-            if isinstance(found, LinkProblem):
+            if found is not None:
                 problems.append(found)
-            else:
-                fields = graph.edges[ref.node, name]["fields"] if graph.has_edge(ref.node, name) else ()
-                graph.add_edge(ref.node, name, fields=(*fields, (key, found)))
+            elif not graph.has_edge(ref.node, name):
+                graph.add_edge(ref.node, name, field=key)
     problems += _cycles(graph)
     return graph, problems
 
@@ -268,8 +266,8 @@ class _Linker:
             for port_type in dict.fromkeys(node.outputs.values()):
                 self._givers.setdefault(port_type, []).append(name)
 
-    def check(self, name: str, field: str, wanted: Port, ref: Ref, *, advises: bool) -> LinkProblem | str:
-        """Return the output port that a reference means, or what is wrong with it."""
+    def check(self, name: str, field: str, wanted: Port, ref: Ref, *, advises: bool) -> LinkProblem | None:
+        """Return what is wrong with a reference, if anything."""
         if ref.node not in self._nodes:
             fix = self._advise_node(name, wanted, ref) if advises else None
             return LinkProblem(name, field, "R020", f"{field}: there is no node {shortened(ref.node)}", fix)
@@ -287,7 +285,7 @@ class _Linker:
             return LinkProblem(name, field, "R022", message, fitting)
         if ref.node == name:
             return LinkProblem(name, field, "R023", f"{field}: {name} refers to itself", fitting)
-        return port
+        return None
 
     def _advise_node(self, name: str, wanted: Port, ref: Ref) -> str:
         """Suggest a node of the right type: one with a similar name, or all."""
@@ -322,7 +320,7 @@ def _cycles(graph: nx.DiGraph[str]) -> Iterator[LinkProblem]:
         ways = nx.single_source_shortest_path(inner, first)
         last = min(inner.predecessors(first), key=lambda name: (len(ways[name]), order[name]))
         path = [*ways[last], first]
-        field = graph.edges[last, first]["fields"][0][0]
+        field = graph.edges[last, first]["field"]
         names = " -> ".join(path if len(path) <= 20 else [*path[:10], "...", *path[-10:]])
         fix = "give one of these inputs another node"
         yield LinkProblem(first, field, "R023", f"{field}: nodes depend on themselves: {names}", fix)

@@ -21,8 +21,8 @@ def clip() -> LoadLatent:
     return LoadLatent(file="clip.latent")
 
 
-def test_edges_lead_from_a_node_to_those_that_use_it_and_name_the_fields() -> None:
-    """An edge carries every input that it feeds, with the port that a bare name means."""
+def test_edges_lead_from_a_node_to_those_that_use_it_and_name_the_field() -> None:
+    """An edge carries the first input that it feeds."""
     nodes: dict[str, Node] = {
         "out": SaveLatent(latent=Ref("more"), file="o"),
         "clip": clip(),
@@ -32,8 +32,8 @@ def test_edges_lead_from_a_node_to_those_that_use_it_and_name_the_fields() -> No
     assert problems == []
     assert list(graph) == ["out", "clip", "more"]
     assert dict(graph.edges) == {
-        ("clip", "more"): {"fields": (("video", "latent"),)},
-        ("more", "out"): {"fields": (("latent", "latent"),)},
+        ("clip", "more"): {"field": "video"},
+        ("more", "out"): {"field": "latent"},
     }
     assert list(nx.topological_sort(graph)) == ["clip", "more", "out"]
 
