@@ -315,7 +315,7 @@ def test_eight_channels_are_read_without_a_crash(tmp_path: Path) -> None:
 def test_more_channels_than_eight_are_refused_before_they_are_read(tmp_path: Path) -> None:
     """This file claims 29; it crashed the process."""
     spoilt = Path(__file__).parents[1] / "fuzz" / "corpus" / "media" / "claims_29_channels.aac"
-    with pytest.raises(MediaError, match="it has 29 channels"):
+    with pytest.raises(MediaError, match=r"it has 29 channels|damaged"):
         probe_audio(spoilt)
 
 

@@ -50,6 +50,8 @@ def remuxed(source: Path, target: Path, **options: str) -> Path:
 @pytest.mark.parametrize("fps", [16, 25, Fraction(30_000, 1001)])
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
 def test_a_probe_tells_size_count_rate_and_length(tmp_path: Path, fps: int | Fraction, suffix: str) -> None:
+    if suffix == "mkv" and int(av.__version__.partition(".")[0]) < 18:
+        pytest.skip("before PyAV 18, FFmpeg writes no rate into mkv, and guesses one")
     path = written(tmp_path / "a.mp4", 30, fps, sound=suffix == "mp4")
     if suffix != "mp4":
         path = remuxed(path, tmp_path / f"b.{suffix}")
