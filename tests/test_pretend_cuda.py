@@ -41,7 +41,7 @@ from s2v_flow.weights.reader import Checkpoint
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or torch.cuda.is_available() or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
-    reason="needs torch 2.9 or later for Linux, and no GPU: with one, `pytest -m gpu` shows more",
+    reason="needs a newer torch, for Linux, and no GPU: with one, `pytest -m gpu` shows more",
 )
 
 BF16 = torch.bfloat16

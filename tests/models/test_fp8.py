@@ -35,7 +35,7 @@ from s2v_flow.weights.quantization import Packing
 
 @pytest.fixture
 def products() -> None:
-    """Skip the test where torch multiplies on GPUs only, as before 2.9."""
+    """Skip the test where torch multiplies on GPUs only, as older ones do."""
     try:
         require_products("cpu")
     except S2VFlowError as error:
