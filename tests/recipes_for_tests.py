@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -134,6 +135,11 @@ def without_notes(text: str) -> str:
     a run's first and last line."""
     mark = re.compile(r"(\d\d:\d\d:\d\d [^:]+: )?(note|begin|end): ")
     return "".join(line for line in text.splitlines(keepends=True) if not mark.match(line))
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a command names it."""
+    return shlex.quote(str(path))
 
 
 def call(*arguments: object) -> tuple[int, str, str]:

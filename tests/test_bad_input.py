@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from recipes_for_tests import call, tiny, write_recipe, write_voice
+from recipes_for_tests import call, quoted, tiny, write_recipe, write_voice
 from safetensors.numpy import load_file, save_file
 
 Changes = Mapping[str, Mapping[str, Any] | None]
@@ -116,7 +116,7 @@ def test_a_pickle_is_never_opened_whatever_its_name(name: str, tmp_path: Path, m
     code, err = refused(tmp_path, models, {"vae": {"checkpoint": name}})
     assert code == 5
     assert f"{name}: is a pickle" in err
-    assert f"fix: convert it first: s2vflow models convert {models / 'vae' / name} -o " in err
+    assert f"fix: convert it first: s2vflow models convert {quoted(models / 'vae' / name)} -o " in err
     assert not trace.exists()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from s2v_flow.cache.store import Entry, Store, entry_place, entry_text, file_sha256, parse_entry
 from s2v_flow.errors import UsageError
@@ -36,7 +37,8 @@ class RemoteStore(Store):
         try:
             import fsspec
 
-            self._files, self._folder = fsspec.core.url_to_fs(url)
+            path = unquote(url) if url.startswith("file:") else url  # fsspec takes %20 as it stands there
+            self._files, self._folder = fsspec.core.url_to_fs(path)
         except (ImportError, ValueError) as error:
             fix = "pip install 's2vflow[remote]', and name a folder by its URL: file:///mnt/cache, s3://bucket/cache"
             raise UsageError(f"--cache-remote {url}: {error}", fix) from error

@@ -98,6 +98,14 @@ def test_a_record_names_no_file_outside_of_the_cache(sha256: str, tmp_path: Path
     assert mine.read_text() == "my own"
 
 
+def test_a_folders_url_may_have_its_blanks_escaped(tmp_path: Path) -> None:
+    shared = tmp_path / "a folder, ä"
+    shared.mkdir()
+    for number, url in enumerate((shared.as_uri(), f"file://{shared}")):
+        assert stored(tmp_path / str(number), url) == []
+        assert len(list(tmp_path.iterdir())) == 2 + number
+
+
 def test_a_remote_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
     """Told once; the local store has everything."""
     (tmp_path / "shared").write_text("a file", encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.shell_completion import BashComplete
 from pickles_for_tests import Calls, forge
-from recipes_for_tests import RECIPES, call, write_recipe
+from recipes_for_tests import RECIPES, call, quoted, write_recipe
 from safetensors.torch import load_file
 
 from s2v_flow.cli.main import cli
@@ -119,11 +119,14 @@ def test_the_authors_own_files_are_seen_and_the_command_is_shown(tmp_path: Path,
     recipe = write_recipe(tmp_path, ALL)
     where = ["--models-dir", tmp_path, "--cache-dir", tmp_path / "cache"]
     told = {item["file"]: item["convert"] for item in json.loads(call("models", recipe, *where, "--json")[1])["models"]}
-    convert = "s2vflow models convert"
-    assert told[VAE] == f"{convert} {paths['vae']} -o {tmp_path}/vae/{VAE}"
-    assert told[ENCODER] == f"{convert} {paths['text_encoders']} -o {tmp_path}/text_encoders/{ENCODER} --dtype fp16"
     bf16 = "wan2.2_s2v_14B_bf16.safetensors"
-    assert told[DIT] == f"{convert} {paths['diffusion_models']} -o {tmp_path}/diffusion_models/{bf16} --dtype bf16"
+    for file, folder, target, dtype in (
+        (VAE, "vae", VAE, ""),
+        (ENCODER, "text_encoders", ENCODER, " --dtype fp16"),
+        (DIT, "diffusion_models", bf16, " --dtype bf16"),
+    ):
+        made = quoted(tmp_path / folder / target)
+        assert told[file] == f"s2vflow models convert {quoted(paths[folder])} -o {made}{dtype}"
     assert told["tiny_wav2vec2.safetensors"] is None
     text = call("models", recipe, *where)[1]
     assert f"         can be made by {told[VAE]}\n" in text

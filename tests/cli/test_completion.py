@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.shell_completion import BashComplete
-from recipes_for_tests import RECIPES, call
+from recipes_for_tests import RECIPES, call, quoted
 
 from s2v_flow.api import KINDS
 from s2v_flow.cli.completion import SHELLS
@@ -27,7 +28,7 @@ def complete(*words: object) -> list[str]:
 
 def test_a_parameter_is_completed_without_torch() -> None:
     """In a process of its own, as the shell does it."""
-    words = f"s2vflow run {DEMO} --set st"
+    words = f"s2vflow run {quoted(DEMO)} --set st"
     code = (
         "import sys; from s2v_flow.cli.main import main\n"
         "try: main()\n"
@@ -169,8 +170,9 @@ def test_bash_takes_the_script(tmp_path: Path) -> None:
     program.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from s2v_flow.cli.main import main; main()'\n")
     program.chmod(0o755)
     code = (
-        f"source {path}; COMP_WORDS=(s2vflow run {DEMO} --set nodes.first.sched); COMP_CWORD=4;"
-        f" _s2vflow_completion {program}; echo ${{COMPREPLY[@]}}"
+        f"source {quoted(path)}; COMP_WORDS=(s2vflow run {shlex.quote(quoted(DEMO))} --set nodes.first.sched);"
+        " COMP_CWORD=4;"
+        f" _s2vflow_completion {quoted(program)}; echo ${{COMPREPLY[@]}}"
     )
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout.strip(), done.stderr) == ("nodes.first.scheduler=", "")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import av
 import pytest
-from recipes_for_tests import PORTRAIT, call, write_voice
+from recipes_for_tests import PORTRAIT, call, quoted, write_voice
 from runs_for_tests import Place, copied
 
 from s2v_flow import api
@@ -83,7 +83,7 @@ def test_a_remux_still_has_the_recipe(done: Place, tmp_path: Path) -> None:
                 new.mux(packet)
     assert call("recipe", target)[1] == call("recipe", done.video)[1]
     code, _, err = call("import", target)  # ComfyUI's graph is lost in it
-    assert (code, f"fix: write it out: s2vflow recipe {target} -o remuxed.yaml" in err) == (3, True)
+    assert (code, f"fix: write it out: s2vflow recipe {quoted(target)} -o remuxed.yaml" in err) == (3, True)
 
 
 def test_a_note_that_cannot_be_read_is_told_as_before(done: Place, tmp_path: Path) -> None:

@@ -97,7 +97,9 @@ def test_each_file_of_a_recipe_is_listed_once_with_what_is_known_of_it(tmp_path:
     assert (vae["status"], vae["path"], vae["size_bytes"]) == ("missing", None, None)
     assert (vae["homes"], vae["looked_in"]) == (list(HOMES[VAE]), [str(tmp_path / "models/vae")])
     _, text, _ = call("models", recipe, *where(tmp_path))
-    assert ["found", "text_encoders", ENCODER, "3.1", "MB", str(found)] in [line.split() for line in text.splitlines()]
+    assert ["found", "text_encoders", ENCODER, "3.1", "MB", str(found)] in [
+        line.split(None, 5) for line in text.splitlines()
+    ]
     assert f"can be had at {HOMES[VAE][0]}" in text
     assert text.endswith("3 of 4 are there, 1 missing\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pickles_for_tests import authors_text_key
-from recipes_for_tests import call, write_recipe, write_voice
+from recipes_for_tests import call, quoted, write_recipe, write_voice
 from safetensors.numpy import load_file, save_file
 
 from s2v_flow.errors import BadNumbersError
@@ -201,7 +202,7 @@ def test_parts_of_a_model_are_told_the_command_that_joins_them(tmp_path: Path, t
     """A part, with or without its index beside it, and the index itself."""
     part, index = tmp_path / "m-00001-of-00002.safetensors", tmp_path / "m.safetensors.index.json"
     save_file(dict(keys("head.modulation")), part)
-    command = f"join them: s2vflow models convert {index} -o {tmp_path / 'm.safetensors'}"
+    command = f"join them: s2vflow models convert {quoted(index)} -o {quoted(tmp_path / 'm.safetensors')}"
     code, err = planned(tmp_path, tiny_models, "dit", part)
     assert code == 4
     assert f"{part}: is part 1 of 2 of a model" in err
@@ -227,7 +228,7 @@ def test_an_all_in_one_checkpoint_is_told_the_command_that_takes_the_model_out(
     code, err = planned(tmp_path, tiny_models, node, path)
     assert code == 4
     assert "this is an all-in-one checkpoint of several models: diffusion_model (wan s2v), text_encoder (umt5 " in err
-    command = err.split("s2vflow ")[1].split()
+    command = shlex.split(err.split("s2vflow ", 1)[1])
     assert command[:2] == ["models", "convert"]
     assert call(*command)[0] == 0
     assert planned(tmp_path, tiny_models, node, Path(command[4]))[0] == 0
@@ -267,7 +268,8 @@ def test_a_text_encoder_without_its_tokenizer_is_told_the_command(tmp_path: Path
     code, err = planned(tmp_path, tiny_models, "umt5", path)
     assert code == 4
     assert "x.safetensors: has no tokenizer inside ('spiece_model')" in err
-    assert f"s2vflow models convert {path} -o {tmp_path / 'x-converted.safetensors'} --tokenizer spiece.model" in err
+    target = quoted(tmp_path / "x-converted.safetensors")
+    assert f"s2vflow models convert {quoted(path)} -o {target} --tokenizer spiece.model" in err
     save_file({authors_text_key(key): value for key, value in load_file(path).items()}, path)
     assert planned(tmp_path, tiny_models, "umt5", path) == (4, err)
 
@@ -334,7 +336,7 @@ def test_a_pickle_is_told_the_command_whatever_it_is_called(tmp_path: Path, tiny
         (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
         code, err = planned(tmp_path, tiny_models, "vae", tmp_path / name)
         assert code == 5
-        assert f"fix: convert it first: s2vflow models convert {tmp_path / name} -o {tmp_path}/x" in err
+        assert f"fix: convert it first: s2vflow models convert {quoted(tmp_path / name)} -o " in err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import uvicorn
@@ -134,7 +135,12 @@ def test_only_shown_files_below_the_roots_are_given_out(page: Open, folder: Path
     assert page.ask("/files/work/portrait.png")[0] == 200
     for path in (
         *(f"/files/work/{up}", f"/files/work/{up.replace('..', '%2e%2e')}", f"/files/work/{up.replace('/', '%2f')}"),
-        *(f"/files/work/{secret}", "/files/work/link.png", "/files/work/far/secret.png", "/files/work/.hidden.png"),
+        *(
+            f"/files/work/{quote(str(secret))}",
+            "/files/work/link.png",
+            "/files/work/far/secret.png",
+            "/files/work/.hidden.png",
+        ),
         *("/files/work/recipe.yaml", "/files/work/ui/queue.json", "/files/work/portrait.png%00", "/files/work/"),
         *("/files/etc/portrait.png", "/files/runs/../digests.json", "/files/work/nothing.png"),
         f"/files/work/{'n' * 300}.png",

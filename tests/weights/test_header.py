@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes_for_tests import quoted
 from safetensors.torch import save, save_file
 
 from s2v_flow.errors import CheckpointError, ExitCode, MissingError, RefusedError, S2VFlowError
@@ -153,7 +154,7 @@ def test_pickle_is_refused_and_never_run(tmp_path: Path, suffix: str, form: str)
         file.write_bytes(raw)
     with pytest.raises(RefusedError, match="it was not opened") as caught:
         read_header(file)
-    assert (caught.value.fix or "").startswith(f"convert it first: s2vflow models convert {file} -o {tmp_path}/model")
+    assert (caught.value.fix or "").startswith(f"convert it first: s2vflow models convert {quoted(file)} -o ")
     assert caught.value.exit_code == ExitCode.REFUSED
     assert not canary.exists()
 
