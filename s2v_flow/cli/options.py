@@ -285,7 +285,7 @@ def make_options(**given: Any) -> Options:
     return Options(**given)
 
 
-class Like(click.Choice):  # type: ignore[type-arg]  # click 8.1 has no parameter there
+class Like(click.Choice[str]):
     """A name of settings, or a recipe, or a video that has one inside."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

@@ -70,7 +70,7 @@ def show(run: str, as_json: bool, cache_dir: Path | None) -> None:
     report.print_json(found.model_dump(mode="json")) if as_json else report.print_table(show_text(found))
 
 
-class _Box(click.ParamType):  # type: ignore[type-arg]  # as in options.Like
+class _Box(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """A rectangle of pixels: x,y,width,height."""
 
     name = "x,y,w,h"
